@@ -1,0 +1,63 @@
+// greedy_sign: b = +1 where u >= 0 else -1, penalty = alpha * mean(||u| - 1|^3), and both gradients in one pass.
+//   Su, Zhang, Han, Tian: "Greedy Hash", NeurIPS 2018; the cubic penalty is their equation 6 with p = 3.
+#pragma once
+
+#include <cmath>
+
+#include "hashengine/parallel.h"
+#include "hashengine/types.h"
+
+namespace hashengine {
+
+// u, b: [numel], the same dtype. penalty: one double for float64, else one float.
+struct GreedySignForward {
+  const void* u;
+  void* b;
+  void* penalty;
+  int64_t numel;
+  double alpha;
+  Dtype dtype;
+};
+
+// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, else one float.
+struct GreedySignBackward {
+  const void* grad_b;
+  const void* grad_penalty;
+  const void* u;
+  void* grad_u;
+  int64_t numel;
+  double alpha;
+  Dtype dtype;
+};
+
+// Returns false where u holds a NaN, which has no sign.
+bool greedy_sign_forward_cpu(const GreedySignForward& params, const ThreadPool& pool);
+void greedy_sign_backward_cpu(const GreedySignBackward& params, const ThreadPool& pool);
+
+// Bytes of scratch that launch_greedy_sign_forward needs on the device; it need not be cleared.
+int64_t greedy_sign_workspace_bytes(int64_t numel);
+void launch_greedy_sign_forward(const GreedySignForward& params, void* workspace, cudaStream_t stream);
+void launch_greedy_sign_backward(const GreedySignBackward& params, cudaStream_t stream);
+
+// The formulas, for host and device. T is float, or double for float64.
+
+template <typename T>
+HE_HOST_DEVICE T greedy_sign_code(T u) {
+  return u >= T(0) ? T(1) : T(-1);
+}
+
+template <typename T>
+HE_HOST_DEVICE T greedy_sign_penalty(T u) {
+  const T distance = std::fabs(std::fabs(u) - T(1));
+  return distance * distance * distance;
+}
+
+// d penalty / d u without the factor alpha * 3 / numel; sign(0) = 0 in both places.
+template <typename T>
+HE_HOST_DEVICE T greedy_sign_penalty_slope(T u) {
+  const T excess = std::fabs(u) - T(1);
+  const T slope = excess * std::fabs(excess);  // (|u| - 1)^2 * sign(|u| - 1)
+  return u > T(0) ? slope : (u < T(0) ? -slope : T(0));
+}
+
+}  // namespace hashengine

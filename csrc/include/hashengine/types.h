@@ -1,0 +1,24 @@
+// What binding, cuda and cpu agree on: element types and the handle of a CUDA stream.
+#pragma once
+
+#include <cstdint>
+
+// The same typedef that <cuda_runtime_api.h> makes, so that a CPU build needs no CUDA header.
+typedef struct CUstream_st* cudaStream_t;
+
+#if defined(__CUDACC__)
+#define HE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HE_HOST_DEVICE inline
+#endif
+
+namespace hashengine {
+
+enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16, kBool };
+
+template <typename Integer>
+HE_HOST_DEVICE constexpr Integer ceil_div(Integer numerator, Integer denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
+
+}  // namespace hashengine
