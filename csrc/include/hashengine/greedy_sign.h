@@ -19,7 +19,8 @@ struct GreedySignForward {
   Dtype dtype;
 };
 
-// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, else one float.
+// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, else one float. A null gradient
+// stands for zero: that output was not used.
 struct GreedySignBackward {
   const void* grad_b;
   const void* grad_penalty;

@@ -1,0 +1,25 @@
+#include "pack_bits.h"
+
+#include <torch/library.h>
+
+namespace hashengine::binding {
+namespace {
+
+at::Tensor pack_cpu(const at::Tensor& u) {
+  return pack_bits(u, [](const PackBits& params) {
+    TORCH_CHECK_VALUE(pack_bits_cpu(params, torch_thread_pool()),
+                      "pack_bits: u must hold no NaN (it has no sign), got at least one; look for a diverged model");
+  });
+}
+
+at::Tensor unpack_cpu(const at::Tensor& codes) {
+  return unpack_bits(codes, [](const UnpackBits& params) { unpack_bits_cpu(params, torch_thread_pool()); });
+}
+
+TORCH_LIBRARY_IMPL(hashengine, CPU, library) {
+  library.impl("pack_bits", pack_cpu);
+  library.impl("unpack_bits", unpack_cpu);
+}
+
+}  // namespace
+}  // namespace hashengine::binding

@@ -1,0 +1,118 @@
+// pack_bits and unpack_bits on the GPU: eight activations to a byte, the first in the most significant bit, and back.
+//
+// Idea. One thread makes one byte from the eight elements that it loads in 128-bit pieces: a comparison and a logical
+// operation an element, and no exchange between threads. (A ballot would need a comparison and a vote an element, then a
+// reversal, since it puts the first lane in the LEAST significant bit.) Unpacking spreads four bits with one multiply.
+//
+// Traffic, B bytes of codes and s bytes an element. Packing reads 8Bs and writes B; unpacking reads B and writes 8B.
+// Both are the floor: nothing moves twice.
+//
+// Launch. 256 threads a block, one to eight bytes a thread, so that 64 bytes of activations are in flight; each
+// block takes one tile. One kernel, no scratch. Activations that are not aligned to their vector are read one by one.
+//
+// Limits. At most 2^31 blocks of 256 bytes. NaN packs as 0; nobody looks for it.
+
+#include "hashengine/pack_bits.h"
+
+#include <algorithm>
+
+#include "launch.cuh"
+#include "vec.cuh"
+
+namespace hashengine {
+namespace {
+
+constexpr int kBlockThreads = 256;
+constexpr int kThreadLoadBytes = 64;
+constexpr int kUnpackedBytes = 4;  // of codes, a thread
+
+__device__ __forceinline__ bool is_set(uint8_t value) { return value != 0; }
+
+template <typename T>
+__device__ __forceinline__ bool is_set(T value) {
+  return widen(value) >= Arithmetic<T>(0);
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kBlockThreads) pack_kernel(const T* u, uint8_t* codes, int64_t bytes) {
+  constexpr int kVectors = 8 / kWidth;
+  constexpr int kBytes = kThreadLoadBytes / (8 * sizeof(T));
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockThreads * kBytes + threadIdx.x;
+
+  Vector<T, kWidth> vectors[kBytes][kVectors];
+#pragma unroll
+  for (int k = 0; k < kBytes; ++k) {  // every load is under way before the first is used
+    const int64_t byte = first + k * kBlockThreads;
+    if (byte >= bytes) break;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) vectors[k][v] = vector_at<kWidth>(u, 8 * byte + v * kWidth);
+  }
+#pragma unroll
+  for (int k = 0; k < kBytes; ++k) {
+    const int64_t byte = first + k * kBlockThreads;
+    if (byte >= bytes) break;
+    unsigned code = 0;
+#pragma unroll
+    for (int bit = 0; bit < 8; ++bit)
+      if (is_set(vectors[k][bit / kWidth].at[bit % kWidth])) code |= 0x80u >> bit;
+    codes[byte] = static_cast<uint8_t>(code);
+  }
+}
+
+// Four bits to four bytes, the most significant first in memory.
+__device__ __forceinline__ uint32_t spread_bits(uint32_t nibble) {
+  // Copies nine places apart: in byte j of the product, three places up, lies bit 3 - j.
+  return (nibble * 0x08040201u >> 3) & 0x01010101u;
+}
+
+template <bool kAligned>
+__global__ void __launch_bounds__(kBlockThreads) unpack_kernel(const uint8_t* codes, uint8_t* bits, int64_t bytes) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockThreads * kUnpackedBytes + threadIdx.x;
+  uint32_t loaded[kUnpackedBytes];
+#pragma unroll
+  for (int k = 0; k < kUnpackedBytes; ++k) {
+    const int64_t byte = first + k * kBlockThreads;
+    loaded[k] = byte < bytes ? codes[byte] : 0u;
+  }
+#pragma unroll
+  for (int k = 0; k < kUnpackedBytes; ++k) {
+    const int64_t byte = first + k * kBlockThreads;
+    if (byte >= bytes) break;
+    const uint32_t code = loaded[k];
+    if constexpr (kAligned) {
+      *reinterpret_cast<uint2*>(bits + 8 * byte) = make_uint2(spread_bits(code >> 4), spread_bits(code & 15));
+    } else {
+#pragma unroll
+      for (int bit = 0; bit < 8; ++bit) bits[8 * byte + bit] = code >> (7 - bit) & 1;
+    }
+  }
+}
+
+template <typename T>
+void launch_pack(const PackBits& params, cudaStream_t stream) {
+  constexpr int kWidth = std::min<int>(8, kVectorBytes / sizeof(T));
+  constexpr int kTileBytes = kBlockThreads * kThreadLoadBytes / (8 * sizeof(T));
+  const bool aligned = is_aligned(params.u, kWidth * sizeof(T));
+  const auto kernel = aligned ? pack_kernel<T, kWidth> : pack_kernel<T, 1>;
+  launch(kernel, ceil_div<int64_t>(params.bytes, kTileBytes), kBlockThreads, stream, static_cast<const T*>(params.u),
+         params.codes, params.bytes);
+}
+
+}  // namespace
+
+void launch_pack_bits(const PackBits& params, cudaStream_t stream) {
+  if (params.bytes == 0) return;
+  if (params.dtype == Dtype::kBool) return launch_pack<uint8_t>(params, stream);
+  with_floating_type(params.dtype,
+                     [&](auto tag) { launch_pack<typename decltype(tag)::Type>(params, stream); });
+}
+
+void launch_unpack_bits(const UnpackBits& params, cudaStream_t stream) {
+  if (params.bytes == 0) return;
+  auto* bits = reinterpret_cast<uint8_t*>(params.bits);
+  const auto kernel = is_aligned(bits, 8) ? unpack_kernel<true> : unpack_kernel<false>;
+  launch(kernel, ceil_div<int64_t>(params.bytes, kBlockThreads * kUnpackedBytes), kBlockThreads, stream, params.codes,
+         bits, params.bytes);
+}
+
+}  // namespace hashengine

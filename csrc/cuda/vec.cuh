@@ -1,0 +1,57 @@
+// Elements in memory and in arithmetic: loads and stores of up to 128 bits, conversions from and to half precision.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace hashengine {
+
+constexpr int kVectorBytes = 16;  // the widest load that every architecture since sm_50 has
+
+// kWidth elements that move in one instruction; kWidth * sizeof(T) is a power of two up to kVectorBytes.
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) Vector {
+  T at[kWidth];
+};
+
+inline bool is_aligned(const void* pointer, int bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
+}
+
+// The vector that begins at element `begin`. The array is aligned to a Vector and begin is a multiple of kWidth.
+template <int kWidth, typename T>
+__device__ __forceinline__ const Vector<T, kWidth>& vector_at(const T* array, int64_t begin) {
+  return *reinterpret_cast<const Vector<T, kWidth>*>(array + begin);
+}
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Vector<T, kWidth>& vector_at(T* array, int64_t begin) {
+  return *reinterpret_cast<Vector<T, kWidth>*>(array + begin);
+}
+
+// The type in which elements of T are computed with and added up.
+template <typename T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Rounds to the nearest T, ties to even.
+template <typename T>
+__device__ __forceinline__ T narrow(Arithmetic<T> value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+}  // namespace hashengine

@@ -1,0 +1,25 @@
+"""The ops: each a function with a schema, a plain-torch reference, a fake and an autograd formula.
+
+They are registered with torch's dispatcher as ``torch.ops.hashengine.<op>``; the native kernels, where they were built,
+take the references' place.
+"""
+
+from hashengine.ops.greedy_sign import greedy_sign
+from hashengine.ops.hamming_topk import hamming_topk
+from hashengine.ops.pack_bits import pack_bits, unpack_bits
+from hashengine.ops.simam import simam, simam_energy
+from hashengine.ops.triplet_attention import triplet_attention
+from hashengine.ops.triplet_gate import triplet_gate
+from hashengine.ops.triplet_pool import triplet_pool
+
+__all__ = [
+    "greedy_sign",
+    "hamming_topk",
+    "pack_bits",
+    "simam",
+    "simam_energy",
+    "triplet_attention",
+    "triplet_gate",
+    "triplet_pool",
+    "unpack_bits",
+]

@@ -1,0 +1,33 @@
+"""Argument checks that references and fakes share: one line that names op and argument, what was expected, what came."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_activations(op: str, tensor: Tensor, argument: str = "u") -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {argument} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_feature_map(op: str, tensor: Tensor, argument: str = "x") -> None:
+    check_activations(op, tensor, argument)
+    if tensor.dim() != 4:
+        raise ValueError(f"{op}: {argument} must be [N, C, H, W], got {list(tensor.shape)}")
+
+
+def check_no_nan(op: str, tensor: Tensor, argument: str = "u") -> None:
+    """On the CPU only: a GPU would have to stop to look."""
+    if tensor.device.type == "cpu" and tensor.is_floating_point() and bool(tensor.isnan().any()):
+        raise ValueError(
+            f"{op}: {argument} must hold no NaN (it has no sign), got at least one; look for a diverged model"
+        )
+
+
+def check_codes(op: str, codes: Tensor, argument: str = "codes") -> None:
+    if codes.dtype != torch.uint8:
+        raise TypeError(
+            f"{op}: {argument} must be packed codes of uint8, got {codes.dtype}; "
+            "pack activations with hashengine.ops.pack_bits first"
+        )
