@@ -45,33 +45,39 @@ int forward_threads(int64_t numel, int64_t blocks) {
   return static_cast<int>(std::max<int64_t>(warps, 1) * kWarpThreads);
 }
 
-// Where this thread's vector number `index` begins; neighbours in a warp are neighbours in memory.
-template <int kWidth>
-__device__ __forceinline__ int64_t vector_begin(int index) {
-  const int64_t tile_begin = static_cast<int64_t>(blockIdx.x) * blockDim.x * kThreadElements;
-  return tile_begin + (index * blockDim.x + threadIdx.x) * kWidth;
-}
+// Each warp takes kThreadElements * 32 consecutive elements, so that a thread's vectors lie at constant distances.
+struct ThreadTile {
+  int64_t begin;      // of the thread's first vector; the next is kWarpThreads vectors further
+  int64_t remaining;  // elements from there to the end of the array, <= 0 where the thread has none
+
+  template <int kWidth>
+  static __device__ __forceinline__ ThreadTile of(int64_t numel) {
+    const unsigned lane = threadIdx.x % kWarpThreads;
+    const int64_t warp_first_thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x - lane;
+    const int64_t begin = warp_first_thread * kThreadElements + lane * kWidth;
+    return {begin, numel - begin};
+  }
+};
 
 // kWidth divides numel, here and below.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kLargestBlockThreads) forward_kernel(GreedySignForward params, void* workspace) {
   using Real = Arithmetic<T>;
   constexpr int kVectors = kThreadElements / kWidth;
+  constexpr int kStride = kWarpThreads * kWidth;
+  const ThreadTile tile = ThreadTile::of<kWidth>(params.numel);
   const auto* u = static_cast<const T*>(params.u);
   auto* b = static_cast<T*>(params.b);
 
   Vector<T, kWidth> vectors[kVectors];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {  // every load is under way before the first is used
-    const int64_t begin = vector_begin<kWidth>(v);
-    if (begin < params.numel) vectors[v] = vector_at<kWidth>(u, begin);
-  }
+  for (int v = 0; v < kVectors; ++v)  // every load is under way before the first is used
+    if (v * kStride < tile.remaining) vectors[v] = vector_at<kWidth>(u, tile.begin + v * kStride);
 
   Real thread_total = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t begin = vector_begin<kWidth>(v);
-    if (begin >= params.numel) break;
+    if (v * kStride >= tile.remaining) break;
     Real vector_total = 0;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -80,7 +86,7 @@ __global__ void __launch_bounds__(kLargestBlockThreads) forward_kernel(GreedySig
       vector_total += greedy_sign_penalty(value);
     }
     thread_total += vector_total;
-    vector_at<kWidth>(b, begin) = vectors[v];
+    vector_at<kWidth>(b, tile.begin + v * kStride) = vectors[v];
   }
 
   const Real block_total = block_sum(thread_total);
@@ -94,10 +100,12 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kBlockThreads) backward_kernel(GreedySignBackward params, Arithmetic<T> factor) {
   using Real = Arithmetic<T>;
   constexpr int kVectors = kThreadElements / kWidth;
+  constexpr int kStride = kWarpThreads * kWidth;
+  const ThreadTile tile = ThreadTile::of<kWidth>(params.numel);
   const auto* u = static_cast<const T*>(params.u);
   const auto* grad_b = static_cast<const T*>(params.grad_b);
-  const auto* grad_penalty = static_cast<const Real*>(params.grad_penalty);
   auto* grad_u = static_cast<T*>(params.grad_u);
+  const auto* grad_penalty = static_cast<const Real*>(params.grad_penalty);
   const Real scale = grad_penalty ? *grad_penalty * factor : Real(0);
 
   // Zeros stand for what is not read: a gradient of zero, and a u at which the penalty counts as flat.
@@ -105,20 +113,19 @@ __global__ void __launch_bounds__(kBlockThreads) backward_kernel(GreedySignBackw
   Vector<T, kWidth> gradients[kVectors] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t begin = vector_begin<kWidth>(v);
-    if (begin < params.numel && grad_penalty) values[v] = vector_at<kWidth>(u, begin);
-    if (begin < params.numel && grad_b) gradients[v] = vector_at<kWidth>(grad_b, begin);
+    if (v * kStride >= tile.remaining) break;
+    if (grad_penalty) values[v] = vector_at<kWidth>(u, tile.begin + v * kStride);
+    if (grad_b) gradients[v] = vector_at<kWidth>(grad_b, tile.begin + v * kStride);
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t begin = vector_begin<kWidth>(v);
-    if (begin >= params.numel) break;
+    if (v * kStride >= tile.remaining) break;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const Real slope = greedy_sign_penalty_slope(widen(values[v].at[i]));
       gradients[v].at[i] = narrow<T>(widen(gradients[v].at[i]) + scale * slope);
     }
-    vector_at<kWidth>(grad_u, begin) = gradients[v];
+    vector_at<kWidth>(grad_u, tile.begin + v * kStride) = gradients[v];
   }
 }
 

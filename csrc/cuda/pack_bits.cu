@@ -7,8 +7,8 @@
 // Traffic, B bytes of codes and s bytes an element. Packing reads 8Bs and writes B; unpacking reads B and writes 8B.
 // Both are the floor: nothing moves twice.
 //
-// Launch. 256 threads a block, one to eight bytes a thread, so that 64 bytes of activations are in flight; each
-// block takes one tile. One kernel, no scratch. Activations that are not aligned to their vector are read one by one.
+// Launch. 256 threads a block; a thread packs one to four bytes (32 bytes of activations in flight, 64 of float64) or
+// unpacks four; each block takes one tile. One kernel, no scratch. Activations that are not aligned to their vector are read one by one.
 //
 // Limits. At most 2^31 blocks of 256 bytes. NaN packs as 0; nobody looks for it.
 
@@ -23,8 +23,11 @@ namespace hashengine {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kThreadLoadBytes = 64;
 constexpr int kUnpackedBytes = 4;  // of codes, a thread
+
+// Bytes of codes that a thread packs: it has 32 bytes of activations in flight, or the 64 of eight float64.
+template <typename T>
+constexpr int kPackedBytes = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
 
 __device__ __forceinline__ bool is_set(uint8_t value) { return value != 0; }
 
@@ -36,7 +39,7 @@ __device__ __forceinline__ bool is_set(T value) {
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kBlockThreads) pack_kernel(const T* u, uint8_t* codes, int64_t bytes) {
   constexpr int kVectors = 8 / kWidth;
-  constexpr int kBytes = kThreadLoadBytes / (8 * sizeof(T));
+  constexpr int kBytes = kPackedBytes<T>;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockThreads * kBytes + threadIdx.x;
 
   Vector<T, kWidth> vectors[kBytes][kVectors];
@@ -91,7 +94,7 @@ __global__ void __launch_bounds__(kBlockThreads) unpack_kernel(const uint8_t* co
 template <typename T>
 void launch_pack(const PackBits& params, cudaStream_t stream) {
   constexpr int kWidth = std::min<int>(8, kVectorBytes / sizeof(T));
-  constexpr int kTileBytes = kBlockThreads * kThreadLoadBytes / (8 * sizeof(T));
+  constexpr int kTileBytes = kBlockThreads * kPackedBytes<T>;
   const bool aligned = is_aligned(params.u, kWidth * sizeof(T));
   const auto kernel = aligned ? pack_kernel<T, kWidth> : pack_kernel<T, 1>;
   launch(kernel, ceil_div<int64_t>(params.bytes, kTileBytes), kBlockThreads, stream, static_cast<const T*>(params.u),

@@ -1,0 +1,36 @@
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "greedy_sign.h"
+
+namespace hashengine::binding {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> forward_cuda(const at::Tensor& u, double alpha) {
+  const c10::cuda::CUDAGuard device_guard(u.device());
+  return greedy_sign_forward(u, alpha, [&](const GreedySignForward& params) {
+    // Freed before the kernel has run: the allocator hands it out again in this stream's order only.
+    const at::Tensor workspace = at::empty({greedy_sign_workspace_bytes(params.numel)}, u.options().dtype(at::kByte));
+    launch_greedy_sign_forward(params, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+at::Tensor backward_cuda(const std::optional<at::Tensor>& grad_b, const std::optional<at::Tensor>& grad_penalty,
+                         const at::Tensor& u, double alpha) {
+  const c10::cuda::CUDAGuard device_guard(u.device());
+  return greedy_sign_backward(grad_b, grad_penalty, u, alpha, [](const GreedySignBackward& params) {
+    launch_greedy_sign_backward(params, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+TORCH_LIBRARY_IMPL(hashengine, CUDA, library) {
+  library.impl("greedy_sign", forward_cuda);
+  library.impl("greedy_sign_backward", backward_cuda);
+}
+
+}  // namespace
+}  // namespace hashengine::binding

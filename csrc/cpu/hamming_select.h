@@ -1,0 +1,90 @@
+// The k smallest (distance, position) of a stream of candidates that comes in order of position. Distances are small
+// integers, so counting replaces the heap: a histogram of what was accepted gives, after each candidate, the exact bound
+// that the next one must stay below.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace hashengine {
+
+class Selector {
+ public:
+  // Bytes that one selector takes for a stream of `length` candidates; a caller sizes its blocks of queries by it.
+  static int64_t bytes(int64_t bits, int64_t k, int64_t length) { return 16 * (bits + 2) + 8 * capacity(k, length); }
+
+  void reset(int64_t bits, int64_t k, int64_t length) {
+    k_ = uint64_t(k);
+    below_ = 0;
+    bound_ = uint32_t(bits + 1);
+    histogram_.assign(size_t(bits + 1), 0);
+    candidates_.resize(std::max(candidates_.size(), size_t(capacity(k, length))));
+    count_ = 0;
+  }
+
+  // Only candidates with a distance below the bound can still be among the k nearest: k others are at most as far and
+  // stand before them.
+  uint32_t bound() const { return bound_; }
+
+  void offer(uint32_t distance, uint32_t position) {
+    if (distance >= bound_) return;
+    ++histogram_[distance];
+    candidates_[count_++] = {distance, position};
+    if (++below_ >= k_) tighten();
+    if (count_ == candidates_.size()) compact();
+  }
+
+  // Writes the nearest, at most k, by (distance, position); returns how many. Positions get `offset` added.
+  int64_t finish(int32_t* distances, int64_t* positions, int64_t offset) {
+    compact();
+    starts_.assign(size_t(bound_) + 2, 0);
+    for (size_t i = 0; i < count_; ++i) ++starts_[candidates_[i].distance + 1];
+    for (size_t d = 1; d < starts_.size(); ++d) starts_[d] += starts_[d - 1];
+    for (size_t i = 0; i < count_; ++i) {
+      const size_t rank = starts_[candidates_[i].distance]++;
+      distances[rank] = int32_t(candidates_[i].distance);
+      positions[rank] = offset + int64_t(candidates_[i].position);
+    }
+    return int64_t(count_);
+  }
+
+ private:
+  struct Candidate {
+    uint32_t distance;
+    uint32_t position;
+  };
+
+  // Compacting leaves at most k, so its cost is spread over as many candidates as it touches.
+  static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max<int64_t>(k, 512), length); }
+
+  void tighten() {
+    while (below_ >= k_) below_ -= histogram_[--bound_];
+  }
+
+  // Drops what is farther than the bound, and of those at the bound all but the first that are still needed.
+  void compact() {
+    uint64_t ties = k_ - below_;
+    size_t kept = 0;
+    for (size_t i = 0; i < count_; ++i) {
+      const Candidate candidate = candidates_[i];
+      if (candidate.distance > bound_) continue;
+      if (candidate.distance == bound_) {
+        if (ties == 0) continue;
+        --ties;
+      }
+      candidates_[kept++] = candidate;
+    }
+    count_ = kept;
+  }
+
+  uint64_t k_ = 0;
+  uint64_t below_ = 0;  // accepted candidates with a distance below the bound; always less than k
+  uint32_t bound_ = 0;
+  std::vector<uint64_t> histogram_;
+  std::vector<Candidate> candidates_;
+  std::vector<uint64_t> starts_;
+  size_t count_ = 0;
+};
+
+}  // namespace hashengine
