@@ -26,6 +26,8 @@ constexpr int64_t kPlanesOfBytes = 60;  // planes that a byte can sum: 60 * 4 < 
 
 using Vector = __m256i;
 
+#define HE_INLINE inline __attribute__((always_inline))
+
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int64_t tile_bytes(int64_t codes, int64_t code_bytes) { return round_up(codes, kBatch) * 2 * code_bytes; }
@@ -42,24 +44,33 @@ void prepare_query(const uint8_t* query, int64_t code_bytes, uint8_t* tables) {
   }
 }
 
-// Eight bytes of each of 32 codes to eight vectors, the j-th with byte j of every code in order.
-HE_TARGET_AVX2 inline void transpose_words(const uint64_t words[kGroup], Vector bytes[8]) {
+HE_INLINE long long load_word(const uint8_t* bytes) {
+  long long word;
+  std::memcpy(&word, bytes, 8);
+  return word;
+}
+
+// Eight bytes of each of 32 codes, the first at `source`, to eight vectors: the j-th holds byte j of every code in order.
+HE_TARGET_AVX2 HE_INLINE void transpose_words(const uint8_t* source, int64_t stride, Vector bytes[8]) {
   Vector x[8];
+#pragma GCC unroll 8
   for (int r = 0; r < 8; ++r)
-    x[r] = _mm256_set_epi64x((long long)words[r + 24], (long long)words[r + 16], (long long)words[r + 8],
-                             (long long)words[r]);
+    x[r] = _mm256_set_epi64x(load_word(source + (r + 24) * stride), load_word(source + (r + 16) * stride),
+                             load_word(source + (r + 8) * stride), load_word(source + r * stride));
   // Each step interleaves neighbours: bytes, then pairs, then quadruples of codes, then the two halves of a lane.
   Vector pairs[8], quads[8];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     pairs[i] = _mm256_unpacklo_epi8(x[2 * i], x[2 * i + 1]);
     pairs[i + 4] = _mm256_unpackhi_epi8(x[2 * i], x[2 * i + 1]);
   }
-  for (int half = 0; half < 8; half += 4) {
-    for (int i = 0; i < 2; ++i) {
-      quads[half + i] = _mm256_unpacklo_epi16(pairs[half + 2 * i], pairs[half + 2 * i + 1]);
-      quads[half + i + 2] = _mm256_unpackhi_epi16(pairs[half + 2 * i], pairs[half + 2 * i + 1]);
-    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int from = i / 2 * 4 + i % 2 * 2, to = i / 2 * 4 + i % 2;
+    quads[to] = _mm256_unpacklo_epi16(pairs[from], pairs[from + 1]);
+    quads[to + 2] = _mm256_unpackhi_epi16(pairs[from], pairs[from + 1]);
   }
+#pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {  // bytes 0..3, then bytes 4..7
     const Vector low_first = _mm256_unpacklo_epi32(quads[2 * i], quads[2 * i + 1]);
     const Vector low_last = _mm256_unpackhi_epi32(quads[2 * i], quads[2 * i + 1]);
@@ -72,25 +83,27 @@ HE_TARGET_AVX2 inline void transpose_words(const uint64_t words[kGroup], Vector 
   }
 }
 
-// Bytes beyond the last code of the last group are zero; a scan never offers them.
+// Codes beyond `count` in the last batch are zero; a scan never offers them.
 HE_TARGET_AVX2 void prepare_tile(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8_t* tile) {
   const Vector low_nibble = _mm256_set1_epi8(15);
   const int64_t groups = round_up(count, kBatch) / kGroup;
   for (int64_t group = 0; group < groups; ++group) {
+    const int64_t present = std::clamp<int64_t>(count - group * kGroup, 0, kGroup);
     for (int64_t first_byte = 0; first_byte < code_bytes; first_byte += 8) {
       const int64_t width = std::min<int64_t>(8, code_bytes - first_byte);
-      uint64_t words[kGroup] = {};
-      const int64_t present = std::clamp<int64_t>(count - group * kGroup, 0, kGroup);
       const uint8_t* source = codes + group * kGroup * code_bytes + first_byte;
-      if (width == 8) {
-        for (int64_t i = 0; i < present; ++i) std::memcpy(&words[i], source + i * code_bytes, 8);
-      } else {
-        for (int64_t i = 0; i < present; ++i) std::memcpy(&words[i], source + i * code_bytes, size_t(width));
-      }
       Vector bytes[8];
-      transpose_words(words, bytes);
+      if (present == kGroup && width == 8) {
+        transpose_words(source, code_bytes, bytes);
+      } else {
+        uint8_t padded[kGroup * 8] = {};
+        for (int64_t i = 0; i < present; ++i) std::memcpy(padded + 8 * i, source + i * code_bytes, size_t(width));
+        transpose_words(padded, 8, bytes);
+      }
       auto* planes = reinterpret_cast<Vector*>(tile + (group * code_bytes + first_byte) * 2 * kGroup);
-      for (int64_t j = 0; j < width; ++j) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        if (j >= width) break;
         _mm256_store_si256(planes + 2 * j, _mm256_and_si256(_mm256_srli_epi16(bytes[j], 4), low_nibble));
         _mm256_store_si256(planes + 2 * j + 1, _mm256_and_si256(bytes[j], low_nibble));
       }
@@ -98,100 +111,143 @@ HE_TARGET_AVX2 void prepare_tile(const uint8_t* codes, int64_t count, int64_t co
   }
 }
 
+// Keeps a value in a register: as a memory operand it would be loaded once a query, and loads are scarce here.
+#define HE_IN_REGISTER(vector) asm("" : "+x"(vector))
+
 // Adds the distances of planes [first, last) to the byte sums of kGroups groups and kQueries queries.
 template <int kQueries>
-HE_TARGET_AVX2 inline __attribute__((always_inline)) void add_planes(const Vector* planes, int64_t group_planes,
-                                                                    const uint8_t* const tables[], int64_t first,
-                                                                    int64_t last, Vector sums[][kGroups]) {
+HE_TARGET_AVX2 HE_INLINE void add_planes(const Vector* planes, int64_t group_planes, const uint8_t* const tables[],
+                                         int64_t first, int64_t last, Vector sums[kQueries][kGroups]) {
+#pragma GCC unroll 4
   for (int64_t plane = first; plane < last; ++plane) {
     Vector nibbles[kGroups];
-    for (int g = 0; g < kGroups; ++g) nibbles[g] = _mm256_load_si256(planes + g * group_planes + plane);
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      nibbles[g] = _mm256_load_si256(planes + g * group_planes + plane);
+      HE_IN_REGISTER(nibbles[g]);
+    }
+#pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       const Vector table =
           _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables[q] + 16 * plane)));
+#pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g)
-        sums[q][g] = _mm256_adds_epu8(sums[q][g], _mm256_shuffle_epi8(table, nibbles[g]));
+        sums[q][g] = _mm256_add_epi8(sums[q][g], _mm256_shuffle_epi8(table, nibbles[g]));
     }
   }
 }
 
-// Offers the hits of one group; `hits` has a bit a code.
+// Byte sums of all planes, saturated at 255. kPlanes is their number where it is known, else 0.
+template <int kQueries, int kPlanes>
+HE_TARGET_AVX2 HE_INLINE void sum_planes(const Vector* planes, int64_t group_planes, const uint8_t* const tables[],
+                                         Vector sums[kQueries][kGroups]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kQueries * kGroups; ++i) sums[i / kGroups][i % kGroups] = _mm256_setzero_si256();
+  if (kPlanes) {
+    add_planes<kQueries>(planes, kPlanes, tables, 0, kPlanes, sums);
+    return;
+  }
+  add_planes<kQueries>(planes, group_planes, tables, 0, std::min(group_planes, kPlanesOfBytes), sums);
+  for (int64_t first = kPlanesOfBytes; first < group_planes; first += kPlanesOfBytes) {
+    Vector more[kQueries][kGroups];
+#pragma GCC unroll 8
+    for (int i = 0; i < kQueries * kGroups; ++i) more[i / kGroups][i % kGroups] = _mm256_setzero_si256();
+    add_planes<kQueries>(planes, group_planes, tables, first, std::min(first + kPlanesOfBytes, group_planes), more);
+#pragma GCC unroll 8
+    for (int i = 0; i < kQueries * kGroups; ++i)
+      sums[i / kGroups][i % kGroups] = _mm256_adds_epu8(sums[i / kGroups][i % kGroups], more[i / kGroups][i % kGroups]);
+  }
+}
+
+HE_TARGET_AVX2 HE_INLINE uint32_t below_bytes(Vector sums, Vector bound) {
+  return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(sums, bound), sums)));
+}
+
+// Offers the hits of one group; `hits` has a bit a code. Not inlined: it is the rare path, and needs no registers kept.
 template <typename Sum>
-inline void offer_hits(uint32_t hits, const Sum* sums, const HammingTile& tile, int64_t first_code, Selector& selector) {
+__attribute__((noinline)) void offer_hits(uint32_t hits, const Sum* sums, const HammingTile& tile, int64_t first_code,
+                                          Selector& selector) {
   for (; hits; hits &= hits - 1) {
     const int64_t i = __builtin_ctz(hits);
     if (first_code + i < tile.count) selector.offer(sums[i], tile.position + uint32_t(first_code + i));
   }
 }
 
-HE_TARGET_AVX2 inline uint32_t below_bytes(Vector sums, Vector bound) {
-  return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(sums, bound), sums)));
-}
-
-// A batch of groups against kQueries queries whose bounds fit a byte.
-template <int kQueries>
-HE_TARGET_AVX2 void scan_bytes(const HammingTile& tile, int64_t first_code, const uint8_t* const tables[],
-                               Selector* const selectors[]) {
-  const int64_t group_planes = 2 * tile.code_bytes;
-  const auto* planes = reinterpret_cast<const Vector*>(tile.rows) + first_code / kGroup * group_planes;
-  Vector sums[kQueries][kGroups] = {};
-  add_planes<kQueries>(planes, group_planes, tables, 0, group_planes, sums);
-  for (int q = 0; q < kQueries; ++q) {
-    const Vector bound = _mm256_set1_epi8(char(std::min<uint32_t>(selectors[q]->bound(), 255)));
-    const Vector least = _mm256_min_epu8(_mm256_min_epu8(sums[q][0], sums[q][1]), _mm256_min_epu8(sums[q][2], sums[q][3]));
-    if (below_bytes(least, bound) == 0) continue;
-    for (int g = 0; g < kGroups; ++g) {
-      const uint32_t hits = below_bytes(sums[q][g], bound);
-      if (hits == 0) continue;
-      alignas(32) uint8_t distances[kGroup];
-      _mm256_store_si256(reinterpret_cast<Vector*>(distances), sums[q][g]);
-      offer_hits(hits, distances, tile, first_code + g * kGroup, *selectors[q]);
+// The whole tile against kQueries queries whose bounds fit a byte.
+template <int kQueries, int kPlanes>
+HE_TARGET_AVX2 void scan_bytes(const HammingTile& tile, const uint8_t* const tables[], Selector* selectors) {
+  const int64_t group_planes = kPlanes ? kPlanes : 2 * tile.code_bytes;
+  const auto* planes = reinterpret_cast<const Vector*>(tile.rows);
+  Vector bounds[kQueries];
+  for (int q = 0; q < kQueries; ++q) bounds[q] = _mm256_set1_epi8(char(std::min<uint32_t>(selectors[q].bound(), 255)));
+  for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
+    Vector sums[kQueries][kGroups];
+    sum_planes<kQueries, kPlanes>(planes, group_planes, tables, sums);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) {
+      const Vector least =
+          _mm256_min_epu8(_mm256_min_epu8(sums[q][0], sums[q][1]), _mm256_min_epu8(sums[q][2], sums[q][3]));
+      if (__builtin_expect(below_bytes(least, bounds[q]) == 0, 1)) continue;
+      alignas(32) uint8_t distances[kBatch];
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g)
+        _mm256_store_si256(reinterpret_cast<Vector*>(distances) + g, sums[q][g]);
+      for (int g = 0; g < kGroups; ++g) {
+        const Vector group_sums = _mm256_load_si256(reinterpret_cast<Vector*>(distances) + g);
+        if (const uint32_t hits = below_bytes(group_sums, bounds[q]))
+          offer_hits(hits, distances + g * kGroup, tile, code + g * kGroup, selectors[q]);
+      }
+      bounds[q] = _mm256_set1_epi8(char(std::min<uint32_t>(selectors[q].bound(), 255)));
     }
   }
 }
 
 // The same for one query with a larger bound: sums of 16 bits.
-HE_TARGET_AVX2 void scan_wide(const HammingTile& tile, int64_t first_code, const uint8_t* tables, Selector& selector) {
+HE_TARGET_AVX2 void scan_wide(const HammingTile& tile, const uint8_t* tables, Selector& selector) {
   const int64_t group_planes = 2 * tile.code_bytes;
-  const auto* planes = reinterpret_cast<const Vector*>(tile.rows) + first_code / kGroup * group_planes;
+  const auto* planes = reinterpret_cast<const Vector*>(tile.rows);
   const Vector zero = _mm256_setzero_si256();
-  Vector low[kGroups] = {}, high[kGroups] = {};  // bytes 0..7 and 16..23, and the others, as unpacking leaves them
-  for (int64_t first = 0; first < group_planes; first += kPlanesOfBytes) {
-    Vector sums[1][kGroups] = {};
-    add_planes<1>(planes, group_planes, &tables, first, std::min(first + kPlanesOfBytes, group_planes), sums);
-    for (int g = 0; g < kGroups; ++g) {
-      low[g] = _mm256_add_epi16(low[g], _mm256_unpacklo_epi8(sums[0][g], zero));
-      high[g] = _mm256_add_epi16(high[g], _mm256_unpackhi_epi8(sums[0][g], zero));
+  for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
+    Vector low[kGroups] = {zero, zero, zero, zero};   // codes 0..7 and 16..23, as unpacking leaves them
+    Vector high[kGroups] = {zero, zero, zero, zero};  // codes 8..15 and 24..31
+    for (int64_t first = 0; first < group_planes; first += kPlanesOfBytes) {
+      Vector sums[1][kGroups] = {{zero, zero, zero, zero}};
+      add_planes<1>(planes, group_planes, &tables, first, std::min(first + kPlanesOfBytes, group_planes), sums);
+      for (int g = 0; g < kGroups; ++g) {
+        low[g] = _mm256_add_epi16(low[g], _mm256_unpacklo_epi8(sums[0][g], zero));
+        high[g] = _mm256_add_epi16(high[g], _mm256_unpackhi_epi8(sums[0][g], zero));
+      }
     }
-  }
-  for (int g = 0; g < kGroups; ++g) {
-    const Vector bound = _mm256_set1_epi16(short(selector.bound()));
-    const Vector first_half = _mm256_permute2x128_si256(low[g], high[g], 0x20);
-    const Vector second_half = _mm256_permute2x128_si256(low[g], high[g], 0x31);
-    const Vector is_below = _mm256_packs_epi16(_mm256_cmpgt_epi16(bound, low[g]), _mm256_cmpgt_epi16(bound, high[g]));
-    const auto hits = uint32_t(_mm256_movemask_epi8(is_below));
-    if (hits == 0) continue;
-    alignas(32) uint16_t distances[kGroup];
-    _mm256_store_si256(reinterpret_cast<Vector*>(distances), first_half);
-    _mm256_store_si256(reinterpret_cast<Vector*>(distances + 16), second_half);
-    offer_hits(hits, distances, tile, first_code + g * kGroup, selector);
+    for (int g = 0; g < kGroups; ++g) {
+      const Vector bound = _mm256_set1_epi16(short(selector.bound()));
+      const Vector is_below = _mm256_packs_epi16(_mm256_cmpgt_epi16(bound, low[g]), _mm256_cmpgt_epi16(bound, high[g]));
+      const auto hits = uint32_t(_mm256_movemask_epi8(is_below));
+      if (hits == 0) continue;
+      alignas(32) uint16_t distances[kGroup];
+      _mm256_store_si256(reinterpret_cast<Vector*>(distances), _mm256_permute2x128_si256(low[g], high[g], 0x20));
+      _mm256_store_si256(reinterpret_cast<Vector*>(distances + 16), _mm256_permute2x128_si256(low[g], high[g], 0x31));
+      offer_hits(hits, distances, tile, code + g * kGroup, selector);
+    }
   }
 }
 
 void scan(const HammingTile& tile, const uint8_t* prepared, int64_t query_count, Selector* selectors) {
   const int64_t stride = query_bytes(tile.code_bytes);
   const bool always_bytes = 8 * tile.code_bytes < 255;
+  const auto fits_byte = [&](int64_t q) { return always_bytes || selectors[q].bound() <= 255; };
+  const auto scan_pair = tile.code_bytes == 8    ? scan_bytes<2, 16>
+                         : tile.code_bytes == 16 ? scan_bytes<2, 32>
+                                                 : scan_bytes<2, 0>;
   for (int64_t q = 0; q < query_count;) {
-    const auto fits_byte = [&](int64_t i) { return always_bytes || selectors[i].bound() <= 255; };
     const uint8_t* const tables[] = {prepared + q * stride, prepared + (q + 1) * stride};
-    Selector* const pair[] = {selectors + q, selectors + q + 1};
-    const int queries = !fits_byte(q) ? 0 : q + 1 < query_count && fits_byte(q + 1) ? 2 : 1;
-    for (int64_t code = 0; code < tile.count; code += kBatch) {
-      if (queries == 2) scan_bytes<2>(tile, code, tables, pair);
-      if (queries == 1) scan_bytes<1>(tile, code, tables, pair);
-      if (queries == 0) scan_wide(tile, code, tables[0], *pair[0]);
+    if (!fits_byte(q)) {
+      scan_wide(tile, tables[0], selectors[q++]);
+    } else if (q + 1 < query_count && fits_byte(q + 1)) {
+      scan_pair(tile, tables, selectors + q);
+      q += 2;
+    } else {
+      scan_bytes<1, 0>(tile, tables, selectors + q++);
     }
-    q += std::max(queries, 1);
   }
 }
 

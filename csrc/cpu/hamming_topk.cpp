@@ -23,7 +23,9 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kQueryBlock = 64;                       // queries that share one laying out of a tile
+constexpr int64_t kMinQueryBlock = 32;                    // fewer queries do not pay for laying out a tile
+constexpr int64_t kMaxQueryBlock = 256;
+constexpr int64_t kQueryBytes = 1 << 17;                  // laid-out queries of a block: they pass through the second level
 constexpr int64_t kSelectorBytes = int64_t(64) << 20;     // memory of a thread's selectors, above one query's
 constexpr int64_t kMinChunkCodes = 1 << 16;               // less is not worth a merge
 constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
@@ -36,12 +38,13 @@ struct Plan {
   int threads;
 };
 
-Plan make_plan(const HammingTopk& p, int threads) {
+Plan make_plan(const HammingKernel& kernel, const HammingTopk& p, int threads) {
   Plan plan;
   plan.threads = p.query_count * p.code_count * p.code_bytes < kSerialBytes ? 1 : threads;
   const int64_t per_query = Selector::bytes(8 * p.code_bytes, p.k, p.code_count);
-  plan.query_block = std::clamp<int64_t>(kSelectorBytes / per_query, 1, kQueryBlock);
-  plan.query_block = std::min(plan.query_block, ceil_div(p.query_count, int64_t(plan.threads)));
+  const int64_t most = std::min(kSelectorBytes / per_query, kQueryBytes / kernel.query_bytes(p.code_bytes));
+  plan.query_block = std::clamp(ceil_div(p.query_count, kItemsPerThread * plan.threads), kMinQueryBlock, kMaxQueryBlock);
+  plan.query_block = std::clamp<int64_t>(most, 1, plan.query_block);
   plan.query_blocks = ceil_div(p.query_count, plan.query_block);
   // Enough chunks to keep every thread busy, where blocks of queries alone do not.
   const int64_t wanted = plan.threads == 1 ? 1 : ceil_div(kItemsPerThread * plan.threads, plan.query_blocks);
@@ -118,7 +121,7 @@ const HammingKernel& kernel_for(SimdLevel level, int64_t code_bytes) {
 void hamming_topk_cpu(const HammingTopk& p, SimdLevel level, const ThreadPool& pool) {
   if (p.query_count == 0) return;
   const HammingKernel& kernel = kernel_for(level, p.code_bytes);
-  const Plan plan = make_plan(p, pool.threads);
+  const Plan plan = make_plan(kernel, p, pool.threads);
   const bool direct = plan.chunks == 1;  // else every chunk's list goes to scratch: [query, chunk, k]
   const int64_t stride = direct ? p.k : plan.chunks * p.k;
   std::unique_ptr<int32_t[]> scratch_distances(direct ? nullptr : new int32_t[p.query_count * stride]);

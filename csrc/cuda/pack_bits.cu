@@ -1,8 +1,9 @@
 // pack_bits and unpack_bits on the GPU: eight activations to a byte, the first in the most significant bit, and back.
 //
-// Idea. One thread makes one byte from the eight elements that it loads in 128-bit pieces: a comparison and a logical
-// operation an element, and no exchange between threads. (A ballot would need a comparison and a vote an element, then a
-// reversal, since it puts the first lane in the LEAST significant bit.) Unpacking spreads four bits with one multiply.
+// Idea. One thread makes one byte from the eight elements that it loads in 128-bit pieces: a conversion, a comparison
+// and a select an element, and no exchange between threads. (A ballot would save the select, but it wants an element a
+// lane, hence narrow loads, and a reversal, since it puts the first lane in the LEAST significant bit.) Unpacking spreads
+// four bits with one multiply.
 //
 // Traffic, B bytes of codes and s bytes an element. Packing reads 8Bs and writes B; unpacking reads B and writes 8B.
 // Both are the floor: nothing moves twice.
