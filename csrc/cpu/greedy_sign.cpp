@@ -81,14 +81,13 @@ void backward(const GreedySignBackward& p, const ThreadPool& pool) {
   const auto* grad_b = static_cast<const Element*>(p.grad_b);
   const auto* u = static_cast<const Element*>(p.u);
   auto* grad_u = static_cast<Element*>(p.grad_u);
-  const T grad_penalty = p.grad_penalty ? *static_cast<const T*>(p.grad_penalty) : T(0);
+  const bool has_penalty = p.grad_penalty != nullptr;
+  const T grad_penalty = has_penalty ? *static_cast<const T*>(p.grad_penalty) : T(0);
   const T scale = T(double(grad_penalty) * p.alpha * 3.0 / double(p.numel));
   parallel_for(pool, p.numel, kChunk * kGrainChunks, [&](int64_t begin, int64_t end) {
-    if (grad_b) {
-      for (int64_t i = begin; i < end; ++i)
-        grad_u[i] = A::store(A::load(grad_b[i]) + scale * greedy_sign_penalty_slope(A::load(u[i])));
-    } else {
-      for (int64_t i = begin; i < end; ++i) grad_u[i] = A::store(scale * greedy_sign_penalty_slope(A::load(u[i])));
+    for (int64_t i = begin; i < end; ++i) {
+      const T straight_through = grad_b ? A::load(grad_b[i]) : T(0);
+      grad_u[i] = A::store(has_penalty ? straight_through + scale * greedy_sign_penalty_slope(A::load(u[i])) : straight_through);
     }
   });
 }

@@ -1,15 +1,16 @@
 // pack_bits and unpack_bits on the GPU: eight activations to a byte, the first in the most significant bit, and back.
 //
 // Idea. One thread makes one byte from the eight elements that it loads in 128-bit pieces: a conversion, a comparison
-// and a select an element, and no exchange between threads. (A ballot would save the select, but it wants an element a
-// lane, hence narrow loads, and a reversal, since it puts the first lane in the LEAST significant bit.) Unpacking spreads
-// four bits with one multiply.
+// and a select an element, and no exchange between threads. (A ballot would save the select, but it wants an element
+// a lane, hence narrow loads, and a reversal, since it puts the first lane in the LEAST significant bit.) Unpacking
+// spreads four bits with one multiply.
 //
 // Traffic, B bytes of codes and s bytes an element. Packing reads 8Bs and writes B; unpacking reads B and writes 8B.
 // Both are the floor: nothing moves twice.
 //
 // Launch. 256 threads a block; a thread packs one to four bytes (32 bytes of activations in flight, 64 of float64) or
-// unpacks four; each block takes one tile. One kernel, no scratch. Activations that are not aligned to their vector are read one by one.
+// unpacks four; each block takes one tile. One kernel, no scratch. Activations that are not aligned to their vector are
+// read one by one.
 //
 // Limits. At most 2^31 blocks of 256 bytes. NaN packs as 0; nobody looks for it.
 

@@ -49,16 +49,23 @@ def save(path: Path, bits: int, codes: Tensor, ids: Tensor | None, saved: Saved 
     path.mkdir(parents=True, exist_ok=True)
     old = _read_manifest(path) if (path / MANIFEST).exists() else None
     base = old if saved is not None and saved.path == path.resolve() and saved.manifest == old else None
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "bits": bits,
-        "bit_order": "msb_first",
-        "count": len(codes),
-        "codes": _append(path, "codes", codes, base and base["codes"]),
-        "ids": None if ids is None else _append(path, "ids", ids, base and base["ids"]),
-    }
-    _replace_manifest(path, manifest)
+    try:
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "bits": bits,
+            "bit_order": "msb_first",
+            "count": len(codes),
+            "codes": _append(path, "codes", codes, base and base["codes"]),
+            "ids": None if ids is None else _append(path, "ids", ids, base and base["ids"]),
+        }
+        _replace_manifest(path, manifest)
+    except BaseException:
+        for file in path.glob("*.bin"):
+            if file.name.startswith(("codes-", "ids-")) and file.name not in _file_names(old):
+                file.unlink()
+        raise
+    _sync_folder(path)
     for name in _file_names(old) - _file_names(manifest):
         (path / name).unlink(missing_ok=True)
     return Saved(path.resolve(), manifest)
@@ -105,6 +112,9 @@ def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
         os.replace(temporary, path / MANIFEST)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -53,12 +53,12 @@ HE_HOST_DEVICE T greedy_sign_penalty(T u) {
   return distance * distance * distance;
 }
 
-// d penalty / d u without the factor alpha * 3 / numel; sign(0) = 0 in both places.
+// d penalty / d u without the factor alpha * 3 / numel; sign(0) = 0 in both places, and a NaN stays one.
 template <typename T>
 HE_HOST_DEVICE T greedy_sign_penalty_slope(T u) {
   const T excess = std::fabs(u) - T(1);
   const T slope = excess * std::fabs(excess);  // (|u| - 1)^2 * sign(|u| - 1)
-  return u > T(0) ? slope : (u < T(0) ? -slope : T(0));
+  return u > T(0) ? slope : (u < T(0) ? -slope : u * slope);
 }
 
 }  // namespace hashengine

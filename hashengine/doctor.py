@@ -1,0 +1,184 @@
+"""hashengine doctor: what was built, what this machine can run, what is missing and the command that mends it."""
+
+import importlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from hashengine import _native, _toolchain
+from hashengine._version import __version__
+from hashengine.ops import pack_bits, unpack_bits
+
+OLDEST_TORCH = (2, 11)
+EXTRAS = {"torchvision": "train", "sklearn": "train", "faiss": "bench"}  # what is imported: the extra that brings it
+STYLES = {"ok": "green", "warn": "yellow", "missing": "yellow", "broken": "bold red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    status: "ok"; "warn", it works but not as it could; "missing", an optional part is not there; "broken", hashengine
+    gives errors or wrong answers until it is mended. remedy: the command to run, empty where there is nothing to do.
+    """
+
+    name: str
+    status: Literal["ok", "warn", "missing", "broken"]
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Check]:
+    """Look at everything; nothing is changed."""
+    return [
+        Check("hashengine", "ok", f"{__version__} in {Path(__file__).parent}"),
+        Check("Python", "ok", f"{platform.python_version()} ({sys.executable})"),
+        _torch(),
+        _native_module(),
+        *_simd(),
+        *_threads(),
+        *_gpus(),
+        _compiler(),
+        *_nvcc(),
+        *(_extra(module, extra) for module, extra in EXTRAS.items()),
+    ]
+
+
+def print_report() -> bool:
+    """Print a table of all checks; False where something is broken."""
+    checks = examine()
+    table = Table("part", "status", Column("found", overflow="fold"), show_edge=False)
+    for check in checks:
+        found = Text(check.found)
+        if check.remedy:
+            found.append(f"\nto mend it: {check.remedy}", style="bold")
+        table.add_row(check.name, Text(check.status, style=STYLES[check.status]), found)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return all(check.status != "broken" for check in checks)
+
+
+def _torch() -> Check:
+    found = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return Check("torch", "broken", found, 'pip install "torch>={}.{}"'.format(*OLDEST_TORCH))
+    return Check("torch", "ok", found)
+
+
+def _native_module() -> Check:
+    name, record = "native module", _native.build_config()
+    if not _native.available():
+        return Check(name, "warn", f"plain torch answers: {_native.why_not()}", _native.rebuild_command())
+    parts = [record["build"].upper(), *record["arch_list"], f"for torch {record['torch']}, by {record['compiler']}"]
+    found = " ".join(parts) + (f" and nvcc {record['nvcc']}" if record["nvcc"] else "") + f"; {record['reason']}"
+    if record["version"] != __version__:
+        return Check(name, "warn", f"{found}; of hashengine {record['version']}", _native.rebuild_command())
+    if problem := _wrong_answer("cpu"):
+        return Check(name, "broken", f"{found}; {problem}", _native.rebuild_command())
+    return Check(name, "ok", found)
+
+
+def _wrong_answer(device: str) -> str:
+    """What goes wrong when the smallest op runs on the device; empty where nothing does."""
+    activations = torch.linspace(-1, 1, 64 * 17, device=device).view(17, 64)
+    try:
+        bits = unpack_bits(pack_bits(activations))
+    except RuntimeError as error:
+        return f"pack_bits fails on {device}: {str(error).splitlines()[0]}"
+    return "" if torch.equal(bits, activations >= 0) else f"pack_bits gives wrong codes on {device}"
+
+
+def _simd() -> Iterator[Check]:
+    if not _native.available():
+        return
+    module = importlib.import_module("hashengine._C")
+    levels = module.simd_levels()
+    try:
+        used = module.simd_level()
+    except ValueError as error:
+        yield Check("SIMD", "broken", str(error), "unset HASHENGINE_SIMD_LEVEL")
+        return
+    found = f"uses {used} of {', '.join(levels)}"
+    if used == levels[-1]:
+        yield Check("SIMD", "ok", found)
+    else:
+        yield Check("SIMD", "warn", f"{found}: HASHENGINE_SIMD_LEVEL is set", "unset HASHENGINE_SIMD_LEVEL")
+
+
+def _threads() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0))
+    yield Check("threads", "ok", f"torch uses {torch.get_num_threads()} on {cores} cores")
+    runtimes = openmp_runtimes()
+    found = ", ".join(runtimes) or "none"
+    if len(runtimes) > 1:
+        found += "; two pools of threads compete for the cores"
+    yield Check("OpenMP", "ok" if len(runtimes) <= 1 else "warn", found)
+
+
+def openmp_runtimes() -> list[str]:
+    """The files of the OpenMP runtimes loaded into this process."""
+    paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    return sorted(path for path in paths if re.match(r"lib(gomp|omp|iomp5)\b", os.path.basename(path)))
+
+
+def _gpus() -> Iterator[Check]:
+    if not torch.cuda.is_available():
+        if not Path("/dev/nvidia0").exists():
+            yield Check("GPU", "ok", "none; the CPU kernels are used")
+        elif torch.version.cuda:
+            yield Check(
+                "GPU", "warn", f"the driver is too old for CUDA {torch.version.cuda}", "update the NVIDIA driver"
+            )
+        else:
+            yield Check("GPU", "warn", "there is one, and this torch has no CUDA", "pip install a CUDA build of torch")
+        return
+    rebuild = _native.rebuild_command("cuda")
+    has_kernels = _native.available() and _native.build_config()["build"] == "cuda"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found = f"{properties.name}, {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        if not has_kernels:
+            yield Check(f"GPU {index}", "warn", f"{found}; no CUDA kernels were built: plain torch answers", rebuild)
+        elif problem := _wrong_answer(f"cuda:{index}"):
+            yield Check(f"GPU {index}", "broken", f"{found}; {problem}", rebuild)
+        else:
+            yield Check(f"GPU {index}", "ok", found)
+
+
+def _compiler() -> Check:
+    compiler = _toolchain.find_compiler(os.environ)
+    if isinstance(compiler, _toolchain.Missing):
+        return Check("C++ compiler", "missing", compiler.what, compiler.remedy)
+    return Check("C++ compiler", "ok", _toolchain.version(compiler))
+
+
+def _nvcc() -> Iterator[Check]:
+    if not torch.version.cuda:
+        return
+    nvcc = _toolchain.find_nvcc(os.environ, torch.version.cuda, _toolchain.wheel_homes(torch.version.cuda))
+    if isinstance(nvcc, _toolchain.Missing):
+        yield Check("nvcc", "missing", nvcc.what, nvcc.remedy)
+    else:
+        yield Check("nvcc", "ok", f"{nvcc.release} in {nvcc.home}")
+
+
+def _extra(module: str, extra: str) -> Check:
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return Check(module, "missing", f"of the extra {extra!r}", f'pip install "hashengine[{extra}]"')
+        return Check(module, "warn", f"it does not import: {error}", f"pip install {error.name}")
+    except Exception as error:  # whatever a library built for another torch or numpy raises
+        found = f"it does not import: {(str(error) or repr(error)).splitlines()[0]}"
+        return Check(module, "warn", found, f"reinstall it from the index that gave torch {torch.__version__}")
+    return Check(module, "ok", getattr(imported, "__version__", "installed"))

@@ -1,0 +1,53 @@
+"""A small residual network (He et al., CVPR 2016) native to images of 8 to 64 pixels, with attention in every block."""
+
+from torch import Tensor, nn
+
+from hashengine.nn import SimAM, TripletAttention
+
+
+class ResidualBlock(nn.Module):
+    """conv - BN - ReLU - conv - BN plus the shortcut, then ReLU; [N, inputs, H, W] -> [N, outputs, H/stride, W/stride].
+
+    Each attention stands where its authors put it: SimAM between the second convolution and its BN (Yang et al., ICML
+    2021), triplet attention last on the residual branch (Misra et al., WACV 2021).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, attention: str):
+        super().__init__()
+        branch = [
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        ]
+        if attention == "simam":
+            branch.insert(4, SimAM(outputs))
+        elif attention == "triplet":
+            branch.append(TripletAttention(outputs))
+        self.branch = nn.Sequential(*branch)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.branch(x) + self.shortcut(x))
+
+
+class SmallResNet(nn.Sequential):
+    """A stem, one residual block a stage, and global average pooling: [N, channels, H, W] -> [N, features]."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...], stem_stride: int, attention: str):
+        stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        )
+        inputs = (widths[0], *widths)
+        stages = [
+            ResidualBlock(inputs[i], width, stride=1 if i == 0 else 2, attention=attention)
+            for i, width in enumerate(widths)
+        ]
+        super().__init__(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.features = widths[-1]

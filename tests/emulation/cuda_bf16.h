@@ -1,0 +1,24 @@
+// __nv_bfloat16 and its conversions, rounding to nearest, ties to even.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  if (std::isnan(value)) return {0x7fff};
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}

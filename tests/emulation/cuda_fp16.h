@@ -1,0 +1,33 @@
+// __half and its conversions, rounding to nearest, ties to even.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct __half {
+  uint16_t bits;
+};
+
+inline float __half2float(__half value) {
+  const int exponent = value.bits >> 10 & 31;
+  const int fraction = value.bits & 1023;
+  float magnitude;
+  if (exponent == 31) {
+    magnitude = fraction ? NAN : INFINITY;
+  } else {
+    magnitude = exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24);
+  }
+  return value.bits >> 15 ? -magnitude : magnitude;
+}
+
+inline __half __float2half_rn(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return {0x7fff};
+  if (magnitude >= 65520.0f) return {uint16_t(sign | 0x7c00)};  // halfway to 65536 rounds to infinity
+  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
+  // In units of the last place; nearbyint rounds ties to even, and 2048 carries into the exponent by itself.
+  const int units = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  return {uint16_t(sign | (((exponent + 14) << 10) + units))};
+}

@@ -1,0 +1,113 @@
+"""The doctor: every part is looked at, and what is wrong comes with its remedy."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hashengine import _native, _toolchain, cli, doctor
+
+needs_native = pytest.mark.skipif(not _native.available(), reason="the native module was not built")
+
+
+def check(name: str) -> doctor.Check:
+    [found] = [check for check in doctor.examine() if check.name == name]
+    return found
+
+
+def test_every_part_is_looked_at_and_nothing_is_broken():
+    checks = doctor.examine()
+    names = [check.name for check in checks]
+    assert len(set(names)) == len(names)
+    expected = {"hashengine", "Python", "torch", "native module", "threads", "OpenMP", "C++ compiler", "faiss"}
+    assert expected <= set(names)
+    assert [check for check in checks if check.status == "broken"] == []
+    assert all(check.found and "\n" not in check.found for check in checks)
+
+
+def test_the_command_prints_a_line_for_each_and_succeeds():
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0
+    assert torch.__version__ in result.output and "native module" in result.output
+
+
+def test_something_broken_fails_the_command_and_shows_its_remedy(monkeypatch):
+    broken = doctor.Check("native module", "broken", "pack_bits gives wrong codes on cpu", "rebuild it")
+    monkeypatch.setattr(doctor, "examine", lambda: [broken])
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "wrong codes" in result.output and "rebuild it" in result.output
+
+
+def test_an_old_torch_is_broken(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert check("torch").status == "broken"
+    assert check("torch").remedy == 'pip install "torch>=2.11"'
+
+
+def test_without_the_native_module_the_remedy_is_the_build(monkeypatch):
+    monkeypatch.setattr(_native, "_load", lambda: (None, "it was never built"))
+    found = check("native module")
+    assert (found.status, found.remedy) == ("warn", _native.rebuild_command())
+    assert "it was never built" in found.found
+
+
+@needs_native
+def test_a_module_of_another_version_is_to_be_rebuilt(monkeypatch):
+    record = _native.build_config() | {"version": "0.0.1"}
+    monkeypatch.setattr(_native, "build_config", lambda: record)
+    assert check("native module").status == "warn"
+    assert "of hashengine 0.0.1" in check("native module").found
+
+
+@needs_native
+def test_wrong_codes_are_broken(monkeypatch):
+    monkeypatch.setattr(doctor, "pack_bits", lambda u: torch.zeros(u.shape[0], u.shape[1] // 8, dtype=torch.uint8))
+    assert check("native module").status == "broken"
+    assert "gives wrong codes on cpu" in check("native module").found
+
+
+@needs_native
+def test_simd_level(monkeypatch):
+    monkeypatch.delenv("HASHENGINE_SIMD_LEVEL", raising=False)
+    assert check("SIMD").status == "ok"
+    monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", "mmx")
+    assert check("SIMD").status == "broken"
+    assert check("SIMD").remedy == "unset HASHENGINE_SIMD_LEVEL"
+    monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", "scalar")
+    assert "uses scalar of scalar" in check("SIMD").found
+
+
+@pytest.mark.parametrize("module", doctor.EXTRAS)
+def test_a_missing_extra_names_its_install(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    found = check(module)
+    assert (found.status, found.remedy) == ("missing", f'pip install "hashengine[{doctor.EXTRAS[module]}]"')
+
+
+def test_missing_tools_are_told_with_their_remedy(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert (check("C++ compiler").status, check("C++ compiler").remedy) == ("missing", "apt-get install g++")
+    assert check("nvcc").status == "missing"
+    assert 'pip install "nvidia-cuda-nvcc==13.2.*"' in check("nvcc").remedy
+
+
+def test_a_gpu_without_kernels_is_told_with_the_build_that_makes_them(monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(_native, "_load", lambda: (None, "it was never built"))
+    found = check("GPU 0")
+    assert found.status == "warn" and "NVIDIA H200" in found.found
+    assert "HASHENGINE_BUILD=cuda" in found.remedy
+
+
+def test_a_tool_that_fails_is_not_reported_as_working(monkeypatch):
+    monkeypatch.setattr(_toolchain, "run", lambda command, stdin="": (1, "fatal error: cannot execute cc1plus"))
+    assert check("C++ compiler").status == "missing"
+    assert "cc1plus" in check("C++ compiler").found

@@ -1,0 +1,178 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from hashengine import ops
+from hashengine.errors import InputError
+from hashengine.models import HashNet, HashNetConfig
+from hashengine.nn import SimAM, TripletAttention
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def network(seed: int = 0, **options) -> HashNet:
+    torch.manual_seed(seed)
+    options = {"bits": 16, "classes": CLASSES, "channels": 1, "image_size": 8, "widths": (8, 16)} | options
+    return HashNet(HashNetConfig(**options)).eval()
+
+
+def random_images(count: int, channels: int = 1, size: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("attention", ["none", "simam", "triplet"])
+@pytest.mark.parametrize(("channels", "size", "stem_stride"), [(1, 8, 1), (3, 32, 2)])
+def test_forward_gives_what_the_loss_and_the_code_need(attention, channels, size, stem_stride):
+    model = network(attention=attention, channels=channels, image_size=size, stem_stride=stem_stride, alpha=0.5).train()
+    u, b, penalty, logits = model(random_images(5, channels, size))
+    assert u.shape == b.shape == (5, 16) and logits.shape == (5, 3)
+    assert torch.equal(b, torch.where(u >= 0, 1.0, -1.0))
+    torch.testing.assert_close(penalty, 0.5 * ((u.abs() - 1).abs() ** 3).mean())
+    torch.testing.assert_close(logits, b @ model.classifier.weight.T)
+    (logits.sum() + penalty).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_attention_stands_where_its_authors_put_it():
+    branches = {name: [*network(attention=name).backbone[1].branch] for name in ("none", "simam", "triplet")}
+    plain = [type(layer) for layer in branches["none"]]
+    assert plain[-2:] == [nn.Conv2d, nn.BatchNorm2d]
+    assert [type(layer) for layer in branches["simam"]] == [*plain[:-1], SimAM, nn.BatchNorm2d]
+    assert [type(layer) for layer in branches["triplet"]] == [*plain, TripletAttention]
+
+
+def test_pixels_are_normalised_with_the_configured_statistics():
+    images = random_images(4)
+    plain, scaled = network(mean=(0.0,), std=(1.0,)), network(mean=(0.3,), std=(0.2,))
+    expected = plain.hash_layer(plain.backbone((images / 255 - 0.3) / 0.2))
+    torch.testing.assert_close(scaled.hash_activations(images), expected)
+
+
+def test_encode_packs_the_signs_batch_by_batch_and_leaves_the_model_as_it_was():
+    model, images = network().train(), random_images(10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    codes = model.encode(images, batch_size=4)
+    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert codes.dtype == torch.uint8 and codes.shape == (10, 2)
+    with torch.no_grad():
+        assert torch.equal(codes, torch.cat([ops.pack_bits(model.eval()(part).u) for part in images.split(4)]))
+    assert model.encode(images[:0]).shape == (0, 2)
+
+
+def test_encode_refuses_activations_that_are_not_finite():
+    model = network()
+    nn.init.constant_(model.hash_layer.bias, float("nan"))
+    with pytest.raises(InputError, match="expected finite activations, got NaN"):
+        model.encode(random_images(2))
+
+
+@pytest.mark.parametrize("images", [random_images(2).float(), random_images(2, size=9), random_images(2)[0]])
+def test_images_of_another_type_or_shape_are_refused(images):
+    for entry in (network(), network().encode):
+        with pytest.raises(InputError, match=r"images: expected uint8 \[N, 1, 8, 8\], got"):
+            entry(images)
+
+
+def test_preprocess_fits_any_picture_to_the_network():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+    for channels in (1, 3):
+        model = network(channels=channels, image_size=16)
+        pixels = model.preprocess(photo)
+        assert pixels.shape == (channels, 16, 16) and pixels.dtype == torch.uint8
+        assert model.encode(pixels[None]).shape == (1, 2)
+
+
+def test_a_saved_model_gives_the_same_codes(tmp_path):
+    model, images = network(mean=(0.1,), std=(0.7,)), random_images(50)
+    network(seed=5, bits=24).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = HashNet.from_pretrained(tmp_path)
+    assert loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded.encode(images), model.encode(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
+    model = network()
+    model.save_pretrained(tmp_path)
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        network(seed=5, bits=24).save_pretrained(tmp_path)
+    assert torch.equal(HashNet.from_pretrained(tmp_path).encode(random_images(9)), model.encode(random_images(9)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: .*JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "config.json: "),
+        (lambda folder: edit_config(folder, version=2), "config.json: version: .*got 2"),
+        (lambda folder: edit_config(folder, format="x"), "config.json: format: .*got 'x'"),
+        (lambda folder: edit_config(folder, bits=24), "model.safetensors: expected the weights saved with"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"foreign"), "model.safetensors: .*damaged"),
+    ],
+)
+def test_a_foreign_or_damaged_folder_is_refused_in_one_line(tmp_path, damage, complaint):
+    network().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=complaint) as caught:
+        HashNet.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_truncation_of_the_weights_is_noticed(tmp_path):
+    network().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="model.safetensors: .*damaged"):
+            HashNet.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    model = network()
+    model.save_pretrained(tmp_path)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights["hash_layer.bias"] = torch.zeros(3)
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"config": model.config.model_dump_json()})
+    with pytest.raises(InputError, match="does not fit config.json: .*hash_layer.bias") as caught:
+        HashNet.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"bits": 12}, "bits: expected a multiple of 8.*got 12"),
+        ({"bits": 0}, "bits: .*greater than 0, got 0"),
+        ({"classes": ("one",)}, "classes: .*at least 2"),
+        ({"classes": ("a", "a")}, "classes: expected every class once"),
+        ({"channels": 2}, "channels: .*got 2"),
+        ({"attention": "big"}, "attention: .*got 'big'"),
+        ({"std": (1.0, 2.0)}, "std: expected one number or one for each"),
+        ({"depth": 3}, "depth: "),
+    ],
+)
+def test_a_config_tells_a_mistake_in_one_line(options, complaint):
+    with pytest.raises(InputError, match=complaint) as caught:
+        HashNetConfig(**{"classes": CLASSES} | options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,119 @@
+"""Loading the native module: what is compared first, and what happens where it cannot be used."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hashengine import _native
+
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+RECORD = {
+    "version": "0.1.0",
+    "build": "cuda",
+    "reason": "this machine has a GPU",
+    "python": f"{HERE}.7",
+    "torch": "2.13.1+cu132",
+    "torch_cuda": "13.2",
+    "arch_list": ["9.0a"],
+}
+
+
+@pytest.fixture
+def never_built(monkeypatch):
+    """A package without a build record, loaded anew."""
+    monkeypatch.setattr(_native, "_RECORD", Path("nowhere", "_build.json"))
+    monkeypatch.delenv("HASHENGINE_REQUIRE_NATIVE", raising=False)
+    _native._load.cache_clear()
+    yield
+    monkeypatch.undo()
+    _native._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "running", "reason"),
+    [
+        ({}, ("2.13.0", "13.0"), None),
+        ({}, ("2.13.0+cu130", "13.0"), None),
+        ({"build": "cpu"}, ("2.13.0+cpu", None), None),
+        ({}, ("2.14.0", "13.2"), "it was built for torch 2.13.1+cu132, this is torch 2.14.0"),
+        ({"torch": "2.1.0"}, ("2.13.0", "13.2"), "it was built for torch 2.1.0, this is torch 2.13.0"),
+        ({"python": "3.9.1"}, ("2.13.0", "13.2"), f"it was built for Python 3.9.1, this is Python {HERE}"),
+        ({}, ("2.13.0+cpu", None), "it was built for CUDA 13.2, this torch has no CUDA"),
+        ({}, ("2.13.0+cu126", "12.6"), "it was built for CUDA 13.2, this torch has 12.6"),
+        ({"build": "none"}, ("2.13.0", "13.2"), "it was not built, because this machine has a GPU"),
+    ],
+)
+def test_mismatch(changes, running, reason):
+    assert _native.mismatch(RECORD | changes, *running) == reason
+
+
+def test_a_module_that_was_never_built_warns_with_the_command(never_built):
+    with pytest.warns(RuntimeWarning) as caught:
+        _native.load()
+    [warning] = caught
+    message = str(warning.message)
+    assert "\n" not in message
+    assert "it was never built" in message and _native.rebuild_command() in message
+    assert not _native.available()
+    assert _native.why_not() == "it was never built"
+    assert _native.build_config() == {}
+
+
+@pytest.mark.parametrize("value", ["1", "yes"])
+def test_required_it_is_an_error(never_built, monkeypatch, value):
+    monkeypatch.setenv("HASHENGINE_REQUIRE_NATIVE", value)
+    with pytest.raises(ImportError, match="it was never built.*HASHENGINE_REQUIRE_NATIVE"):
+        _native.load()
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_not_required_it_is_a_warning(never_built, monkeypatch, value):
+    monkeypatch.setenv("HASHENGINE_REQUIRE_NATIVE", value)
+    with pytest.warns(RuntimeWarning):
+        _native.load()
+
+
+def test_a_module_that_does_not_load_says_what_the_loader_said(never_built, monkeypatch):
+    record = RECORD | {"build": "cpu", "torch": torch.__version__}
+    monkeypatch.setattr(_native, "_record", lambda: record)
+
+    def fail(name):
+        raise ImportError("_C.so: undefined symbol: _ZN3c10\nsecond line")
+
+    monkeypatch.setattr(_native.importlib, "import_module", fail)
+    assert _native.why_not() == "it does not load (_C.so: undefined symbol: _ZN3c10)"
+
+
+def test_a_broken_record_is_no_record(never_built, monkeypatch, tmp_path):
+    path = tmp_path / "_build.json"
+    path.write_text('{"version": ')
+    monkeypatch.setattr(_native, "_RECORD", path)
+    assert _native.why_not() == "it was never built"
+
+
+@pytest.mark.skipif(not _native.available(), reason="the native module was not built")
+def test_a_loaded_module_gives_its_record_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native.load()
+    config = _native.build_config()
+    assert config["build"] in ("cpu", "cuda")
+    assert config["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert _native.why_not() is None
+
+
+@pytest.mark.skipif(not _native.available(), reason="the native module was not built")
+def test_one_openmp_runtime_serves_torch_and_the_module():
+    # A process of its own: other libraries of the test environment bring runtimes of theirs.
+    script = "import hashengine.doctor as d; print(d._native.available(), *d.openmp_runtimes(), sep='\\n')"
+    env = {**os.environ, "PYTHONPATH": str(Path(_native.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    available, *runtimes = done.stdout.splitlines()
+    assert available == "True"
+    assert len(runtimes) == 1, runtimes

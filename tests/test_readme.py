@@ -1,0 +1,57 @@
+"""Every command and every example in README.md runs as it stands there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)  # (language, code)
+NAMES = [re.sub(r"\W+", "-", code.splitlines()[-1]) for _, code in BLOCKS]
+NEEDED = {"torchvision": "torchvision", "training": "sklearn", "benchmarks": "faiss"}  # a word in the block: a package
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A shell environment in which `python` and `hashengine` are those under test."""
+    scripts = tmp_path / "bin"
+    scripts.mkdir()
+    for name, command in (("python", ""), ("hashengine", "-m hashengine")):
+        (scripts / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
+        (scripts / name).chmod(0o755)
+    return os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def runnable(shell: str) -> str:
+    """The block with its `make` lines as dry runs: what they would run is this very suite and its set-up."""
+    return re.sub(r"^make ", f"make --dry-run --directory={ROOT} ", shell, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("language", "code"), BLOCKS, ids=NAMES)
+def test_block_runs(language, code, environment, tmp_path):
+    for word, package in NEEDED.items():
+        if word in code:
+            pytest.importorskip(package)
+    command = {"sh": ["bash", "-euxc", runnable(code)], "python": [sys.executable, "-c", code]}[language]
+    if code.startswith("make ") and not shutil.which("make"):
+        pytest.skip("make is not installed")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_command_that_the_text_names_is_in_a_block():
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`((?:hashengine|make|python -m \w+) [a-z]+)", text))
+    shell = "".join(code for language, code in BLOCKS if language == "sh")
+    assert named >= {"hashengine doctor", "make demo"}
+    assert {command for command in named if command not in shell} <= {"make setup"}
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
