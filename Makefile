@@ -47,7 +47,7 @@ test-full: $(READY)  ## the test suite with its slow parts
 	$(BIN)/python -m pytest
 
 bench: $(READY)  ## the pytest-benchmark cases, timed
-	$(BIN)/python -m pytest --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -2,6 +2,6 @@
 
 import os
 
-# Read once, when torch loads OpenMP. By default its threads spin while they wait; where another program wants the same
-# cores, training a small network on two of them then took 4 times as long as with threads that sleep.
+# Read once, when torch loads OpenMP. Threads that spin while they wait, its default, hold up a small network's training
+# badly where another program wants the same cores; threads that sleep do not.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

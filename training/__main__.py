@@ -48,7 +48,7 @@ def fit(
     images: Annotated[Path | None, typer.Option(help="folder of class folders")] = None,
     output: Annotated[Path | None, typer.Option(help="the model's folder")] = None,
     bits: Annotated[int | None, typer.Option(help="length of a code, a multiple of 8  [default: 32]")] = None,
-    attention: Annotated[str | None, typer.Option(help="triplet, simam or none  [default: triplet]")] = None,
+    attention: Annotated[str | None, typer.Option(help="simam, triplet or none  [default: simam]")] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the images  [default: by their number]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images a step  [default: 64]")] = None,
     lr: Annotated[float | None, typer.Option(help="highest learning rate  [default: 0.004]")] = None,

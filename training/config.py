@@ -30,7 +30,7 @@ class FitConfig(Config):
     images: Path
     output: Path
     bits: int = 32
-    attention: Literal["none", "simam", "triplet"] = "triplet"
+    attention: Literal["none", "simam", "triplet"] = "simam"
     epochs: Annotated[int, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4e-3

@@ -40,7 +40,7 @@ class HashNetConfig(Config):
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     channels: Literal[1, 3] = 3
     image_size: Annotated[int, Field(ge=8, le=256)] = 32
-    attention: Literal["none", "simam", "triplet"] = "triplet"
+    attention: Literal["none", "simam", "triplet"] = "simam"
     widths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (32, 64, 128)
     stem_stride: Literal[1, 2] = 1
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1

@@ -1,0 +1,80 @@
+"""What every benchmark shares: timing in rounds, the machine's description, results as lines of JSON."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hashengine
+from hashengine import _native
+
+_SETTLE_SECONDS = 0.05  # OpenMP threads of the last system spin a while after their work; the next one must not pay
+
+
+def time_in_rounds(systems: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each system in each round, after one run of each to warm up.
+
+    The systems take turns, so that whatever disturbs the machine disturbs them alike; compare them round by round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for turn in range(rounds + 1):
+        for name, system in systems.items():
+            time.sleep(_SETTLE_SECONDS)
+            start = time.perf_counter()
+            system()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Where and with what a number was measured."""
+    simd_level = "none"
+    if _native.available():
+        from hashengine import _C
+
+        simd_level = _C.simd_level()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": _cpu_name(),
+        "simd_level": simd_level,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hashengine": hashengine.__version__,
+    }
+
+
+def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    family = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return fields.get("model name", platform.processor()) + family
