@@ -1,8 +1,9 @@
 """The whole path on real images, run as the commands that a user would type."""
 
+import multiprocessing
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -77,10 +78,21 @@ def commands(data: str, output: Path, bits: int) -> list[list[str]]:
 
 
 def run(command: list[str]) -> int:
-    """Run one step with this Python, whatever `python` and `hashengine` are on the PATH; return its exit code."""
-    program, *arguments = command
-    module = [] if program == "python" else ["-m", program]
-    return subprocess.run([sys.executable, *module, *arguments]).returncode
+    """Run one step and return its exit code.
+
+    The step runs in a fork of this process, which has torch loaded already; a process of its own would load it again, as
+    each command does that is typed, which takes longer than most of these steps.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_step, args=command)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _step(program: str, *arguments: str) -> None:
+    module, arguments = (arguments[1], arguments[2:]) if program == "python" else (program, arguments)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def summarise(output: Path) -> None:
