@@ -22,12 +22,13 @@ def maps(x: torch.Tensor) -> list[torch.Tensor]:
     return [torch.randn(n, 1, c, w), torch.randn(n, 1, h, c), torch.randn(n, 1, h, w)]
 
 
+TRIPLET_ATTENTION = nn.TripletAttention()
 ATTENTION = {
     "simam": lambda x: (ops.simam(x),),
     "simam_energy": lambda x: (ops.simam_energy(x),),
     "triplet_pool": ops.triplet_pool,
     "triplet_gate": lambda x: (ops.triplet_gate(x, *maps(x)),),
-    "triplet_attention": lambda x, layer=nn.TripletAttention(): (layer(x),),
+    "triplet_attention": lambda x: (TRIPLET_ATTENTION(x),),
 }
 
 

@@ -25,8 +25,10 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"folder: expected a folder of images, got {str(folder)!r}, which is "
-                         + ("a file" if folder.exists() else "missing"))
+        raise InputError(
+            f"folder: expected a folder of images, got {str(folder)!r}, which is "
+            + ("a file" if folder.exists() else "missing")
+        )
 
     def refuse(error: OSError) -> None:
         raise InputError(f"folder: cannot read {error.filename!r}: {error.strerror}")
@@ -40,8 +42,10 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
         ]
     if not images:
-        raise InputError(f"folder: expected images under {str(folder)!r}, found no file named like one "
-                         f"({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(
+            f"folder: expected images under {str(folder)!r}, found no file named like one "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     return sorted(images)
 
 

@@ -27,7 +27,10 @@ def feature_map(layout: str, dtype: torch.dtype = torch.float32, shape=(3, 4, 5,
 
 
 def assert_gradients(function: Callable, x: Tensor, *others: Tensor) -> None:
-    """The gradients against finite differences (along random directions); where x overlaps itself, which those cannot take, against a copy's."""
+    """The gradients against finite differences along random directions.
+
+    Where x overlaps itself, which those cannot take, against the gradients of a contiguous copy.
+    """
     if 0 in x.stride() and x.numel():
         results = []
         for leaf in (x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()):

@@ -19,4 +19,6 @@ def assert_as_accurate_as_eager(fused: Tensor, eager: Tensor, exact: Tensor) -> 
         return
     fused_error, eager_error = ((x.double() - exact).abs().max().item() for x in (fused, eager))
     floor = torch.finfo(fused.dtype).eps * exact.abs().max().item()
-    assert fused_error <= 2 * eager_error + floor, f"fused {fused_error:.3e}, eager {eager_error:.3e}, floor {floor:.3e}"
+    assert fused_error <= 2 * eager_error + floor, (
+        f"fused {fused_error:.3e}, eager {eager_error:.3e}, floor {floor:.3e}"
+    )

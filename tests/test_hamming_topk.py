@@ -167,7 +167,13 @@ def test_same_answers_for_every_number_of_threads():
 @pytest.mark.parametrize(
     ("queries", "codes", "k", "error", "message"),
     [
-        (torch.zeros(2, 8), torch.zeros(5, 8, dtype=torch.uint8), 1, TypeError, "queries must be packed codes of uint8"),
+        (
+            torch.zeros(2, 8),
+            torch.zeros(5, 8, dtype=torch.uint8),
+            1,
+            TypeError,
+            "queries must be packed codes of uint8",
+        ),
         (torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(5, 8), 1, TypeError, "codes must be packed codes of uint8"),
         (torch.zeros(8, dtype=torch.uint8), torch.zeros(5, 8, dtype=torch.uint8), 1, ValueError, r"\[rows, bits / 8\]"),
         (torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(5, 8, dtype=torch.uint8), 1, ValueError, "32 and 64 bits"),

@@ -112,7 +112,8 @@ def test_official_sets_come_from_torchvision_with_the_test_images_as_queries(tmp
     record = prepare("fashion-mnist", tmp_path / "all", root=tmp_path / "root")
     assert record["database"]["classes"] == {"Bag": 20, "T-shirt-top": 20} and record["query"]["images"] == 20
     assert prepare("fashion-mnist", tmp_path / "some", queries=6, root=tmp_path / "root")["query"]["classes"] == {
-        "Bag": 3, "T-shirt-top": 3
+        "Bag": 3,
+        "T-shirt-top": 3,
     }
 
 
@@ -150,7 +151,7 @@ def test_batches_visit_every_image_once_an_epoch_shifted_and_flipped():
             seen.append(label)
     assert sorted(seen) == list(range(20)) != seen
     plain = Batches(data, 32, shift=0, flip=False, seed=0, device=torch.device("cpu"))
-    (batch, labels), = plain
+    ((batch, labels),) = plain
     assert torch.equal(batch, images[labels])
 
 
@@ -244,7 +245,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, arguments,
 def test_the_module_runs_as_a_program_without_a_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "training", "fit", "--images", str(tmp_path), "--output", str(tmp_path / "model")],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: folder: expected images under")

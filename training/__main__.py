@@ -65,14 +65,26 @@ def fit(
     record = loop.fit(options)
     last = record["epochs"][-1]
     table = Table(title=f"model in {options.output}", show_header=False)
-    table.add_row("network", f"{record['network']['bits']} bits, attention {record['network']['attention']}, "
-                             f"{record['parameters']:,} parameters")
-    table.add_row("images", f"{record['images']:,} of {len(record['network']['classes'])} classes, "
-                            f"{record['network']['image_size']} pixels a side")
-    table.add_row("training", f"{len(record['epochs'])} epochs in {record['seconds']:.1f} s, "
-                              f"{record['images_per_second']:,.0f} images/s on {record['device']}")
-    table.add_row("last epoch", f"loss {last['classification']:.4f} + penalty {last['penalty']:.4f}, "
-                                f"accuracy {last['accuracy']:.1%} on the training images")
+    table.add_row(
+        "network",
+        f"{record['network']['bits']} bits, attention {record['network']['attention']}, "
+        f"{record['parameters']:,} parameters",
+    )
+    table.add_row(
+        "images",
+        f"{record['images']:,} of {len(record['network']['classes'])} classes, "
+        f"{record['network']['image_size']} pixels a side",
+    )
+    table.add_row(
+        "training",
+        f"{len(record['epochs'])} epochs in {record['seconds']:.1f} s, "
+        f"{record['images_per_second']:,.0f} images/s on {record['device']}",
+    )
+    table.add_row(
+        "last epoch",
+        f"loss {last['classification']:.4f} + penalty {last['penalty']:.4f}, "
+        f"accuracy {last['accuracy']:.1%} on the training images",
+    )
     console.print(table)
 
 

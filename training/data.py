@@ -114,8 +114,9 @@ class Batches:
         channels, size = self.images.shape[1:3]
         pixel = torch.arange(size)
         rows, columns = (
-            (pixel + torch.randint(-self.shift, self.shift + 1, (len(chosen), 1), generator=self.generator))
-            .clamp_(0, size - 1)
+            (pixel + torch.randint(-self.shift, self.shift + 1, (len(chosen), 1), generator=self.generator)).clamp_(
+                0, size - 1
+            )
             for _ in range(2)
         )
         if self.flip:

@@ -56,7 +56,9 @@ def fit(config: FitConfig) -> dict:
         "images_per_second": round(epochs * len(batches) * batches.batch_size / seconds, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": {
-            "hashengine": hashengine.__version__, "torch": torch.__version__, "python": platform.python_version()
+            "hashengine": hashengine.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
         },
     }
     model.save_pretrained(config.output)

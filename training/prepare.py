@@ -128,8 +128,10 @@ def _draw(labels: list[str], count: int, seed: int) -> set[int]:
     for index, label in enumerate(labels):
         members.setdefault(label, []).append(index)
     if count > len(labels) - len(members):
-        raise InputError(f"queries: expected at most {len(labels) - len(members)} of these {len(labels)} images, since "
-                         f"one of each class must stay, got {count}")
+        raise InputError(
+            f"queries: expected at most {len(labels) - len(members)} of these {len(labels)} images, since "
+            f"one of each class must stay, got {count}"
+        )
     quota = {label: count * len(indices) / len(labels) for label, indices in members.items()}
     share = {label: int(quota[label]) for label in members}
     by_remainder = sorted(members, key=lambda label: share[label] - quota[label])
@@ -173,8 +175,10 @@ def _torchvision(dataset: str) -> Callable[[int, int | None, Path | None], Split
             try:
                 data = getattr(datasets, dataset)(root or default_root(), train=train, download=True)
             except (OSError, RuntimeError) as error:
-                raise InputError(f"source: cannot read or download {dataset} in {str(root or default_root())!r}: "
-                                 f"{' '.join(str(error).split())}: give the folder that has it with --root") from None
+                raise InputError(
+                    f"source: cannot read or download {dataset} in {str(root or default_root())!r}: "
+                    f"{' '.join(str(error).split())}: give the folder that has it with --root"
+                ) from None
             names = [data.classes[int(label)].replace("/", "-") for label in data.targets]
             sides.append(_numbered(np.asarray(data.data), names))
         database, query = sides

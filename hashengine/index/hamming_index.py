@@ -44,6 +44,11 @@ class HammingIndex:
     def __repr__(self) -> str:
         return f"HammingIndex(bits={self.bits}, codes={len(self)})"
 
+    @property
+    def codes(self) -> Tensor:
+        """The codes in insertion order, uint8 [N, bits / 8]: a view, not to be written to."""
+        return self._codes.view()
+
     def add(self, codes: Array, ids: Array | None = None) -> None:
         """Append codes; either all of them are added with ids or none, and then a code's id is its position.
 
@@ -79,7 +84,7 @@ class HammingIndex:
             k: 1 to the number of codes.
 
         Returns:
-            ``distances`` int32 [Q, k], ascending, and ``ids`` int64 [Q, k], in the queries' library and on their device.
+            ``distances`` int32 [Q, k], ascending, and ``ids`` int64 [Q, k], in the queries' library, on their device.
 
         Raises:
             TypeError: a wrong dtype.
@@ -90,7 +95,7 @@ class HammingIndex:
             raise InputError("search: the index is empty; add codes first")
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(self):
             raise InputError(f"search: k must be 1 to the number of codes ({len(self)}), got {k!r}")
-        distances, ids = hamming_topk(rows, self._codes.view(), k)
+        distances, ids = hamming_topk(rows, self.codes, k)
         if self._ids is not None:
             ids = self._ids.view()[ids]
         if isinstance(queries, np.ndarray):
@@ -105,7 +110,7 @@ class HammingIndex:
         held before.
         """
         ids = None if self._ids is None else self._ids.view()
-        self._saved = storage.save(Path(path), self.bits, self._codes.view(), ids, self._saved)
+        self._saved = storage.save(Path(path), self.bits, self.codes, ids, self._saved)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HammingIndex:

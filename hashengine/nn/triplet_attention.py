@@ -31,12 +31,12 @@ class _Gate(nn.Module):
 class TripletAttention(nn.Module):
     """Cross-dimension attention, :func:`hashengine.ops.triplet_attention`: [N, C, H, W] to the same shape and dtype.
 
-    Misra et al., "Rotate to Attend", WACV 2021: the last op of a residual branch, before the addition. At initialisation
-    it halves its input, which a residual branch absorbs and a plain network feels.
+    Misra et al., "Rotate to Attend", WACV 2021: the last op of a residual branch, before the addition. At
+    initialisation it halves its input, which a residual branch absorbs and a plain network feels.
 
     State dicts of both official modules load (keys ``cw``/``hc``/``hw`` and ``ChannelGateH``/``ChannelGateW``/
-    ``SpatialGate``). Each BatchNorm is a plain ``nn.BatchNorm2d``; once ``convert_sync_batchnorm`` or a hook has changed
-    them, the layer runs pooling, convolution, the module, and the gate one after another.
+    ``SpatialGate``). Each BatchNorm is a plain ``nn.BatchNorm2d``; once ``convert_sync_batchnorm`` or a hook has
+    changed them, the layer runs pooling, convolution, the module, and the gate one after another.
 
     Args:
         channels: taken and ignored, so that factories which build ``layer(channels)`` can call it: the layer has 300

@@ -1,6 +1,6 @@
 """The three branches of triplet attention: which axis each pools away, and the way between its maps and x.
 
-Misra, Nalamada, Arasanipalai and Hou, "Rotate to Attend: Convolutional Triplet Attention Module", WACV 2021, section 3.2.
+Misra, Nalamada, Arasanipalai and Hou, "Rotate to Attend: Convolutional Triplet Attention Module", WACV 2021.
 A branch's map lies over the two axes that it keeps: [N, C, W], [N, H, C] and [N, H, W].
 """
 

@@ -1,4 +1,4 @@
-"""Argument checks that references and fakes share: one line that names op and argument, what was expected, what came."""
+"""Argument checks that references and fakes share: one line names op, argument, what was expected and what came."""
 
 import torch
 from torch import Tensor

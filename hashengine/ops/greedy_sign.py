@@ -7,8 +7,8 @@ equation 6 with p = 3 gives the penalty, and section 3.2 the gradient that passe
 import torch
 from torch import Tensor
 
-from hashengine.ops._library import define_op
 from hashengine.ops._check import check_activations, check_no_nan
+from hashengine.ops._library import define_op
 
 
 def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

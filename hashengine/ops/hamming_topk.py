@@ -54,7 +54,7 @@ def _signs(codes: Tensor) -> Tensor:
 
 
 def _reference(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances as a matrix product of +-1 codes, exact in float32 up to 2^24 bits; ranked by distance * N + position."""
+    """Distances as a product of +-1 codes, exact in float32 up to 2^24 bits; ranked by distance * N + position."""
     _check(queries, codes, k)
     count, bits = codes.shape[0], 8 * codes.shape[1]
     query_signs = _signs(queries)

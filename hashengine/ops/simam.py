@@ -1,8 +1,8 @@
 """SimAM, the parameter-free attention: Yang, Zhang, Li and Xie, ICML 2021 (PMLR 139:11863-11874).
 
 In each channel plane of M = H * W positions, with ``n = max(M - 1, 1)``, mean ``m`` and ``v = sum((x - m)^2) / n``, the
-minimal energy of a neuron x is ``e* = 4 (v + lam) / ((x - m)^2 + 2 v + 2 lam)`` (equation 5). The less energy, the more a
-neuron stands out; its importance is ``1 / e* = (x - m)^2 / (4 (v + lam)) + 1/2``, and ``y = x * sigmoid(1 / e*)``.
+minimal energy of a neuron x is ``e* = 4 (v + lam) / ((x - m)^2 + 2 v + 2 lam)`` (equation 5). The less energy, the more
+a neuron stands out; its importance is ``1 / e* = (x - m)^2 / (4 (v + lam)) + 1/2``, and ``y = x * sigmoid(1 / e*)``.
 """
 
 import torch
@@ -16,8 +16,8 @@ def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
     """SimAM: each activation times the sigmoid of its importance.
 
     Args:
-        x: feature map [N, C, H, W], float64, float32, float16 or bfloat16, any strides. A 1 x 1 plane has variance 0, so
-            that its gate is sigmoid(1/2).
+        x: feature map [N, C, H, W], float64, float32, float16 or bfloat16, any strides. A 1 x 1 plane has variance 0,
+            so that its gate is sigmoid(1/2).
         lam: the paper's lambda, above 0: 1e-4 for CIFAR, 0.1 for ImageNet.
 
     Returns:

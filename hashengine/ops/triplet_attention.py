@@ -1,7 +1,7 @@
 """Triplet attention: Misra, Nalamada, Arasanipalai and Hou, "Rotate to Attend", WACV 2021.
 
-For each of the pairs of axes (C, W), (H, C) and (H, W): pool the remaining axis into [max; mean], convolve 2 -> 1 without
-bias, BatchNorm, sigmoid, multiply into x; y is the mean of the branches (equation 2).
+For each of the pairs of axes (C, W), (H, C) and (H, W): pool the remaining axis into [max; mean], convolve 2 -> 1
+without bias, BatchNorm, sigmoid, multiply into x; y is the mean of the branches (equation 2).
 """
 
 import torch

@@ -15,8 +15,8 @@ def triplet_gate(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | Non
 
     Args:
         x: feature map [N, C, H, W], float64, float32, float16 or bfloat16, any strides.
-        map_cw, map_hc, map_hw: the branches' maps before the sigmoid, [N, 1, C, W], [N, 1, H, C] and [N, 1, H, W], any of
-            these types; without ``map_hw`` the mean is over two branches.
+        map_cw, map_hc, map_hw: the branches' maps before the sigmoid, [N, 1, C, W], [N, 1, H, C] and [N, 1, H, W], any
+            of these types; without ``map_hw`` the mean is over two branches.
 
     Returns:
         y: like ``x`` in shape, dtype and layout.

@@ -80,8 +80,8 @@ def commands(data: str, output: Path, bits: int) -> list[list[str]]:
 def run(command: list[str]) -> int:
     """Run one step and return its exit code.
 
-    The step runs in a fork of this process, which has torch loaded already; a process of its own would load it again, as
-    each command does that is typed, which takes longer than most of these steps.
+    The step runs in a fork of this process, which has torch loaded already; a process of its own would load it again,
+    as each command does that is typed, which takes longer than most of these steps.
     """
     process = multiprocessing.get_context("fork").Process(target=_step, args=command)
     process.start()

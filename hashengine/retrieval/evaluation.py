@@ -40,7 +40,7 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
     counts = metrics.distance_counts(
         queries.codes,
         np.array([number[item.label] for item in queries.items]),
-        index.hamming._codes.view().numpy(),
+        index.hamming.codes.numpy(),
         np.array([number.get(item.label, -1) for item in index.items]),  # -1 is no query's class
     )
     depths = [depth for depth in DEPTHS if depth <= len(index.items)]
