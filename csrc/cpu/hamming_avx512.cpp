@@ -44,61 +44,67 @@ void prepare_tile(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8
   }
 }
 
-// One group of eight codes against up to kQueries queries; `bounds` holds theirs, zero (no hit) where there is no query.
-// kWords is the number of words of a code where it is known, else 0.
-template <int kWords>
-HE_TARGET_AVX512 inline __attribute__((always_inline)) void scan_group(const HammingTile& tile, int64_t group,
-                                                                      int64_t words, const int64_t* const queries[],
-                                                                      Selector* selectors, __m512i bounds[]) {
-  if (kWords) words = kWords;
-  const auto* vectors = reinterpret_cast<const __m512i*>(tile.rows) + group * words;
-  __m512i sums[kQueries];
-  for (int q = 0; q < kQueries; ++q) sums[q] = _mm512_setzero_si512();
-  for (int64_t w = 0; w < words; ++w) {
-    const __m512i codes = _mm512_load_si512(vectors + w);
-    for (int q = 0; q < kQueries; ++q) {
-      const __m512i difference = _mm512_xor_si512(codes, _mm512_set1_epi64(queries[q][w]));
-      sums[q] = _mm512_add_epi64(sums[q], _mm512_popcnt_epi64(difference));
+// The rare path, out of line so that the loop keeps its registers: offers every distance that is below the bound.
+__attribute__((noinline)) void offer_group(const int64_t distances[kGroup], const HammingTile& tile, int64_t first_code,
+                                           Selector& selector) {
+  const int64_t present = std::min(kGroup, tile.count - first_code);
+  for (int64_t i = 0; i < present; ++i)
+    selector.offer(uint32_t(distances[i]), tile.position + uint32_t(first_code + i));
+}
+
+// The whole tile against kQueries queries. kWords is the number of words of a code where it is known, else 0.
+template <int kQueries, int kWords>
+HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* queries, Selector* selectors) {
+  const int64_t words = kWords ? kWords : words_of(tile.code_bytes);
+  const auto* vectors = reinterpret_cast<const __m512i*>(tile.rows);
+  __m512i bounds[kQueries];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) bounds[q] = _mm512_set1_epi64(selectors[q].bound());
+  for (int64_t code = 0; code < tile.count; code += kGroup, vectors += words) {
+    __m512i sums[kQueries];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q)
+      sums[q] = _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_load_si512(vectors), _mm512_set1_epi64(queries[q * words])));
+#pragma GCC unroll 4
+    for (int64_t w = 1; w < words; ++w) {
+      const __m512i codes = _mm512_load_si512(vectors + w);
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q) {
+        const __m512i difference = _mm512_xor_si512(codes, _mm512_set1_epi64(queries[q * words + w]));
+        sums[q] = _mm512_add_epi64(sums[q], _mm512_popcnt_epi64(difference));
+      }
     }
-  }
-  // A difference below zero, the sign bit, is a hit; one test serves all queries.
-  __m512i any = _mm512_setzero_si512();
-  for (int q = 0; q < kQueries; ++q) any = _mm512_or_si512(any, _mm512_sub_epi64(sums[q], bounds[q]));
-  if (_mm512_movepi64_mask(any) == 0) return;
-  for (int q = 0; q < kQueries; ++q) {
-    unsigned hits = _mm512_movepi64_mask(_mm512_sub_epi64(sums[q], bounds[q]));
-    if (hits == 0) continue;
-    alignas(64) int64_t distances[kGroup];
-    _mm512_store_si512(distances, sums[q]);
-    for (; hits; hits &= hits - 1) {
-      const int64_t i = __builtin_ctz(hits);
-      const int64_t code = group * kGroup + i;
-      if (code < tile.count) selectors[q].offer(uint32_t(distances[i]), tile.position + uint32_t(code));
-    }
-    bounds[q] = _mm512_set1_epi64(selectors[q].bound());
+    // A difference below zero, the sign bit, is a hit; one test serves all queries.
+    __m512i any = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) any = _mm512_or_si512(any, _mm512_sub_epi64(sums[q], bounds[q]));
+    if (__builtin_expect(_mm512_movepi64_mask(any) == 0, 1)) continue;
+    alignas(64) int64_t distances[kQueries][kGroup];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) _mm512_store_si512(distances[q], sums[q]);
+    for (int q = 0; q < kQueries; ++q) offer_group(distances[q], tile, code, selectors[q]);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) bounds[q] = _mm512_set1_epi64(selectors[q].bound());
   }
 }
 
 template <int kWords>
-HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* prepared, int64_t query_count,
-                                   Selector* selectors) {
+void scan_words(const HammingTile& tile, const int64_t* queries, int64_t query_count, Selector* selectors) {
   const int64_t words = words_of(tile.code_bytes);
-  const int64_t* queries[kQueries];
-  __m512i bounds[kQueries];
-  for (int q = 0; q < kQueries; ++q) {
-    queries[q] = prepared + std::min<int64_t>(q, query_count - 1) * words;
-    bounds[q] = _mm512_set1_epi64(q < query_count ? selectors[q].bound() : 0);
-  }
-  const int64_t groups = groups_of(tile.count);
-  for (int64_t group = 0; group < groups; ++group) scan_group<kWords>(tile, group, words, queries, selectors, bounds);
+  int64_t q = 0;
+  for (; q + kQueries <= query_count; q += kQueries)
+    scan_queries<kQueries, kWords>(tile, queries + q * words, selectors + q);
+  for (; q < query_count; ++q) scan_queries<1, kWords>(tile, queries + q * words, selectors + q);
 }
 
 void scan(const HammingTile& tile, const uint8_t* prepared, int64_t query_count, Selector* selectors) {
-  const int64_t words = words_of(tile.code_bytes);
-  const auto scan_block = words == 1 ? scan_queries<1> : words == 2 ? scan_queries<2> : words == 4 ? scan_queries<4> : scan_queries<0>;
-  for (int64_t q = 0; q < query_count; q += kQueries)
-    scan_block(tile, reinterpret_cast<const int64_t*>(prepared) + q * words, std::min<int64_t>(kQueries, query_count - q),
-               selectors + q);
+  const auto* queries = reinterpret_cast<const int64_t*>(prepared);
+  switch (words_of(tile.code_bytes)) {
+    case 1: return scan_words<1>(tile, queries, query_count, selectors);
+    case 2: return scan_words<2>(tile, queries, query_count, selectors);
+    case 4: return scan_words<4>(tile, queries, query_count, selectors);
+    default: return scan_words<0>(tile, queries, query_count, selectors);
+  }
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 """How an index lies in a folder.
 
 ``manifest.json`` names the files, their sizes and their checksums; ``codes-*.bin`` holds the codes row after row,
-uint8, bits / 8 bytes each; ``ids-*.bin``, where the user brought ids, int64, little-endian. Files are only ever appended to,
-so the bytes that a manifest names stay as they are until another manifest has taken its place; a tail beyond them is
-what an interrupted save left, and is not read.
+uint8, bits / 8 bytes each; ``ids-*.bin``, where the user brought ids, int64, little-endian. Files are only ever
+appended to, so the bytes that a manifest names stay as they are until another manifest has taken its place; a tail
+beyond them is what an interrupted save left, and is not read.
 """
 
 import json
