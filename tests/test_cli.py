@@ -199,6 +199,12 @@ def test_the_demo_stops_at_the_first_failing_step_and_starts_over(tmp_path, monk
     assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER]
 
 
+def test_the_demo_mirrors_photographs_only():
+    for data, mirrors in (("digits", False), ("fashion-mnist", False), ("cifar10", True), ("photos/", True)):
+        (fit,) = [command for command in demo_module.commands(data, Path("demo"), 32) if "fit" in command]
+        assert ("--flip" in fit) == mirrors
+
+
 def test_the_module_is_the_command(folder):
     result = subprocess.run(
         [sys.executable, "-m", "hashengine", "search", "nowhere", "x.png"], capture_output=True, text=True

@@ -64,9 +64,10 @@ def commands(data: str, output: Path, bits: int) -> list[list[str]]:
 
     images, model, index = output / "images", output / "model", output / "index"
     results, evaluation = output / "results.json", output / "evaluation.json"
+    flip = [] if data in ("digits", "fashion-mnist") else ["--flip"]  # a mirrored photograph shows the same thing
     return [
         training("prepare", data, "--output", images),
-        training("fit", "--images", images / "database", "--bits", str(bits), "--output", model),
+        training("fit", "--images", images / "database", "--bits", str(bits), *flip, "--output", model),
         hashengine("encode", images / "database", "--model", model, "--output", output / "database"),
         hashengine("encode", images / "query", "--model", model, "--output", output / "query"),
         hashengine("index", output / "database", "--output", index),
