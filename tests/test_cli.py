@@ -57,14 +57,15 @@ def test_every_command_has_help(command):
 
 def test_one_image_gives_tab_separated_neighbours(folder):
     image = folder / "images" / "database" / "dots" / "3.png"
-    result = succeed("search", folder / "index", image, "-k", 4)
+    result = succeed("search", folder / "index", image, "-k", 15)
     header, *rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert header == ["rank", "distance", "path", "label"]
-    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    assert [row[0] for row in rows] == [str(rank) for rank in range(1, 16)]
+    assert [int(row[1]) for row in rows] == sorted(int(row[1]) for row in rows)
     assert rows[0][1] == "0"
     assert str(image) in [row[2] for row in rows if row[1] == "0"]
     assert all(Path(row[2]).parent.name == row[3] for row in rows)
-    assert "1 query among 15 codes of 32 bits, k = 4" in result.stderr
+    assert "1 query among 15 codes of 32 bits, k = 15" in result.stderr
 
 
 def test_paths_below_the_working_folder_are_shortened(folder, monkeypatch):

@@ -97,12 +97,13 @@ def test_native_greedy_sign_equals_its_reference(dtype):
     (b, penalty), (b_reference, penalty_reference) = OPS.greedy_sign(u, 0.2), _reference(u, 0.2)
     assert torch.equal(b, b_reference) and b.stride() == b_reference.stride()
     torch.testing.assert_close(penalty, penalty_reference)
+    u[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])  # without a penalty's gradient u is not looked at
     for grad_b in (None, torch.randn_like(u)):
         for grad_penalty in (None, torch.full_like(penalty, -2.0)):
             got = OPS.greedy_sign_backward(grad_b, grad_penalty, u, 0.2)
             want = _backward_reference(grad_b, grad_penalty, u, 0.2)
             assert got.stride() == want.stride()
-            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_greedy_sign_gives_the_same_bits_for_every_number_of_threads():

@@ -15,7 +15,7 @@
 // rare, and a tail beside the vectors would cost every thread registers.
 //
 // Numbers. float32 arithmetic, float64 for float64. At most 16 + 5 + 5 additions are chained in it; the sum over the
-// blocks is in float64. NaN gives b = -1, penalty NaN and no gradient of the penalty; nobody looks for it.
+// blocks is in float64. NaN gives b = -1, and NaN for the penalty and its gradient; nobody looks for it.
 //
 // Limits. numel <= 2^31 * 4096, the largest grid.
 
