@@ -3,6 +3,8 @@
 import time
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from hashengine import metrics
 from hashengine.errors import InputError
@@ -11,6 +13,7 @@ from hashengine.retrieval.image_index import ImageIndex
 from hashengine.retrieval.records import Band, Curve, Evaluation
 
 DEPTHS = (1, 10, 100)
+QUERY_BLOCK = 256  # as many as distance_counts works on at once
 
 
 def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, radius: int = 2) -> Evaluation:
@@ -37,7 +40,7 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
     classes = sorted({item.label for item in queries.items})
     number = {label: i for i, label in enumerate(classes)}
     start = time.perf_counter()
-    counts = metrics.distance_counts(
+    counts = _distance_counts(
         queries.codes,
         np.array([number[item.label] for item in queries.items]),
         index.hamming.codes.numpy(),
@@ -64,6 +67,21 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
             empty=curve.empty.tolist(),
         ),
         seconds=time.perf_counter() - start,
+    )
+
+
+def _distance_counts(query_codes, query_labels, database_codes, database_labels) -> metrics.DistanceCounts:
+    """`metrics.distance_counts` block by block of queries, to show how far it is."""
+    blocks = []
+    with tqdm(total=len(query_codes), desc="evaluating", unit="query", leave=False, disable=None) as progress:
+        for start in range(0, len(query_codes), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            blocks.append(
+                metrics.distance_counts(query_codes[block], query_labels[block], database_codes, database_labels)
+            )
+            progress.update(len(blocks[-1].items))
+    return metrics.DistanceCounts(
+        torch.cat([counts.items for counts in blocks]), torch.cat([counts.relevant for counts in blocks])
     )
 
 
