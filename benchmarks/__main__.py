@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from benchmarks import hamming as hamming_benchmark
+from hashengine.cli import command_line
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = command_line("Numbers of hashengine beside its peers', measured in the same run.")
 
 
 @app.callback()
-def main() -> None:
-    """Numbers of hashengine beside its peers', measured in the same run."""
+def main() -> None:  # with it, `hamming` is a command of its own although it is the only one
+    pass
 
 
 @app.command()

@@ -14,7 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.harness import append_results, describe_machine, median_ratio, time_in_rounds
-from hashengine import HammingIndex
+from hashengine import HammingIndex, InputError
 
 FAISS_MODES = {"faiss heap": True, "faiss counting": False}
 VERIFIED_QUERIES = 50
@@ -71,6 +71,11 @@ def run(
         import faiss
     except ImportError:
         raise SystemExit("hamming: needs faiss to compare with: pip install 'hashengine[bench]'") from None
+    for code_bits in bits:
+        if code_bits % 8:
+            raise InputError(f"bits must be a multiple of 8, got {code_bits}")
+    if max(ks) > codes:
+        raise InputError(f"k must be at most the number of codes ({codes}), got {max(ks)}")
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)

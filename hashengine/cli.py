@@ -34,13 +34,14 @@ class Commands(TyperGroup):
             raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
-app = typer.Typer(
-    cls=Commands,
-    help="Images to short binary codes to exact search.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+def command_line(help: str) -> typer.Typer:
+    """An empty command line as all of the project's are."""
+    return typer.Typer(
+        cls=Commands, help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+
+
+app = command_line("Images to short binary codes to exact search.")
 
 
 class Device(str, Enum):

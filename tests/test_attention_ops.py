@@ -220,6 +220,12 @@ def test_errors_name_op_and_argument():
         (lambda: ops.simam_energy(x[0]), ValueError, "simam_energy: x must be"),
         (lambda: ops.triplet_pool(x[:, :0]), ValueError, "triplet_pool: x must have at least one channel"),
         (lambda: ops.triplet_gate(x, maps[1], maps[0]), ValueError, r"triplet_gate: map_cw must be \[3, 1, 4, 6\]"),
+        (lambda: ops.triplet_gate(x, maps[0].to("meta"), maps[1]), ValueError, "map_cw must be on x's device, cpu"),
+        (
+            lambda: ops.triplet_attention(x, *parameters[:4], [t.to("meta") for t in parameters[4]], True),
+            ValueError,
+            r"running_var\[0\] must be on x's device, cpu, got meta",
+        ),
         (lambda: ops.triplet_attention(x, parameters[0][:1], *parameters[1:], True), ValueError, "2 or 3 tensors"),
         (lambda: ops.triplet_attention(x, parameters[1], *parameters[1:], True), ValueError, r"\[1, 2, K, K\]"),
         (lambda: ops.triplet_attention(one_value, *parameters, True), ValueError, "more than one value a branch"),

@@ -38,6 +38,13 @@ def test_wrong_answers_are_not_timed(monkeypatch):
     assert result.exit_code != 0 and "must equal FAISS's before they are timed" in result.output
 
 
+@pytest.mark.parametrize(("option", "message"), [(["--bits", "63"], "bits must be"), (["-k", "9999"], "k must be")])
+def test_wrong_options_are_refused_in_one_line(option, message):
+    result = CliRunner().invoke(app, [*SMALL, *option])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+
+
 def test_clustered_codes_lie_around_centres():
     codes = hamming.draw_codes(hamming.Data.clustered, 2000, 64, np.random.default_rng(1))
     distances = np.bitwise_count(codes ^ codes[:1]).sum(1)

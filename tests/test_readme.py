@@ -1,8 +1,10 @@
 """Every command and every example in README.md runs as it stands there."""
 
+import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,22 @@ def test_every_command_that_the_text_names_is_in_a_block():
     shell = "".join(code for language, code in BLOCKS if language == "sh")
     assert named >= {"hashengine doctor", "make demo"}
     assert {command for command in named if command not in shell} <= {"make setup"}
+
+
+def test_the_table_of_search_rates_is_what_was_measured():
+    lines = (ROOT / "benchmarks" / "results" / "hamming-epyc-zen3-2cores.jsonl").read_text().splitlines()
+    columns = {"hashengine": [], "FAISS": [], "times FAISS": []}
+    for row in map(json.loads, lines):
+        rates = {
+            name: row["codes"] * row["queries"] / statistics.median(times) / 1e9
+            for name, times in row["seconds"].items()
+        }
+        columns["hashengine"].append(f"{rates.pop('hashengine'):.1f}")
+        columns["FAISS"].append(f"{max(rates.values()):.2f}")
+        columns["times FAISS"].append(f"{row['times_faiss']:.1f}")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("|")]
+    for name, figures in columns.items():
+        assert any(first.startswith(name) and rest == figures for first, *rest in table), (name, figures)
 
 
 def test_links_lead_somewhere():

@@ -7,18 +7,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hashengine.cli import Commands
+from hashengine.cli import command_line
 from training import loop
 from training import prepare as preparation
 from training.config import FitConfig, read_yaml
 
-app = typer.Typer(
-    cls=Commands,
-    help="Train hash networks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = command_line("Train hash networks.")
 console = Console()
 
 

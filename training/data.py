@@ -73,7 +73,9 @@ def load(folder: Path, image_size: int | None = None) -> LabelledImages:
         images[index] = image_tensor(read_image(paths[index], "L" if channels == 1 else "RGB"), size, channels)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        for _ in tqdm(pool.map(read, range(len(paths))), "reading images", len(paths), unit="img", leave=False):
+        for _ in tqdm(
+            pool.map(read, range(len(paths))), "reading images", len(paths), unit="img", leave=False, disable=None
+        ):
             pass
     return LabelledImages(images, labels, tuple(by_class))
 

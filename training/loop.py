@@ -71,7 +71,7 @@ def _train(model: HashNet, batches: data.Batches, epochs: int, config: FitConfig
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=epochs * len(batches))
     history = []
-    with tqdm(total=epochs * len(batches), desc="training", unit="step", leave=False) as progress:
+    with tqdm(total=epochs * len(batches), desc="training", unit="step", leave=False, disable=None) as progress:
         for epoch in range(1, epochs + 1):
             sums = torch.zeros(3, device=model.device)  # summed on the device: reading each step would stall a GPU
             for images, labels in batches:

@@ -103,7 +103,7 @@ def _already_there(output: Path, request: dict) -> dict:
 def _write(pictures: list[Picture], folder: Path) -> dict[str, str]:
     """Write the pictures; return path within `folder` -> SHA-256 of the pixels, or of the file where one is copied."""
     digests = {}
-    for picture in tqdm(pictures, f"writing {folder.name}", unit="img", leave=False):
+    for picture in tqdm(pictures, f"writing {folder.name}", unit="img", leave=False, disable=None):
         path = folder / picture.label / picture.name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(picture.content, Path):
@@ -208,7 +208,7 @@ def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
     ]
     if queries is None:
         queries = max(1, round(FOLDER_QUERY_SHARE * len(pictures)))
-    progress = tqdm(pictures, "comparing files", unit="img", leave=False)
+    progress = tqdm(pictures, "comparing files", unit="img", leave=False, disable=None)
     digests = [_content_digest(picture.content) for picture in progress]
     copies = Counter(digests)
     unique = [picture for picture, digest in zip(pictures, digests, strict=True) if copies[digest] == 1]

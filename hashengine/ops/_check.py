@@ -17,6 +17,11 @@ def check_feature_map(op: str, tensor: Tensor, argument: str = "x") -> None:
         raise ValueError(f"{op}: {argument} must be [N, C, H, W], got {list(tensor.shape)}")
 
 
+def check_device(op: str, tensor: Tensor, x: Tensor, argument: str) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {argument} must be on x's device, {x.device}, got {tensor.device}; move one")
+
+
 def check_no_nan(op: str, tensor: Tensor, argument: str = "u") -> None:
     """On the CPU only: a GPU would have to stop to look."""
     if tensor.device.type == "cpu" and tensor.is_floating_point() and bool(tensor.isnan().any()):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashengine.ops._branches import BRANCHES, map_shape, max_and_mean, sum_over, unpool, wide_dtype
-from hashengine.ops._check import check_activations, check_feature_map
+from hashengine.ops._check import check_activations, check_device, check_feature_map
 from hashengine.ops._library import define_op
 from hashengine.ops.triplet_gate import mean_gate
 
@@ -41,7 +41,8 @@ def triplet_attention(
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: a shape does not fit, a list is not two or three long, or ``training`` with one value a branch.
+        ValueError: a shape or a device does not fit, a list is not two or three long, or ``training`` with one value a
+            branch.
     """
     return _triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)[:3]
 
@@ -108,6 +109,7 @@ def _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, traini
             raise ValueError(f"{op}: {name} must hold 2 or 3 tensors, as many as conv_weight, got {len(tensors)}")
         for i, tensor in enumerate(tensors):
             check_activations(op, tensor, f"{name}[{i}]")
+            check_device(op, tensor, x, f"{name}[{i}]")
             if name != "conv_weight" and tuple(tensor.shape) != (1,):
                 raise ValueError(f"{op}: {name}[{i}] must be [1], got {list(tensor.shape)}")
     for i, weight in enumerate(conv_weight):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hashengine.ops._branches import BRANCHES, map_shape, spread, sum_over, wide_dtype
-from hashengine.ops._check import check_activations, check_feature_map
+from hashengine.ops._check import check_activations, check_device, check_feature_map
 from hashengine.ops._library import define_op
 
 
@@ -23,7 +23,7 @@ def triplet_gate(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | Non
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: a shape does not fit.
+        ValueError: a shape or a device does not fit.
     """
     return _triplet_gate(x, map_cw, map_hc, map_hw)
 
@@ -49,6 +49,7 @@ def _check(x: Tensor, *maps: Tensor | None) -> None:
         if branch_map is None:
             continue
         check_activations("triplet_gate", branch_map, f"map_{branch}")
+        check_device("triplet_gate", branch_map, x, f"map_{branch}")
         n, rows, columns = map_shape(x, branch)
         if tuple(branch_map.shape) != (n, 1, rows, columns):
             raise ValueError(
