@@ -5,7 +5,13 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from hashengine.ops import triplet_attention, triplet_gate, triplet_pool
+from hashengine.ops import (
+    triplet_attention,
+    triplet_attention_inference,
+    triplet_attention_update,
+    triplet_gate,
+    triplet_pool,
+)
 
 # The names that the two official modules give to the same three gates.
 _OFFICIAL_NAMES = {
@@ -62,45 +68,47 @@ class TripletAttention(nn.Module):
         return [gate.conv for gate in gates]
 
     def forward(self, x: Tensor) -> Tensor:
-        norms = [gate.bn for gate in self._gates]
-        if all(_is_plain(norm) for norm in norms) and len({(norm.training, norm.eps) for norm in norms}) == 1:
-            return self._fused(x, norms)
+        if _is_plain(self._gates):
+            return self._fused(x, [gate.bn for gate in self._gates])
         return triplet_gate(x, *(gate(pool) for gate, pool in zip(self._gates, triplet_pool(x), strict=False)))
 
     def _fused(self, x: Tensor, norms: list[nn.BatchNorm2d]) -> Tensor:
-        training = norms[0].training
-        y, mean, var = triplet_attention(
-            x,
-            [gate.conv.weight for gate in self._gates],
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
-            [norm.running_mean for norm in norms],
-            [norm.running_var for norm in norms],
-            training,
-            norms[0].eps,
-        )
+        training, eps = norms[0].training, norms[0].eps
+        convolutions = [gate.conv.weight for gate in self._gates]
+        affine = [norm.weight for norm in norms], [norm.bias for norm in norms]
+        running_mean, running_var = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+        if not training and not _needs_gradient(x, *convolutions, *affine[0], *affine[1]):
+            return triplet_attention_inference(x, convolutions, *affine, running_mean, running_var, eps)
+        y, mean, var = triplet_attention(x, convolutions, *affine, running_mean, running_var, training, eps)
         if training:
             n, c, h, w = x.shape
-            for norm, mean_, var_, count in zip(norms, mean, var, (n * c * w, n * h * c, n * h * w), strict=False):
-                _update_running_statistics(norm, mean_, var_ * (count / (count - 1)))
+            counts = [n * c * w, n * h * c, n * h * w][: len(norms)]
+            steps = [norm.num_batches_tracked for norm in norms]
+            triplet_attention_update(mean, var, running_mean, running_var, steps, counts, norms[0].momentum)
         return y
 
     def extra_repr(self) -> str:
         return f"no_spatial={self.no_spatial}"
 
 
-def _is_plain(norm: nn.Module) -> bool:
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and not norm._forward_hooks
+def _is_plain(gates: list[nn.Sequential]) -> bool:
+    """Whether the modules do nothing but what the fused op does, all branches alike."""
+    for gate in gates:
+        if type(gate.conv) is not nn.Conv2d or type(gate.bn) is not nn.BatchNorm2d:
+            return False  # converted, parametrised or swapped
+        if not (gate.bn.affine and gate.bn.track_running_stats) or any(_has_hooks(module) for module in gate):
+            return False
+    return len({(gate.bn.training, gate.bn.eps, gate.bn.momentum) for gate in gates}) == 1
 
 
-@torch.no_grad()
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
-    if momentum is None:  # BatchNorm's cumulative average
-        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-    norm.running_mean.copy_(norm.running_mean + momentum * (mean - norm.running_mean))
-    norm.running_var.copy_(norm.running_var + momentum * (unbiased_var - norm.running_var))
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _rename_official_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

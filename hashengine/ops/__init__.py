@@ -8,7 +8,8 @@ from hashengine.ops.greedy_sign import greedy_sign
 from hashengine.ops.hamming_topk import hamming_topk
 from hashengine.ops.pack_bits import pack_bits, unpack_bits
 from hashengine.ops.simam import simam, simam_energy
-from hashengine.ops.triplet_attention import triplet_attention
+from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
+from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
 
@@ -19,6 +20,8 @@ __all__ = [
     "simam",
     "simam_energy",
     "triplet_attention",
+    "triplet_attention_inference",
+    "triplet_attention_update",
     "triplet_gate",
     "triplet_pool",
     "unpack_bits",

@@ -11,11 +11,6 @@ BRANCHES = ("cw", "hc", "hw")
 _POOLED_AXIS = {"cw": 2, "hc": 3, "hw": 1}
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The type in which x is summed and its maps are kept: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def map_shape(x: Tensor, branch: str) -> tuple[int, int, int]:
     n, c, h, w = x.shape
     return {"cw": (n, c, w), "hc": (n, h, c), "hw": (n, h, w)}[branch]

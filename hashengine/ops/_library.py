@@ -22,16 +22,17 @@ def define_op(
         reference: the op in plain torch, the kernel on every device that has no native one.
         fake: the same signature on fake tensors; gives shapes, dtypes and strides only.
         setup_context, backward: the autograd formula, as for ``torch.library.register_autograd``. An op without one
-            refuses to be differentiated.
+            refuses to be differentiated; one whose schema mutates an argument ("Tensor(a!)") cannot have one.
     """
     name, signature = schema.split("(", 1)
     qualified_name = f"{NAMESPACE}::{name}"
     torch.library.define(qualified_name, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified_name, "default")(reference)
     torch.library.register_fake(qualified_name, fake)
-    torch.library.register_autograd(
-        qualified_name, backward or _refuse_gradient(name), setup_context=setup_context or _save_nothing
-    )
+    if "!" not in signature:
+        torch.library.register_autograd(
+            qualified_name, backward or _refuse_gradient(name), setup_context=setup_context or _save_nothing
+        )
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
 

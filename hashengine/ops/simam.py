@@ -8,7 +8,7 @@ a neuron stands out; its importance is ``1 / e* = (x - m)^2 / (4 (v + lam)) + 1/
 import torch
 from torch import Tensor
 
-from hashengine.ops._check import check_feature_map
+from hashengine.ops._check import check_feature_map, check_gradient, check_like, wide_dtype
 from hashengine.ops._library import define_op
 
 
@@ -27,7 +27,7 @@ def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
         TypeError: ``x`` is not floating point.
         ValueError: ``x`` is not four-dimensional, or ``lam`` is not above 0.
     """
-    return _simam(x, lam)
+    return _simam(x, lam)[0]
 
 
 def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
@@ -46,7 +46,7 @@ def _check(op: str, x: Tensor, lam: float) -> None:
 
 def _centre(x: Tensor, lam: float) -> tuple[Tensor, Tensor, int]:
     """(x - m) [N, C, H, W], v + lam [N, C, 1, 1], and n, in the type that adds up."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = x.to(wide_dtype(x))
     n = max(x.shape[2] * x.shape[3] - 1, 1)
     d = wide - wide.mean((2, 3), keepdim=True)
     return d, d.square().sum((2, 3), keepdim=True) / n + lam, n
@@ -62,10 +62,15 @@ def _energy_reference(x: Tensor, lam: float) -> Tensor:
     return _like(x, d.square() / (4 * v) + 0.5)
 
 
-def _reference(x: Tensor, lam: float) -> Tensor:
+def _reference(x: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     _check("simam", x, lam)
-    d, v, _ = _centre(x, lam)
-    return _like(x, x * torch.sigmoid(d.square() / (4 * v) + 0.5))
+    wide = x.to(wide_dtype(x))
+    n = max(x.shape[2] * x.shape[3] - 1, 1)
+    mean = wide.mean((2, 3), keepdim=True)
+    d = wide - mean
+    variance = d.square().sum((2, 3), keepdim=True) / n
+    y = _like(x, x * torch.sigmoid(d.square() / (4 * (variance + lam)) + 0.5))
+    return y, torch.cat((mean, variance), -1).squeeze(2)
 
 
 def _through_energy(grad_energy: Tensor, d: Tensor, v: Tensor, n: int) -> Tensor:
@@ -84,52 +89,76 @@ def _energy_backward_reference(grad_energy: Tensor, x: Tensor, lam: float) -> Te
     return _like(x, _through_energy(grad_energy.to(d.dtype), d, v, n))
 
 
-def _backward_reference(grad_y: Tensor, x: Tensor, lam: float) -> Tensor:
-    d, v, n = _centre(x, lam)
-    grad_y, wide = grad_y.to(d.dtype), x.to(d.dtype)
+def _backward_reference(grad_y: Tensor, x: Tensor, stats: Tensor, lam: float) -> Tensor:
+    _check_backward(grad_y, x, stats, lam)
+    n = max(x.shape[2] * x.shape[3] - 1, 1)
+    grad_y, wide = grad_y.to(stats.dtype), x.to(stats.dtype)
+    mean, variance = stats[..., None, None].unbind(2)
+    d, v = wide - mean, variance + lam
     gate = torch.sigmoid(d.square() / (4 * v) + 0.5)
     grad_energy = grad_y * wide * gate * (1 - gate)
     return _like(x, grad_y * gate + _through_energy(grad_energy, d, v, n))
 
 
-def _fake(op: str):
-    def fake(x: Tensor, lam: float) -> Tensor:
-        _check(op, x, lam)
-        return torch.empty_like(x)
-
-    return fake
+def _check_backward(grad_y: Tensor, x: Tensor, stats: Tensor, lam: float) -> None:
+    _check("simam_backward", x, lam)
+    check_gradient("simam_backward", grad_y, x)
+    check_like("simam_backward", stats, "stats", (*x.shape[:2], 2), wide_dtype(x), x)
 
 
-def _backward_fake(grad: Tensor, x: Tensor, lam: float) -> Tensor:
+def _energy_fake(x: Tensor, lam: float) -> Tensor:
+    _check("simam_energy", x, lam)
     return torch.empty_like(x)
+
+
+def _fake(x: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    _check("simam", x, lam)
+    return torch.empty_like(x), x.new_empty((*x.shape[:2], 2), dtype=wide_dtype(x))
+
+
+def _backward_fake(grad_y: Tensor, x: Tensor, stats: Tensor, lam: float) -> Tensor:
+    _check_backward(grad_y, x, stats, lam)
+    return torch.empty_like(x)
+
+
+def _energy_setup_context(ctx, inputs, output) -> None:
+    x, ctx.lam = inputs
+    ctx.save_for_backward(x)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, ctx.lam = inputs
-    ctx.save_for_backward(x)
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, stats)
+
+
+def _backward(ctx, grad_y: Tensor | None, _) -> tuple[Tensor | None, None]:
+    return (None if grad_y is None else _simam_backward(grad_y, *ctx.saved_tensors, ctx.lam)), None
 
 
 _simam_energy_backward = define_op(
     "simam_energy_backward(Tensor grad_energy, Tensor x, float lam) -> Tensor",
     reference=_energy_backward_reference,
-    fake=_backward_fake,
+    fake=lambda grad_energy, x, lam: torch.empty_like(x),
 )
 _simam_energy = define_op(
     "simam_energy(Tensor x, float lam) -> Tensor",
     reference=_energy_reference,
-    fake=_fake("simam_energy"),
-    setup_context=_setup_context,
+    fake=_energy_fake,
+    setup_context=_energy_setup_context,
     backward=lambda ctx, grad: (_simam_energy_backward(grad, *ctx.saved_tensors, ctx.lam), None),
 )
 _simam_backward = define_op(
-    "simam_backward(Tensor grad_y, Tensor x, float lam) -> Tensor",
+    "simam_backward(Tensor grad_y, Tensor x, Tensor stats, float lam) -> Tensor",
     reference=_backward_reference,
     fake=_backward_fake,
 )
 _simam = define_op(
-    "simam(Tensor x, float lam) -> Tensor",
+    "simam(Tensor x, float lam) -> (Tensor y, Tensor stats)",  # stats [N, C, 2]: mean and variance of a plane
     reference=_reference,
-    fake=_fake("simam"),
+    fake=_fake,
     setup_context=_setup_context,
-    backward=lambda ctx, grad: (_simam_backward(grad, *ctx.saved_tensors, ctx.lam), None),
+    backward=_backward,
 )

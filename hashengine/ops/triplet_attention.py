@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hashengine.ops._branches import BRANCHES, map_shape, max_and_mean, sum_over, unpool, wide_dtype
-from hashengine.ops._check import check_activations, check_device, check_feature_map
+from hashengine.ops._branches import BRANCHES, map_shape, max_and_mean, sum_over, unpool
+from hashengine.ops._check import check_activations, check_device, check_feature_map, check_gradient, wide_dtype
 from hashengine.ops._library import define_op
 from hashengine.ops.triplet_gate import mean_gate
 
@@ -47,6 +47,22 @@ def triplet_attention(
     return _triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)[:3]
 
 
+def triplet_attention_inference(
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    eps: float = 1e-5,
+) -> Tensor:
+    """The ``y`` of :func:`triplet_attention` with ``training=False``, without the maps that a gradient would need.
+
+    Arguments and errors as there; the result has no gradient, and asking for one raises RuntimeError.
+    """
+    return _triplet_attention_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
+
+
 def _reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps):
     _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
     wide = wide_dtype(x)
@@ -68,6 +84,10 @@ def _reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, tr
     return y, torch.stack(means), torch.stack(variances), torch.cat(pools), torch.cat(indices), torch.cat(responses)
 
 
+def _inference_reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps):
+    return _reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False, eps)[0]
+
+
 def _fake(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps):
     _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
     wide = wide_dtype(x)
@@ -81,6 +101,11 @@ def _fake(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, trainin
         x.new_empty(size, dtype=torch.int32),
         x.new_empty(size, dtype=wide),
     )
+
+
+def _inference_fake(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps):
+    _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False)
+    return torch.empty_like(x)
 
 
 def _branches(conv_weight: list[Tensor]) -> list[tuple[int, str]]:
@@ -126,6 +151,7 @@ def _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, traini
 
 
 def _backward_reference(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps):
+    check_gradient("triplet_attention_backward", grad_y, x)
     wide = wide_dtype(x)
     sizes = [_map_numel(x, branch) for _, branch in _branches(conv_weight)]
     pools, indices, responses = pooled.split([2 * s for s in sizes]), index.split(sizes), response.split(sizes)
@@ -215,4 +241,10 @@ _triplet_attention = define_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_triplet_attention_inference = define_op(
+    "triplet_attention_inference(Tensor x, Tensor[] conv_weight, Tensor[] bn_weight, Tensor[] bn_bias, "
+    "Tensor[] running_mean, Tensor[] running_var, float eps) -> Tensor",
+    reference=_inference_reference,
+    fake=_inference_fake,
 )

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hashengine.ops._branches import BRANCHES, map_shape, spread, sum_over, wide_dtype
-from hashengine.ops._check import check_activations, check_device, check_feature_map
+from hashengine.ops._branches import BRANCHES, map_shape, spread, sum_over
+from hashengine.ops._check import check_activations, check_device, check_feature_map, wide_dtype
 from hashengine.ops._library import define_op
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hashengine.ops._branches import BRANCHES, map_shape, max_and_mean, unpool, wide_dtype
-from hashengine.ops._check import check_feature_map
+from hashengine.ops._branches import BRANCHES, map_shape, max_and_mean, unpool
+from hashengine.ops._check import check_feature_map, wide_dtype
 from hashengine.ops._library import define_op
 
 

@@ -24,7 +24,7 @@ SimdLevel chosen_simd_level();
 #if defined(__x86_64__)
 #define HE_X86 1
 #ifndef HE_TARGET_AVX2
-#define HE_TARGET_AVX2 __attribute__((target("avx2")))
+#define HE_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #endif
 // A test on a CPU without AVX-512 defines this empty and puts plain C++ in the intrinsics' place.
 #ifndef HE_TARGET_AVX512

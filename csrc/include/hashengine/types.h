@@ -16,6 +16,9 @@ namespace hashengine {
 
 enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16, kBool };
 
+// How a feature map [N, C, H, W] lies in memory, always without holes.
+enum class FeatureLayout { kContiguous /* N, C, H, W */, kChannelsLast /* N, H, W, C */ };
+
 template <typename Integer>
 HE_HOST_DEVICE constexpr Integer ceil_div(Integer numerator, Integer denominator) {
   return (numerator + denominator - 1) / denominator;
