@@ -10,8 +10,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
+# The GPU tests that are short enough for a race detector.
+SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048
+
+# The name of the GPU, for the files of results.
+GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full bench lint clean
+.PHONY: help setup demo test test-full gpu-test gpu-sanitize gpu-bench bench lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,8 +52,29 @@ test: $(READY)  ## the test suite
 test-full: $(READY)  ## the test suite with its slow parts
 	$(BIN)/python -m pytest
 
+gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
+	$(BIN)/python -m pytest tests/test_cuda.py
+
+# Racecheck looks at shared memory, and every access costs a hundred: it takes the small cases only.
+gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck, synccheck
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -x tests/test_cuda.py -k "not 31"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -x tests/test_cuda.py -k "$(SMALL)"
+	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m pytest -q -x tests/test_cuda.py -k "$(SMALL)"
+
 bench: $(READY)  ## the pytest-benchmark cases, timed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+gpu-bench: $(READY)  ## everything measured on a GPU: kernels, networks, search; rows in benchmarks/results
+	$(BIN)/python -m benchmarks kernels --device cuda --layout contiguous --layout channels_last \
+		--output benchmarks/results/kernels-$(GPU).jsonl
+	$(BIN)/python -m benchmarks kernels --device cuda --cuda-graphs --output benchmarks/results/kernels-$(GPU)-graphs.jsonl
+	for network in resnet18 resnet50; do for attention in simam triplet; do \
+		$(BIN)/python -m benchmarks model $$network --attention $$attention --device cuda --batch 128 --dtype bfloat16 \
+			--layout channels_last --steps 20 --output benchmarks/results/model-$(GPU).jsonl || exit 1; done; done
+	for op in simam triplet_attention greedy_sign pack_bits hamming_topk; do \
+		$(BIN)/python -m benchmarks profile $$op --device cuda --output build/profile || exit 1; done
+	$(BIN)/python -m benchmarks hamming --output benchmarks/results/hamming-$(GPU).jsonl
+	$(BIN)/python -m benchmarks report
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

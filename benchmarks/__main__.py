@@ -6,14 +6,23 @@ from typing import Annotated
 import typer
 
 from benchmarks import hamming as hamming_benchmark
+from benchmarks import kernels as kernels_benchmark
+from benchmarks import model as model_benchmark
+from benchmarks import profiling
+from benchmarks import report as report_of_kernels
+from benchmarks.cases import DEFAULT_OPS, OPS
+from benchmarks.kernels import Dtype, Layout
+from benchmarks.model import Attention, Mode
+from benchmarks.shapes import Model
 from hashengine.cli import command_line
+from hashengine.errors import InputError
 
 app = command_line("Numbers of hashengine beside its peers', measured in the same run.")
 
 
-@app.callback()
-def main() -> None:  # with it, `hamming` is a command of its own although it is the only one
-    pass
+Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")]
+Output = Annotated[Path | None, typer.Option(help="Append the results to this file, a JSON object a line.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every system; default: all cores.")]
 
 
 @app.command()
@@ -23,9 +32,9 @@ def hamming(
     bits: Annotated[list[int] | None, typer.Option(min=8, help="Code length; may be repeated.")] = None,
     k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Neighbours; may be repeated.")] = None,
     data: Annotated[hamming_benchmark.Data, typer.Option(help="How codes are drawn.")] = hamming_benchmark.Data.random,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every system; default: all cores.")] = None,
+    threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")] = 5,
-    output: Annotated[Path | None, typer.Option(help="Append the results to this file, a JSON object a line.")] = None,
+    output: Output = None,
 ) -> None:
     """Exact Hamming top-k on the CPU beside FAISS IndexBinaryFlat, in its heap and in its counting mode."""
     hamming_benchmark.run(
@@ -38,6 +47,118 @@ def hamming(
         rounds=rounds,
         output=output,
     )
+
+
+@app.command()
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(OPS)}; may be repeated.")] = None,
+    model: Annotated[list[Model] | None, typer.Option(help="Whose layer shapes; may be repeated.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Instead of each model's own; may be repeated.")
+    ] = None,
+    shape: Annotated[
+        tuple[int, int, int, int] | None, typer.Option(metavar="N C H W", help="One shape instead of the models'.")
+    ] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: float32; on a GPU bfloat16, too.")] = None,
+    layout: Annotated[list[Layout] | None, typer.Option(help="Default: contiguous; may be repeated.")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quick: Annotated[bool, typer.Option(help="Only the smallest shape of each op, in short rounds.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile, too.")] = True,
+    cuda_graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs: no launch costs, for any system.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long each table row may take.")] = 1.5,
+    output: Output = None,
+) -> None:
+    """Every op, forward and forward + backward, beside eager torch, torch.compile and a copy of the tensor."""
+    for name in op or []:
+        if name not in OPS:
+            raise InputError(f"op must be one of {', '.join(OPS)}, got {name}")
+    gpu = device.startswith("cuda")
+    kernels_benchmark.run(
+        ops=op or list(DEFAULT_OPS),
+        models=model,
+        batches=batch,
+        shape=shape,
+        dtypes=dtype or ([Dtype.float32, Dtype.bfloat16] if gpu else [Dtype.float32]),
+        layouts=layout or [Layout.contiguous],
+        device=device,
+        threads=threads,
+        quick=quick,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+        seconds=min(seconds, 0.2) if quick else seconds,
+        output=output,
+    )
+
+
+@app.command()
+def profile(
+    op: Annotated[str, typer.Argument(help=f"One of {', '.join(profiling.NAMES)}.")],
+    shape: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(metavar="N C H W", help="Of x; for hamming_topk: QUERIES CODES BITS K."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of x.")] = Dtype.float32,
+    layout: Annotated[Layout, typer.Option(help="Of x.")] = Layout.contiguous,
+    device: Device = "cpu",
+    steps: Annotated[int, typer.Option(min=1, help="Calls under the profiler.")] = 5,
+    forward_only: Annotated[bool, typer.Option("--forward", help="Leave out the backward.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the traces.")] = Path("build/profile"),
+) -> None:
+    """The kernels of an op beside eager's, forward and backward, and a trace of each for ui.perfetto.dev."""
+    if op not in profiling.NAMES:
+        raise InputError(f"op must be one of {', '.join(profiling.NAMES)}, got {op}")
+    profiling.run(
+        op=op,
+        shape=shape,
+        dtype=dtype,
+        layout=layout,
+        device=device,
+        steps=steps,
+        forward_only=forward_only,
+        output=output,
+    )
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="A torchvision model that attention can be attached to.")] = "resnet18",
+    attention: Annotated[Attention, typer.Option(help="What is put into every block.")] = Attention.triplet,
+    mode: Annotated[list[Mode] | None, typer.Option(help="Default: both.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    size: Annotated[int, typer.Option(min=32, help="Pixels of a side.")] = 224,
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16 by autocast.")] = Dtype.float32,
+    layout: Annotated[Layout, typer.Option(help="Of images and weights.")] = Layout.contiguous,
+    device: Device = "cpu",
+    threads: Threads = None,
+    steps: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system steps.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile, too.")] = True,
+    output: Output = None,
+) -> None:
+    """Images a second of a network without attention, and with it: eager, compiled, fused."""
+    model_benchmark.run(
+        name=name,
+        attention=attention,
+        modes=mode or list(Mode),
+        batch=batch,
+        size=size,
+        dtype=dtype,
+        layout=layout,
+        device=device,
+        threads=threads,
+        steps=steps,
+        compiled=compiled,
+        output=output,
+    )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of kernels-*.jsonl.")] = report_of_kernels.RESULTS,
+    plot: Annotated[Path, typer.Option(help="The roofline plot to write.")] = report_of_kernels.PLOT,
+) -> None:
+    """Print the README's tables of kernels and draw the roofline plot, from the kept results alone."""
+    report_of_kernels.run(results, plot)
 
 
 if __name__ == "__main__":

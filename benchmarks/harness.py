@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import hashengine
-from hashengine import _native
+from hashengine import InputError, _native
 
 _SETTLE_SECONDS = 0.05  # OpenMP threads of the last system spin a while after their work; the next one must not pay
 
@@ -39,8 +40,19 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def describe_machine() -> dict[str, Any]:
-    """Where and with what a number was measured."""
+def find_device(name: str) -> torch.device:
+    """The device of a name such as "cuda:1", if it is here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {name}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} must be there, got {torch.cuda.device_count()} GPUs; see 'hashengine doctor'")
+    return device
+
+
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Where and with what a number was measured; of a GPU too, if that is the ``device``."""
     simd_level = "none"
     if _native.available():
         from hashengine import _C
@@ -54,13 +66,26 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hashengine": hashengine.__version__,
-    }
+        "threads": torch.get_num_threads(),
+    } | (_describe_gpu(device) if device is not None and device.type == "cuda" else {})
 
 
 def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _describe_gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    driver = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": driver.stdout.strip() if driver else "unknown",
+        "cuda": torch.version.cuda,
+    }
 
 
 def _commit() -> str:

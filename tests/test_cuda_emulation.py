@@ -4,7 +4,6 @@ The emulation (tests/emulation) interleaves threads and blocks in several orders
 missing barrier shows. What it cannot see is left to the tests that need a GPU: memory ordering, and speed.
 """
 
-import mmap
 import os
 import re
 import subprocess
@@ -12,7 +11,18 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from emulation.harness import CSRC, FORWARD, KERNELS, SCHEDULES, array, compile_once, load_emulation, random_array
+from emulation.harness import (
+    CSRC,
+    EMULATION,
+    FORWARD,
+    KERNELS,
+    SCHEDULES,
+    array,
+    compile_once,
+    load_emulation,
+    random_array,
+    sparse_array,
+)
 
 from hashengine import _toolchain
 
@@ -42,7 +52,7 @@ GREEDY_SIZES = [0, 1, 8, 33, 520, 4096, 16384, 16385, 20480]
 def emulate_forward(emulation, u: torch.Tensor, alpha: float, schedule: int = FORWARD, offset: int = 0):
     b = array(u.numel(), u.dtype, offset)
     penalty = array(1, sum_dtype(u.dtype))
-    workspace = array(emulation.workspace_bytes(u.numel()), torch.uint8)
+    workspace = emulation.workspace("greedy_sign", u.numel())
     arguments = (u, b, penalty, u.numel(), alpha, u.dtype, workspace)
     emulation.call("greedy_sign_forward", *arguments, schedule=schedule)
     return b, penalty
@@ -153,17 +163,12 @@ def test_every_byte_unpacks(emulation):
 # --- beyond 2^31 elements: only the last block runs, and only the pages that it touches exist -------------------------
 
 
-def sparse_array(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
-
-
 def test_greedy_sign_far_out(emulation):
     numel, block = 2**32 + 2**20, 4096
     u, b, grad_u = (sparse_array(numel, torch.float16) for _ in range(3))
     tail = random_array(block, torch.float16)
     u[-block:] = tail
-    penalty, workspace = array(1, torch.float32), sparse_array(emulation.workspace_bytes(numel), torch.uint8)
+    penalty, workspace = array(1, torch.float32), emulation.workspace("greedy_sign", numel)
     last = numel // block - 1
     emulation.call("greedy_sign_forward", u, b, penalty, numel, 1.0, u.dtype, workspace, first_block=last)
     assert torch.equal(b[-block:], torch.where(tail >= 0, 1.0, -1.0).half())
@@ -190,12 +195,27 @@ def test_packing_far_out(emulation):
 # --- sanitizers and nvcc ----------------------------------------------------------------------------------------------
 
 
-def test_sanitizers_find_nothing():
-    program = compile_once("sanitized", ["emulator.cpp", "toys.cpp", "sanitized.cpp"], SANITIZERS)
-    clean = subprocess.run([program], capture_output=True, text=True)
+def run_sanitized(name: str) -> subprocess.CompletedProcess:
+    return subprocess.run([compile_once("sanitized", SANITIZERS), name], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("op", [path.stem.removeprefix("sanitized_") for path in EMULATION.glob("sanitized_*.cpp")])
+def test_sanitizers_find_nothing(op):
+    clean = run_sanitized(op)
     assert (clean.returncode, clean.stdout) == (0, "clean\n"), clean.stderr
-    overrun = subprocess.run([program, "overrun"], capture_output=True, text=True)
-    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr and "overrun_kernel" in overrun.stderr
+
+
+@pytest.mark.parametrize(
+    "mistake, complaint, kernel",
+    [
+        ("overrun", "heap-buffer-overflow", "overrun_kernel"),
+        ("dynamic_overrun", "heap-buffer-overflow", "dynamic_overrun_kernel"),
+        ("exited_peer", "use-after-poison", "exited_peer_kernel"),
+    ],
+)
+def test_sanitizers_find_mistakes(mistake, complaint, kernel):
+    found = run_sanitized(mistake)
+    assert found.returncode != 0 and complaint in found.stderr and kernel in found.stderr
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.name)
@@ -207,7 +227,7 @@ def test_nvcc_compiles_without_warning_or_spill(source, tmp_path):
     architectures = [name for name in ("80", "90a", "120") if int(name.rstrip("a")) in nvcc.arches]
     command = [f"{nvcc.home}/bin/nvcc", "-c", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v"]
     command += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-    command += [f"-I{CSRC / 'include'}", str(source), "-o", str(tmp_path / "kernel.o")]
+    command += ["--threads", "0", f"-I{CSRC / 'include'}", str(source), "-o", str(tmp_path / "kernel.o")]
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)

@@ -1,5 +1,6 @@
 """The emulation of CUDA's execution model (tests/emulation) sees the mistakes that it is there for, and no others."""
 
+import contextlib
 import ctypes
 
 import numpy as np
@@ -94,6 +95,102 @@ def test_mistakes_are_reported(emulation, name, complaint):
         emulation.call(name)
     got, expected = run_toy(emulation, "toy_reverse", True, FORWARD)  # and the next launch is not harmed
     np.testing.assert_array_equal(got, expected)
+
+
+# --- dynamic shared memory, clusters and asynchronous copies ----------------------------------------------------------
+
+THREADS = 96
+OUT = object()  # stands for an array
+RIGHT, NOT_COMMITTED, NOT_WAITED, TOO_FEW_WAITED, NO_BARRIER_AFTER_WAIT, NO_BARRIER_BEFORE_REUSE = range(6)
+
+
+def reverse_clusters(emulation, cluster: int, arrives: bool, stays: bool, schedule: int):
+    blocks = 2 * cluster
+    values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
+    emulation.call("toy_cluster_reverse", values, out, blocks, cluster, arrives, stays, schedule=schedule)
+    return out.numpy(), 2 * values.numpy().reshape(2, -1)[:, ::-1].ravel()
+
+
+def gather_clusters(emulation, cluster: int, arrives: bool, schedule: int):
+    blocks = 3 * cluster
+    values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
+    emulation.call("toy_cluster_gather", values, out, blocks, cluster, arrives, schedule=schedule)
+    first = values.numpy().reshape(3, cluster, THREADS)[:, :, 0]
+    return out.numpy().reshape(3, cluster, THREADS)[:, :, :cluster], np.stack([first] * cluster, axis=1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cluster", [1, 2, 8, 16])
+def test_right_clusters_pass_under_every_schedule(emulation, cluster, schedule):
+    np.testing.assert_array_equal(*reverse_clusters(emulation, cluster, True, True, schedule))
+    np.testing.assert_array_equal(*gather_clusters(emulation, cluster, True, schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_missing_cluster_barrier_changes_the_result(emulation, schedule):
+    got, expected = reverse_clusters(emulation, 2, False, True, schedule)
+    assert not np.array_equal(got, expected)
+    got, expected = gather_clusters(emulation, 8, False, schedule)
+    assert not np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_block_that_leaves_its_cluster_early_is_caught(emulation, schedule):
+    with contextlib.suppress(RuntimeError):  # if a peer asks where its memory lies only after the exit
+        got, expected = reverse_clusters(emulation, 8, True, False, schedule)
+        assert not np.array_equal(got, expected)
+    out = torch.zeros(1)
+    emulation.call("toy_exited_peer", out, False, schedule=schedule)
+    assert out.isnan().all()
+    with pytest.raises(RuntimeError, match="block 1 of the cluster has exited"):
+        emulation.call("toy_exited_peer", out, True, schedule=schedule)
+
+
+def run_pipeline(emulation, copies: int, schedule: int) -> bool:
+    blocks, rounds = 2, 4
+    values, out = random_array(rounds * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
+    emulation.call("toy_pipeline", values, out, blocks, rounds, copies, schedule=schedule)
+    rows = values.numpy().reshape(rounds, THREADS)[:, ::-1]
+    expected = np.add.accumulate(rows)[-1]
+    return np.array_equal(out.numpy().reshape(blocks, THREADS), np.broadcast_to(expected, (blocks, THREADS)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_asynchronous_copies(emulation, schedule):
+    assert run_pipeline(emulation, RIGHT, schedule)
+    values, out = random_array(128, torch.float32), array(128, torch.float32)
+    emulation.call("toy_zero_fill", values, out, schedule=schedule)
+    values.view(32, 4)[:, 3] = 0
+    assert torch.equal(out, values)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mistake", range(NOT_COMMITTED, NO_BARRIER_BEFORE_REUSE + 1))
+def test_a_mistake_with_a_copy_changes_the_result(emulation, mistake, schedule):
+    assert not run_pipeline(emulation, mistake, schedule)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, capability, complaint",
+    [
+        ("toy_copy", (OUT, 3), 90, "3 bytes with 0 zeros; 4, 8 or 16 can be copied"),
+        ("toy_copy", (OUT, 4), 90, "the target is not in this block's shared memory"),
+        ("toy_copy_unaligned", (), 90, "an address is not a multiple of 16"),
+        ("toy_cluster_reverse", (OUT, 2, 2, True, True), 80, "clusters need compute capability 9.0"),
+        ("toy_cluster_reverse", (OUT, 3, 2, True, True), 90, "no whole number of clusters of 2"),
+        ("toy_cluster_reverse", (OUT, 32, 32, True, True), 90, "32 blocks a cluster"),
+        ("toy_dynamic_shared", (228 << 10,), 90, "233472 bytes of dynamic shared memory"),
+        ("toy_dynamic_shared", (164 << 10,), 80, "167936 bytes of dynamic shared memory"),
+        ("toy_shared_not_asked_for", (), 90, "65536 bytes of dynamic shared memory that were not asked for"),
+    ],
+)
+def test_what_a_launch_or_copy_must_keep_to(emulation, name, arguments, capability, complaint):
+    values, out = array(32 * THREADS, torch.float32), array(32 * THREADS, torch.float32)
+    arguments = [out if argument is OUT else argument for argument in arguments]
+    if name != "toy_dynamic_shared":
+        arguments.insert(0, values)
+    with pytest.raises(RuntimeError, match=complaint):
+        emulation.call(name, *arguments, capability=capability)
 
 
 def test_half_precision_conversions(emulation):

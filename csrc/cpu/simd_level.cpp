@@ -10,7 +10,7 @@ const std::vector<SimdLevel>& supported_simd_levels() {
     std::vector<SimdLevel> found{SimdLevel::kScalar};
 #ifdef HE_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2")) found.push_back(SimdLevel::kAvx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(SimdLevel::kAvx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vpopcntdq"))
       found.push_back(SimdLevel::kAvx512);

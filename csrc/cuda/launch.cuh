@@ -1,4 +1,4 @@
-// How a kernel is launched, and how a Dtype becomes a C++ type.
+// How a kernel is launched, its dynamic shared memory, and how a Dtype becomes a C++ type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,15 +9,62 @@
 
 namespace hashengine {
 
+// How many blocks of how many threads, the bytes of dynamic shared memory that each block gets, and how many blocks
+// form a cluster (1: none; from compute capability 9.0 on).
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;
+};
+
 // Through the runtime's function and not through <<<>>>, so that any C++ compiler can read the file: the tests run the
 // kernels on the host (tests/emulation). A failure stays in cudaGetLastError for the binding to find.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, Arguments... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  // Up to 48 KB with what the kernel declares itself are had for nothing, and 8 blocks a cluster.
+  constexpr int64_t kFreeSharedBytes = 32 << 10;
+  constexpr int kPortableCluster = 8;
+  if (shape.shared_bytes > kFreeSharedBytes)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  if (shape.cluster > kPortableCluster)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+  launch(kernel, LaunchShape{blocks, threads}, stream, arguments...);
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ uint4 dynamic_shared_memory[];
+#else
+  void* const dynamic_shared_memory = emulation::dynamic_shared_memory();
+#endif
+  return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+
+// A limit of the current device; a query costs well under a microsecond.
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
 template <typename T>

@@ -40,21 +40,26 @@ constexpr int64_t grid_sum_workspace_bytes(int64_t blocks) {
   return kGridSumHeaderBytes + blocks * static_cast<int64_t>(sizeof(T));
 }
 
+// Counts the block as finished, once its thread 0 has stored what another block will read. True in every thread of the
+// block that comes last. Every thread must call.
+__device__ __forceinline__ bool finishes_last(unsigned* finished_blocks) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what was stored is visible to the device before the count says so
+    is_last = atomicAdd(finished_blocks, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (is_last) __threadfence();
+  return is_last;
+}
+
 // Adds the `block_total` of every block's thread 0. Returns true in thread 0 of the block that comes last, which alone
 // gets `grid_total`; it reads the others' sums in the order of the blocks, whoever was last. Every thread must call.
 template <typename T>
 __device__ __forceinline__ bool grid_sum(T block_total, void* workspace, double& grid_total) {
-  auto* finished_blocks = static_cast<unsigned*>(workspace);
   auto* block_totals = reinterpret_cast<T*>(static_cast<char*>(workspace) + kGridSumHeaderBytes);
-  __shared__ bool is_last;
-  if (threadIdx.x == 0) {
-    block_totals[blockIdx.x] = block_total;
-    __threadfence();  // the total is visible to the device before the count says so
-    is_last = atomicAdd(finished_blocks, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) return false;
-  __threadfence();
+  if (threadIdx.x == 0) block_totals[blockIdx.x] = block_total;
+  if (!finishes_last(static_cast<unsigned*>(workspace))) return false;
   double total = 0;
   // __ldcg: from L2, where the other blocks' stores are; L1 keeps no coherence.
   for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) total += __ldcg(&block_totals[block]);

@@ -6,19 +6,22 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
+
+#include "hashengine/types.h"
 
 namespace hashengine {
 
 constexpr int kVectorBytes = 16;  // the widest load that every architecture since sm_50 has
 
-// kWidth elements that move in one instruction; kWidth * sizeof(T) is a power of two up to kVectorBytes.
+// kWidth elements that move in one instruction, or in several of kVectorBytes; kWidth * sizeof(T) is a power of two.
 template <typename T, int kWidth>
-struct alignas(kWidth * sizeof(T)) Vector {
+struct alignas(kWidth * sizeof(T) < kVectorBytes ? kWidth * sizeof(T) : kVectorBytes) Vector {
   T at[kWidth];
 };
 
-inline bool is_aligned(const void* pointer, int bytes = kVectorBytes) {
+HE_HOST_DEVICE bool is_aligned(const void* pointer, int bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
 }
 
@@ -41,6 +44,22 @@ __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Element i of a vector, widened. Two bfloat16 stay in the register that they were loaded to: one shift or one mask
+// takes either out of it.
+template <typename T, int kWidth>
+__device__ __forceinline__ Arithmetic<T> widen_at(const Vector<T, kWidth>& vector, int i) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
+    uint32_t pair;
+    std::memcpy(&pair, &vector.at[i - i % 2], sizeof(pair));
+    pair = i % 2 ? pair & 0xffff0000u : pair << 16;
+    float value;
+    std::memcpy(&value, &pair, sizeof(value));
+    return value;
+  } else {
+    return widen(vector.at[i]);
+  }
+}
 
 // Rounds to the nearest T, ties to even.
 template <typename T>

@@ -1,7 +1,23 @@
-"""The layers: drop-in modules built on :mod:`hashengine.ops`."""
+"""The layers, drop-in modules built on :mod:`hashengine.ops`, and the functions that drop them into networks."""
 
+from hashengine.nn.attach import AttachReport, attach, detach
+from hashengine.nn.fuse import FuseReport, fuse
 from hashengine.nn.greedy_hash import GreedyHash
+from hashengine.nn.plain import PlainSimAM, PlainTripletAttention
+from hashengine.nn.recalibrate import recalibrate
 from hashengine.nn.simam import SimAM
 from hashengine.nn.triplet_attention import TripletAttention
 
-__all__ = ["GreedyHash", "SimAM", "TripletAttention"]
+__all__ = [
+    "AttachReport",
+    "FuseReport",
+    "GreedyHash",
+    "PlainSimAM",
+    "PlainTripletAttention",
+    "SimAM",
+    "TripletAttention",
+    "attach",
+    "detach",
+    "fuse",
+    "recalibrate",
+]

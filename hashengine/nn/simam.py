@@ -13,9 +13,10 @@ class SimAM(nn.Module):
     Args:
         channels: taken and ignored, so that factories which build ``layer(channels)`` can call it.
         lam: the paper's lambda, above 0: 1e-4 for CIFAR, 0.1 for ImageNet.
+        device, dtype: taken and ignored too, as there are no parameters; timm passes them.
     """
 
-    def __init__(self, channels: int | None = None, *, lam: float = 1e-4):
+    def __init__(self, channels: int | None = None, *, lam: float = 1e-4, device=None, dtype=None):
         super().__init__()
         if not lam > 0:
             raise ValueError(f"SimAM: lam must be above 0, got {lam}")

@@ -24,12 +24,12 @@ _OFFICIAL_NAMES = {
 class _Gate(nn.Module):
     """The parameters of one branch, under the official names: ``conv.conv.weight`` and ``conv.bn.*``."""
 
-    def __init__(self, kernel_size: int):
+    def __init__(self, kernel_size: int, **placement):
         super().__init__()
         self.conv = nn.Sequential(
             OrderedDict(
-                conv=nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False),
-                bn=nn.BatchNorm2d(1, eps=1e-5, momentum=0.01),
+                conv=nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **placement),
+                bn=nn.BatchNorm2d(1, eps=1e-5, momentum=0.01, **placement),
             )
         )
 
@@ -49,17 +49,24 @@ class TripletAttention(nn.Module):
             parameters for any number of channels.
         no_spatial: leave out the branch over (H, W).
         kernel_size: of the branches' convolution, odd.
+        device, dtype: of the parameters.
     """
 
-    def __init__(self, channels: int | None = None, *, no_spatial: bool = False, kernel_size: int = 7):
+    def __init__(
+        self,
+        channels: int | None = None,
+        *,
+        no_spatial: bool = False,
+        kernel_size: int = 7,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"TripletAttention: kernel_size must be odd and positive, got {kernel_size}")
         self.no_spatial = no_spatial
-        self.cw = _Gate(kernel_size)
-        self.hc = _Gate(kernel_size)
-        if not no_spatial:
-            self.hw = _Gate(kernel_size)
+        for name in ("cw", "hc") if no_spatial else ("cw", "hc", "hw"):
+            self.add_module(name, _Gate(kernel_size, device=device, dtype=dtype))
         self.register_load_state_dict_pre_hook(_rename_official_keys)
 
     @property

@@ -1,6 +1,5 @@
 """What triplet attention's BatchNorms remember of a batch, in one call for all branches."""
 
-import torch
 from torch import Tensor
 
 from hashengine.ops._library import define_op
@@ -27,7 +26,8 @@ def triplet_attention_update(
         momentum: weight of this batch; None for the cumulative average.
 
     Raises:
-        ValueError: the lists are not as long as ``mean``, or a count is below 2.
+        ValueError: the lists are not as long as ``mean``, or a count is below 2, or the
+            momentum is negative.
     """
     _update(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
 
@@ -55,6 +55,8 @@ def _check(mean, var, running_mean, running_var, num_batches_tracked, counts, mo
                     f"{op}: {name}[{i}] must hold one value on {mean.device}, "
                     f"got {list(tensor.shape)} on {tensor.device}"
                 )
+    if momentum is not None and not momentum >= 0:
+        raise ValueError(f"{op}: momentum must not be negative, got {momentum}")
     if any(count < 2 for count in counts):
         raise ValueError(f"{op}: counts must be at least 2 (one value has no variance), got {list(counts)}")
 

@@ -31,3 +31,15 @@ inline __half __float2half_rn(float value) {
   const int units = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {uint16_t(sign | (((exponent + 14) << 10) + units))};
 }
+
+struct alignas(4) __half2 {
+  __half x, y;
+};
+
+// The larger, and NaN where either is one.
+inline __half __hmax_nan(__half a, __half b) {
+  const float x = __half2float(a), y = __half2float(b);
+  if (std::isnan(x) || std::isnan(y)) return {0x7fff};
+  return x < y ? b : a;
+}
+inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {__hmax_nan(a.x, b.x), __hmax_nan(a.y, b.y)}; }

@@ -2,12 +2,16 @@
 //
 // This folder stands in for the toolkit's include folder: the .cu files, compiled by a plain C++ compiler, find here
 // the names that they use. A thread is a fiber that runs until it waits (a barrier, a shuffle, an atomic); then the
-// schedule picks another, of the same block or of another that is resident. Schedules differ in the order only, so a
-// result that changes with the schedule, or a NaN from poisoned memory, is a missing barrier.
+// schedule picks another, of the same block or of another that is resident; the blocks of a cluster are resident
+// together. Shared memory holds NaN until it is written, and the target of an asynchronous copy until the copy is waited
+// for. Schedules differ in the order only, so a result that changes with the schedule, or a NaN, is a missing barrier
+// or wait.
 //
-// Not modelled: the reordering of memory operations (a missing __threadfence goes unseen) and time.
+// Not modelled: the reordering of memory operations (a missing __threadfence goes unseen), bank conflicts and time.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -19,7 +23,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One copy a block: the emulator swaps the module's thread-local storage whenever it switches blocks.
+// One copy a block: the emulator swaps the module's thread-local storage whenever it switches blocks. It swaps all that
+// all kernels declare, so large buffers belong into dynamic shared memory.
 #define __shared__ static thread_local
 
 struct dim3 {
@@ -33,17 +38,78 @@ struct alignas(8) uint2 {
   unsigned x, y;
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
+// --- the runtime's functions ---
+
 typedef struct CUstream_st* cudaStream_t;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+namespace emulation {
+
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
+
+}  // namespace emulation
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+// Synchronous, as a stream with nothing in it.
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  return emulation::launch(*config, reinterpret_cast<const void*>(kernel), [=] { kernel(arguments...); });
+}
+
+// --- what a thread can do ---
 
 namespace emulation {
 
@@ -52,9 +118,10 @@ struct Lanes {
   unsigned mask;      // the lanes that came
 };
 
-cudaError_t launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
-void barrier();
+void block_barrier();
 void yield();
+// The running block's dynamic shared memory.
+void* dynamic_shared_memory();
 // Waits for all lanes of the mask that have not exited; they must all be at the same operation.
 Lanes exchange(unsigned mask, const char* operation, uint64_t bits);
 // Ends the launch with an error; does not return.
@@ -72,21 +139,19 @@ T shuffle(unsigned mask, const char* operation, T value, unsigned source) {
   return value;
 }
 
+// On integers only: an order-dependent atomic sum of floats is not something the kernels may do.
+template <typename T, typename Update>
+std::enable_if_t<std::is_integral_v<T>, T> atomic(T* address, Update update) {
+  yield();
+  const T old = *address;
+  *address = update(old);
+  yield();
+  return old;
+}
+
 }  // namespace emulation
 
-// Synchronous, as a stream with nothing in it.
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments... arguments) {
-  return emulation::launch(config->gridDim, config->blockDim, [=] { kernel(arguments...); });
-}
-
-inline void __syncthreads() { emulation::barrier(); }
+inline void __syncthreads() { emulation::block_barrier(); }
 inline void __threadfence() {}
 inline void __syncwarp(unsigned mask = ~0u) { emulation::exchange(mask, "__syncwarp", 0); }
 
@@ -103,6 +168,11 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
   const unsigned source = emulation::lane() + distance;
   return emulation::shuffle(mask, "__shfl_down_sync", value, source < 32 ? source : emulation::lane());
 }
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
+  const unsigned lane = emulation::lane();
+  return emulation::shuffle(mask, "__shfl_up_sync", value, distance <= lane ? lane - distance : lane);
+}
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const emulation::Lanes lanes = emulation::exchange(mask, "__ballot_sync", predicate != 0);
@@ -113,17 +183,40 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
-// On integers only: an order-dependent atomic sum of floats is not something the kernels may do.
-template <typename T, typename = std::enable_if_t<std::is_integral_v<T>>>
+template <typename T>
 T atomicAdd(T* address, T value) {
-  emulation::yield();
-  const T old = *address;
-  *address = old + value;
-  emulation::yield();
-  return old;
+  return emulation::atomic(address, [=](T old) { return T(old + value); });
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  return emulation::atomic(address, [=](T old) { return value < old ? value : old; });
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+  return emulation::atomic(address, [=](T old) { return value > old ? value : old; });
 }
 
+// --- bits, loads and stores with a hint for the caches, and the fast functions, which are better here than on a GPU ---
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
 template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+using std::max;
+using std::min;
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }

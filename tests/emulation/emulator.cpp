@@ -1,121 +1,55 @@
-// The emulator behind cuda_runtime.h: fibers, schedules, barriers, warps, shared memory.
+// The emulator behind cuda_runtime.h: devices, launches, fibers and the order in which they run.
 
-#include <cuda_runtime.h>
-#include <link.h>
+#include "emulator.h"
+
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <map>
-#include <memory>
 #include <random>
 #include <set>
-#include <string>
 #include <utility>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace emulation {
+
+std::vector<std::unique_ptr<Block>> resident;
+unsigned running;
+unsigned cluster_size;
+size_t dynamic_bytes;
+
 namespace {
 
-constexpr unsigned kWarpThreads = 32;
-constexpr unsigned kMaxThreads = 1024;
-constexpr unsigned kResidentBlocks = 3;
+constexpr unsigned kMaxSlots = 2 * kMaxClusterBlocks;
 constexpr size_t kStackBytes = 128 << 10;
-constexpr char kPoison = '\xff';  // NaN in every floating-point type
+constexpr size_t kDefaultSharedBytes = 48 << 10;  // more must be asked for
 
 // The ready fiber with the least priority runs. Any other schedule seeds random priorities; there an atomic also puts
 // its thread behind all others half of the time, so that the rest of the grid overtakes it.
 enum Schedule { kForward = 0, kReverse = 1 };
 constexpr uint64_t kBehindAll = ~uint64_t(0);
 
-struct Collective {
-  const char* operation;
-  Lanes lanes;
-};
-
-struct Warp {
-  unsigned alive = 0;                        // lanes that have not exited
-  std::map<unsigned, Collective> gathering;  // by mask: disjoint groups of lanes do not wait for each other
-};
-
-struct Fiber {
-  ucontext_t context;
-  uint3 thread;
-  uint64_t priority;
-  bool waits_at_barrier = false;
-  Lanes exchanged;  // what the last exchange gave
-};
-
-struct Block {
-  uint3 index;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  unsigned alive, at_barrier = 0;
-  std::vector<char> shared;  // contents of the shared memory while another block runs
-};
-
-// The thread-local storage of this module, which is where __shared__ variables live, for the calling thread.
-struct Span {
-  char* data;
-  size_t size;
-};
-thread_local char inside_shared_memory = 0;
-Span shared_memory() {
-  Span span{&inside_shared_memory, 0};  // taking its address also makes the loader allocate the storage
-  dl_iterate_phdr(
-      [](dl_phdr_info* module, size_t, void* argument) {
-        auto* span = static_cast<Span*>(argument);
-        auto* begin = static_cast<char*>(module->dlpi_tls_data);
-        for (int i = 0; begin && i < module->dlpi_phnum; ++i) {
-          const size_t size = module->dlpi_phdr[i].p_memsz;
-          if (module->dlpi_phdr[i].p_type == PT_TLS && begin <= span->data && span->data < begin + size) {
-            *span = {begin, size};
-            return 1;
-          }
-        }
-        return 0;
-      },
-      &span);
-  return span;
-}
-
 int schedule = kForward;
 uint64_t first_block = 0;
+int capability = 90;
 std::string error;
 
-std::unique_ptr<Block> resident[kResidentBlocks];
-std::set<std::pair<uint64_t, unsigned>> ready;  // (priority, id); a fiber's id is slot * kMaxThreads + thread
-unsigned running;
+std::set<std::pair<uint64_t, unsigned>> ready;  // (priority, id)
 std::mt19937_64 random_bits;
-Block* loaded;  // the block whose shared memory is in place
-Span shared_span;
 ucontext_t scheduler;
 const std::function<void()>* kernel_body;
 
+bool is_random() { return schedule != kForward && schedule != kReverse; }
+
 char* stack_of(unsigned id) {
-  static char* stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads * kResidentBlocks,
+  static char* stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads * kMaxSlots,
                                                 PROT_READ | PROT_WRITE,
                                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   return stacks + kStackBytes * id;
 }
-
-Block& block() { return *resident[running / kMaxThreads]; }
-Fiber& fiber_of(unsigned id) { return resident[id / kMaxThreads]->fibers[id % kMaxThreads]; }
-Fiber& fiber() { return fiber_of(running); }
-Warp& warp() { return block().warps[running % kMaxThreads / kWarpThreads]; }
-
-void make_ready(unsigned id) { ready.insert({fiber_of(id).priority, id}); }
-void make_unready(unsigned id) { ready.erase({fiber_of(id).priority, id}); }
 
 #if defined(__SANITIZE_ADDRESS__)
 // AddressSanitizer wants to know which stack comes next, and which it came from.
@@ -134,47 +68,14 @@ void arrive_in_scheduler() {}
 void clear_stack(const void*) {}
 #endif
 
-void suspend() {
-  leave_for(scheduler_stack, scheduler_stack_bytes);
-  swapcontext(&fiber().context, &scheduler);
-  arrive_in_fiber();
-}
-
-void release_barrier_if_full() {
-  Block& b = block();
-  if (b.at_barrier < b.alive) return;
-  b.at_barrier = 0;
-  const unsigned first = running / kMaxThreads * kMaxThreads;
-  for (unsigned i = 0; i < b.fibers.size(); ++i)
-    if (std::exchange(b.fibers[i].waits_at_barrier, false)) make_ready(first + i);
-}
-
-void release_complete_collectives() {
-  const unsigned first = running / kWarpThreads * kWarpThreads;
-  auto& gathering = warp().gathering;
-  for (auto entry = gathering.begin(); entry != gathering.end();) {
-    const Lanes& lanes = entry->second.lanes;
-    if ((entry->first & warp().alive) != lanes.mask) {
-      ++entry;
-      continue;
-    }
-    for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
-      if (!(lanes.mask >> lane & 1)) continue;
-      fiber_of(first + lane).exchanged = lanes;
-      make_ready(first + lane);
-    }
-    entry = gathering.erase(entry);
-  }
-}
-
 void run_fiber() {
   arrive_in_fiber();
   (*kernel_body)();
   make_unready(running);
   --block().alive;
   warp().alive &= ~(1u << running % kWarpThreads);
-  release_barrier_if_full();
-  release_complete_collectives();
+  release_barriers();
+  release_collectives();
   suspend();
 }
 
@@ -201,7 +102,7 @@ void start_block(unsigned slot, uint64_t index) {
   started.alive = threads;
   started.warps.resize((threads + kWarpThreads - 1) / kWarpThreads);
   started.fibers.resize(threads);
-  started.shared.assign(shared_span.size, kPoison);
+  allocate_shared_memory(started);
   for (unsigned i = 0; i < threads; ++i) {
     const unsigned id = slot * kMaxThreads + i;
     Fiber& fiber = started.fibers[i];
@@ -215,99 +116,118 @@ void start_block(unsigned slot, uint64_t index) {
 
 void resume(unsigned id) {
   running = id;
-  if (loaded != &block()) {
-    if (loaded) std::copy_n(shared_span.data, shared_span.size, loaded->shared.data());
-    std::copy_n(block().shared.data(), shared_span.size, shared_span.data);
-    loaded = &block();
-  }
+  if (!std::exchange(block().has_started, true)) begin_shared_memory(block());
+  put_in_place(block());
   threadIdx = fiber().thread;
   blockIdx = block().index;
   leave_for(stack_of(id), kStackBytes);
   swapcontext(&scheduler, &fiber().context);
   arrive_in_scheduler();
+  if (!block().alive) end_shared_memory(block());
 }
 
-void report_deadlock() {
-  for (const auto& b : resident) {
-    if (!b) continue;
-    std::string waiting = std::to_string(b->at_barrier) + " of " + std::to_string(b->alive) + " threads at a barrier";
-    for (const Warp& w : b->warps)
-      for (const auto& [mask, collective] : w.gathering) waiting += std::string(", a warp at ") + collective.operation;
-    error = "deadlock in block " + std::to_string(b->index.x) + ": " + waiting;
+// The slots of `first`'s cluster are free again once all its blocks are done.
+bool free_if_done(unsigned first) {
+  for (unsigned slot = first; slot < first + cluster_size; ++slot)
+    if (resident[slot]->alive) return false;
+  for (unsigned slot = first; slot < first + cluster_size; ++slot) resident[slot] = nullptr;
+  return true;
+}
+
+// In the order in which they start; a cluster is named by its first block.
+std::vector<uint64_t> order_of_clusters(uint64_t blocks) {
+  random_bits.seed(static_cast<uint64_t>(schedule));
+  std::vector<uint64_t> order;
+  for (uint64_t i = first_block / cluster_size * cluster_size; i < blocks; i += cluster_size) order.push_back(i);
+  if (schedule == kReverse) std::reverse(order.begin(), order.end());
+  if (is_random()) std::shuffle(order.begin(), order.end(), random_bits);
+  return order;
+}
+
+void run(uint64_t blocks) {
+  const std::vector<uint64_t> order = order_of_clusters(blocks);
+  resident.resize(cluster_size == 1 ? 3 : 2 * cluster_size);
+  for (size_t started = 0, finished = 0; error.empty() && finished < order.size();) {
+    for (unsigned first = 0; first < resident.size() && started < order.size(); first += cluster_size) {
+      if (resident[first]) continue;
+      for (unsigned rank = 0; rank < cluster_size; ++rank) start_block(first + rank, order[started] + rank);
+      ++started;
+    }
+    if (ready.empty()) {
+      for (const auto& b : resident)
+        if (b && b->alive && error.empty()) error = "deadlock in " + describe_waiting(*b);
+      break;
+    }
+    resume(ready.begin()->second);
+    finished += free_if_done(running / kMaxThreads / cluster_size * cluster_size);
   }
+  resident.clear();
+  ready.clear();
+  in_place = nullptr;
+}
+
+// --- what a launch must keep to ---
+
+std::map<std::pair<const void*, cudaFuncAttribute>, int> attributes;
+
+int attribute(const void* kernel, cudaFuncAttribute name, int otherwise) {
+  const auto found = attributes.find({kernel, name});
+  return found == attributes.end() ? otherwise : found->second;
+}
+
+size_t most_shared_bytes() {
+  switch (capability) {
+    case 80: return 163 << 10;
+    case 90:
+    case 100: return 227 << 10;
+    default: return 99 << 10;
+  }
+}
+
+unsigned blocks_of_a_cluster(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  return 1;
+}
+
+// What is wrong, or nothing.
+std::string complaint(const cudaLaunchConfig_t& config, const void* kernel) {
+  const dim3 grid = config.gridDim, threads = config.blockDim;
+  const unsigned cluster = blocks_of_a_cluster(config);
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
+    return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
+  const uint64_t block_threads = uint64_t(threads.x) * threads.y * threads.z;
+  if (!block_threads || block_threads > kMaxThreads) return std::to_string(block_threads) + " threads a block";
+  if (cluster != 1) {
+    if (capability < 90) return "clusters need compute capability 9.0";
+    if (!cluster || grid.x % cluster) return "the grid is no whole number of clusters of " + std::to_string(cluster);
+    const bool is_allowed = attribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
+    if (cluster > (is_allowed ? kMaxClusterBlocks : 8)) return std::to_string(cluster) + " blocks a cluster";
+  }
+  const size_t bytes = config.dynamicSmemBytes;
+  if (bytes > size_t(attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDefaultSharedBytes)))
+    return std::to_string(bytes) + " bytes of dynamic shared memory that were not asked for";
+  return "";
 }
 
 }  // namespace
 
-cudaError_t launch(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
-  gridDim = grid;
-  blockDim = threads;
-  kernel_body = &kernel;
-  shared_span = shared_memory();
-  loaded = nullptr;
-  ready.clear();
-  error.clear();
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  const uint64_t block_threads = uint64_t(threads.x) * threads.y * threads.z;
-  if (blocks == 0 || block_threads == 0 || block_threads > kMaxThreads || grid.x > 0x7fffffff) {
-    error = "invalid launch configuration";
-    return cudaErrorInvalidConfiguration;
-  }
+void make_ready(unsigned id) { ready.insert({fiber_of(id).priority, id}); }
+void make_unready(unsigned id) { ready.erase({fiber_of(id).priority, id}); }
 
-  random_bits.seed(static_cast<uint64_t>(schedule));
-  std::vector<uint64_t> order;
-  for (uint64_t i = first_block; i < blocks; ++i) order.push_back(i);
-  if (schedule == kReverse) std::reverse(order.begin(), order.end());
-  if (schedule != kForward && schedule != kReverse) std::shuffle(order.begin(), order.end(), random_bits);
-
-  for (size_t started = 0, finished = 0; error.empty() && finished < order.size();) {
-    for (unsigned slot = 0; slot < kResidentBlocks && started < order.size(); ++slot)
-      if (!resident[slot]) start_block(slot, order[started++]);
-    if (ready.empty()) {
-      report_deadlock();
-      break;
-    }
-    resume(ready.begin()->second);
-    if (block().alive) continue;
-    loaded = nullptr;
-    resident[running / kMaxThreads] = nullptr;
-    ++finished;
-  }
-  for (auto& left : resident) left = nullptr;
-  return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+void suspend() {
+  leave_for(scheduler_stack, scheduler_stack_bytes);
+  swapcontext(&fiber().context, &scheduler);
+  arrive_in_fiber();
 }
 
-unsigned lane() { return running % kWarpThreads; }
-
 void yield() {
-  if (schedule != kForward && schedule != kReverse && random_bits() % 2) {
+  if (is_random() && random_bits() % 2) {
     make_unready(running);
     fiber().priority = kBehindAll;
     make_ready(running);
   }
   suspend();
-}
-
-void barrier() {
-  make_unready(running);
-  fiber().waits_at_barrier = true;
-  ++block().at_barrier;
-  release_barrier_if_full();
-  suspend();
-}
-
-Lanes exchange(unsigned mask, const char* operation, uint64_t bits) {
-  if (!(mask >> lane() & 1)) fail("%s: lane %u is not in its own mask %08x", operation, lane(), mask);
-  auto [entry, is_first] = warp().gathering.try_emplace(mask, Collective{operation, {}});
-  Collective& collective = entry->second;
-  if (std::string(collective.operation) != operation)
-    fail("lanes of one warp meet at different operations: %s and %s", collective.operation, operation);
-  collective.lanes.bits[lane()] = bits;
-  collective.lanes.mask |= 1u << lane();
-  make_unready(running);
-  release_complete_collectives();
-  suspend();
-  return fiber().exchanged;
 }
 
 void fail(const char* format, ...) {
@@ -321,12 +241,52 @@ void fail(const char* format, ...) {
   __builtin_unreachable();  // the launch ends without resuming anyone
 }
 
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute name, int value) {
+  if (name == cudaFuncAttributeMaxDynamicSharedMemorySize && size_t(value) > most_shared_bytes())
+    return cudaErrorInvalidValue;
+  attributes[{kernel, name}] = value;
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
+  if (!error.empty()) return cudaErrorLaunchFailure;  // from an earlier launch, until it is taken
+  const std::string wrong = complaint(config, kernel);
+  if (!wrong.empty()) {
+    error = "invalid launch configuration: " + wrong;
+    return cudaErrorInvalidConfiguration;
+  }
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  cluster_size = blocks_of_a_cluster(config);
+  dynamic_bytes = config.dynamicSmemBytes;
+  kernel_body = &body;
+  run(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
+  return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
 }  // namespace emulation
 
-// For the tests: the order to run in, the first block to run (to see the far end of a large grid alone), and what went
-// wrong since the last call (empty: nothing).
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulation::capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = emulation::capability % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulation::most_shared_bytes()); break;
+    default: return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+
+// For the tests: the order to run in, the first block to run (to see the far end of a large grid alone), the compute
+// capability of the device, and what went wrong since the last call (empty: nothing).
 extern "C" void emulation_set_schedule(int schedule) { emulation::schedule = schedule; }
 extern "C" void emulation_set_first_block(uint64_t block) { emulation::first_block = block; }
+extern "C" void emulation_set_capability(int capability) { emulation::capability = capability; }
 extern "C" const char* emulation_take_error() {
   static std::string taken;
   taken = std::exchange(emulation::error, {});

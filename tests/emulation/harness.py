@@ -3,10 +3,12 @@
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,18 +31,35 @@ SCHEDULES = (FORWARD, REVERSE, 7, 8)  # the others seed a random order
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
 
 
-def compile_once(name: str, sources: list[str], flags: list[str]) -> Path:
-    """Compile sources of this folder with all kernels; skips the test where no C++ compiler is."""
+EMULATOR = ["emulator.cpp", "synchronisation.cpp", "shared_memory.cpp", "toys.cpp"]
+
+
+def compile_once(prefix: str, flags: list[str]) -> Path:
+    """The emulator, all kernels and `prefix`*.cpp of this folder, as one program or library.
+
+    Each source is compiled apart and its object kept until the source, a header or a flag changes. Skips the test where
+    no C++ compiler is.
+    """
     compiler = _toolchain.find_compiler(os.environ)
     if sys.platform != "linux" or isinstance(compiler, _toolchain.Missing):
         pytest.skip(f"the emulation needs Linux and a C++ compiler: {compiler}")
-    inputs = [*(str(EMULATION / source) for source in sources), "-x", "c++", *map(str, KERNELS)]
-    command = [*shlex.split(compiler), *FLAGS, *flags, *inputs]
-    digest = hashlib.sha256(" ".join(command).encode())
-    for folder, pattern in ((CSRC / "cuda", "*"), (CSRC / "include", "**/*.h"), (EMULATION, "*.[ch]*")):
-        for file in sorted(folder.glob(pattern)):
-            digest.update(file.read_bytes())
-    output = ROOT / "build" / "emulation" / f"{name}-{digest.hexdigest()[:16]}"
+    command = [*shlex.split(compiler), *FLAGS, *flags]
+    headers = [*(CSRC / "include").rglob("*.h"), *(CSRC / "cuda").glob("*.cuh"), *EMULATION.glob("*.h")]
+    common = [" ".join(command).encode(), *(header.read_bytes() for header in sorted(headers))]
+    sources = [*(EMULATION / name for name in EMULATOR), *sorted(EMULATION.glob(f"{prefix}*.cpp")), *KERNELS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, command, common), sources))
+    return _build(prefix, [*command, *map(str, objects)], [str(path).encode() for path in objects])
+
+
+def _compile(source: Path, command: list[str], common: list[bytes]) -> Path:
+    return _build(f"{source.name}.o", [*command, "-c", "-x", "c++", str(source)], [*common, source.read_bytes()])
+
+
+def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
+    """What the command builds, from the cache where that was built from the same contents before."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+    output = ROOT / "build" / "emulation" / f"{name}-{digest[:16]}"
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = output.with_suffix(f".{os.getpid()}")  # another test process may be at it too
@@ -51,23 +70,32 @@ def compile_once(name: str, sources: list[str], flags: list[str]) -> Path:
 
 
 class Emulation:
-    """The launchers of emulation/kernels.cpp and the toys of emulation/toys.cpp."""
+    """The launchers of emulation/kernels_<op>.cpp and the toys of emulation/toys.cpp."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_take_error.restype = ctypes.c_char_p
-        self.library.workspace_bytes.restype = ctypes.c_int64
 
-    def call(self, function: str, *arguments, schedule: int = FORWARD, first_block: int = 0) -> None:
-        """Run one launcher under a schedule, from block `first_block` on; raise what the emulator complains of."""
+    def call(
+        self, function: str, *arguments, schedule: int = FORWARD, first_block: int = 0, capability: int = 90
+    ) -> None:
+        """Run one launcher under a schedule, from block `first_block` on, on a device of a compute capability.
+
+        Raises what the emulator complains of.
+        """
         self.library.emulation_set_schedule(schedule)
+        self.library.emulation_set_capability(capability)
         self.library.emulation_set_first_block(ctypes.c_uint64(first_block))
         getattr(self.library, function)(*map(_to_c, arguments))
         if error := self.library.emulation_take_error().decode():
             raise RuntimeError(error)
 
-    def workspace_bytes(self, numel: int) -> int:
-        return self.library.workspace_bytes(ctypes.c_int64(numel))
+    def workspace(self, op: str, *arguments, capability: int = 90) -> torch.Tensor:
+        """Poisoned memory of the size that workspace_bytes_of_<op> tells."""
+        self.library.emulation_set_capability(capability)
+        function = getattr(self.library, f"workspace_bytes_of_{op}")
+        function.restype = ctypes.c_int64
+        return array(function(*map(_to_c, arguments)), torch.uint8)
 
 
 def _to_c(argument):
@@ -80,7 +108,7 @@ def _to_c(argument):
 
 @functools.cache
 def load_emulation() -> Emulation:
-    return Emulation(compile_once("library", ["emulator.cpp", "kernels.cpp", "toys.cpp"], ["-fPIC", "-shared"]))
+    return Emulation(compile_once("kernels", ["-fPIC", "-shared"]))
 
 
 def array(numel: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
@@ -93,3 +121,9 @@ def array(numel: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
 def random_array(numel: int, dtype: torch.dtype, offset: int = 0, seed: int = 0) -> torch.Tensor:
     values = torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return array(numel, dtype, offset).copy_(values)
+
+
+def sparse_array(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """[numel] zeros, of which only the pages that are touched take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)

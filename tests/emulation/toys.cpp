@@ -1,5 +1,8 @@
 // Kernels with known mistakes, and their right twins: what the emulator must catch, and what it must let pass.
 
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
+
 #include "launch.cuh"
 #include "reduce.cuh"
 
@@ -84,6 +87,86 @@ __global__ void mixed_operations_kernel() {
   }
 }
 
+// Reverses the numbers of a whole cluster: each block puts its own into dynamic shared memory and reads its mirror
+// image in the cluster. kArrives: all numbers are there before anyone reads. kStays: no block leaves while others read.
+template <bool kArrives, bool kStays>
+__global__ void cluster_reverse_kernel(const float* in, float* out) {
+  const auto cluster = cooperative_groups::this_cluster();
+  auto* tile = dynamic_shared<float>();
+  __shared__ float scale;
+  tile[threadIdx.x] = in[blockIdx.x * kThreads + threadIdx.x];
+  if (threadIdx.x == 0) scale = 2;
+  if (kArrives) cluster.sync();
+  const int peer = int(cluster.num_blocks() - 1 - cluster.block_rank());
+  const float* peer_scale = cluster.map_shared_rank(&scale, peer);
+  const float* peer_tile = cluster.map_shared_rank(tile, peer);
+  __syncwarp();
+  out[blockIdx.x * kThreads + threadIdx.x] = *peer_scale * peer_tile[kThreads - 1 - threadIdx.x];
+  if (kStays) cluster.sync();
+}
+
+// Each block gives its first number to all others of its cluster, by writing into their shared memory, which they must
+// have begun to use.
+template <bool kArrives>
+__global__ void cluster_gather_kernel(const float* in, float* out) {
+  const auto cluster = cooperative_groups::this_cluster();
+  auto* gathered = dynamic_shared<float>();
+  if (kArrives) cluster.sync();
+  if (threadIdx.x < cluster.num_blocks())
+    cluster.map_shared_rank(gathered, int(threadIdx.x))[cluster.block_rank()] = in[blockIdx.x * kThreads];
+  cluster.sync();
+  if (threadIdx.x < cluster.num_blocks()) out[blockIdx.x * kThreads + threadIdx.x] = gathered[threadIdx.x];
+}
+
+// A pipeline of two buffers: each round copies the next numbers in while it adds up the ones before.
+enum class Copies { kRight, kNotCommitted, kNotWaited, kTooFewWaited, kNoBarrierAfterWait, kNoBarrierBeforeReuse };
+template <Copies kCopies>
+__global__ void pipeline_kernel(const float* in, float* out, int rounds) {
+  alignas(16) __shared__ float buffers[2][kThreads];
+  const auto fetch = [&](int round) {
+    if (round < rounds && threadIdx.x < kThreads / 4)
+      __pipeline_memcpy_async(&buffers[round % 2][4 * threadIdx.x], in + round * kThreads + 4 * threadIdx.x, 16);
+    if (kCopies != Copies::kNotCommitted) __pipeline_commit();
+  };
+  float sum = 0;
+  fetch(0);
+  for (int round = 0; round < rounds; ++round) {
+    fetch(round + 1);
+    if (kCopies != Copies::kNotWaited) __pipeline_wait_prior(kCopies == Copies::kTooFewWaited ? 2 : 1);
+    if (kCopies != Copies::kNoBarrierAfterWait) __syncthreads();
+    sum += buffers[round % 2][kThreads - 1 - threadIdx.x];
+    if (kCopies != Copies::kNoBarrierBeforeReuse) __syncthreads();
+  }
+  out[blockIdx.x * kThreads + threadIdx.x] = sum;
+}
+
+// The last of four numbers is filled with zero instead of read.
+__global__ void zero_fill_kernel(const float* in, float* out) {
+  auto* tile = dynamic_shared<float>();
+  __pipeline_memcpy_async(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, 16, 4);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = tile[4 * threadIdx.x + i];
+}
+
+__global__ void copy_kernel(const float* in, float* to, int bytes) { __pipeline_memcpy_async(to, in, size_t(bytes)); }
+__global__ void copy_unaligned_kernel(const float* in) { __pipeline_memcpy_async(dynamic_shared<float>() + 1, in, 16); }
+
+// Block 1 leaves; then block 0 reads from its shared memory, or asks where that lies.
+__global__ void exited_peer_kernel(float* out, bool asks_late) {
+  const auto cluster = cooperative_groups::this_cluster();
+  auto* number = dynamic_shared<float>();
+  *number = 1;
+  const float* peer_number = cluster.map_shared_rank(number, 1);
+  cluster.sync();
+  if (cluster.block_rank() == 1) return;
+  cluster.sync();  // does not wait for who has exited
+  if (asks_late) peer_number = cluster.map_shared_rank(number, 1);
+  *out = *peer_number;
+}
+
+__global__ void dynamic_overrun_kernel() { dynamic_shared<float>()[threadIdx.x + 1] = 0; }
+
 __global__ void overrun_kernel(float* out) { out[threadIdx.x + 1] = 0; }
 
 }  // namespace
@@ -101,6 +184,35 @@ void toy_last_block(const float* in, float* out, int blocks, bool right, float* 
          tickets);
 }
 void toy_warp(unsigned* out, int blocks) { launch(warp_kernel, blocks, 32, nullptr, out); }
+void toy_cluster_reverse(const float* in, float* out, int blocks, int cluster, bool arrives, bool stays) {
+  const auto kernel = arrives ? (stays ? cluster_reverse_kernel<true, true> : cluster_reverse_kernel<true, false>)
+                              : cluster_reverse_kernel<false, true>;
+  launch(kernel, {blocks, kThreads, kThreads * sizeof(float), cluster}, nullptr, in, out);
+}
+void toy_cluster_gather(const float* in, float* out, int blocks, int cluster, bool arrives) {
+  launch(arrives ? cluster_gather_kernel<true> : cluster_gather_kernel<false>,
+         {blocks, kThreads, int64_t(cluster * sizeof(float)), cluster}, nullptr, in, out);
+}
+void toy_pipeline(const float* in, float* out, int blocks, int rounds, int copies) {
+  const auto kernels = {pipeline_kernel<Copies::kRight>,
+                        pipeline_kernel<Copies::kNotCommitted>,
+                        pipeline_kernel<Copies::kNotWaited>,
+                        pipeline_kernel<Copies::kTooFewWaited>,
+                        pipeline_kernel<Copies::kNoBarrierAfterWait>,
+                        pipeline_kernel<Copies::kNoBarrierBeforeReuse>};
+  launch(kernels.begin()[copies], blocks, kThreads, nullptr, in, out, rounds);
+}
+void toy_zero_fill(const float* in, float* out) { launch(zero_fill_kernel, {1, 32, 512}, nullptr, in, out); }
+void toy_copy(const float* in, float* to, int bytes) { launch(copy_kernel, 1, 1, nullptr, in, to, bytes); }
+void toy_copy_unaligned(const float* in) { launch(copy_unaligned_kernel, {1, 1, 64}, nullptr, in); }
+void toy_exited_peer(float* out, bool asks_late) { launch(exited_peer_kernel, {2, 1, 4, 2}, nullptr, out, asks_late); }
+void toy_dynamic_shared(int bytes) { launch(divergent_kernel, {1, 32, bytes}, nullptr); }
+void toy_shared_not_asked_for() {
+  cudaLaunchConfig_t config{};
+  config.dynamicSmemBytes = 64 << 10;
+  cudaLaunchKernelEx(&config, foreign_mask_kernel);
+}
+void toy_dynamic_overrun() { launch(dynamic_overrun_kernel, {1, 32, 32 * sizeof(float)}, nullptr); }
 void toy_foreign_mask() { launch(foreign_mask_kernel, 1, 32, nullptr); }
 void toy_absent_lane() { launch(absent_lane_kernel, 1, 32, nullptr); }
 void toy_divergent() { launch(divergent_kernel, 1, 64, nullptr); }

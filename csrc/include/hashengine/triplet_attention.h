@@ -15,6 +15,9 @@ namespace hashengine {
 
 constexpr int kTripletBranches = 3;
 
+// On the GPU a tile of the maps with its border has to fit into shared memory.
+constexpr int kTripletLargestCudaKernel = 47;
+
 struct TripletShape {
   int64_t samples;
   int64_t channels;

@@ -1,0 +1,44 @@
+"""How much memory a call needs on top of what is there already."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that torch's allocator held at once during the call, its results included, less what it held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    return _peak_of(_allocations(call))
+
+
+def _allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes of each allocation on the CPU, negative for a release, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    events = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    return [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
+
+
+def _peak_of(allocations: list[int]) -> int:
+    held = peak = 0
+    for size in allocations:
+        held += size
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,216 @@
+// triplet_attention on the CPU, forward.
+//
+// Two passes over x: one pools all three axes (triplet_pool.h), one applies the gates (triplet_gate.h); between them
+// the small maps are convolved (triplet_conv.h) and normalised (triplet_norm.h). Moved: 3 numel s, the floor of
+// training, and 16 bytes a value of the maps (pooled, index, response). Where no batch statistics are needed a sample
+// goes through everything while it is in the cache, so that x comes from memory once: 2 numel s.
+//
+// A task is a sample, or, in a small batch, a share of a sample's planes (triplet_layout.h). Each task adds up in an
+// order of its own and the tasks' sums are put together in order: the bits do not depend on the number of threads.
+
+#include "hashengine/triplet_attention.h"
+
+#include <vector>
+
+#include "triplet_conv.h"
+#include "triplet_maps.h"
+#include "triplet_norm.h"
+
+namespace hashengine {
+namespace {
+
+// What happens to the maps, whatever the elements of x.
+template <typename T>
+class ForwardMaps {
+ protected:
+  // Saves nothing where p.saved.mean is null.
+  ForwardMaps(const TripletForward& p, SimdLevel level, const ThreadPool& pool)
+      : p_(p), layout_(p.shape), strip_sizes_(layout_, p.shape.kernel_size, 2), level_(level), pool_(pool),
+        moments_(size_t(layout_.samples * layout_.parts * kTripletBranches)) {}
+
+  // A share of a sample, and its scratch memory.
+  struct Task {
+    Task(const ForwardMaps& forward, int64_t sample, int64_t part, std::byte* memory)
+        : Task(forward, forward.layout_, sample, part, Scratch(memory)) {}
+    Task(const ForwardMaps& forward, const TripletLayout& layout, int64_t sample, int64_t part, Scratch scratch)
+        : sample(sample),
+          part(part),
+          planes(layout.share(layout.length[0], 1, part)),
+          over0(scratch, layout.parts * layout.plane_padded()),
+          over1(scratch, layout.parts * kPlanesAtOnce * layout.pitch),
+          strip(scratch.take<T>(layout.parts * forward.strip_sizes_.strip)),
+          result(scratch.take<T>(layout.parts * forward.strip_sizes_.result)),
+          gates(layout, scratch),
+          maps(forward.p_.saved.mean ? SampleMaps<T>(layout, forward.p_.saved, sample)
+                                       : SampleMaps<T>(layout, scratch)),
+          bytes(scratch.used()) {}
+
+    int64_t sample;
+    int64_t part;
+    Range planes;
+    PoolRows<T> over0;
+    PoolRows<T> over1;
+    T* strip;
+    T* result;
+    AxisMaps<T> gates;
+    SampleMaps<T> maps;
+    int64_t bytes;
+  };
+
+  template <typename Work>
+  auto phase(Work work) const {
+    return [this, work](int64_t sample, int64_t part, std::byte* memory) {
+      const Task task(*this, sample, part, memory);
+      run_at_level<T>(level_, [&]() HE_INLINE_LAMBDA { work(task); });
+    };
+  }
+
+  void convolve_maps(int64_t sample, int64_t part, std::byte* memory) {
+    phase([this](const Task& task) HE_INLINE_LAMBDA { convolve(task); })(sample, part, memory);
+  }
+  void make_gates(int64_t sample, int64_t part, std::byte* memory) const {
+    phase([this](const Task& task) HE_INLINE_LAMBDA { gate(task); })(sample, part, memory);
+  }
+
+  HE_INLINE void convolve(const Task& task) {
+    for (int b = 0; b < layout_.branches; ++b) {
+      TripletMoments& moments = moments_[size_t((task.sample * layout_.parts + task.part) * kTripletBranches + b)];
+      if (p_.shape.kernel_size == 7) {
+        convolve_map<7>(task, b, moments);
+      } else {
+        convolve_map<0>(task, b, moments);
+      }
+    }
+  }
+
+  template <int kKernel>
+  HE_INLINE void convolve_map(const Task& task, int b, TripletMoments& moments) const {
+    const TripletMap map = layout_.map[b];
+    const BranchMaps<T> maps = task.maps.branch[b];
+    const int kernel_size = p_.shape.kernel_size;
+    const auto* weight = static_cast<const T*>(p_.parameters.conv_weight[b]);
+    const Range rows = layout_.share(map.rows, kLanes, task.part);
+    const TripletStrip<T> strip(task.strip + task.part * strip_sizes_.strip, map.columns, kernel_size, 2);
+    T* const result = task.result + task.part * strip_sizes_.result;
+    const int64_t pitch = map.pitch();
+    for (int64_t begin = rows.begin; begin < rows.end; begin += kStripRows) {
+      const int64_t count = std::min(kStripRows, rows.end - begin);
+      for (int plane = 0; plane < 2; ++plane)
+        fill_strip(strip, plane, map.rows, begin, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
+          return load(maps.pooled + plane * map.numel() + row * map.columns + column, part);
+        });
+      convolve_strip<kKernel>(strip, 2, weight, kernel_size, round_up(count, kLanes), result, pitch);
+      if (p_.training) moments.add(measure(result, pitch, count, map.columns));
+      copy_rows(result, pitch, count, map.columns, maps.response + begin * map.columns, map.columns);
+    }
+  }
+
+  void take_batch_statistics() {
+    for (int b = 0; b < layout_.branches; ++b) {
+      TripletMoments all;
+      for (size_t i = size_t(b); i < moments_.size(); i += kTripletBranches) all.add(moments_[i]);
+      use_statistics(b, T(all.mean), T(all.squares / all.count));
+    }
+  }
+
+  void take_running_statistics() {
+    for (int b = 0; b < layout_.branches; ++b)
+      use_statistics(b, *static_cast<const T*>(p_.running_mean[b]), *static_cast<const T*>(p_.running_var[b]));
+  }
+
+  void use_statistics(int b, T mean, T var) {
+    norm_[b] = triplet_norm(p_.parameters, b, mean, var);
+    if (!p_.saved.mean) return;
+    static_cast<T*>(p_.saved.mean)[b] = mean;
+    static_cast<T*>(p_.saved.var)[b] = var;
+  }
+
+  HE_INLINE void gate(const Task& task) const {
+    const T scale = T(1) / T(layout_.branches);
+    for (int b = 0; b < layout_.branches; ++b) {
+      const TripletMap map = layout_.map[b];
+      gate_rows(task.maps.branch[b].response, map, layout_.share(map.rows, kLanes, task.part), norm_[b], scale,
+                task.gates.branch(layout_, b));
+    }
+    task.gates.spread(layout_, task.part);
+  }
+
+  const TripletForward& p_;
+  const TripletLayout layout_;
+  const StripSizes strip_sizes_;
+  const SimdLevel level_;
+  const ThreadPool& pool_;
+  std::vector<TripletMoments> moments_;
+  TripletNorm<T> norm_[kTripletBranches] = {};
+};
+
+template <typename Element>
+class Forward : ForwardMaps<typename Arithmetic<Element>::Type> {
+  using T = typename Arithmetic<Element>::Type;
+  using Maps = ForwardMaps<T>;
+  using typename Maps::Task;
+  using Maps::layout_;
+  using Maps::p_;
+  using Maps::pool_;
+
+ public:
+  Forward(const TripletForward& p, SimdLevel level, const ThreadPool& pool) : Maps(p, level, pool) {}
+
+  void run() {
+    const auto pooling = this->phase([this](const Task& task) HE_INLINE_LAMBDA { pool_planes_of(task); });
+    const auto merging = this->phase([this](const Task& task) HE_INLINE_LAMBDA { merge_parts(task); });
+    const auto applying = this->phase([this](const Task& task) HE_INLINE_LAMBDA { apply_gates(task); });
+    const auto convolving = [this](auto... task) { this->convolve_maps(task...); };
+    const auto gating = [this](auto... task) { this->make_gates(task...); };
+    const int64_t bytes = Task(*this, 0, 0, nullptr).bytes;
+    if (p_.training) {
+      run_phases(pool_, layout_, bytes, false, pooling, merging, convolving);
+      this->take_batch_statistics();
+      run_phases(pool_, layout_, bytes, true, gating, applying);
+    } else {
+      this->take_running_statistics();
+      run_phases(pool_, layout_, bytes, false, pooling, merging, convolving, gating, applying);
+    }
+  }
+
+ private:
+  const Element* x(const Task& task) const {
+    return static_cast<const Element*>(p_.x) + task.sample * layout_.sample_numel();
+  }
+
+  HE_INLINE void pool_planes_of(const Task& task) const {
+    pool_part(x(task), layout_, task.planes, task.over0.from(task.part * layout_.plane_padded()),
+              task.over1.from(task.part * kPlanesAtOnce * layout_.pitch), pool_target(layout_, task.maps, 1),
+              pool_target(layout_, task.maps, 2));
+  }
+
+  HE_INLINE void merge_parts(const Task& task) const {
+    finish_axis0(x(task), layout_, layout_.share(layout_.length[1], kLanes, task.part), task.over0,
+                 pool_target(layout_, task.maps, 0));
+  }
+
+  HE_INLINE void apply_gates(const Task& task) const {
+    Element* const y = static_cast<Element*>(p_.y) + task.sample * layout_.sample_numel();
+    gate_part(x(task), y, layout_, task.planes, task.gates.over_axes(layout_));
+  }
+};
+
+}  // namespace
+
+void triplet_forward_cpu(const TripletForward& p, SimdLevel level, const ThreadPool& pool) {
+  switch (p.shape.dtype) {
+    case Dtype::kFloat64: return Forward<double>(p, level, pool).run();
+    case Dtype::kFloat16: return Forward<Float16>(p, level, pool).run();
+    case Dtype::kBFloat16: return Forward<BFloat16>(p, level, pool).run();
+    default: return Forward<float>(p, level, pool).run();
+  }
+}
+
+void triplet_inference_cpu(const TripletInference& p, SimdLevel level, const ThreadPool& pool) {
+  TripletForward forward{p.x, p.y, p.parameters, {}, {}, {}, false, p.shape};
+  std::copy(p.running_mean, p.running_mean + kTripletBranches, forward.running_mean);
+  std::copy(p.running_var, p.running_var + kTripletBranches, forward.running_var);
+  triplet_forward_cpu(forward, level, pool);
+}
+
+}  // namespace hashengine

@@ -1,0 +1,111 @@
+// triplet_pool on the CPU, forward and backward: triplet attention's pooling alone, on the same passes.
+//
+// Forward moves x once (numel s) and 12 bytes a value of the maps, backward grad_x once and as much of the maps.
+
+#include "hashengine/triplet_pool.h"
+
+#include "triplet_maps.h"
+
+namespace hashengine {
+namespace {
+
+template <typename Element>
+void forward(const TripletPoolForward& p, SimdLevel level, const ThreadPool& pool) {
+  using T = typename Arithmetic<Element>::Type;
+  const TripletLayout layout(p.shape);
+  struct Buffers {
+    PoolRows<T> over0, over1;
+    int64_t bytes;
+    Buffers(const TripletLayout& layout, Scratch scratch)
+        : over0(scratch, layout.parts * layout.plane_padded()),
+          over1(scratch, layout.parts * kPlanesAtOnce * layout.pitch),
+          bytes(scratch.used()) {}
+  };
+  const auto target = [&](int64_t sample, int axis) {
+    SampleMaps<T> maps;
+    for (int b = 0; b < layout.branches; ++b) {
+      const int64_t at = sample * layout.map[b].numel();
+      maps.branch[b] = {static_cast<T*>(p.pool[b]) + 2 * at, p.index[b] + at, nullptr};
+    }
+    return pool_target(layout, maps, axis);
+  };
+  const auto x = [&](int64_t sample) { return static_cast<const Element*>(p.x) + sample * layout.sample_numel(); };
+  const auto pooling = [&](int64_t sample, int64_t part, std::byte* memory) {
+    const Buffers buffers(layout, Scratch(memory));
+    run_at_level<T>(level, [&]() HE_INLINE_LAMBDA {
+      pool_part(x(sample), layout, layout.share(layout.length[0], 1, part),
+                buffers.over0.from(part * layout.plane_padded()),
+                buffers.over1.from(part * kPlanesAtOnce * layout.pitch), target(sample, 1), target(sample, 2));
+    });
+  };
+  const auto merging = [&](int64_t sample, int64_t part, std::byte* memory) {
+    const Buffers buffers(layout, Scratch(memory));
+    run_at_level<T>(level, [&]() HE_INLINE_LAMBDA {
+      finish_axis0(x(sample), layout, layout.share(layout.length[1], kLanes, part), buffers.over0, target(sample, 0));
+    });
+  };
+  run_phases(pool, layout, Buffers(layout, Scratch()).bytes, false, pooling, merging);
+}
+
+template <typename Element>
+void backward(const TripletPoolBackward& p, SimdLevel level, const ThreadPool& pool) {
+  using T = typename Arithmetic<Element>::Type;
+  const TripletLayout layout(p.shape);
+  struct Buffers {
+    AxisMaps<T> even, peak;
+    AxisMaps<LaneIndex<T>> index;
+    int64_t bytes;
+    Buffers(const TripletLayout& layout, Scratch scratch)
+        : even(layout, scratch), peak(layout, scratch), index(layout, scratch), bytes(scratch.used()) {}
+  };
+  const auto spreading = [&](int64_t sample, int64_t part, std::byte* memory) {
+    const Buffers to(layout, Scratch(memory));
+    run_at_level<T>(level, [&]() HE_INLINE_LAMBDA {
+      for (int b = 0; b < layout.branches; ++b) {
+        const TripletMap map = layout.map[b];
+        const Range rows = layout.share(map.rows, kLanes, part);
+        const T* const grad_max = static_cast<const T*>(p.grad_pool[b]) + 2 * sample * map.numel();
+        pad_rows(grad_max, map, rows, T(1), to.peak.branch(layout, b));
+        pad_rows(grad_max + map.numel(), map, rows, T(1) / T(map.pooled_length), to.even.branch(layout, b));
+        pad_index_rows<T>(p.index[b] + sample * map.numel(), map, rows, to.index.branch(layout, b));
+      }
+      to.even.spread(layout, part);
+      to.peak.spread(layout, part);
+      to.index.spread(layout, part);
+    });
+  };
+  const auto routing = [&](int64_t sample, int64_t part, std::byte* memory) {
+    const Buffers from(layout, Scratch(memory));
+    Element* const grad_x = static_cast<Element*>(p.grad_x) + sample * layout.sample_numel();
+    run_at_level<T>(level, [&]() HE_INLINE_LAMBDA {
+      route_part<false, Element, T>(nullptr, grad_x, layout, layout.share(layout.length[0], 1, part),
+                                    {{},
+                                     from.even.over_axes(layout),
+                                     from.peak.over_axes(layout),
+                                     from.index.over_axes(layout)});
+    });
+  };
+  run_phases(pool, layout, Buffers(layout, Scratch()).bytes, false, spreading, routing);
+}
+
+}  // namespace
+
+void triplet_pool_forward_cpu(const TripletPoolForward& p, SimdLevel level, const ThreadPool& pool) {
+  switch (p.shape.dtype) {
+    case Dtype::kFloat64: return forward<double>(p, level, pool);
+    case Dtype::kFloat16: return forward<Float16>(p, level, pool);
+    case Dtype::kBFloat16: return forward<BFloat16>(p, level, pool);
+    default: return forward<float>(p, level, pool);
+  }
+}
+
+void triplet_pool_backward_cpu(const TripletPoolBackward& p, SimdLevel level, const ThreadPool& pool) {
+  switch (p.shape.dtype) {
+    case Dtype::kFloat64: return backward<double>(p, level, pool);
+    case Dtype::kFloat16: return backward<Float16>(p, level, pool);
+    case Dtype::kBFloat16: return backward<BFloat16>(p, level, pool);
+    default: return backward<float>(p, level, pool);
+  }
+}
+
+}  // namespace hashengine

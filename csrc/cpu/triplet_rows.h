@@ -1,0 +1,197 @@
+// Rows of vectors: what the CPU kernels of triplet attention do with rows of any length, and how they choose a SIMD
+// level.
+//
+// A row is walked eight lanes at a time; its last vector is partial where the length is no multiple of eight. A partial
+// vector is read and written whole as long as something follows it in memory: what is read too much is never used, and
+// what is written too much belongs to the next rows, which are written next. Only the end of a region is exact.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "hashengine/simd_level.h"
+#include "lanes.h"
+
+namespace hashengine {
+
+// Runs body, an HE_INLINE_LAMBDA, compiled for the level. What computes in float64 has only one: it is for checking
+// gradients, not for speed.
+#ifdef HE_X86
+template <typename Body>
+HE_TARGET_AVX2 __attribute__((noinline)) void run_with_avx2(const Body& body) {
+  body();
+}
+#endif
+template <typename T, typename Body>
+void run_at_level([[maybe_unused]] SimdLevel level, const Body& body) {
+#ifdef HE_X86
+  if constexpr (!std::is_same_v<T, double>) {
+    if (level != SimdLevel::kScalar) return run_with_avx2(body);
+  }
+#endif
+  body();
+}
+
+// An index as wide as T, so that one comparison's mask chooses among values and indices.
+template <typename T>
+using LaneIndex = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
+
+inline constexpr int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
+
+template <typename Vector>
+HE_INLINE Vector lane_numbers() {
+  return Vector{0, 1, 2, 3, 4, 5, 6, 7};
+}
+
+// --- vectors of a row ---
+
+struct Whole {};
+
+struct Partial {
+  int count;   // lanes that belong to the row, 1 to 7
+  bool exact;  // nothing may be touched behind them
+};
+
+template <typename Element>
+HE_INLINE void copy_first(Element* to, const Element* from, int count) {
+  if (count & 4) {
+    std::memcpy(to, from, 4 * sizeof(Element));
+    to += 4;
+    from += 4;
+  }
+  if (count & 2) {
+    std::memcpy(to, from, 2 * sizeof(Element));
+    to += 2;
+    from += 2;
+  }
+  if (count & 1) *to = *from;
+}
+
+HE_INLINE LaneMask<float> load(const int32_t* from) { return load_vector<LaneMask<float>>(from); }
+HE_INLINE LaneMask<double> load(const int64_t* from) { return load_vector<LaneMask<double>>(from); }
+HE_INLINE void store(int32_t* to, LaneMask<float> value) { std::memcpy(to, &value, sizeof(value)); }
+HE_INLINE void store(int64_t* to, LaneMask<double> value) { std::memcpy(to, &value, sizeof(value)); }
+HE_INLINE void store(int32_t* to, LaneMask<double> value) {
+  store(to, __builtin_convertvector(value, LaneMask<float>));
+}
+
+template <typename Element>
+HE_INLINE auto load(const Element* from, Whole) {
+  return load(from);
+}
+template <typename Element>
+HE_INLINE auto load(const Element* from, Partial part) {
+  if (!part.exact) return load(from);
+  Element elements[kLanes] = {};
+  copy_first(elements, from, part.count);
+  return load(static_cast<const Element*>(elements));
+}
+template <typename Element, typename Vector>
+HE_INLINE void store(Element* to, Vector value, Whole) {
+  store(to, value);
+}
+template <typename Element, typename Vector>
+HE_INLINE void store(Element* to, Vector value, Partial part) {
+  if (!part.exact) return store(to, value);
+  Element elements[kLanes];
+  store(elements, value);
+  copy_first(to, static_cast<const Element*>(elements), part.count);
+}
+
+// The lanes of the row, and `other` in the rest.
+template <typename T>
+HE_INLINE Lanes<T> keep(Lanes<T> value, Lanes<T>, Whole) {
+  return value;
+}
+template <typename T>
+HE_INLINE Lanes<T> keep(Lanes<T> value, Lanes<T> other, Partial part) {
+  return lane_numbers<LaneMask<T>>() < LaneIndex<T>(part.count) ? value : other;
+}
+
+// step(column, Whole or Partial) for each vector of a row. `rows_left`, with this one, end the region that may be
+// touched.
+template <typename Step>
+HE_INLINE void for_row(int64_t columns, int64_t rows_left, Step step) {
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t column = 0; column < whole; column += kLanes) step(column, Whole{});
+  if (whole < columns) step(whole, Partial{int(columns - whole), rows_left * columns - whole < kLanes});
+}
+
+// For rows of whole vectors: always enough.
+constexpr int64_t kPadded = kLanes;
+
+// --- across lanes ---
+
+template <typename Vector>
+HE_INLINE Vector swap_lanes(Vector v, int distance) {
+  using Mask = decltype(v < v);
+  const Mask numbers = lane_numbers<Mask>();
+  return __builtin_shuffle(v, numbers ^ distance);
+}
+
+// Folds all lanes by a commutative function; every lane gets the result.
+template <typename Vector, typename Fold>
+HE_INLINE Vector fold_lanes(Vector v, Fold fold) {
+  v = fold(v, swap_lanes(v, 4));
+  v = fold(v, swap_lanes(v, 2));
+  return fold(v, swap_lanes(v, 1));
+}
+
+template <typename Vector>
+HE_INLINE void transpose_lanes(Vector (&rows)[kLanes]) {
+  using Mask = decltype(rows[0] < rows[0]);
+  constexpr Mask low_pairs = {0, 8, 1, 9, 4, 12, 5, 13}, high_pairs = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr Mask low_halves = {0, 1, 8, 9, 4, 5, 12, 13}, high_halves = {2, 3, 10, 11, 6, 7, 14, 15};
+  constexpr Mask low = {0, 1, 2, 3, 8, 9, 10, 11}, high = {4, 5, 6, 7, 12, 13, 14, 15};
+  Vector quads[kLanes];  // quads[4 h + j]: column j of rows 4 h to 4 h + 3, then column j + 4 of them
+  for (int half = 0; half < kLanes; half += 4) {
+    const Vector* r = rows + half;
+    const Vector low01 = __builtin_shuffle(r[0], r[1], low_pairs), high01 = __builtin_shuffle(r[0], r[1], high_pairs);
+    const Vector low23 = __builtin_shuffle(r[2], r[3], low_pairs), high23 = __builtin_shuffle(r[2], r[3], high_pairs);
+    quads[half + 0] = __builtin_shuffle(low01, low23, low_halves);
+    quads[half + 1] = __builtin_shuffle(low01, low23, high_halves);
+    quads[half + 2] = __builtin_shuffle(high01, high23, low_halves);
+    quads[half + 3] = __builtin_shuffle(high01, high23, high_halves);
+  }
+  for (int j = 0; j < 4; ++j) {
+    rows[j] = __builtin_shuffle(quads[j], quads[j + 4], low);
+    rows[j + 4] = __builtin_shuffle(quads[j], quads[j + 4], high);
+  }
+}
+
+// --- small matrices ---
+
+// Rows from `from` to `to`. Rows of `to` that are next to each other may lie so, too.
+template <typename From, typename To>
+HE_INLINE void copy_rows(const From* from, int64_t from_pitch, int64_t rows, int64_t columns, To* to,
+                         int64_t to_pitch) {
+  for (int64_t row = 0; row < rows; ++row)
+    for_row(columns, rows - row, [&](int64_t column, auto part) HE_INLINE_LAMBDA {
+      store(to + row * to_pitch + column, load(from + row * from_pitch + column), part);
+    });
+}
+
+// to[column][row] = from[row][column] for the rows [begin, end), begin a multiple of eight, and the columns [0,
+// columns). `from` is readable up to whole vectors; a row of `to` is writable up to `to_width` and nothing behind is
+// touched.
+template <typename From, typename To>
+HE_INLINE void turn_rows(const From* from, int64_t from_pitch, int64_t begin, int64_t end, int64_t columns, To* to,
+                         int64_t to_pitch, int64_t to_width) {
+  for (int64_t row = begin; row < end; row += kLanes)
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      decltype(load(from)) block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load(from + std::min(row + i, end - 1) * from_pitch + column);
+      transpose_lanes(block);
+      const int64_t width = to_width - row;
+      for (int j = 0; j < kLanes && column + j < columns; ++j) {
+        To* target = to + (column + j) * to_pitch + row;
+        if (width >= kLanes) {
+          store(target, block[j]);
+        } else {
+          store(target, block[j], Partial{int(width), true});
+        }
+      }
+    }
+}
+
+}  // namespace hashengine

@@ -1,0 +1,30 @@
+// Thread-block clusters: the blocks that share their shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace emulation {
+
+unsigned cluster_rank();
+unsigned cluster_blocks();
+void cluster_barrier();
+// Where the variable at `address` of the running block's shared memory lies for the block `rank` of its cluster.
+void* map_shared(const void* address, unsigned rank);
+
+}  // namespace emulation
+
+namespace cooperative_groups {
+
+struct cluster_group {
+  static void sync() { emulation::cluster_barrier(); }
+  static unsigned block_rank() { return emulation::cluster_rank(); }
+  static unsigned num_blocks() { return emulation::cluster_blocks(); }
+  template <typename T>
+  static T* map_shared_rank(T* address, int rank) {
+    return static_cast<T*>(emulation::map_shared(address, unsigned(rank)));
+  }
+};
+
+inline cluster_group this_cluster() { return {}; }
+
+}  // namespace cooperative_groups

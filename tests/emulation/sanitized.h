@@ -1,0 +1,47 @@
+// What the sanitized_<op>.cpp have in common: each runs an op's kernels over arrays of exactly their size.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "hashengine/types.h"
+
+// `bytes` on the heap, `offset` past a 16-byte boundary, poisoned, with nothing behind them.
+class Array {
+ public:
+  Array(int64_t bytes, int64_t offset, int fill = 0xff) : memory_(new char[size_t(offset + bytes)]), offset_(offset) {
+    std::memset(memory_.get(), fill, size_t(offset + bytes));
+  }
+  template <typename T = void>
+  T* get() {
+    return static_cast<T*>(static_cast<void*>(memory_.get() + offset_));
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  int64_t offset_;
+};
+
+struct ElementType {
+  hashengine::Dtype dtype;
+  int64_t size;
+};
+constexpr ElementType kFloatingTypes[] = {
+    {hashengine::Dtype::kFloat64, 8},
+    {hashengine::Dtype::kFloat32, 4},
+    {hashengine::Dtype::kFloat16, 2},
+    {hashengine::Dtype::kBFloat16, 2},
+};
+
+// By name; an op adds itself with `const Sanitized op("op", run);`.
+class Sanitized {
+ public:
+  Sanitized(const char* name, void (*run)()) { all()[name] = run; }
+  static std::map<std::string, void (*)()>& all() {
+    static std::map<std::string, void (*)()> runs;
+    return runs;
+  }
+};

@@ -1,0 +1,42 @@
+#include "hashengine/simam.h"
+#include "sanitized.h"
+
+using namespace hashengine;
+
+extern "C" void emulation_set_capability(int capability);
+
+namespace {
+
+void run_one(const ElementType& type, SimamShape shape, int64_t offset) {
+  shape.dtype = type.dtype;
+  const int64_t planes = shape.samples * shape.channels;
+  const int64_t bytes = planes * shape.positions * type.size;
+  Array x(bytes, offset * type.size, 0x3c), grad_y(bytes, offset * type.size, 0x3c), y(bytes, offset * type.size);
+  Array grad_x(bytes, offset * type.size), stats(planes * 2 * (type.size == 8 ? 8 : 4), 0);
+  Array forward_workspace(simam_forward_workspace_bytes(shape), 0);
+  Array backward_workspace(simam_backward_workspace_bytes(shape), 0);
+  launch_simam_forward({x.get(), y.get(), stats.get(), shape, 0.1}, forward_workspace.get(), nullptr);
+  launch_simam_backward({grad_y.get(), x.get(), stats.get(), grad_x.get(), shape, 0.1}, backward_workspace.get(),
+                        nullptr);
+}
+
+// Planes that are staged, straight, of a block, and of a cluster or split; slabs of full and of ragged rows.
+const Sanitized simam("simam", [] {
+  constexpr auto kPlanes = FeatureLayout::kContiguous;
+  constexpr auto kSlabs = FeatureLayout::kChannelsLast;
+  for (const auto& type : kFloatingTypes) {
+    for (int64_t offset : {0, 1}) {
+      for (int64_t positions : {1, 49, 64, 2056}) run_one(type, {2, 3, positions, kPlanes, type.dtype}, offset);
+      for (int64_t channels : {3, 40}) run_one(type, {2, channels, 50, kSlabs, type.dtype}, offset);
+    }
+    for (int capability : {90, 80}) {
+      emulation_set_capability(capability);
+      run_one(type, {1, 1, 17001, kPlanes, type.dtype}, 0);
+      run_one(type, {1, 1, 17008, kPlanes, type.dtype}, 0);
+      run_one(type, {1, 24, 1100, kSlabs, type.dtype}, 0);
+    }
+    emulation_set_capability(90);
+  }
+});
+
+}  // namespace

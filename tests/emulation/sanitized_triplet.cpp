@@ -1,0 +1,48 @@
+#include "hashengine/triplet_attention.h"
+#include "sanitized.h"
+
+using namespace hashengine;
+
+namespace {
+
+void run_one(const TripletShape& shape, int64_t size, int64_t offset) {
+  const int64_t real = shape.dtype == Dtype::kFloat64 ? 8 : 4, maps = shape.maps_numel() * real;
+  const int64_t bytes = shape.samples * shape.channels * shape.height * shape.width * size;
+  const int64_t weight_bytes = 2 * shape.kernel_size * shape.kernel_size * real;
+  Array x(bytes, offset * size, 0x3c), y(bytes, offset * size), grad_x(bytes, offset * size);
+  Array conv_weight(weight_bytes, 0, 0x3c), one(real, 0, 0x3c);
+  Array pooled(2 * maps, 0), index(shape.maps_numel() * 4, 0), response(maps, 0);
+  Array mean(shape.branches * real, 0), var(shape.branches * real, 0);
+  Array grad_conv_weight(shape.branches * weight_bytes, 0), grad_bn_weight(shape.branches * real, 0);
+  Array grad_bn_bias(shape.branches * real, 0);
+  Array forward_workspace(triplet_forward_workspace_bytes(shape), 0);
+  Array inference_workspace(triplet_inference_workspace_bytes(shape), 0);
+  Array backward_workspace(triplet_backward_workspace_bytes(shape), 0);
+
+  TripletForward forward{x.get(), y.get(), {{}, {}, {}, 1e-5}, {}, {}, {}, true, shape};
+  TripletInference inference{x.get(), y.get(), {}, {}, {}, shape};
+  for (int branch = 0; branch < shape.branches; ++branch) {
+    forward.parameters.conv_weight[branch] = conv_weight.get();
+    forward.parameters.bn_weight[branch] = forward.parameters.bn_bias[branch] = one.get();
+    forward.running_mean[branch] = inference.running_mean[branch] = one.get();
+    forward.running_var[branch] = inference.running_var[branch] = one.get();
+  }
+  forward.saved = {pooled.get(), index.get<int32_t>(), response.get(), mean.get(), var.get()};
+  inference.parameters = forward.parameters;
+  launch_triplet_forward(forward, forward_workspace.get(), nullptr);
+  launch_triplet_backward({y.get(), x.get(), forward.parameters, forward.saved, grad_x.get(), grad_conv_weight.get(),
+                           grad_bn_weight.get(), grad_bn_bias.get(), true, shape},
+                          backward_workspace.get(), nullptr);
+  launch_triplet_inference(inference, inference_workspace.get(), nullptr);
+}
+
+const Sanitized triplet("triplet", [] {
+  constexpr auto kContiguous = FeatureLayout::kContiguous, kChannelsLast = FeatureLayout::kChannelsLast;
+  run_one({2, 3, 5, 7, 3, 7, kContiguous, Dtype::kFloat32}, 4, 0);
+  run_one({1, 8, 3, 16, 2, 3, kChannelsLast, Dtype::kBFloat16}, 2, 0);
+  run_one({1, 17, 2, 8, 3, 1, kContiguous, Dtype::kFloat16}, 2, 1);
+  run_one({1, 2, 16, 136, 3, 7, kContiguous, Dtype::kFloat16}, 2, 0);
+  run_one({1, 2, 3, 4, 3, 7, kChannelsLast, Dtype::kFloat64}, 8, 0);
+});
+
+}  // namespace
