@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -25,9 +26,12 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(qualified_name.c_str(), "").typed<Signature>();
 }
 
-template <typename... Tensors>
-bool needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+bool needs_gradient(const Tensor& x, std::initializer_list<TensorList> parameters = {}) {
+  if (!at::GradMode::is_enabled()) return false;
+  bool is_needed = x.requires_grad();
+  for (const TensorList tensors : parameters)
+    for (const Tensor& tensor : tensors) is_needed |= tensor.requires_grad();
+  return is_needed;
 }
 
 // In a backward of which no gradient is asked: the backward op's own autograd kernel, which is Python and refuses to be
@@ -174,14 +178,40 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
 
 TripletOutputs triplet_attention(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                  TensorList running_mean, TensorList running_var, bool training, double eps) {
-  bool is_needed = needs_gradient(x);
-  for (const TensorList parameters : {conv_weight, bn_weight, bn_bias})
-    for (const Tensor& parameter : parameters) is_needed |= needs_gradient(parameter);
-  if (!is_needed)
+  if (!needs_gradient(x, {conv_weight, bn_weight, bn_bias}))
     return triplet_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
   const variable_list out =
       TripletAttention::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
+// --- triplet_attention_inference ---
+
+Tensor inference_below_autograd(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
+                                TensorList running_mean, TensorList running_var, double eps) {
+  static const auto op = find_op<Tensor(const Tensor&, TensorList, TensorList, TensorList, TensorList, TensorList,
+                                        double)>("triplet_attention_inference");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
+}
+
+struct TripletInference : torch::autograd::Function<TripletInference> {
+  static Tensor forward(AutogradContext*, const Tensor& x, TensorList conv_weight, TensorList bn_weight,
+                        TensorList bn_bias, TensorList running_mean, TensorList running_var, double eps) {
+    return inference_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "triplet_attention_inference: expected no gradient to be asked of this op, got a backward "
+                       "through it; it has no derivative here: call triplet_attention");
+  }
+};
+
+Tensor triplet_attention_inference(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
+                                   TensorList running_mean, TensorList running_var, double eps) {
+  if (!needs_gradient(x, {conv_weight, bn_weight, bn_bias}))
+    return inference_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
+  return TripletInference::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
 }
 
 // Under the keys of the devices that have kernels, where it goes before what Python registered for all devices.
@@ -189,6 +219,7 @@ void register_formulas(torch::Library& library) {
   library.impl("simam", simam);
   library.impl("greedy_sign", greedy_sign);
   library.impl("triplet_attention", triplet_attention);
+  library.impl("triplet_attention_inference", triplet_attention_inference);
 }
 
 TORCH_LIBRARY_IMPL(hashengine, AutogradCPU, library) { register_formulas(library); }

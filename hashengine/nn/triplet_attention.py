@@ -71,41 +71,46 @@ class TripletAttention(nn.Module):
 
     @property
     def _gates(self) -> list[nn.Sequential]:
-        gates = [self.cw, self.hc] if self.no_spatial else [self.cw, self.hc, self.hw]
-        return [gate.conv for gate in gates]
+        names = ("cw", "hc") if self.no_spatial else ("cw", "hc", "hw")
+        return [self._modules[name]._modules["conv"] for name in names]
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_plain(self._gates):
-            return self._fused(x, [gate.bn for gate in self._gates])
-        return triplet_gate(x, *(gate(pool) for gate, pool in zip(self._gates, triplet_pool(x), strict=False)))
-
-    def _fused(self, x: Tensor, norms: list[nn.BatchNorm2d]) -> Tensor:
+        gates = self._gates
+        # By _modules and the like: an attribute of a module takes a microsecond to find, small maps not many of them.
+        convolutions = [gate._modules["conv"] for gate in gates]
+        norms = [gate._modules["bn"] for gate in gates]
+        if not _are_plain(gates, convolutions, norms):
+            return triplet_gate(x, *(gate(pool) for gate, pool in zip(gates, triplet_pool(x), strict=False)))
         training, eps = norms[0].training, norms[0].eps
-        convolutions = [gate.conv.weight for gate in self._gates]
-        affine = [norm.weight for norm in norms], [norm.bias for norm in norms]
-        running_mean, running_var = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
-        if not training and not _needs_gradient(x, *convolutions, *affine[0], *affine[1]):
-            return triplet_attention_inference(x, convolutions, *affine, running_mean, running_var, eps)
-        y, mean, var = triplet_attention(x, convolutions, *affine, running_mean, running_var, training, eps)
+        learned = [
+            [conv._parameters["weight"] for conv in convolutions],
+            [bn._parameters["weight"] for bn in norms],
+            [bn._parameters["bias"] for bn in norms],
+        ]
+        running = [bn._buffers["running_mean"] for bn in norms], [bn._buffers["running_var"] for bn in norms]
+        if not training and not _need_gradient(x, *learned):
+            return triplet_attention_inference(x, *learned, *running, eps)
+        y, mean, var = triplet_attention(x, *learned, *running, training, eps)
         if training:
             n, c, h, w = x.shape
             counts = [n * c * w, n * h * c, n * h * w][: len(norms)]
-            steps = [norm.num_batches_tracked for norm in norms]
-            triplet_attention_update(mean, var, running_mean, running_var, steps, counts, norms[0].momentum)
+            steps = [bn._buffers["num_batches_tracked"] for bn in norms]
+            triplet_attention_update(mean, var, *running, steps, counts, norms[0].momentum)
         return y
 
     def extra_repr(self) -> str:
         return f"no_spatial={self.no_spatial}"
 
 
-def _is_plain(gates: list[nn.Sequential]) -> bool:
+def _are_plain(gates: list[nn.Sequential], convolutions: list[nn.Module], norms: list[nn.Module]) -> bool:
     """Whether the modules do nothing but what the fused op does, all branches alike."""
-    for gate in gates:
-        if type(gate.conv) is not nn.Conv2d or type(gate.bn) is not nn.BatchNorm2d:
-            return False  # converted, parametrised or swapped
-        if not (gate.bn.affine and gate.bn.track_running_stats) or any(_has_hooks(module) for module in gate):
-            return False
-    return len({(gate.bn.training, gate.bn.eps, gate.bn.momentum) for gate in gates}) == 1
+    if any(type(conv) is not nn.Conv2d for conv in convolutions) or any(type(bn) is not nn.BatchNorm2d for bn in norms):
+        return False  # converted, parametrised or swapped
+    if any(_has_hooks(module) for modules in (gates, convolutions, norms) for module in modules):
+        return False
+    if not all(bn.affine and bn.track_running_stats for bn in norms):
+        return False
+    return len({(bn.training, bn.eps, bn.momentum) for bn in norms}) == 1
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -114,8 +119,10 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _need_gradient(x: Tensor, *learned: list[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(parameter.requires_grad for parameters in learned for parameter in parameters)
 
 
 def _rename_official_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
