@@ -22,7 +22,7 @@ from benchmarks.cases import FORWARD_BACKWARD, OPS, Op, build, make_call
 from benchmarks.harness import append_results, describe_machine, find_device, median_ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.shapes import Model, Workload, workloads
-from benchmarks.timing import Clock, capture_graph, make_clock, time_calls
+from benchmarks.timing import Clock, capture_graph, keep_freed_memory, make_clock, time_calls
 from hashengine import InputError
 
 CLONE_BYTES = 32 << 20  # above it a CPU's outputs are fresh pages, which the copy has to pay for, too
@@ -168,6 +168,8 @@ def run(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     machine = describe_machine(on) | {"benchmark": "kernels", "cuda_graphs": cuda_graphs}
     clock = make_clock(on)
+    if on.type == "cpu":
+        keep_freed_memory()
     plan = [
         (name, workload, dtype, layout)
         for name in ops

@@ -1,5 +1,6 @@
 """Timing of single calls, on CPU and GPU, with a warm and a cold cache, in as many rounds as the time allows."""
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,19 @@ Call = Callable[[], Any]
 _SETTLE_SECONDS = 0.005  # OpenMP threads of the last system spin a while; compiled code may bring a runtime of its own
 _BURST_SECONDS = 0.05  # about what the calls of one system take in one round
 _MAX_CALLS = 64
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MB, as it comes to do in a network's loop.
+
+    In a loop over one op it is chance whether such a block goes back to the system, so that its pages have to be
+    cleared anew in each call, which takes longer than most ops. Larger ones always go back, and are left so.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 class Clock(Protocol):
