@@ -10,7 +10,7 @@ import importlib
 
 import pytest
 import torch
-from emulation.harness import FORWARD, SCHEDULES, array, load_emulation
+from emulation.harness import FORWARD, REVERSE, SCHEDULES, array, load_emulation
 from torch import Tensor
 
 from hashengine.ops._check import wide_dtype
@@ -21,6 +21,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # in the
 EPS = 1e-5
 SAVED = ("pooled", "index", "response", "mean", "var")
 LAYOUTS = ("contiguous", "channels_last")
+THREE_LAUNCHES = 80  # a compute capability whose inference keeps no sample in shared memory
 GRADIENTS = ("grad_x", "grad_conv_weight", "grad_bn_weight", "grad_bn_bias")
 
 
@@ -112,7 +113,7 @@ class Case:
     def inference(self, emulation, schedule: int = FORWARD, capability: int = 90) -> Tensor:
         x, y = self.to_memory(self.x), array(self.x.numel(), self.x.dtype, self.offset)
         shape, pointers = self.arguments(*self.lists)
-        workspace = emulation.workspace("triplet_inference", shape)
+        workspace = emulation.workspace("triplet_inference", shape, capability=capability)
         emulation.call(
             "triplet_inference", shape, x, y, pointers, EPS, workspace, schedule=schedule, capability=capability
         )
@@ -157,7 +158,7 @@ def check(emulation, case: Case, training: bool = True, schedules=(FORWARD,)) ->
             assert_as_accurate_as_eager(value, eager[name].to(value.dtype), exact[name])
     if not training:
         for schedule in schedules:
-            assert torch.equal(case.inference(emulation, schedule), runs[0]["y"])
+            assert torch.equal(case.inference(emulation, schedule, THREE_LAUNCHES), runs[0]["y"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -193,6 +194,11 @@ def test_half_precision_in_parts(emulation, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_schedule_gives_the_same_bits(emulation, training, layout):
     check(emulation, Case(normal(0, 2, 17, 6, 8).float(), layout), training, SCHEDULES)
+
+
+def test_more_blocks_than_a_warp_has_threads(emulation):
+    """The block that merges the others' sums has some in each of its first two warps."""
+    check(emulation, Case(normal(0, 40, 1, 2, 3).float(), kernel_size=1), True, (FORWARD, REVERSE))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +247,8 @@ def test_special_values(emulation, dtype):
         assert torch.equal(value.isinf(), exact.isinf()), name
     assert torch.equal(got["index"], expected["index"])
     assert got["y"].isnan().any() and not got["y"].isnan().all()
-    assert torch.equal(case.inference(emulation).isnan(), got["y"].isnan())
+    for capability in (90, THREE_LAUNCHES):
+        assert torch.equal(case.inference(emulation, capability=capability).isnan(), got["y"].isnan())
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -7,9 +7,9 @@
 // Traffic, N elements of s bytes. Reads Ns and writes Ns, the floor; each map once, and again for each tile that does
 // not span its axis.
 //
-// Launch. 256 threads, a brick of x a block (triplet_tiles.cuh); two vectors of 16 bytes a thread are in flight, 16 KB in
-// the two blocks that a multiprocessor holds at least (half of the traffic is reads: 2.4 TB/s at 0.8 microseconds need
-// 15 KB). Up to 36 KB of map values in shared memory; two barriers a run of slices.
+// Launch. 256 threads, a brick of x a block (triplet_tiles.cuh); two vectors of 16 bytes a thread are in flight, 16 KB
+// in the two blocks that a multiprocessor holds at least (half of the traffic is reads: 2.4 TB/s at 0.8 microseconds
+// need 15 KB). Up to 36 KB of map values in shared memory; two barriers a run of slices.
 //
 // Limits. As triplet_reduce.cuh.
 #pragma once
@@ -52,10 +52,10 @@ struct MapRun {
   // The values of `lines` lines of an axis' map, [lines][width], from a line and a column of the map on.
   template <int kAxis>
   __device__ __forceinline__ void load(int first_at, int lines, int width, int64_t line, int64_t column) const {
-    const auto formula = apply.maps.template formula<kAxis>();
+    const auto prepared = apply.template prepare<kAxis>();
     for (int i = threadIdx.x; i < lines * width; i += kTripletThreads) {
       const int at = first_at + i;
-      apply.template load<kAxis>(formula, brick.sample, line + i / width, column + i % width,
+      apply.template load<kAxis>(prepared, brick.sample, line + i / width, column + i % width,
                                  [&](int f, Real value) { field(f)[at] = value; }, index()[at]);
     }
   }
@@ -78,13 +78,13 @@ struct MapRun {
 template <typename Apply, int kWidth, int kVectors>
 __device__ __forceinline__ void load_positions(const MapRun<Apply>& run, const ThreadTile<kWidth>& mine,
                                                MapValues<Apply, kWidth> (&kept)[kVectors]) {
-  const auto formula = run.apply.maps.template formula<0>();
+  const auto prepared = run.apply.template prepare<0>();
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int first = k * kTripletThreads * kWidth;
     const int count = min(mine.vectors * kWidth - first, kTripletThreads * kWidth);
     for (int i = threadIdx.x; i < count; i += kTripletThreads)
-      run.apply.template load<0>(formula, run.brick.sample, run.brick.begin[1] + (first + i) / run.columns,
+      run.apply.template load<0>(prepared, run.brick.sample, run.brick.begin[1] + (first + i) / run.columns,
                                  run.brick.begin[2] + (first + i) % run.columns,
                                  [&](int f, typename Apply::Real value) { run.field(f)[i] = value; }, run.index()[i]);
     __syncthreads();
@@ -163,13 +163,14 @@ __global__ void __launch_bounds__(kTripletThreads, Apply::kBlocks)
           }
         }
       };
-      each_vector([&](auto& vector, int, int, int64_t offset) { vector = vector_at<kWidth>(apply.in, offset); });
+      if constexpr (Apply::kReads)
+        each_vector([&](auto& vector, int, int, int64_t offset) { vector = vector_at<kWidth>(apply.in, offset); });
       each_vector([&](auto& vector, int slice, int k, int64_t offset) {
         const VectorPlace place{brick.begin[0] + first + slice, brick.begin[1] + mine.row(k),
                                 brick.begin[2] + mine.column(k), run.column_at(slice, mine.column(k)),
                                 run.row_at(slice, mine.row(k))};
         apply.apply(vector, kept[k], run, place);
-        vector_at<kWidth>(apply.out, offset) = vector;
+        if constexpr (Apply::kWrites) vector_at<kWidth>(apply.out, offset) = vector;
       });
     }
     __syncthreads();

@@ -1,69 +1,19 @@
 // Triplet attention on the GPU: which launches make it up, and their scratch.
 //
 // Forward, training: pool (reads x), response (maps only), gate (reads x, writes y): 3Ns, the floor while the batch's
-// statistics stand between the two readings. Inference: the same three with the running statistics and nothing saved.
+// statistics stand between the two readings. Inference: one launch where a sample fits into a cluster's shared memory
+// (triplet_resident.cu): 2Ns, the floor; else the same three with the running statistics and nothing saved.
 // Backward: products (reads x and dy), three launches over the maps, gate backward (reads dy, writes dx): 4Ns, the
 // floor.
 //
 // Saved for backward, a value of a map: maximum, mean, response and index, 16 bytes. The other maps stay in the
 // workspace.
 
-#include "launch.cuh"
-#include "triplet_kernels.h"
+#include "triplet_resident.h"
+#include "triplet_workspace.h"
 
 namespace hashengine {
 namespace {
-
-// Hands out an array after another; over null it measures.
-class Arena {
- public:
-  explicit Arena(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(begin_ + used_);
-    used_ += ceil_div<int64_t>(count * static_cast<int64_t>(sizeof(T)), kVectorBytes) * kVectorBytes;
-    return taken;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uintptr_t begin_;
-  int64_t used_ = 0;
-};
-
-// Calls function(Real()) with the type of the maps.
-template <typename Function>
-auto with_real(Dtype dtype, Function function) {
-  return dtype == Dtype::kFloat64 ? function(double()) : function(float());
-}
-
-// The maps that a reduction writes, in parts, in the arena.
-template <typename Real>
-AxisMaps<Real> partial_maps(const TripletGeometry& geometry, const TripletTiling& tiling, int channels, Arena& arena) {
-  AxisMaps<Real> maps{};
-  for (int a = 0; a < 3; ++a) {
-    const TripletAxis& axis = geometry.axis[a];
-    if (axis.branch < 0) continue;
-    const int64_t sample = channels * axis.numel, part = geometry.samples * sample, parts = tiling.parts[a];
-    maps.axis[a] = {arena.take<Real>(parts * part), static_cast<int>(parts), part, sample, axis.numel, axis.inner_size,
-                    Real(1)};
-  }
-  return maps;
-}
-
-// Vectors of the width that the shape allows, or single elements where an array is not aligned.
-int vector_width(const TripletGeometry& geometry, Dtype dtype, const void* x, const void* y) {
-  return is_aligned(x) && is_aligned(y) ? triplet_vector_width(geometry, dtype) : 1;
-}
-
-// The most bytes that plan(width, arena) takes for the widths that vector_width gives.
-template <typename Plan>
-int64_t most_bytes(const TripletShape& shape, Plan plan) {
-  Arena vectors(nullptr), elements(nullptr);
-  plan(triplet_vector_width(TripletGeometry::of(shape), shape.dtype), vectors);
-  plan(1, elements);
-  return std::max(vectors.used(), elements.used());
-}
 
 // Everything that a forward launches, with its scratch from the arena. In inference nothing is saved.
 template <typename Real>
@@ -200,7 +150,9 @@ void clear_parameter_gradients(const TripletBackward& params, cudaStream_t strea
 }  // namespace
 
 int64_t triplet_forward_workspace_bytes(const TripletShape& shape) { return forward_bytes(shape, true); }
-int64_t triplet_inference_workspace_bytes(const TripletShape& shape) { return forward_bytes(shape, false); }
+int64_t triplet_inference_workspace_bytes(const TripletShape& shape) {
+  return triplet_is_resident(shape) ? 0 : forward_bytes(shape, false);
+}
 
 int64_t triplet_backward_workspace_bytes(const TripletShape& shape) {
   TripletBackward params{};
@@ -215,7 +167,10 @@ void launch_triplet_forward(const TripletForward& params, void* workspace, cudaS
 }
 
 void launch_triplet_inference(const TripletInference& params, void* workspace, cudaStream_t stream) {
-  run_forward(as_forward(params), false, workspace, stream);
+  if (params.shape.samples == 0) return;
+  if (!triplet_is_resident(params.shape)) return run_forward(as_forward(params), false, workspace, stream);
+  const TripletGeometry geometry = TripletGeometry::of(params.shape);
+  launch_triplet_resident(params, vector_width(geometry, params.shape.dtype, params.x, params.y), stream);
 }
 
 void launch_triplet_backward(const TripletBackward& params, void* workspace, cudaStream_t stream) {

@@ -1,33 +1,26 @@
 // Triplet attention's gate on the GPU: y = x times the mean of the branches' gates, and in training the index of each
-// maximum. See triplet_apply.cuh for the traffic.
-//
-// Idea of the indices. An element that equals the maximum of its line is the maximum; x is in registers here anyway, so
-// the pooling pass need not carry indices. The A0 map's are kept in registers, the others' least is found by atomicMin
-// in shared memory, which only the 1 in 50 elements that are a maximum reach; a block stores its lines, and uses
-// atomicMin on device memory where several blocks have parts of one line. The lowest index wins whatever the order, so
-// every run gives the same. A NaN maximum belongs to the first NaN.
+// maximum. See triplet_apply.cuh for the traffic, triplet_maxima.cuh for the indices.
 //
 // Instructions, a bfloat16 element: conversion 1, gates 2, product and rounding 1.5, indices 8, loads and stores 1; an
 // H200 issues 24 in the time that it loads and stores one.
 //
 // Numerics. Arithmetic in float32 (float64 for float64), rounded once.
 
-#include <climits>
-
-#include "triplet_apply.cuh"
+#include "triplet_maxima.cuh"
 
 namespace hashengine {
 namespace {
 
-// An Apply of triplet_apply_kernel: `in` and `out` are what it reads and writes, load fills in what is kept of a map's
-// value and the index to begin with, apply makes a vector's results, and flush takes an index back.
+// An Apply of triplet_apply_kernel: `in` and `out` are what it reads and writes, prepare tells what all values of a map
+// have in common, load fills in what is kept of a value and the index to begin with, apply makes a vector's results,
+// and flush takes an index back.
 template <typename T, bool kTraining>
 struct TripletGate {
   using Element = T;
   using Real = Arithmetic<T>;
   static constexpr int kFields = kTraining ? 2 : 1;  // the gate, the maximum
   static constexpr int kBlocks = kTraining ? 2 : 3;  // that a multiprocessor has room for
-  static constexpr bool kHasIndex = kTraining, kFindsIndex = kTraining;
+  static constexpr bool kReads = true, kWrites = true, kHasIndex = kTraining, kFindsIndex = kTraining;
 
   const T* in;
   T* out;
@@ -36,6 +29,10 @@ struct TripletGate {
   int32_t* index;
   bool shares_index[3];  // several blocks, or slots of one, have parts of a line
 
+  template <int kAxis>
+  __device__ __forceinline__ GateFormula<Real> prepare() const {
+    return maps.template formula<kAxis>();
+  }
   template <int kAxis, typename Set>
   __device__ __forceinline__ void load(const GateFormula<Real>& formula, int64_t sample, int64_t outer, int64_t inner,
                                        Set set, int32_t& found) const {
@@ -44,7 +41,7 @@ struct TripletGate {
     set(0, exists ? maps.share * formula.gate(maps.response[map.offset(sample, outer, inner)]) : Real(0));
     if constexpr (kTraining) {
       set(1, exists ? pooled[map.offset_of_two(sample, outer, inner)] : Real(NAN));  // nothing equals a NaN
-      found = INT_MAX;
+      found = kNoMaximum;
     }
   }
 
@@ -53,28 +50,10 @@ struct TripletGate {
                                         const MapRun<TripletGate>& run, const VectorPlace& place) const {
     const Vector<Real, kWidth> gates = vector_at<kWidth>(run.field(0), place.column_at);
     const Real row_gate = run.field(0)[place.row_at];
-    Vector<Real, kWidth> largest;
-    Real row_largest = 0;
-    if constexpr (kTraining) {
-      largest = vector_at<kWidth>(run.field(1), place.column_at);
-      row_largest = run.field(1)[place.row_at];
-    }
-    const auto slice = static_cast<int32_t>(place.slice);
-    unsigned column_hits = 0, row_hits = 0;  // a bit an element
+    if constexpr (kTraining) note_maxima<1>(vector, kept, run, place);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const Real x = widen(vector.at[i]);
-      vector.at[i] = narrow<T>(x * (kept.field[0].at[i] + gates.at[i] + row_gate));
-      if constexpr (kTraining) {
-        const bool is_nan = x != x;
-        if ((x == kept.field[1].at[i] || is_nan) && slice < kept.index.at[i]) kept.index.at[i] = slice;
-        if (x == largest.at[i] || is_nan) column_hits |= 1u << i;
-        if (x == row_largest || is_nan) row_hits |= 1u << i;
-      }
-    }
-    if (row_hits) atomicMin(&run.index()[place.row_at], static_cast<int32_t>(place.column) + __ffs(row_hits) - 1);
-    for (; column_hits; column_hits &= column_hits - 1)
-      atomicMin(&run.index()[place.column_at + __ffs(column_hits) - 1], static_cast<int32_t>(place.row));
+    for (int i = 0; i < kWidth; ++i)
+      vector.at[i] = narrow<T>(widen(vector.at[i]) * (kept.field[0].at[i] + gates.at[i] + row_gate));
   }
 
   template <int kAxis>
@@ -84,7 +63,7 @@ struct TripletGate {
     int32_t* at = &index[map.offset(sample, outer, inner)];
     if (!shares_index[kAxis]) {
       *at = found;
-    } else if (found != INT_MAX) {
+    } else if (found != kNoMaximum) {
       atomicMin(at, found);
     }
   }

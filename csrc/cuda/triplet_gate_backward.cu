@@ -18,7 +18,7 @@ struct TripletGateBackward {
   using Real = Arithmetic<T>;
   static constexpr int kFields = 3;  // the gate, the gradients through the mean and to the maximum
   static constexpr int kBlocks = 2;
-  static constexpr bool kHasIndex = true, kFindsIndex = false;
+  static constexpr bool kReads = true, kWrites = true, kHasIndex = true, kFindsIndex = false;
 
   const T* in;
   T* out;
@@ -26,6 +26,10 @@ struct TripletGateBackward {
   const Real* grad_pooled;
   const int32_t* index;
 
+  template <int kAxis>
+  __device__ __forceinline__ GateFormula<Real> prepare() const {
+    return maps.template formula<kAxis>();
+  }
   template <int kAxis, typename Set>
   __device__ __forceinline__ void load(const GateFormula<Real>& formula, int64_t sample, int64_t outer, int64_t inner,
                                        Set set, int32_t& position) const {

@@ -44,7 +44,7 @@ def compile_once(prefix: str, flags: list[str]) -> Path:
     if sys.platform != "linux" or isinstance(compiler, _toolchain.Missing):
         pytest.skip(f"the emulation needs Linux and a C++ compiler: {compiler}")
     command = [*shlex.split(compiler), *FLAGS, *flags]
-    headers = [*(CSRC / "include").rglob("*.h"), *(CSRC / "cuda").glob("*.cuh"), *EMULATION.glob("*.h")]
+    headers = [*(CSRC / "include").rglob("*.h"), *(CSRC / "cuda").glob("*.*h"), *EMULATION.glob("*.h")]
     common = [" ".join(command).encode(), *(header.read_bytes() for header in sorted(headers))]
     sources = [*(EMULATION / name for name in EMULATOR), *sorted(EMULATION.glob(f"{prefix}*.cpp")), *KERNELS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

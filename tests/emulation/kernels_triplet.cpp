@@ -1,4 +1,5 @@
 #include "hashengine/triplet_attention.h"
+#include "triplet_resident.cuh"
 
 using namespace hashengine;
 
@@ -35,6 +36,8 @@ int64_t workspace_bytes_of_triplet_forward(const int64_t* shape) {
 int64_t workspace_bytes_of_triplet_inference(const int64_t* shape) {
   return triplet_inference_workspace_bytes(shape_of(shape));
 }
+// Blocks that share a sample; 0: it takes the three launches.
+int cluster_of_triplet_inference(const int64_t* shape) { return Residence::of(shape_of(shape)).cluster; }
 int64_t workspace_bytes_of_triplet_backward(const int64_t* shape) {
   return triplet_backward_workspace_bytes(shape_of(shape));
 }

@@ -3,6 +3,8 @@
 
 using namespace hashengine;
 
+extern "C" void emulation_set_capability(int capability);
+
 namespace {
 
 void run_one(const TripletShape& shape, int64_t size, int64_t offset) {
@@ -16,7 +18,6 @@ void run_one(const TripletShape& shape, int64_t size, int64_t offset) {
   Array grad_conv_weight(shape.branches * weight_bytes, 0), grad_bn_weight(shape.branches * real, 0);
   Array grad_bn_bias(shape.branches * real, 0);
   Array forward_workspace(triplet_forward_workspace_bytes(shape), 0);
-  Array inference_workspace(triplet_inference_workspace_bytes(shape), 0);
   Array backward_workspace(triplet_backward_workspace_bytes(shape), 0);
 
   TripletForward forward{x.get(), y.get(), {{}, {}, {}, 1e-5}, {}, {}, {}, true, shape};
@@ -33,7 +34,12 @@ void run_one(const TripletShape& shape, int64_t size, int64_t offset) {
   launch_triplet_backward({y.get(), x.get(), forward.parameters, forward.saved, grad_x.get(), grad_conv_weight.get(),
                            grad_bn_weight.get(), grad_bn_bias.get(), true, shape},
                           backward_workspace.get(), nullptr);
-  launch_triplet_inference(inference, inference_workspace.get(), nullptr);
+  for (int capability : {90, 80}) {  // with a sample in shared memory, and without
+    emulation_set_capability(capability);
+    Array workspace(triplet_inference_workspace_bytes(shape), 0);
+    launch_triplet_inference(inference, workspace.get(), nullptr);
+  }
+  emulation_set_capability(90);
 }
 
 const Sanitized triplet("triplet", [] {
@@ -43,6 +49,7 @@ const Sanitized triplet("triplet", [] {
   run_one({1, 17, 2, 8, 3, 1, kContiguous, Dtype::kFloat16}, 2, 1);
   run_one({1, 2, 16, 136, 3, 7, kContiguous, Dtype::kFloat16}, 2, 0);
   run_one({1, 2, 3, 4, 3, 7, kChannelsLast, Dtype::kFloat64}, 8, 0);
+  run_one({1, 33, 5, 6, 3, 7, kContiguous, Dtype::kBFloat16}, 2, 0);  // clusters of two
 });
 
 }  // namespace

@@ -27,8 +27,7 @@ void triplet_pool_backward_cpu(const TripletPoolBackward& params, SimdLevel leve
 
 // Bytes of scratch that a launcher needs on the device; it need not be cleared.
 int64_t triplet_pool_forward_workspace_bytes(const TripletShape& shape);
-int64_t triplet_pool_backward_workspace_bytes(const TripletShape& shape);
 void launch_triplet_pool_forward(const TripletPoolForward& params, void* workspace, cudaStream_t stream);
-void launch_triplet_pool_backward(const TripletPoolBackward& params, void* workspace, cudaStream_t stream);
+void launch_triplet_pool_backward(const TripletPoolBackward& params, cudaStream_t stream);
 
 }  // namespace hashengine
