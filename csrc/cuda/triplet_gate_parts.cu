@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(MapTiling::kThreads) slopes_kernel(GateSlopes<
   const BranchMap<Real>& map = tile.map;
   const Real* values = params.map[tile.branch] + tile.sample * map.numel();
   Real* gradients = params.grad_map[tile.branch] + tile.sample * map.numel();
-#pragma unroll
+#pragma unroll 1  // eight copies of the loop over the parts would not fit the registers
   for (int r = 0; r < MapTiling::kRows; ++r) {
     if (!tile.has(r)) break;
     const Real* source = map.source_at(tile.sample, tile.value_row(r), tile.column + tile.thread_column);
