@@ -25,7 +25,7 @@ from benchmarks.shapes import Model, Workload, workloads
 from benchmarks.timing import Clock, capture_graph, keep_freed_memory, make_clock, time_calls
 from hashengine import InputError
 
-CLONE_BYTES = 32 << 20  # above it a CPU's outputs are fresh pages, which the copy has to pay for, too
+CLONE_BYTES = 32 << 20  # from here on a CPU's outputs are fresh pages, which the copy has to pay for, too
 VERIFIED_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}  # float64 and its graph need some hundred bytes an element
 DRAWN_ELEMENTS = (
     1 << 20
@@ -54,7 +54,7 @@ def make_input(shape: tuple[int, ...], dtype: Dtype, layout: Layout, device: tor
 
 def copy_call(x: Tensor) -> Callable[[], Tensor]:
     """Read and write the tensor once, in the kind of memory that an op's output lies in."""
-    if x.device.type == "cpu" and x.nbytes > CLONE_BYTES:
+    if x.device.type == "cpu" and x.nbytes >= CLONE_BYTES:
         return x.clone
     out = torch.empty_like(x)
     return lambda: out.copy_(x)

@@ -7,7 +7,7 @@ namespace {
 
 at::Tensor pack_cpu(const at::Tensor& u) {
   return pack_bits(u, [](const PackBits& params) {
-    TORCH_CHECK_VALUE(pack_bits_cpu(params, torch_thread_pool()),
+    TORCH_CHECK_VALUE(pack_bits_cpu(params, chosen_simd_level(), torch_thread_pool()),
                       "pack_bits: u must hold no NaN (it has no sign), got at least one; look for a diverged model");
   });
 }

@@ -1,7 +1,7 @@
 // greedy_sign on the CPU.
 //
 // Forward reads u once and writes b once (2 * numel * s bytes, the floor); backward reads grad_b and u and writes grad_u
-// (3 * numel * s). Both are memory bound, so plain loops that the compiler vectorises are enough.
+// (3 * numel * s, the floor). Neither branches on a sign, which no branch predictor can know.
 //
 // The penalty is summed over fixed chunks, each in lanes of its own, and the chunks' sums are added in order in double:
 // the same bits for every number of threads.
@@ -12,54 +12,61 @@
 #include <atomic>
 #include <vector>
 
-#include "hashengine/element.h"
+#include "lanes.h"
 
 namespace hashengine {
 namespace {
 
-constexpr int64_t kChunk = 4096;   // elements a partial sum; at most 4096 / kLanes additions are chained
-constexpr int kLanes = 16;         // independent sums, so that the loop vectorises without reassociation
-constexpr int64_t kGrainChunks = 8;  // below 32,768 elements a second thread costs more than it saves
+constexpr int64_t kChunk = 2048;  // elements a partial sum: 256 additions are chained
+constexpr int64_t kGrain = 32768;  // fewer elements are not worth a second thread
 
-// Returns the penalty's sum over the chunk; `has_nan` is only ever raised.
-template <typename Element>
-double forward_chunk(const Element* u, Element* b, int64_t count, bool& has_nan) {
-  using A = Arithmetic<Element>;
-  using T = typename A::Type;
-  const Element plus = A::store(T(1));
-  const Element minus = A::store(T(-1));
-  T lanes[kLanes] = {};
-  int nans = 0;
-  auto step = [&](int64_t i, int lane) {
-    const T value = A::load(u[i]);
-    b[i] = value >= T(0) ? plus : minus;
-    lanes[lane] += greedy_sign_penalty(value);
-    nans |= value != value;
-  };
+// step(i, the eight lanes from u[i] on, how many of them are there).
+template <typename Element, typename Step>
+HE_INLINE void for_lanes(const Element* u, int64_t count, Step step) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) step(i + lane, lane);
-  for (int lane = 0; i < count; ++i, ++lane) step(i, lane);
-  has_nan |= nans != 0;
-  double sum = 0;
-  for (T lane : lanes) sum += double(lane);
-  return sum;
+  for (; i + kLanes <= count; i += kLanes) step(i, load(u + i), kLanes);
+  if (i < count) step(i, load_first(u + i, int(count - i)), int(count - i));
+}
+
+template <typename Element, typename Vector>
+HE_INLINE void store_lanes(Element* to, Vector value, int count) {
+  count == kLanes ? store(to, value) : store_first(to, value, count);
 }
 
 template <typename Element>
-bool forward(const GreedySignForward& p, const ThreadPool& pool) {
-  const auto* u = static_cast<const Element*>(p.u);
-  auto* b = static_cast<Element*>(p.b);
+struct ForwardChunks {
+  using T = typename Arithmetic<Element>::Type;
+
+  // `sums`: the penalty's, a chunk each.
+  static HE_INLINE void run(const GreedySignForward& p, int64_t begin, int64_t end, double* sums, bool* has_nan) {
+    LaneMask<T> nans{};
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t offset = chunk * kChunk, count = std::min(kChunk, p.numel - offset);
+      const Element* u = static_cast<const Element*>(p.u) + offset;
+      Element* b = static_cast<Element*>(p.b) + offset;
+      Lanes<T> sum{};
+      for_lanes(u, count, [&](int64_t i, Lanes<T> value, int lanes) HE_INLINE_LAMBDA {
+        store_lanes(b + i, value >= T(0) ? broadcast(T(1)) : broadcast(T(-1)), lanes);
+        const Lanes<T> distance = abs_lanes(abs_lanes(value) - T(1));
+        Lanes<T> penalty = distance * distance * distance;
+        if (lanes < kLanes) penalty = lane_numbers<LaneMask<T>>() < lanes ? penalty : Lanes<T>{};
+        sum += penalty;
+        nans |= value != value;
+      });
+      sums[chunk] = double(sum_lanes(sum));
+    }
+    for (int lane = 0; lane < kLanes; ++lane) *has_nan |= nans[lane] != 0;
+  }
+};
+
+template <typename Element>
+bool forward(const GreedySignForward& p, SimdLevel level, const ThreadPool& pool) {
   const int64_t chunks = ceil_div(p.numel, kChunk);
   std::vector<double> sums(static_cast<size_t>(chunks));
   std::atomic<bool> any_nan{false};
-  parallel_for(pool, chunks, kGrainChunks, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
     bool has_nan = false;
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t offset = chunk * kChunk;
-      const int64_t count = std::min(kChunk, p.numel - offset);
-      sums[size_t(chunk)] = forward_chunk(u + offset, b + offset, count, has_nan);
-    }
+    run_at_level<ForwardChunks<Element>>(level, p, begin, end, sums.data(), &has_nan);
     if (has_nan) any_nan = true;
   });
   double total = 0;
@@ -74,42 +81,55 @@ bool forward(const GreedySignForward& p, const ThreadPool& pool) {
   return !any_nan;
 }
 
-template <typename Element>
-void backward(const GreedySignBackward& p, const ThreadPool& pool) {
-  using A = Arithmetic<Element>;
-  using T = typename A::Type;
-  const auto* grad_b = static_cast<const Element*>(p.grad_b);
-  const auto* u = static_cast<const Element*>(p.u);
-  auto* grad_u = static_cast<Element*>(p.grad_u);
-  const bool has_penalty = p.grad_penalty != nullptr;
-  const T grad_penalty = has_penalty ? *static_cast<const T*>(p.grad_penalty) : T(0);
-  const T scale = T(double(grad_penalty) * p.alpha * 3.0 / double(p.numel));
-  parallel_for(pool, p.numel, kChunk * kGrainChunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T straight_through = grad_b ? A::load(grad_b[i]) : T(0);
-      grad_u[i] = A::store(has_penalty ? straight_through + scale * greedy_sign_penalty_slope(A::load(u[i])) : straight_through);
-    }
+// A gradient that is not there is zero.
+template <typename Element, bool kHasCode, bool kHasPenalty>
+struct BackwardRange {
+  using T = typename Arithmetic<Element>::Type;
+
+  static HE_INLINE void run(const GreedySignBackward& p, int64_t begin, int64_t end) {
+    const auto* u = static_cast<const Element*>(p.u);
+    const auto* grad_b = static_cast<const Element*>(p.grad_b);
+    auto* grad_u = static_cast<Element*>(p.grad_u);
+    T scale = 0;
+    if constexpr (kHasPenalty)
+      scale = T(double(*static_cast<const T*>(p.grad_penalty)) * p.alpha * 3.0 / double(p.numel));
+    for_lanes(u + begin, end - begin, [&](int64_t i, Lanes<T> value, int lanes) HE_INLINE_LAMBDA {
+      const int64_t at = begin + i;
+      Lanes<T> grad{};
+      if constexpr (kHasCode) grad = lanes == kLanes ? load(grad_b + at) : load_first(grad_b + at, lanes);
+      if constexpr (kHasPenalty) {
+        const Lanes<T> excess = abs_lanes(value) - T(1);
+        const Lanes<T> slope = excess * abs_lanes(excess);
+        // The sign of zero is zero, and a NaN stays one.
+        grad += scale * (value > 0 ? slope : (value < 0 ? -slope : value * slope));
+      }
+      store_lanes(grad_u + at, grad, lanes);
+    });
+  }
+};
+
+template <typename Element, bool kHasCode, bool kHasPenalty>
+void backward_range(const GreedySignBackward& p, SimdLevel level, const ThreadPool& pool) {
+  parallel_for(pool, p.numel, kGrain, [&](int64_t begin, int64_t end) {
+    run_at_level<BackwardRange<Element, kHasCode, kHasPenalty>>(level, p, begin, end);
   });
+}
+
+template <typename Element>
+void backward(const GreedySignBackward& p, SimdLevel level, const ThreadPool& pool) {
+  const auto run = p.grad_b ? (p.grad_penalty ? backward_range<Element, true, true> : backward_range<Element, true, false>)
+                            : (p.grad_penalty ? backward_range<Element, false, true> : backward_range<Element, false, false>);
+  run(p, level, pool);
 }
 
 }  // namespace
 
-bool greedy_sign_forward_cpu(const GreedySignForward& p, const ThreadPool& pool) {
-  switch (p.dtype) {
-    case Dtype::kFloat64: return forward<double>(p, pool);
-    case Dtype::kFloat16: return forward<Float16>(p, pool);
-    case Dtype::kBFloat16: return forward<BFloat16>(p, pool);
-    default: return forward<float>(p, pool);
-  }
+bool greedy_sign_forward_cpu(const GreedySignForward& p, SimdLevel level, const ThreadPool& pool) {
+  return with_element(p.dtype, [&](auto element) { return forward<decltype(element)>(p, level, pool); });
 }
 
-void greedy_sign_backward_cpu(const GreedySignBackward& p, const ThreadPool& pool) {
-  switch (p.dtype) {
-    case Dtype::kFloat64: return backward<double>(p, pool);
-    case Dtype::kFloat16: return backward<Float16>(p, pool);
-    case Dtype::kBFloat16: return backward<BFloat16>(p, pool);
-    default: return backward<float>(p, pool);
-  }
+void greedy_sign_backward_cpu(const GreedySignBackward& p, SimdLevel level, const ThreadPool& pool) {
+  with_element(p.dtype, [&](auto element) { backward<decltype(element)>(p, level, pool); });
 }
 
 }  // namespace hashengine

@@ -41,12 +41,21 @@ using Lanes = typename LaneTypes<T>::Real;
 template <typename T>
 using LaneMask = typename LaneTypes<T>::Mask;
 
+// An index as wide as T, so that one comparison's mask chooses among values and indices.
+template <typename T>
+using LaneIndex = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
+
 typedef uint16_t HalfBits __attribute__((vector_size(16)));
 typedef uint32_t FloatBits __attribute__((vector_size(32)));
 
 template <typename T>
 HE_INLINE Lanes<T> broadcast(T value) {
   return Lanes<T>{} + value;
+}
+
+template <typename Vector>
+HE_INLINE Vector lane_numbers() {
+  return Vector{0, 1, 2, 3, 4, 5, 6, 7};
 }
 
 template <typename To, typename From>
@@ -154,16 +163,29 @@ class LaneArray {
 
 // --- arithmetic ---
 
+HE_INLINE Lanes<float> abs_lanes(Lanes<float> x) {
+  return bit_cast_lanes<Lanes<float>>(bit_cast_lanes<LaneMask<float>>(x) & INT32_MAX);
+}
+HE_INLINE Lanes<double> abs_lanes(Lanes<double> x) {
+  return bit_cast_lanes<Lanes<double>>(bit_cast_lanes<LaneMask<double>>(x) & INT64_MAX);
+}
+
+// Lanes of a, numbered from 0, and of b, from 8.
+template <int... kFrom, typename Vector>
+HE_INLINE Vector pick_lanes(Vector a, Vector b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{kFrom...});
+#endif
+}
+
 // v with lanes i and i ^ kDistance exchanged.
 template <int kDistance, typename Vector>
 HE_INLINE Vector exchange_lanes(Vector v) {
   constexpr int d = kDistance;
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
-#else
-  using Mask = decltype(v < v);
-  return __builtin_shuffle(v, Mask{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d});
-#endif
+  return pick_lanes<0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d>(v, v);
 }
 
 // In a fixed order: pairs, then pairs of pairs.

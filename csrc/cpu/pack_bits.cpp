@@ -2,32 +2,58 @@
 
 #include "hashengine/pack_bits.h"
 
+#include <algorithm>
 #include <atomic>
 
-#include "hashengine/element.h"
+#include "lanes.h"
 
 namespace hashengine {
 namespace {
 
 constexpr int64_t kGrainBytes = 8192;
 
+// Bit c of byte r becomes bit r of byte c.
+inline uint64_t transpose_bits(uint64_t x) {
+  uint64_t swap = (x ^ (x >> 7)) & 0x00AA00AA00AA00AA;
+  x ^= swap ^ (swap << 7);
+  swap = (x ^ (x >> 14)) & 0x0000CCCC0000CCCC;
+  x ^= swap ^ (swap << 14);
+  swap = (x ^ (x >> 28)) & 0x00000000F0F0F0F0;
+  return x ^ swap ^ (swap << 28);
+}
+
+// Eight bytes at a time: lane i collects the bits of activation i of each, which one transposition sorts into bytes.
 template <typename Element>
-bool pack(const PackBits& p, const ThreadPool& pool) {
-  using A = Arithmetic<Element>;
-  const auto* u = static_cast<const Element*>(p.u);
-  std::atomic<bool> any_nan{false};
-  parallel_for(pool, p.bytes, kGrainBytes, [&](int64_t begin, int64_t end) {
-    int nans = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      unsigned code = 0;
-      for (int bit = 0; bit < 8; ++bit) {
-        const auto value = A::load(u[8 * i + bit]);
-        code |= unsigned(value >= 0) << (7 - bit);
+struct PackRange {
+  using T = typename Arithmetic<Element>::Type;
+
+  static HE_INLINE void run(const PackBits& p, int64_t begin, int64_t end, bool* has_nan) {
+    const auto* u = static_cast<const Element*>(p.u);
+    LaneMask<T> nans{};
+    for (int64_t first = begin; first < end; first += 8) {
+      const int count = int(std::min<int64_t>(end - first, 8));
+      LaneMask<T> bits{};
+      for (int byte = 0; byte < count; ++byte) {
+        const Lanes<T> value = load(u + 8 * (first + byte));
+        bits |= (value >= T(0)) & (LaneIndex<T>(1) << byte);
         nans |= value != value;
       }
-      p.codes[i] = uint8_t(code);
+      uint64_t word = 0;  // the first activation, which is the most significant bit, in the last byte
+      for (int lane = 0; lane < kLanes; ++lane) word |= uint64_t(bits[lane]) << (8 * (7 - lane));
+      word = transpose_bits(word);
+      for (int byte = 0; byte < count; ++byte) p.codes[first + byte] = uint8_t(word >> (8 * byte));
     }
-    if (nans) any_nan = true;
+    for (int lane = 0; lane < kLanes; ++lane) *has_nan |= nans[lane] != 0;
+  }
+};
+
+template <typename Element>
+bool pack(const PackBits& p, SimdLevel level, const ThreadPool& pool) {
+  std::atomic<bool> any_nan{false};
+  parallel_for(pool, p.bytes, kGrainBytes, [&](int64_t begin, int64_t end) {
+    bool has_nan = false;
+    run_at_level<PackRange<Element>>(level, p, begin, end, &has_nan);
+    if (has_nan) any_nan = true;
   });
   return !any_nan;
 }
@@ -45,16 +71,12 @@ void pack_bools(const PackBits& p, const ThreadPool& pool) {
 
 }  // namespace
 
-bool pack_bits_cpu(const PackBits& p, const ThreadPool& pool) {
-  switch (p.dtype) {
-    case Dtype::kFloat64: return pack<double>(p, pool);
-    case Dtype::kFloat32: return pack<float>(p, pool);
-    case Dtype::kFloat16: return pack<Float16>(p, pool);
-    case Dtype::kBFloat16: return pack<BFloat16>(p, pool);
-    case Dtype::kBool: break;
+bool pack_bits_cpu(const PackBits& p, SimdLevel level, const ThreadPool& pool) {
+  if (p.dtype == Dtype::kBool) {
+    pack_bools(p, pool);
+    return true;
   }
-  pack_bools(p, pool);
-  return true;
+  return with_element(p.dtype, [&](auto element) { return pack<decltype(element)>(p, level, pool); });
 }
 
 void unpack_bits_cpu(const UnpackBits& p, const ThreadPool& pool) {

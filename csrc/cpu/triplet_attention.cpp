@@ -25,7 +25,7 @@ class ForwardMaps {
  protected:
   // Saves nothing where p.saved.mean is null.
   ForwardMaps(const TripletForward& p, SimdLevel level, const ThreadPool& pool)
-      : p_(p), layout_(p.shape), strip_sizes_(layout_, p.shape.kernel_size, 2), level_(level), pool_(pool),
+      : p_(p), layout_(p.shape), strip_sizes_(layout_, p.shape.kernel_size), level_(level), pool_(pool),
         moments_(size_t(layout_.samples * layout_.parts * kTripletBranches)) {}
 
   // A share of a sample, and its scratch memory.
@@ -89,19 +89,21 @@ class ForwardMaps {
     const BranchMaps<T> maps = task.maps.branch[b];
     const int kernel_size = p_.shape.kernel_size;
     const auto* weight = static_cast<const T*>(p_.parameters.conv_weight[b]);
-    const Range rows = layout_.share(map.rows, kLanes, task.part);
-    const TripletStrip<T> strip(task.strip + task.part * strip_sizes_.strip, map.columns, kernel_size, 2);
+    const TripletTiles tiles(map, layout_.parts);
+    TripletStrip<T> strip(task.strip + task.part * strip_sizes_.strip, tiles, kernel_size, 2);
     T* const result = task.result + task.part * strip_sizes_.result;
-    const int64_t pitch = map.pitch();
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kStripRows) {
-      const int64_t count = std::min(kStripRows, rows.end - begin);
+    const Range share = tiles.share(layout_.parts, task.part);
+    for (int64_t number = share.begin; number < share.end; ++number) {
+      const Tile tile = tiles[number];
+      strip.prepare(tile);
       for (int plane = 0; plane < 2; ++plane)
-        fill_strip(strip, plane, map.rows, begin, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
+        fill_strip(strip, plane, map, tile, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
           return load(maps.pooled + plane * map.numel() + row * map.columns + column, part);
         });
-      convolve_strip<kKernel>(strip, 2, weight, kernel_size, round_up(count, kLanes), result, pitch);
-      if (p_.training) moments.add(measure(result, pitch, count, map.columns));
-      copy_rows(result, pitch, count, map.columns, maps.response + begin * map.columns, map.columns);
+      convolve_strip<kKernel>(strip, 2, weight, kernel_size, tile, result, tiles.columns);
+      if (p_.training) moments.add(measure(result, tiles.columns, tile.height(), tile.width()));
+      T* const response = maps.response + tile.rows.begin * map.columns + tile.columns.begin;
+      copy_rows(result, tiles.columns, tile.height(), tile.width(), response, map.columns, tiles.across == 1);
     }
   }
 
@@ -198,12 +200,7 @@ class Forward : ForwardMaps<typename Arithmetic<Element>::Type> {
 }  // namespace
 
 void triplet_forward_cpu(const TripletForward& p, SimdLevel level, const ThreadPool& pool) {
-  switch (p.shape.dtype) {
-    case Dtype::kFloat64: return Forward<double>(p, level, pool).run();
-    case Dtype::kFloat16: return Forward<Float16>(p, level, pool).run();
-    case Dtype::kBFloat16: return Forward<BFloat16>(p, level, pool).run();
-    default: return Forward<float>(p, level, pool).run();
-  }
+  return with_element(p.shape.dtype, [&](auto element) { return Forward<decltype(element)>(p, level, pool).run(); });
 }
 
 void triplet_inference_cpu(const TripletInference& p, SimdLevel level, const ThreadPool& pool) {

@@ -24,8 +24,8 @@ class BackwardMaps {
  protected:
   BackwardMaps(const TripletBackward& p, SimdLevel level, const ThreadPool& pool)
       : p_(p), layout_(p.shape), taps_(p.shape.kernel_size * p.shape.kernel_size),
-        strip_sizes_(layout_, p.shape.kernel_size, 2), level_(level), pool_(pool),
-        gradients_(layout_.samples * layout_.padded_numel * int64_t(sizeof(T))),
+        strip_sizes_(layout_, p.shape.kernel_size), level_(level), pool_(pool),
+        gradients_((layout_.samples * layout_.padded_numel + kLanes) * int64_t(sizeof(T))),  // vectors are read whole
         affine_sums_(size_t(layout_.samples * layout_.parts * kTripletBranches)),
         weight_sums_(size_t(layout_.samples * layout_.parts * layout_.branches * 2 * taps_)) {
     for (int b = 0; b < layout_.branches; ++b) {
@@ -145,26 +145,29 @@ class BackwardMaps {
     const T* const gradients = gradient(task, b);
     const int kernel_size = p_.shape.kernel_size;
     const int64_t pitch = map.pitch(), at = task.part * strip_sizes_.strip;
-    const Range rows = layout_.share(map.rows, kLanes, task.part);
-    const TripletStrip<T> pooled(task.pooled_strip + at, map.columns, kernel_size, 2);
-    const TripletStrip<T> gradient_strip(task.gradient_strip + at, map.columns, kernel_size, 1);
+    const TripletTiles tiles(map, layout_.parts);
+    TripletStrip<T> pooled(task.pooled_strip + at, tiles, kernel_size, 2);
+    TripletStrip<T> gradient_strip(task.gradient_strip + at, tiles, kernel_size, 1);
     double* const weight_sums =
         weight_sums_.data() + (task_index(task) * size_t(layout_.branches) + size_t(b)) * size_t(2 * taps_);
     const T* const weight = turned_weight_[b].data();
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kStripRows) {
-      const int64_t count = std::min(kStripRows, rows.end - begin);
+    const Range share = tiles.share(layout_.parts, task.part);
+    for (int64_t number = share.begin; number < share.end; ++number) {
+      const Tile tile = tiles[number];
+      pooled.prepare(tile);
+      gradient_strip.prepare(tile);
       for (int plane = 0; plane < 2; ++plane)
-        fill_strip(pooled, plane, map.rows, begin, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
+        fill_strip(pooled, plane, map, tile, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
           return load(maps.pooled + plane * map.numel() + row * map.columns + column, part);
         });
-      fill_strip(gradient_strip, 0, map.rows, begin, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
+      fill_strip(gradient_strip, 0, map, tile, [&](int64_t row, int64_t column, auto part) HE_INLINE_LAMBDA {
         return norm(load(gradients + row * pitch + column), load(maps.response + row * map.columns + column, part));
       });
-      add_weight_gradient<kTaps>(pooled, 2, gradient_strip, kernel_size, count, weight_sums);
+      add_weight_gradient<kTaps>(pooled, 2, gradient_strip, kernel_size, tile, weight_sums);
       for (int plane = 0; plane < 2; ++plane) {
         const AxisMaps<T>& to = plane == 0 ? task.peak : task.even;
-        convolve_strip<kKernel>(gradient_strip, 1, weight + plane * taps_, kernel_size, round_up(count, kLanes),
-                                to.branch(layout_, b) + begin * pitch, pitch);
+        convolve_strip<kKernel>(gradient_strip, 1, weight + plane * taps_, kernel_size, tile,
+                                to.branch(layout_, b) + tile.rows.begin * pitch + tile.columns.begin, pitch);
       }
     }
   }
@@ -266,12 +269,7 @@ class Backward : BackwardMaps<typename Arithmetic<Element>::Type> {
 }  // namespace
 
 void triplet_backward_cpu(const TripletBackward& p, SimdLevel level, const ThreadPool& pool) {
-  switch (p.shape.dtype) {
-    case Dtype::kFloat64: return Backward<double>(p, level, pool).run();
-    case Dtype::kFloat16: return Backward<Float16>(p, level, pool).run();
-    case Dtype::kBFloat16: return Backward<BFloat16>(p, level, pool).run();
-    default: return Backward<float>(p, level, pool).run();
-  }
+  return with_element(p.shape.dtype, [&](auto element) { return Backward<decltype(element)>(p, level, pool).run(); });
 }
 
 }  // namespace hashengine

@@ -117,21 +117,11 @@ void backward(const TripletGateBackward& p, SimdLevel level, const ThreadPool& p
 }  // namespace
 
 void triplet_gate_forward_cpu(const TripletGateForward& p, SimdLevel level, const ThreadPool& pool) {
-  switch (p.shape.dtype) {
-    case Dtype::kFloat64: return forward<double>(p, level, pool);
-    case Dtype::kFloat16: return forward<Float16>(p, level, pool);
-    case Dtype::kBFloat16: return forward<BFloat16>(p, level, pool);
-    default: return forward<float>(p, level, pool);
-  }
+  return with_element(p.shape.dtype, [&](auto element) { return forward<decltype(element)>(p, level, pool); });
 }
 
 void triplet_gate_backward_cpu(const TripletGateBackward& p, SimdLevel level, const ThreadPool& pool) {
-  switch (p.shape.dtype) {
-    case Dtype::kFloat64: return backward<double>(p, level, pool);
-    case Dtype::kFloat16: return backward<Float16>(p, level, pool);
-    case Dtype::kBFloat16: return backward<BFloat16>(p, level, pool);
-    default: return backward<float>(p, level, pool);
-  }
+  return with_element(p.shape.dtype, [&](auto element) { return backward<decltype(element)>(p, level, pool); });
 }
 
 }  // namespace hashengine

@@ -91,21 +91,11 @@ void backward(const TripletPoolBackward& p, SimdLevel level, const ThreadPool& p
 }  // namespace
 
 void triplet_pool_forward_cpu(const TripletPoolForward& p, SimdLevel level, const ThreadPool& pool) {
-  switch (p.shape.dtype) {
-    case Dtype::kFloat64: return forward<double>(p, level, pool);
-    case Dtype::kFloat16: return forward<Float16>(p, level, pool);
-    case Dtype::kBFloat16: return forward<BFloat16>(p, level, pool);
-    default: return forward<float>(p, level, pool);
-  }
+  return with_element(p.shape.dtype, [&](auto element) { return forward<decltype(element)>(p, level, pool); });
 }
 
 void triplet_pool_backward_cpu(const TripletPoolBackward& p, SimdLevel level, const ThreadPool& pool) {
-  switch (p.shape.dtype) {
-    case Dtype::kFloat64: return backward<double>(p, level, pool);
-    case Dtype::kFloat16: return backward<Float16>(p, level, pool);
-    case Dtype::kBFloat16: return backward<BFloat16>(p, level, pool);
-    default: return backward<float>(p, level, pool);
-  }
+  return with_element(p.shape.dtype, [&](auto element) { return backward<decltype(element)>(p, level, pool); });
 }
 
 }  // namespace hashengine

@@ -32,16 +32,7 @@ void run_at_level([[maybe_unused]] SimdLevel level, const Body& body) {
   body();
 }
 
-// An index as wide as T, so that one comparison's mask chooses among values and indices.
-template <typename T>
-using LaneIndex = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
-
 inline constexpr int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
-
-template <typename Vector>
-HE_INLINE Vector lane_numbers() {
-  return Vector{0, 1, 2, 3, 4, 5, 6, 7};
-}
 
 // --- vectors of a row ---
 
@@ -122,51 +113,43 @@ constexpr int64_t kPadded = kLanes;
 
 // --- across lanes ---
 
-template <typename Vector>
-HE_INLINE Vector swap_lanes(Vector v, int distance) {
-  using Mask = decltype(v < v);
-  const Mask numbers = lane_numbers<Mask>();
-  return __builtin_shuffle(v, numbers ^ distance);
-}
-
 // Folds all lanes by a commutative function; every lane gets the result.
 template <typename Vector, typename Fold>
 HE_INLINE Vector fold_lanes(Vector v, Fold fold) {
-  v = fold(v, swap_lanes(v, 4));
-  v = fold(v, swap_lanes(v, 2));
-  return fold(v, swap_lanes(v, 1));
+  v = fold(v, exchange_lanes<4>(v));
+  v = fold(v, exchange_lanes<2>(v));
+  return fold(v, exchange_lanes<1>(v));
 }
 
 template <typename Vector>
 HE_INLINE void transpose_lanes(Vector (&rows)[kLanes]) {
-  using Mask = decltype(rows[0] < rows[0]);
-  constexpr Mask low_pairs = {0, 8, 1, 9, 4, 12, 5, 13}, high_pairs = {2, 10, 3, 11, 6, 14, 7, 15};
-  constexpr Mask low_halves = {0, 1, 8, 9, 4, 5, 12, 13}, high_halves = {2, 3, 10, 11, 6, 7, 14, 15};
-  constexpr Mask low = {0, 1, 2, 3, 8, 9, 10, 11}, high = {4, 5, 6, 7, 12, 13, 14, 15};
   Vector quads[kLanes];  // quads[4 h + j]: column j of rows 4 h to 4 h + 3, then column j + 4 of them
   for (int half = 0; half < kLanes; half += 4) {
     const Vector* r = rows + half;
-    const Vector low01 = __builtin_shuffle(r[0], r[1], low_pairs), high01 = __builtin_shuffle(r[0], r[1], high_pairs);
-    const Vector low23 = __builtin_shuffle(r[2], r[3], low_pairs), high23 = __builtin_shuffle(r[2], r[3], high_pairs);
-    quads[half + 0] = __builtin_shuffle(low01, low23, low_halves);
-    quads[half + 1] = __builtin_shuffle(low01, low23, high_halves);
-    quads[half + 2] = __builtin_shuffle(high01, high23, low_halves);
-    quads[half + 3] = __builtin_shuffle(high01, high23, high_halves);
+    const Vector low01 = pick_lanes<0, 8, 1, 9, 4, 12, 5, 13>(r[0], r[1]);
+    const Vector high01 = pick_lanes<2, 10, 3, 11, 6, 14, 7, 15>(r[0], r[1]);
+    const Vector low23 = pick_lanes<0, 8, 1, 9, 4, 12, 5, 13>(r[2], r[3]);
+    const Vector high23 = pick_lanes<2, 10, 3, 11, 6, 14, 7, 15>(r[2], r[3]);
+    quads[half + 0] = pick_lanes<0, 1, 8, 9, 4, 5, 12, 13>(low01, low23);
+    quads[half + 1] = pick_lanes<2, 3, 10, 11, 6, 7, 14, 15>(low01, low23);
+    quads[half + 2] = pick_lanes<0, 1, 8, 9, 4, 5, 12, 13>(high01, high23);
+    quads[half + 3] = pick_lanes<2, 3, 10, 11, 6, 7, 14, 15>(high01, high23);
   }
   for (int j = 0; j < 4; ++j) {
-    rows[j] = __builtin_shuffle(quads[j], quads[j + 4], low);
-    rows[j + 4] = __builtin_shuffle(quads[j], quads[j + 4], high);
+    rows[j] = pick_lanes<0, 1, 2, 3, 8, 9, 10, 11>(quads[j], quads[j + 4]);
+    rows[j + 4] = pick_lanes<4, 5, 6, 7, 12, 13, 14, 15>(quads[j], quads[j + 4]);
   }
 }
 
 // --- small matrices ---
 
-// Rows from `from` to `to`. Rows of `to` that are next to each other may lie so, too.
+// Rows from `from` to `to`. Where the rows of `to` are whole rows, one after another, what is written too much is
+// written again by the next; else nothing is.
 template <typename From, typename To>
 HE_INLINE void copy_rows(const From* from, int64_t from_pitch, int64_t rows, int64_t columns, To* to,
-                         int64_t to_pitch) {
+                         int64_t to_pitch, bool whole_rows = true) {
   for (int64_t row = 0; row < rows; ++row)
-    for_row(columns, rows - row, [&](int64_t column, auto part) HE_INLINE_LAMBDA {
+    for_row(columns, whole_rows ? rows - row : 0, [&](int64_t column, auto part) HE_INLINE_LAMBDA {
       store(to + row * to_pitch + column, load(from + row * from_pitch + column), part);
     });
 }

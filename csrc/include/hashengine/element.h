@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "hashengine/types.h"
+
 namespace hashengine {
 
 inline float float_from_bits(uint32_t bits) {
@@ -85,5 +87,16 @@ struct Arithmetic<double> {
   static double load(double element) { return element; }
   static double store(double value) { return value; }
 };
+
+// f with a value of the element type that `dtype` names, one of the floating-point types.
+template <typename F>
+auto with_element(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat64: return f(double{});
+    case Dtype::kFloat16: return f(Float16{});
+    case Dtype::kBFloat16: return f(BFloat16{});
+    default: return f(float{});
+  }
+}
 
 }  // namespace hashengine

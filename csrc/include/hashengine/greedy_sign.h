@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "hashengine/parallel.h"
+#include "hashengine/simd_level.h"
 #include "hashengine/types.h"
 
 namespace hashengine {
@@ -32,8 +33,8 @@ struct GreedySignBackward {
 };
 
 // Returns false where u holds a NaN, which has no sign.
-bool greedy_sign_forward_cpu(const GreedySignForward& params, const ThreadPool& pool);
-void greedy_sign_backward_cpu(const GreedySignBackward& params, const ThreadPool& pool);
+bool greedy_sign_forward_cpu(const GreedySignForward& params, SimdLevel level, const ThreadPool& pool);
+void greedy_sign_backward_cpu(const GreedySignBackward& params, SimdLevel level, const ThreadPool& pool);
 
 // Bytes of scratch that launch_greedy_sign_forward needs on the device; it need not be cleared.
 int64_t greedy_sign_workspace_bytes(int64_t numel);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "hashengine/parallel.h"
+#include "hashengine/simd_level.h"
 #include "hashengine/types.h"
 
 namespace hashengine {
@@ -23,7 +24,7 @@ struct UnpackBits {
 };
 
 // Returns false where u holds a NaN, which has no sign.
-bool pack_bits_cpu(const PackBits& params, const ThreadPool& pool);
+bool pack_bits_cpu(const PackBits& params, SimdLevel level, const ThreadPool& pool);
 void unpack_bits_cpu(const UnpackBits& params, const ThreadPool& pool);
 
 void launch_pack_bits(const PackBits& params, cudaStream_t stream);
