@@ -162,6 +162,7 @@ def _draw(axis: Any, rows: list[Row]) -> None:
             axis.plot(megabytes, rate, style, label=system, markersize=4)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.xaxis.set_minor_formatter("")  # within a decade they would overlap
     axis.grid(alpha=0.3)
 
 
