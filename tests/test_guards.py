@@ -54,6 +54,14 @@ CASES = {
     "pack_bits": Case(ops.pack_bits, activations, None),
     "unpack_bits": Case(ops.unpack_bits, packed, None),
     "hamming_topk": Case(lambda codes: ops.hamming_topk(codes[:3], codes, 4), packed, None),
+    "hamming_topk_filter": Case(
+        lambda codes: ops.hamming_topk(codes[:3], codes, 4, filter=ops.pack_filter(codes[:, 0] > 7)), packed, None
+    ),
+    "hamming_count": Case(
+        lambda codes: ops.hamming_count(codes[:3], codes, query_labels=codes[:3, 0].long(), labels=codes[:, 0].long()),
+        packed,
+        None,
+    ),
 }
 differentiable = [name for name, case in CASES.items() if case.differentiable is not None]
 with_gradient = pytest.mark.parametrize("name", differentiable)

@@ -1,10 +1,8 @@
 """hamming_topk: every SIMD level against FAISS and numpy, on random, clustered and duplicate data, bit for bit."""
 
-import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,66 +11,14 @@ import torch
 from hashengine import _native
 from hashengine.ops import hamming_topk
 from hashengine.ops.hamming_topk import _reference as hamming_topk_reference
+from tests.hamming_levels import LEVELS, ROOT, assert_same, make_codes, native_levels, nearest
 
-ROOT = Path(__file__).parents[1]
-LEVELS = ["scalar", "avx2", "avx512"]
-# One byte, partial words, byte sums that just fit (248) and just do not (256), sums of 16 bits, and odd lengths.
+# One byte, partial words, one block of planes that is just full (248) and two (256), more of them, and odd lengths.
 WIDTHS = [8, 24, 64, 72, 128, 248, 256, 264, 512, 1000, 1024, 4096]
 
 
-def make_codes(kind: str, count: int, bits: int, rng: np.random.Generator) -> np.ndarray:
-    codes = rng.integers(0, 256, (count, bits // 8), dtype=np.uint8)
-    if kind == "clustered":  # huge groups of ties
-        codes = codes[rng.integers(0, max(count // 50, 1), count)]
-    if kind == "duplicate":
-        codes[:] = codes[:1]
-    return codes
-
-
-def expected(queries: np.ndarray, codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """By definition: every distance, then a stable sort."""
-    distances = np.stack([np.bitwise_count(codes ^ query).sum(1, dtype=np.int32) for query in queries])
-    positions = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(distances, positions, 1), positions
-
-
-def assert_same(got, want) -> None:
-    for name, mine, theirs in zip(("distances", "positions"), got, want, strict=True):
-        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs), err_msg=name)
-
-
-@pytest.fixture(scope="session")
-def level_library(tmp_path_factory) -> ctypes.CDLL:
-    """The kernels of all levels; AVX-512's are compiled against plain C++ twins of its intrinsics, to run anywhere."""
-    folder = tmp_path_factory.mktemp("levels")
-    compiler = os.environ.get("CXX", "g++")
-    include = [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu", "-O1", "-fPIC", "-pthread"]
-    twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512="]
-    sources = [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "tests/emulation/hamming_topk.cpp"]
-    objects = []
-    for source in sources:
-        objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
-        extra = twin if source.stem == "hamming_avx512" else []
-        subprocess.run([compiler, *extra, *include, "-c", str(source), "-o", objects[-1]], check=True)
-    library = folder / "levels.so"
-    subprocess.run([compiler, "-shared", "-pthread", *objects, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def run_level(library, level: str, threads: int, queries: np.ndarray, codes: np.ndarray, k: int):
-    distances = np.full((len(queries), k), -1, np.int32)
-    positions = np.full((len(queries), k), -1, np.int64)
-    sizes = [ctypes.c_int64(n) for n in (len(queries), len(codes), codes.shape[1], k)]
-    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (queries, codes, distances, positions)]
-    library.hamming_topk(*pointers[:2], *sizes, LEVELS.index(level), threads, *pointers[2:])
-    return distances, positions
-
-
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
-@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_equals_the_definition(level_library, level, kind):
-    if level == "avx2" and "avx2" not in _simd_levels():
-        pytest.skip("this CPU has no AVX2")
     rng = np.random.default_rng(3)
     for bits in WIDTHS:
         for count, query_count in ((1, 1), (31, 3), (33, 9), (700, 41)):
@@ -80,23 +26,20 @@ def test_every_level_equals_the_definition(level_library, level, kind):
             queries[0] = codes[-1]
             for k in {1, min(10, count), count}:
                 for threads in (1, 3):
-                    got = run_level(level_library, level, threads, queries, codes, k)
-                    assert_same(got, expected(queries, codes, k))
+                    got = level_library.topk(level, threads, queries, codes, k)
+                    assert_same(got, nearest(queries, codes, k))
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("order", ["best last", "best first"])
 def test_order_of_the_database_does_not_matter(level_library, level, order):
     """Best codes last: every code passes the bound, and selectors must be compacted again and again."""
-    if level == "avx2" and "avx2" not in _simd_levels():
-        pytest.skip("this CPU has no AVX2")
     bits, count = 256, 5000
     query = np.zeros((1, bits // 8), np.uint8)
     ones = np.linspace(bits, 0, count).astype(int)
     codes = np.packbits(np.arange(bits) < ones[:, None], axis=1)
     codes = np.ascontiguousarray(codes if order == "best last" else codes[::-1])
     for k in (1, 7, 900):
-        assert_same(run_level(level_library, level, 1, query, codes, k), expected(query, codes, k))
+        assert_same(level_library.topk(level, 1, query, codes, k), nearest(query, codes, k))
 
 
 def test_chunks_of_a_long_database_merge_in_order(level_library):
@@ -104,22 +47,14 @@ def test_chunks_of_a_long_database_merge_in_order(level_library):
     codes, queries = make_codes("clustered", 300_001, 16, rng), make_codes("random", 2, 16, rng)
     for k in (1, 100, 20_000):
         for threads in (1, 2, 5):
-            assert_same(run_level(level_library, "scalar", threads, queries, codes, k), expected(queries, codes, k))
-
-
-def _simd_levels() -> list[str]:
-    if not _native.available():
-        return []
-    from hashengine import _C
-
-    return _C.simd_levels()
+            assert_same(level_library.topk("scalar", threads, queries, codes, k), nearest(queries, codes, k))
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_equals_faiss(monkeypatch, level, kind):
     faiss = pytest.importorskip("faiss")
-    if level not in _simd_levels():
+    if level not in native_levels():
         pytest.skip(f"needs the native module and a CPU with {level}")
     monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", level)
     rng = np.random.default_rng(7)
@@ -139,7 +74,7 @@ def test_reference_equals_the_definition():
             codes, queries = make_codes(kind, count, bits, rng), make_codes("random", 7, bits, rng)
             for k in {1, count}:
                 got = hamming_topk_reference(torch.from_numpy(queries), torch.from_numpy(codes), k)
-                assert_same(got, expected(queries, codes, k))
+                assert_same(got, nearest(queries, codes, k))
 
 
 def test_no_queries_and_non_contiguous_rows():
@@ -147,7 +82,7 @@ def test_no_queries_and_non_contiguous_rows():
     distances, positions = hamming_topk(codes[:0, :8], codes[:, :8], 3)
     assert distances.shape == positions.shape == (0, 3)
     got = hamming_topk(codes[:5, ::2], codes[:, ::2], 4)
-    assert_same(got, expected(codes[:5, ::2].numpy(), codes[:, ::2].numpy(), 4))
+    assert_same(got, nearest(codes[:5, ::2].numpy(), codes[:, ::2].numpy(), 4))
 
 
 def test_same_answers_for_every_number_of_threads():
@@ -206,7 +141,7 @@ def test_simd_level_is_forced_by_the_environment():
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
 
     assert run("scalar").stdout.strip() == "scalar"
-    assert run("auto").stdout.strip() == _simd_levels()[-1]
+    assert run("auto").stdout.strip() == native_levels()[-1]
     failed = run("sse9")
     assert failed.returncode != 0
     assert "HASHENGINE_SIMD_LEVEL must be one of auto, scalar" in failed.stderr.splitlines()[-1]

@@ -1,12 +1,14 @@
 // Hamming search with AVX2, which has no population count: a table of one query nibble's sixteen distances stands in.
 //
 // A tile is laid out in groups of 32 codes, and a group in planes: plane j holds nibble j of every code, a byte each. For
-// one query, vpshufb looks up the 32 distances of a plane in the table of the query's nibble j, and one addition gathers
-// them: 2 instructions for 4 bits of 32 codes, so bits / 64 instructions a distance; on a core with two shuffle units
-// that is 4 distances a cycle at 64 bits. Distances lie in bytes, so one comparison tests 32 of them against the bound.
+// a query, vpshufb looks up the 32 distances of a plane in the table of the query's nibble j. A distance of 0 to 4 needs
+// half a byte, so that a table serves two queries at once, and three planes add up before the halves are taken apart:
+// 10 instructions for 12 bits of 32 codes and two queries, bits / 77 a distance.
 //
-// Byte sums saturate at 255, which is exact for bounds up to 255 (and for any bound up to 248 bits). Above, sums are
-// widened to 16 bits every 60 planes.
+// Distances lie in bytes, so one comparison tests 32 of them against the bound. A byte holds the sum of 63 planes. Of
+// longer codes each such block is added to a byte that saturates, and before each but the first a share of the bound is
+// taken off; so what stays below 255 are the codes that are near, or whose first planes were so near that the share was
+// more than they had. Both are looked at again, exactly.
 
 #include "hamming_kernel.h"
 
@@ -14,15 +16,14 @@
 
 #include <immintrin.h>
 
-#include <cstring>
-
 namespace hashengine {
 namespace {
 
-constexpr int64_t kGroup = 32;     // codes in a vector of bytes
-constexpr int64_t kGroups = 4;     // groups that share the loading of a table
+constexpr int64_t kGroup = 32;   // codes in a vector of bytes
+constexpr int64_t kGroups = 4;   // groups that share the loading of a table
 constexpr int64_t kBatch = kGroup * kGroups;
-constexpr int64_t kPlanesOfBytes = 60;  // planes that a byte can sum: 60 * 4 < 256
+constexpr int64_t kBlock = 63;   // planes whose distances a byte can sum: 63 * 4 < 256
+static_assert(kBatch == kTileCodesMultiple);
 
 using Vector = __m256i;
 
@@ -36,11 +37,21 @@ int64_t tile_codes(int64_t code_bytes) {
 }
 int64_t query_bytes(int64_t code_bytes) { return 2 * code_bytes * 16; }
 
-// One table of 16 bytes a nibble: entry n is popcount(n ^ nibble). A byte's high nibble comes first.
-void prepare_query(const uint8_t* query, int64_t code_bytes, uint8_t* tables) {
-  for (int64_t plane = 0; plane < 2 * code_bytes; ++plane) {
-    const unsigned nibble = plane % 2 ? query[plane / 2] & 15u : query[plane / 2] >> 4;
-    for (unsigned n = 0; n < 16; ++n) tables[16 * plane + n] = uint8_t(__builtin_popcount(n ^ nibble));
+// One table of 16 bytes a nibble of two queries: entry n is popcount(n ^ nibble), of the first query in the lower half
+// of a byte, of the second in the upper. A byte's high nibble comes first. Pair p of the block lies where its first
+// query's tables would; a query without a second is paired with itself.
+void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
+  const auto nibble = [&](int64_t query, int64_t plane) {
+    const uint8_t byte = queries[query * code_bytes + plane / 2];
+    return plane % 2 ? byte & 15u : byte >> 4;
+  };
+  for (int64_t q = 0; q < count; q += 2) {
+    uint8_t* const tables = prepared + q * query_bytes(code_bytes);
+    for (int64_t plane = 0; plane < 2 * code_bytes; ++plane) {
+      const unsigned first = nibble(q, plane), second = nibble(std::min(q + 1, count - 1), plane);
+      for (unsigned n = 0; n < 16; ++n)
+        tables[16 * plane + n] = uint8_t(__builtin_popcount(n ^ first) | __builtin_popcount(n ^ second) << 4);
+    }
   }
 }
 
@@ -111,150 +122,168 @@ HE_TARGET_AVX2 void prepare_tile(const uint8_t* codes, int64_t count, int64_t co
   }
 }
 
-// Keeps a value in a register: as a memory operand it would be loaded once a query, and loads are scarce here.
-#define HE_IN_REGISTER(vector) asm("" : "+x"(vector))
+// The byte sums of a block of planes for kGroups groups: of the pair's first query, and of its second.
+struct Sums {
+  Vector first[kGroups];
+  Vector second[kGroups];
+};
 
-// Adds the distances of planes [first, last) to the byte sums of kGroups groups and kQueries queries.
-template <int kQueries>
-HE_TARGET_AVX2 HE_INLINE void add_planes(const Vector* planes, int64_t group_planes, const uint8_t* const tables[],
-                                         int64_t first, int64_t last, Vector sums[kQueries][kGroups]) {
+// Adds kPlanes planes, at most three, from `plane` on.
+template <int kPlanes>
+HE_TARGET_AVX2 HE_INLINE void add_planes(const Vector* planes, int64_t group_planes, const uint8_t* tables,
+                                         int64_t plane, Sums& sums) {
+  const Vector low_half = _mm256_set1_epi8(15);
+  Vector table[kPlanes];
+#pragma GCC unroll 3
+  for (int i = 0; i < kPlanes; ++i)
+    table[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables) + plane + i));
 #pragma GCC unroll 4
-  for (int64_t plane = first; plane < last; ++plane) {
-    Vector nibbles[kGroups];
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) {
-      nibbles[g] = _mm256_load_si256(planes + g * group_planes + plane);
-      HE_IN_REGISTER(nibbles[g]);
+  for (int g = 0; g < kGroups; ++g) {
+    const Vector* nibbles = planes + g * group_planes + plane;
+    Vector both = _mm256_shuffle_epi8(table[0], nibbles[0]);
+#pragma GCC unroll 3
+    for (int i = 1; i < kPlanes; ++i) both = _mm256_add_epi8(both, _mm256_shuffle_epi8(table[i], nibbles[i]));
+    sums.first[g] = _mm256_add_epi8(sums.first[g], _mm256_and_si256(both, low_half));
+    sums.second[g] = _mm256_add_epi8(sums.second[g], _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half));
+  }
+}
+
+// Of planes [begin, end), at most kBlock.
+HE_TARGET_AVX2 HE_INLINE Sums sum_block(const Vector* planes, int64_t group_planes, const uint8_t* tables,
+                                        int64_t begin, int64_t end) {
+  Sums sums;
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) sums.first[g] = sums.second[g] = _mm256_setzero_si256();
+  int64_t plane = begin;
+#pragma GCC unroll 2
+  for (; plane + 3 <= end; plane += 3) add_planes<3>(planes, group_planes, tables, plane, sums);
+  if (end - plane == 2) add_planes<2>(planes, group_planes, tables, plane, sums);
+  if (end - plane == 1) add_planes<1>(planes, group_planes, tables, plane, sums);
+  return sums;
+}
+
+// A distance d is below the bound where the bytes stay below `rest`, after `share` was taken off before each block but
+// the first; `rest + share * (blocks - 1)` is the bound, or more where that is needed to keep the shares whole.
+struct ByteBound {
+  Vector rest;
+  Vector share;
+
+  HE_TARGET_AVX2 static HE_INLINE ByteBound of(int64_t bound, int64_t blocks) {
+    const int64_t excess = std::max<int64_t>(bound - 255, 0);
+    const int64_t share = blocks > 1 ? (excess + blocks - 2) / (blocks - 1) : 0;
+    const int64_t rest = std::min<int64_t>(bound - share * (blocks - 1), 255);
+    return {_mm256_set1_epi8(char(std::max<int64_t>(rest, 0))), _mm256_set1_epi8(char(share))};
+  }
+};
+
+HE_TARGET_AVX2 HE_INLINE uint32_t nonzero_bytes(Vector v) {
+  return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+}
+
+HE_TARGET_AVX2 HE_INLINE bool is_zero(const Vector (&near)[kGroups]) {
+  const Vector any = _mm256_or_si256(_mm256_or_si256(near[0], near[1]), _mm256_or_si256(near[2], near[3]));
+  return _mm256_testz_si256(any, any);
+}
+
+// Offers the hits of a batch: bytes of `near` that are not zero. `sums` are the distances where a code is one block,
+// else null. Not inlined: it is the rare path, and needs no registers kept.
+HE_TARGET_AVX2 __attribute__((noinline)) void offer_hits(const Vector (&near)[kGroups], const Vector* sums,
+                                                         const HammingTile& tile, int64_t first_code,
+                                                         const uint8_t* query, Selector& selector) {
+  alignas(32) uint8_t distances[kBatch];
+  if (sums)
+    for (int g = 0; g < kGroups; ++g) _mm256_store_si256(reinterpret_cast<Vector*>(distances) + g, sums[g]);
+  const int64_t present = std::min(tile.count - first_code, kBatch);
+  for (int64_t half = 0; half < 2; ++half) {
+    uint64_t hits = nonzero_bytes(near[2 * half]) | uint64_t(nonzero_bytes(near[2 * half + 1])) << 32;
+    for (; hits; hits &= hits - 1) {
+      const int64_t i = 64 * half + __builtin_ctzll(hits), code = first_code + i;
+      if (i >= present) return;
+      const uint32_t distance =
+          sums ? distances[i] : hamming_distance(query, tile.codes + code * tile.code_bytes, tile.code_bytes);
+      selector.offer(distance, tile.position_of(code));
     }
-#pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) {
-      const Vector table =
-          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables[q] + 16 * plane)));
-#pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g)
-        sums[q][g] = _mm256_add_epi8(sums[q][g], _mm256_shuffle_epi8(table, nibbles[g]));
-    }
   }
 }
 
-// Byte sums of all planes, saturated at 255. kPlanes is their number where it is known, else 0.
+// The whole tile against the kQueries queries of a pair. kPlanes is the number of planes where it is known and one
+// block, else 0.
 template <int kQueries, int kPlanes>
-HE_TARGET_AVX2 HE_INLINE void sum_planes(const Vector* planes, int64_t group_planes, const uint8_t* const tables[],
-                                         Vector sums[kQueries][kGroups]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kQueries * kGroups; ++i) sums[i / kGroups][i % kGroups] = _mm256_setzero_si256();
-  if (kPlanes) {
-    add_planes<kQueries>(planes, kPlanes, tables, 0, kPlanes, sums);
-    return;
-  }
-  add_planes<kQueries>(planes, group_planes, tables, 0, std::min(group_planes, kPlanesOfBytes), sums);
-  for (int64_t first = kPlanesOfBytes; first < group_planes; first += kPlanesOfBytes) {
-    Vector more[kQueries][kGroups];
-#pragma GCC unroll 8
-    for (int i = 0; i < kQueries * kGroups; ++i) more[i / kGroups][i % kGroups] = _mm256_setzero_si256();
-    add_planes<kQueries>(planes, group_planes, tables, first, std::min(first + kPlanesOfBytes, group_planes), more);
-#pragma GCC unroll 8
-    for (int i = 0; i < kQueries * kGroups; ++i)
-      sums[i / kGroups][i % kGroups] = _mm256_adds_epu8(sums[i / kGroups][i % kGroups], more[i / kGroups][i % kGroups]);
-  }
-}
-
-HE_TARGET_AVX2 HE_INLINE uint32_t below_bytes(Vector sums, Vector bound) {
-  return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(sums, bound), sums)));
-}
-
-// Offers the hits of one group; `hits` has a bit a code. Not inlined: it is the rare path, and needs no registers kept.
-template <typename Sum>
-__attribute__((noinline)) void offer_hits(uint32_t hits, const Sum* sums, const HammingTile& tile, int64_t first_code,
-                                          Selector& selector) {
-  for (; hits; hits &= hits - 1) {
-    const int64_t i = __builtin_ctz(hits);
-    if (first_code + i < tile.count) selector.offer(sums[i], tile.position + uint32_t(first_code + i));
-  }
-}
-
-// The whole tile against kQueries queries whose bounds fit a byte.
-template <int kQueries, int kPlanes>
-HE_TARGET_AVX2 void scan_bytes(const HammingTile& tile, const uint8_t* const tables[], Selector* selectors) {
+HE_TARGET_AVX2 void scan_pair(const HammingTile& tile, const uint8_t* tables, const uint8_t* queries,
+                              Selector* selectors) {
   const int64_t group_planes = kPlanes ? kPlanes : 2 * tile.code_bytes;
+  const int64_t blocks = kPlanes ? 1 : (group_planes + kBlock - 1) / kBlock;
+  const int64_t block_planes = round_up((group_planes + blocks - 1) / blocks, 3);
   const auto* planes = reinterpret_cast<const Vector*>(tile.rows);
-  Vector bounds[kQueries];
-  for (int q = 0; q < kQueries; ++q) bounds[q] = _mm256_set1_epi8(char(std::min<uint32_t>(selectors[q].bound(), 255)));
+  ByteBound bounds[kQueries];
+  for (int q = 0; q < kQueries; ++q) bounds[q] = ByteBound::of(selectors[q].bound(), blocks);
   for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
-    Vector sums[kQueries][kGroups];
-    sum_planes<kQueries, kPlanes>(planes, group_planes, tables, sums);
-#pragma GCC unroll 8
+    Sums sums = sum_block(planes, group_planes, tables, 0, kPlanes ? kPlanes : std::min(block_planes, group_planes));
+    Vector near[2][kGroups];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) near[0][g] = near[1][g] = _mm256_setzero_si256();
+    for (int64_t begin = block_planes; begin < group_planes && !kPlanes; begin += block_planes) {
+      const int64_t end = std::min(begin + block_planes, group_planes);
+      const Sums more = sum_block(planes, group_planes, tables, begin, end);
+#pragma GCC unroll 2
+      for (int q = 0; q < kQueries; ++q) {
+        Vector* const total = q ? sums.second : sums.first;
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) {
+          near[q][g] = _mm256_or_si256(near[q][g], _mm256_subs_epu8(bounds[q].share, total[g]));
+          total[g] = _mm256_adds_epu8(_mm256_subs_epu8(total[g], bounds[q].share), q ? more.second[g] : more.first[g]);
+        }
+      }
+    }
+#pragma GCC unroll 2
     for (int q = 0; q < kQueries; ++q) {
-      const Vector least =
-          _mm256_min_epu8(_mm256_min_epu8(sums[q][0], sums[q][1]), _mm256_min_epu8(sums[q][2], sums[q][3]));
-      if (__builtin_expect(below_bytes(least, bounds[q]) == 0, 1)) continue;
-      alignas(32) uint8_t distances[kBatch];
-#pragma GCC unroll 8
+      const Vector* const total = q ? sums.second : sums.first;
+#pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g)
-        _mm256_store_si256(reinterpret_cast<Vector*>(distances) + g, sums[q][g]);
-      for (int g = 0; g < kGroups; ++g) {
-        const Vector group_sums = _mm256_load_si256(reinterpret_cast<Vector*>(distances) + g);
-        if (const uint32_t hits = below_bytes(group_sums, bounds[q]))
-          offer_hits(hits, distances + g * kGroup, tile, code + g * kGroup, selectors[q]);
-      }
-      bounds[q] = _mm256_set1_epi8(char(std::min<uint32_t>(selectors[q].bound(), 255)));
+        near[q][g] = _mm256_or_si256(near[q][g], _mm256_subs_epu8(bounds[q].rest, total[g]));
+      if (__builtin_expect(is_zero(near[q]), 1)) continue;
+      offer_hits(near[q], blocks == 1 ? total : nullptr, tile, code, queries + q * tile.code_bytes, selectors[q]);
+      bounds[q] = ByteBound::of(selectors[q].bound(), blocks);
     }
   }
 }
 
-// The same for one query with a larger bound: sums of 16 bits.
-HE_TARGET_AVX2 void scan_wide(const HammingTile& tile, const uint8_t* tables, Selector& selector) {
+void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
+  const auto scan_two = tile.code_bytes == 4    ? scan_pair<2, 8>
+                        : tile.code_bytes == 8  ? scan_pair<2, 16>
+                        : tile.code_bytes == 16 ? scan_pair<2, 32>
+                                                : scan_pair<2, 0>;
+  for (int64_t q = 0; q < queries.count; q += 2) {
+    const auto scan_them = q + 1 < queries.count ? scan_two : scan_pair<1, 0>;
+    scan_them(tile, queries.prepared + q * query_bytes(tile.code_bytes), queries.codes + q * tile.code_bytes,
+              selectors + q);
+  }
+}
+
+HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query,
+                            uint32_t* distances) {
   const int64_t group_planes = 2 * tile.code_bytes;
+  const uint8_t* const tables = queries.prepared + query / 2 * 2 * query_bytes(tile.code_bytes);
   const auto* planes = reinterpret_cast<const Vector*>(tile.rows);
-  const Vector zero = _mm256_setzero_si256();
   for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
-    Vector low[kGroups] = {zero, zero, zero, zero};   // codes 0..7 and 16..23, as unpacking leaves them
-    Vector high[kGroups] = {zero, zero, zero, zero};  // codes 8..15 and 24..31
-    for (int64_t first = 0; first < group_planes; first += kPlanesOfBytes) {
-      Vector sums[1][kGroups] = {{zero, zero, zero, zero}};
-      add_planes<1>(planes, group_planes, &tables, first, std::min(first + kPlanesOfBytes, group_planes), sums);
-      for (int g = 0; g < kGroups; ++g) {
-        low[g] = _mm256_add_epi16(low[g], _mm256_unpacklo_epi8(sums[0][g], zero));
-        high[g] = _mm256_add_epi16(high[g], _mm256_unpackhi_epi8(sums[0][g], zero));
+    for (int64_t begin = 0; begin < group_planes; begin += kBlock) {
+      const Sums sums = sum_block(planes, group_planes, tables, begin, std::min(begin + kBlock, group_planes));
+      alignas(32) uint8_t bytes[kBatch];
+      for (int g = 0; g < kGroups; ++g)
+        _mm256_store_si256(reinterpret_cast<Vector*>(bytes) + g, query % 2 ? sums.second[g] : sums.first[g]);
+      for (int64_t i = 0; i < kBatch; i += 8) {
+        auto* const to = reinterpret_cast<Vector*>(distances + code + i);
+        const Vector wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)));
+        _mm256_storeu_si256(to, begin ? _mm256_add_epi32(_mm256_loadu_si256(to), wide) : wide);
       }
-    }
-    for (int g = 0; g < kGroups; ++g) {
-      const Vector bound = _mm256_set1_epi16(short(selector.bound()));
-      const Vector is_below = _mm256_packs_epi16(_mm256_cmpgt_epi16(bound, low[g]), _mm256_cmpgt_epi16(bound, high[g]));
-      const auto hits = uint32_t(_mm256_movemask_epi8(is_below));
-      if (hits == 0) continue;
-      alignas(32) uint16_t distances[kGroup];
-      _mm256_store_si256(reinterpret_cast<Vector*>(distances), _mm256_permute2x128_si256(low[g], high[g], 0x20));
-      _mm256_store_si256(reinterpret_cast<Vector*>(distances + 16), _mm256_permute2x128_si256(low[g], high[g], 0x31));
-      offer_hits(hits, distances, tile, code + g * kGroup, selector);
-    }
-  }
-}
-
-void scan(const HammingTile& tile, const uint8_t* prepared, int64_t query_count, Selector* selectors) {
-  const int64_t stride = query_bytes(tile.code_bytes);
-  const bool always_bytes = 8 * tile.code_bytes < 255;
-  const auto fits_byte = [&](int64_t q) { return always_bytes || selectors[q].bound() <= 255; };
-  const auto scan_pair = tile.code_bytes == 8    ? scan_bytes<2, 16>
-                         : tile.code_bytes == 16 ? scan_bytes<2, 32>
-                                                 : scan_bytes<2, 0>;
-  for (int64_t q = 0; q < query_count;) {
-    const uint8_t* const tables[] = {prepared + q * stride, prepared + (q + 1) * stride};
-    if (!fits_byte(q)) {
-      scan_wide(tile, tables[0], selectors[q++]);
-    } else if (q + 1 < query_count && fits_byte(q + 1)) {
-      scan_pair(tile, tables, selectors + q);
-      q += 2;
-    } else {
-      scan_bytes<1, 0>(tile, tables, selectors + q++);
     }
   }
 }
 
 }  // namespace
 
-const HammingKernel kHammingAvx2 = {tile_codes, tile_bytes,    query_bytes, prepare_tile,
-                                    prepare_query, scan, 4000};  // bounds stay below 2^15
+const HammingKernel kHammingAvx2 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
+                                    prepare_queries, scan,       measure,     7500};  // of which the shares still fit a byte
 
 }  // namespace hashengine
 

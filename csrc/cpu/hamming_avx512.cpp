@@ -27,9 +27,10 @@ int64_t tile_codes(int64_t code_bytes) {
 }
 int64_t query_bytes(int64_t code_bytes) { return 8 * words_of(code_bytes); }
 
-void prepare_query(const uint8_t* query, int64_t code_bytes, uint8_t* words) {
-  std::memset(words, 0, size_t(query_bytes(code_bytes)));
-  std::memcpy(words, query, size_t(code_bytes));
+void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
+  std::memset(prepared, 0, size_t(count * query_bytes(code_bytes)));
+  for (int64_t q = 0; q < count; ++q)
+    std::memcpy(prepared + q * query_bytes(code_bytes), queries + q * code_bytes, size_t(code_bytes));
 }
 
 void prepare_tile(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8_t* tile) {
@@ -49,7 +50,7 @@ __attribute__((noinline)) void offer_group(const int64_t distances[kGroup], cons
                                            Selector& selector) {
   const int64_t present = std::min(kGroup, tile.count - first_code);
   for (int64_t i = 0; i < present; ++i)
-    selector.offer(uint32_t(distances[i]), tile.position + uint32_t(first_code + i));
+    selector.offer(uint32_t(distances[i]), tile.position_of(first_code + i));
 }
 
 // The whole tile against kQueries queries. kWords is the number of words of a code where it is known, else 0.
@@ -97,20 +98,37 @@ void scan_words(const HammingTile& tile, const int64_t* queries, int64_t query_c
   for (; q < query_count; ++q) scan_queries<1, kWords>(tile, queries + q * words, selectors + q);
 }
 
-void scan(const HammingTile& tile, const uint8_t* prepared, int64_t query_count, Selector* selectors) {
-  const auto* queries = reinterpret_cast<const int64_t*>(prepared);
+void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
+  const auto* words = reinterpret_cast<const int64_t*>(queries.prepared);
   switch (words_of(tile.code_bytes)) {
-    case 1: return scan_words<1>(tile, queries, query_count, selectors);
-    case 2: return scan_words<2>(tile, queries, query_count, selectors);
-    case 4: return scan_words<4>(tile, queries, query_count, selectors);
-    default: return scan_words<0>(tile, queries, query_count, selectors);
+    case 1: return scan_words<1>(tile, words, queries.count, selectors);
+    case 2: return scan_words<2>(tile, words, queries.count, selectors);
+    case 4: return scan_words<4>(tile, words, queries.count, selectors);
+    default: return scan_words<0>(tile, words, queries.count, selectors);
+  }
+}
+
+HE_TARGET_AVX512 void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query,
+                              uint32_t* distances) {
+  const int64_t words = words_of(tile.code_bytes);
+  const auto* query_words = reinterpret_cast<const int64_t*>(queries.prepared) + query * words;
+  const auto* vectors = reinterpret_cast<const __m512i*>(tile.rows);
+  for (int64_t code = 0; code < tile.count; code += kGroup, vectors += words) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t w = 0; w < words; ++w) {
+      const __m512i difference = _mm512_xor_si512(_mm512_load_si512(vectors + w), _mm512_set1_epi64(query_words[w]));
+      sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(difference));
+    }
+    alignas(64) int64_t wide[kGroup];
+    _mm512_store_si512(wide, sum);
+    for (int64_t i = 0; i < kGroup; ++i) distances[code + i] = uint32_t(wide[i]);
   }
 }
 
 }  // namespace
 
-const HammingKernel kHammingAvx512 = {tile_codes, tile_bytes,    query_bytes, prepare_tile,
-                                      prepare_query, scan, INT64_MAX};
+const HammingKernel kHammingAvx512 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
+                                      prepare_queries, scan,       measure,     INT64_MAX};
 
 }  // namespace hashengine
 

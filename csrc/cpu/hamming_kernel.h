@@ -1,8 +1,9 @@
-// What a SIMD level provides for Hamming search: a layout for a tile of codes, a layout for a query, and the scan of one
-// against the other. The search itself (blocking, threads, selection) is written once, in hamming_topk.cpp.
+// What a SIMD level provides for Hamming search: a layout for a tile of codes, a layout for queries, and two scans of
+// one against the other. The search itself (blocking, threads, selection) is written once, in hamming_search.cpp.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "hamming_select.h"
 #include "hashengine/simd_level.h"
@@ -10,10 +11,21 @@
 namespace hashengine {
 
 struct HammingTile {
-  const uint8_t* rows;  // as prepare_tile laid them out
-  int64_t count;        // codes in the tile
+  const uint8_t* rows;   // as prepare_tile laid them out
+  const uint8_t* codes;  // as they came
+  int64_t count;         // codes in the tile
   int64_t code_bytes;
-  uint32_t position;  // of the first code, in the selectors' stream
+  const uint32_t* positions;  // of the codes in the selectors' stream; null: from `position` on
+  uint32_t position;
+
+  uint32_t position_of(int64_t code) const { return positions ? positions[code] : position + uint32_t(code); }
+};
+
+// A block of queries.
+struct HammingQueries {
+  const uint8_t* prepared;  // as prepare_queries laid them out
+  const uint8_t* codes;     // as they came
+  int64_t count;
 };
 
 struct HammingKernel {
@@ -24,9 +36,11 @@ struct HammingKernel {
   int64_t (*query_bytes)(int64_t code_bytes);
 
   void (*prepare_tile)(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8_t* tile);
-  void (*prepare_query)(const uint8_t* query, int64_t code_bytes, uint8_t* prepared);
+  void (*prepare_queries)(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared);
   // Offers to each query's selector every code of the tile that is below its bound, in order of position.
-  void (*scan)(const HammingTile& tile, const uint8_t* prepared_queries, int64_t query_count, Selector* selectors);
+  void (*scan)(const HammingTile& tile, const HammingQueries& queries, Selector* selectors);
+  // The distance of every code of the tile from one query; as many as fit whole vectors may be written.
+  void (*measure)(const HammingTile& tile, const HammingQueries& queries, int64_t query, uint32_t* distances);
 
   int64_t max_code_bytes;  // longer codes overflow the level's counters
 };
@@ -37,6 +51,23 @@ extern const HammingKernel kHammingAvx2;
 extern const HammingKernel kHammingAvx512;
 #endif
 
-constexpr int64_t kTileBytes = 16384;  // half of a first-level cache of 32 KB
+constexpr int64_t kTileBytes = 16384;     // half of a first-level cache of 32 KB
+constexpr int64_t kTileCodesMultiple = 128;  // what `distances` of measure is rounded up to
+
+inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {
+  uint64_t word = 0;
+  std::memcpy(&word, bytes, size_t(count));
+  return word;
+}
+
+inline __attribute__((always_inline)) uint32_t hamming_distance(const uint8_t* a, const uint8_t* b, int64_t bytes) {
+  uint32_t sum = 0;
+  int64_t i = 0;
+  for (; i + 8 <= bytes; i += 8)
+    sum += uint32_t(__builtin_popcountll(load_code_word(a + i, 8) ^ load_code_word(b + i, 8)));
+  if (i < bytes)
+    sum += uint32_t(__builtin_popcountll(load_code_word(a + i, bytes - i) ^ load_code_word(b + i, bytes - i)));
+  return sum;
+}
 
 }  // namespace hashengine

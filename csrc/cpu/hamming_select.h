@@ -14,12 +14,15 @@ class Selector {
   // Bytes that one selector takes for a stream of `length` candidates; a caller sizes its blocks of queries by it.
   static int64_t bytes(int64_t bits, int64_t k, int64_t length) { return 16 * (bits + 2) + 8 * capacity(k, length); }
 
-  void reset(int64_t bits, int64_t k, int64_t length) {
+  // Only candidates below `bound` are wanted, and, where there is a filter (a bitmap over positions, the least
+  // significant bit first), those that it lets through.
+  void reset(int64_t k, int64_t length, uint32_t bound, const uint8_t* filter) {
     k_ = uint64_t(k);
+    capacity_ = size_t(capacity(k, length));
+    filter_ = filter;
     below_ = 0;
-    bound_ = uint32_t(bits + 1);
-    histogram_.assign(size_t(bits + 1), 0);
-    candidates_.resize(std::max(candidates_.size(), size_t(capacity(k, length))));
+    bound_ = bound;
+    histogram_.assign(bound, 0);
     count_ = 0;
   }
 
@@ -29,15 +32,21 @@ class Selector {
 
   void offer(uint32_t distance, uint32_t position) {
     if (distance >= bound_) return;
+    if (filter_ && !(filter_[position >> 3] >> (position & 7) & 1)) return;
+    if (count_ == candidates_.size() && !make_room()) return;  // never: compacting makes room
     ++histogram_[distance];
     candidates_[count_++] = {distance, position};
     if (++below_ >= k_) tighten();
-    if (count_ == candidates_.size()) compact();
   }
 
-  // Writes the nearest, at most k, by (distance, position); returns how many. Positions get `offset` added.
-  int64_t finish(int32_t* distances, int64_t* positions, int64_t offset) {
+  // Drops what is not among the nearest; returns how many are left, at most k.
+  int64_t settle() {
     compact();
+    return int64_t(count_);
+  }
+
+  // After settle: writes them by (distance, position). Positions get `offset` added.
+  void write(int32_t* distances, int64_t* positions, int64_t offset) {
     starts_.assign(size_t(bound_) + 2, 0);
     for (size_t i = 0; i < count_; ++i) ++starts_[candidates_[i].distance + 1];
     for (size_t d = 1; d < starts_.size(); ++d) starts_[d] += starts_[d - 1];
@@ -46,7 +55,6 @@ class Selector {
       distances[rank] = int32_t(candidates_[i].distance);
       positions[rank] = offset + int64_t(candidates_[i].position);
     }
-    return int64_t(count_);
   }
 
  private:
@@ -57,6 +65,12 @@ class Selector {
 
   // Compacting leaves at most k, so its cost is spread over as many candidates as it touches.
   static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max<int64_t>(k, 512), length); }
+
+  __attribute__((noinline)) bool make_room() {
+    if (count_ >= capacity_) compact();
+    if (count_ == candidates_.size()) candidates_.resize(std::min(std::max<size_t>(2 * count_, 512), capacity_));
+    return count_ < candidates_.size();
+  }
 
   void tighten() {
     while (below_ >= k_) below_ -= histogram_[--bound_];
@@ -81,6 +95,8 @@ class Selector {
   uint64_t k_ = 0;
   uint64_t below_ = 0;  // accepted candidates with a distance below the bound; always less than k
   uint32_t bound_ = 0;
+  size_t capacity_ = 0;
+  const uint8_t* filter_ = nullptr;
   std::vector<uint64_t> histogram_;
   std::vector<Candidate> candidates_;
   std::vector<uint64_t> starts_;

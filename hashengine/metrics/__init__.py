@@ -29,9 +29,9 @@ from torch import Tensor
 from hashengine.errors import InputError
 from hashengine.metrics.arguments import Array, checked, integer
 from hashengine.metrics.ties import Denominator, average_precision, cut_at
-from hashengine.ops import unpack_bits
+from hashengine.ops import hamming_count
 
-TILE = 2**18  # pairs of query and database code in work at once: 1 MiB of distances stays in a CPU core's cache
+TILE = 2**18  # float64 values in work at once stay in a CPU core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,6 @@ def mean_average_precision(
     *,
     at: int | None = None,
     denominator: Denominator = "retrieved",
-    chunk: int = TILE,
 ) -> MeanAveragePrecision:
     """Mean average precision over the whole ranking (mAP), or over its first ``at`` items (mAP@at).
 
@@ -97,22 +96,22 @@ def mean_average_precision(
 
     Over the whole ranking the two are the same.
     """
-    counts = distance_counts(query_codes, query_labels, database_codes, database_labels, chunk=chunk)
+    counts = distance_counts(query_codes, query_labels, database_codes, database_labels)
     return counts.mean_average_precision(at=at, denominator=denominator)
 
 
 def precision_at(
-    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array, k: int, *, chunk: int = TILE
+    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array, k: int
 ) -> TieAwareMean:
     """Share of relevant items among the first ``k``."""
-    return distance_counts(query_codes, query_labels, database_codes, database_labels, chunk=chunk).precision_at(k)
+    return distance_counts(query_codes, query_labels, database_codes, database_labels).precision_at(k)
 
 
 def recall_at(
-    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array, k: int, *, chunk: int = TILE
+    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array, k: int
 ) -> TieAwareMean:
     """Share of the database's relevant items that are among the first ``k``."""
-    return distance_counts(query_codes, query_labels, database_codes, database_labels, chunk=chunk).recall_at(k)
+    return distance_counts(query_codes, query_labels, database_codes, database_labels).recall_at(k)
 
 
 def precision_within_radius(
@@ -121,74 +120,32 @@ def precision_within_radius(
     database_codes: Array,
     database_labels: Array,
     radius: int,
-    *,
-    chunk: int = TILE,
 ) -> float:
     """Share of relevant items among those at a distance of at most ``radius``, averaged over the queries.
 
     A query with nothing within the radius counts 0. Ties play no part: a radius never divides one.
     """
-    counts = distance_counts(query_codes, query_labels, database_codes, database_labels, chunk=chunk)
+    counts = distance_counts(query_codes, query_labels, database_codes, database_labels)
     return counts.precision_within_radius(radius)
 
 
 def precision_recall_curve(
-    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array, *, chunk: int = TILE
+    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array
 ) -> PrecisionRecallCurve:
     """Precision and recall within each radius from 0 to bits. Ties play no part."""
-    counts = distance_counts(query_codes, query_labels, database_codes, database_labels, chunk=chunk)
+    counts = distance_counts(query_codes, query_labels, database_codes, database_labels)
     return counts.precision_recall_curve()
 
 
 def distance_counts(
-    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array, *, chunk: int = TILE
+    query_codes: Array, query_labels: Array, database_codes: Array, database_labels: Array
 ) -> "DistanceCounts":
-    """Count, at each distance from each query, the database items and the relevant ones among them.
-
-    Distances come from a float32 matrix product of codes of +-1, exact for codes of less than 2**23 bits: every value
-    on the way is an integer or a half below 2**24.
-
-    ``chunk`` is the number of pairs of query and database code in work at once; larger suits a GPU. Beside the
-    arguments, memory holds at most 16 bytes for each of these pairs, 8 for each of as many unpacked bits and labels,
-    and per query its unpacked bits and labels and 40 bytes a distance. Only labels other than int64 or bool, and numpy
-    arrays that are not contiguous, are copied as a whole.
-    """
-    chunk = integer("chunk", chunk, 1)
+    """Count, at each distance from each query, the database items and the relevant ones among them."""
     query_codes, query_labels, database_codes, database_labels = checked(
         query_codes, query_labels, database_codes, database_labels
     )
-    queries, bits, device = len(query_codes), 8 * query_codes.shape[1], query_codes.device
-    distances = bits + 1
-    bins = 2 * distances  # of one query: its irrelevant items by distance, then its relevant ones
-    rows = max(1, min(queries, 256, chunk, 2**24 // bins))
-    columns = max(1, chunk // max(rows, bits, database_labels[0].numel()))
-
-    counts = torch.zeros(queries, bins, dtype=torch.int64, device=device)
-    query_signs = _signs(query_codes)
-    # Each row of a tile starts at its own bin, so that one bincount serves all of them; distance = bits/2 - <q, x>/2.
-    first_bin = bins * torch.arange(rows, dtype=torch.float32, device=device)[:, None] + bits / 2
-    with torch.autocast(device.type, enabled=False):  # a caller's half precision would round the distances
-        for column in range(0, len(database_codes), columns):
-            database_signs = _signs(database_codes[column : column + columns])
-            labels = database_labels[column : column + columns]
-            for row in range(0, queries, rows):
-                signs = query_signs[row : row + rows]
-                tile = torch.addmm(first_bin[: len(signs)], signs, database_signs.T, alpha=-0.5)
-                tile.add_(_relevant(query_labels[row : row + rows], labels), alpha=distances)
-                histogram = torch.bincount(tile.to(torch.int32).flatten(), minlength=len(signs) * bins)
-                counts[row : row + rows] += histogram.view(len(signs), bins)
-    irrelevant, relevant = counts.cpu().split(distances, dim=1)
-    return DistanceCounts(irrelevant + relevant, relevant)
-
-
-def _signs(codes: Tensor) -> Tensor:
-    return unpack_bits(codes).float().mul_(2).sub_(1)
-
-
-def _relevant(query_labels: Tensor, database_labels: Tensor) -> Tensor:
-    if query_labels.dim() == 1:
-        return query_labels[:, None] == database_labels
-    return query_labels.float() @ database_labels.float().T > 0
+    items, relevant = hamming_count(query_codes, database_codes, query_labels=query_labels, labels=database_labels)
+    return DistanceCounts(items.cpu(), relevant.cpu())
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,10 @@ They are registered with torch's dispatcher as ``torch.ops.hashengine.<op>``; th
 take the references' place.
 """
 
+from hashengine.ops._hamming import pack_filter
 from hashengine.ops.greedy_sign import greedy_sign
+from hashengine.ops.hamming_count import hamming_count
+from hashengine.ops.hamming_range import hamming_range
 from hashengine.ops.hamming_topk import hamming_topk
 from hashengine.ops.pack_bits import pack_bits, unpack_bits
 from hashengine.ops.simam import simam, simam_energy
@@ -15,8 +18,11 @@ from hashengine.ops.triplet_pool import triplet_pool
 
 __all__ = [
     "greedy_sign",
+    "hamming_count",
+    "hamming_range",
     "hamming_topk",
     "pack_bits",
+    "pack_filter",
     "simam",
     "simam_energy",
     "triplet_attention",
