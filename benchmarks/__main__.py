@@ -27,6 +27,12 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every syste
 
 @app.command()
 def hamming(
+    task: Annotated[
+        list[hamming_benchmark.Task] | None,
+        typer.Option(
+            help="search: the k nearest; filter: of half the codes; range: the radius of about k. Default: search."
+        ),
+    ] = None,
     codes: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 1_000_000,
     queries: Annotated[int, typer.Option(min=1, help="Queries in a batch.")] = 1000,
     bits: Annotated[list[int] | None, typer.Option(min=8, help="Code length; may be repeated.")] = None,
@@ -36,8 +42,9 @@ def hamming(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")] = 5,
     output: Output = None,
 ) -> None:
-    """Exact Hamming top-k on the CPU beside FAISS IndexBinaryFlat, in its heap and in its counting mode."""
+    """Exact Hamming search on the CPU beside FAISS IndexBinaryFlat, in the better of its two modes."""
     hamming_benchmark.run(
+        tasks=task or [hamming_benchmark.Task.search],
         codes=codes,
         queries=queries,
         bits=bits or [64, 128, 256],

@@ -1,9 +1,12 @@
-"""Exact Hamming top-k on the CPU beside FAISS IndexBinaryFlat."""
+"""Exact Hamming search on the CPU, of all codes, of half of them, within a radius, beside FAISS IndexBinaryFlat."""
 
 import enum
+import itertools
 import os
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ from tqdm import tqdm
 from benchmarks.harness import append_results, describe_machine, median_ratio, time_in_rounds
 from hashengine import HammingIndex, InputError
 
-FAISS_MODES = {"faiss heap": True, "faiss counting": False}
 VERIFIED_QUERIES = 50
 
 
@@ -38,33 +40,81 @@ def draw_codes(data: Data, count: int, bits: int, rng: np.random.Generator) -> n
     return codes
 
 
-def measure(codes: np.ndarray, queries: np.ndarray, k: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each system in each round; raises where the answers are not the same, bit for bit."""
+class Task(str, enum.Enum):
+    search = "search"  # the k nearest
+    filter = "filter"  # the k nearest of a random half of the codes
+    range = "range"  # all within the radius that holds about k
+
+
+Answer = tuple[np.ndarray, ...]
+
+
+def make_systems(
+    task: Task, codes: np.ndarray, queries: np.ndarray, k: int
+) -> dict[str, Callable[[np.ndarray], Answer]]:
+    """Each system's search, of a batch of queries; range searches all give (lims, distances, ids)."""
     import faiss
 
-    bits = 8 * codes.shape[1]
+    count, bits = len(codes), 8 * codes.shape[1]
     index = HammingIndex(bits)
     index.add(codes)
     oracle = faiss.IndexBinaryFlat(bits)
     oracle.add(codes)
+    if task is Task.range:
+        radius = radius_of(index, queries[:VERIFIED_QUERIES], k)
+        return {
+            "hashengine": lambda batch: index.range_search(batch, radius),
+            "faiss": lambda batch: oracle.range_search(batch, radius + 1),  # exclusive
+        }
+    mask = np.random.default_rng(2).random(count) < 0.5 if task is Task.filter else None
+    parameters = None
+    if mask is not None:
+        bitmap = np.packbits(mask, bitorder="little")
+        parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(count, faiss.swig_ptr(bitmap)))
+        parameters.bitmap = bitmap  # which FAISS only points to
 
-    def search_faiss(use_heap: bool) -> tuple[np.ndarray, np.ndarray]:
+    def search_faiss(batch: np.ndarray, use_heap: bool) -> Answer:
         oracle.use_heap = use_heap
-        return oracle.search(queries, k)
+        return oracle.search(batch, k, params=parameters)
 
-    sample = queries[:VERIFIED_QUERIES]
-    for mine, theirs in zip(index.search(sample, k), oracle.search(sample, k), strict=True):
-        if not np.array_equal(mine, theirs):
-            raise SystemExit(f"hamming: the answers must equal FAISS's before they are timed ({bits} bits, k = {k})")
-    systems = {"hashengine": lambda: index.search(queries, k)}
-    for name, use_heap in FAISS_MODES.items():
-        systems[name] = lambda use_heap=use_heap: search_faiss(use_heap)
-    return time_in_rounds(systems, rounds)
+    return {
+        "hashengine": lambda batch: index.search(batch, k, filter=mask),
+        "faiss heap": lambda batch: search_faiss(batch, True),
+        "faiss counting": lambda batch: search_faiss(batch, False),
+    }
+
+
+def radius_of(index: HammingIndex, queries: np.ndarray, k: int) -> int:
+    """The smallest radius that holds k codes of a query, on the average."""
+    within = index.count(queries).cumsum(1).mean(0)
+    return int(np.flatnonzero(within >= k)[0])
+
+
+def in_order(answer: Answer) -> Answer:
+    """A range search's answer with the hits of a query by (distance, id), which FAISS leaves open."""
+    if len(answer) == 2:
+        return answer
+    lims, distances, ids = answer
+    query = np.repeat(np.arange(len(lims) - 1), np.diff(lims))
+    order = np.lexsort((ids, distances, query))
+    return lims, distances[order], ids[order]
+
+
+def measure(task: Task, codes: np.ndarray, queries: np.ndarray, k: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each system in each round; raises where the answers are not the same, bit for bit."""
+    systems = make_systems(task, codes, queries, k)
+    mine, *theirs = (in_order(system(queries[:VERIFIED_QUERIES])) for system in systems.values())
+    if not all(np.array_equal(a, b) for other in theirs for a, b in zip(mine, other, strict=True)):
+        raise SystemExit(
+            f"hamming: the answers must equal FAISS's before they are timed ({task.value}, {8 * codes.shape[1]} bits, "
+            f"k = {k})"
+        )
+    return time_in_rounds({name: partial(system, queries) for name, system in systems.items()}, rounds)
 
 
 def run(
-    *, codes: int, queries: int, bits: list[int], ks: list[int], data: Data, threads: int | None, rounds: int,
-    output: Path | None,
+    *, tasks: list[Task], codes: int, queries: int, bits: list[int], ks: list[int], data: Data, threads: int | None,
+    rounds: int, output: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure, print the table, append to ``output``; returns the rows."""
     try:
@@ -85,27 +135,27 @@ def run(
         f"{codes:,} codes, {queries:,} queries, {data.value} data, {threads} threads, "
         f"SIMD {machine['simd_level']}, {machine['cpu']}; caches warm; median of {rounds} rounds"
     )
-    table = Table("bits", "k", "hashengine", "faiss heap", "faiss counting", "queries/s", "times faiss's best")
+    table = Table("task", "bits", "k", "hashengine", "faiss's best", "queries/s", "times faiss's best")
     table.caption = "G distances/s (10^9 pairs of a query and a code); the last column is the median of the rounds"
     rows = []
-    progress = tqdm(total=len(bits) * len(ks), unit="row", disable=None, leave=False)
+    progress = tqdm(total=len(tasks) * len(bits) * len(ks), unit="row", disable=None, leave=False)
     for code_bits in bits:
         rng = np.random.default_rng(1)
         database, batch = draw_codes(data, codes, code_bits, rng), draw_codes(data, queries, code_bits, rng)
-        for k in ks:
-            seconds = measure(database, batch, k, rounds)
-            best_mode = min(FAISS_MODES, key=lambda mode: statistics.median(seconds[mode]))
+        for task, k in itertools.product(tasks, ks):
+            seconds = measure(task, database, batch, k, rounds)
             medians = {name: statistics.median(times) for name, times in seconds.items()}
-            ratio = median_ratio(seconds[best_mode], seconds["hashengine"])
-            rates = {name: codes * queries / median / 1e9 for name, median in medians.items()}
+            best = min((name for name in seconds if name != "hashengine"), key=medians.__getitem__)
+            ratio = median_ratio(seconds[best], seconds["hashengine"])
+            rates = [codes * queries / medians[name] / 1e9 for name in ("hashengine", best)]
             table.add_row(
-                str(code_bits), str(k), *(f"{rates[name]:.2f}" for name in seconds),
+                task.value, str(code_bits), str(k), *(f"{rate:.2f}" for rate in rates),
                 f"{queries / medians['hashengine']:,.0f}", f"{ratio:.1f}",
             )  # fmt: skip
             rows.append(
                 machine
-                | {"benchmark": "hamming", "codes": codes, "queries": queries, "bits": code_bits, "k": k}
-                | {"data": data.value, "seconds": seconds, "times_faiss": ratio}
+                | {"benchmark": "hamming", "task": task.value, "codes": codes, "queries": queries, "bits": code_bits}
+                | {"k": k, "data": data.value, "seconds": seconds, "times_faiss": ratio}
             )
             progress.update()
     progress.close()

@@ -37,18 +37,20 @@ def faiss():
 def test_hamming_prints_the_table_and_appends_the_results(tmp_path, faiss, data):
     output = tmp_path / "results" / "hamming.jsonl"
     for _ in range(2):
-        printed = invoke(*SMALL, "--data", data, "--threads", 1, "--output", output)
-        assert "faiss counting" in printed and "times faiss" in printed
+        tasks = [option for task in hamming.Task for option in ("--task", task.value)]
+        printed = invoke(*SMALL, *tasks, "--data", data, "--threads", 1, "--output", output)
+        assert "times faiss" in printed
     rows = read_lines(output)
-    assert [row["bits"] for row in rows] == [64, 72, 64, 72]
+    once = [(bits, task) for bits in (64, 72) for task in ("search", "filter", "range")]
+    assert [(row["bits"], row["task"]) for row in rows] == 2 * once
     for row in rows:
         assert {"cpu", "commit", "torch", "faiss", "simd_level", "threads"} <= row.keys()
         assert all(len(times) == 2 and min(times) > 0 for times in row["seconds"].values())
 
 
 def test_wrong_neighbours_are_not_timed(faiss, monkeypatch):
-    def off_by_one(self, queries, k):
-        distances, ids = search(self, queries, k)
+    def off_by_one(self, queries, k, **options):
+        distances, ids = search(self, queries, k, **options)
         return distances, ids + 1
 
     search = hamming.HammingIndex.search
