@@ -1,5 +1,6 @@
 """Exact search over packed binary codes."""
 
 from hashengine.index.hamming_index import HammingIndex
+from hashengine.index.rerank import rerank_vectors
 
-__all__ = ["HammingIndex"]
+__all__ = ["HammingIndex", "rerank_vectors"]

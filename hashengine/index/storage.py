@@ -1,28 +1,36 @@
 """How an index lies in a folder.
 
-``manifest.json`` names the files, their sizes and their checksums; ``codes-*.bin`` holds the codes row after row,
-uint8, bits / 8 bytes each; ``ids-*.bin``, where the user brought ids, int64, little-endian. Files are only ever
-appended to, so the bytes that a manifest names stay as they are until another manifest has taken its place; a tail
-beyond them is what an interrupted save left, and is not read.
+``manifest.json`` names the files, their sizes and their checksums. ``codes-*.bin`` holds the codes, removed ones among
+them, row after row, uint8, bits / 8 bytes each; ``ids-*.bin``, where ids are not positions, int64, little-endian;
+``live-*.bin``, where codes were removed, a bitmap of those that were not, the first in the least significant bit. Files
+are only ever appended to, so the bytes that a manifest names stay as they are until another manifest has taken its
+place; a tail beyond them is what an interrupted save left, and is not read. ``lock`` is held while one saves.
 """
 
-import json
+from __future__ import annotations
+
+import errno
+import fcntl
 import os
 import secrets
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hashengine.errors import InputError
+from hashengine.index import _manifest
+from hashengine.index._manifest import MANIFEST
+from hashengine.index._state import State
 
-FORMAT = "hashengine-index"
-VERSION = 1
-MANIFEST = "manifest.json"
+_KINDS = ("codes", "ids", "live")
 _CHUNK_BYTES = 1 << 24
 
 
@@ -34,49 +42,74 @@ class Saved:
     manifest: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Contents:
-    bits: int
-    codes: Tensor
-    ids: Tensor | None
-    saved: Saved
-
-
-def save(path: Path, bits: int, codes: Tensor, ids: Tensor | None, saved: Saved | None) -> Saved:
-    """Write codes uint8 [N, bits / 8] and ids int64 [N]; what ``saved`` tells is in the folder already is kept."""
+def save(path: Path, bits: int, state: State, saved: Saved | None) -> Saved:
+    """Write an index; codes and ids that, as ``saved`` tells, are in the folder already are kept there."""
     if path.exists() and not path.is_dir():
         raise InputError(f"save: path must be a folder or not exist yet, got the file {path}")
-    path.mkdir(parents=True, exist_ok=True)
-    old = _read_manifest(path) if (path / MANIFEST).exists() else None
-    base = old if saved is not None and saved.path == path.resolve() and saved.manifest == old else None
-    try:
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "bits": bits,
-            "bit_order": "msb_first",
-            "count": len(codes),
-            "codes": _append(path, "codes", codes, base and base["codes"]),
-            "ids": None if ids is None else _append(path, "ids", ids, base and base["ids"]),
-        }
-        _replace_manifest(path, manifest)
-    except BaseException:
-        for file in path.glob("*.bin"):
-            if file.name.startswith(("codes-", "ids-")) and file.name not in _file_names(old):
-                file.unlink()
-        raise
-    _sync_folder(path)
-    for name in _file_names(old) - _file_names(manifest):
-        (path / name).unlink(missing_ok=True)
+    live = None if state.live is None else torch.from_numpy(state.live)
+    with _locked(path):
+        old = _manifest.read(path) if (path / MANIFEST).exists() else None
+        base = old if saved is not None and saved.path == path.resolve() and saved.manifest == old else None
+        try:
+            manifest = _manifest.checksummed(
+                {
+                    "format": _manifest.FORMAT,
+                    "version": _manifest.VERSION,
+                    "bits": bits,
+                    "bit_order": "msb_first",
+                    "count": len(state.codes),
+                    "next_id": state.next_id,
+                    "codes": _append(path, "codes", state.codes, base and base["codes"]),
+                    "ids": _append(path, "ids", state.ids, base and base["ids"]),
+                    "live": _append(path, "live", live, None),
+                }
+            )
+            _replace_manifest(path, manifest)
+        except BaseException:
+            _remove_unnamed(path)
+            raise
+        _sync_folder(path)
+        _remove_unnamed(path)
     return Saved(path.resolve(), manifest)
 
 
-def load(path: Path) -> Contents:
-    manifest = _read_manifest(path)
-    count, bits = manifest["count"], manifest["bits"]
-    codes = _read(path, manifest["codes"], torch.uint8, (count, bits // 8))
-    ids = None if manifest["ids"] is None else _read(path, manifest["ids"], torch.int64, (count,))
-    return Contents(bits, codes, ids, Saved(path.resolve(), manifest))
+def load(path: Path, mmap: bool) -> tuple[int, State, Saved]:
+    while True:
+        manifest = _manifest.read(path)
+        try:
+            return manifest["bits"], _load(path, manifest, mmap), Saved(path.resolve(), manifest)
+        except (InputError, FileNotFoundError):
+            if _manifest.read(path) == manifest:  # else another process has saved, and removed what was being read
+                raise
+
+
+def _load(path: Path, manifest: dict[str, Any], mmap: bool) -> State:
+    count, width = manifest["count"], manifest["bits"] // 8
+    codes = (_map if mmap else _read)(path, manifest["codes"], torch.uint8, (count, width))
+    ids = _read(path, manifest["ids"], torch.int64, (count,))
+    live = _read(path, manifest["live"], torch.uint8, ((count + 7) // 8,))
+    return State.of(codes, ids, None if live is None else live.numpy(), manifest["next_id"])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The folder, made where it does not exist, for one save at a time; the system unlocks it when a process dies."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise InputError(f"save: path must be a folder that can be written to, got {path} ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"save: {path} must not be in use, got a save that is running; save again later") from None
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child that another thread forked meanwhile would keep it
+        os.close(lock)
 
 
 def _bytes(rows: Tensor) -> memoryview:
@@ -85,8 +118,10 @@ def _bytes(rows: Tensor) -> memoryview:
     return memoryview(rows.contiguous().numpy()).cast("B") if rows.numel() else memoryview(b"")
 
 
-def _append(path: Path, kind: str, rows: Tensor, base: dict[str, Any] | None) -> dict[str, Any]:
+def _append(path: Path, kind: str, rows: Tensor | None, base: dict[str, Any] | None) -> dict[str, Any] | None:
     """Bring a file to hold ``rows``: append to the file that ``base`` names, or write a new one."""
+    if rows is None:
+        return None
     entry = base or {"file": f"{kind}-{secrets.token_hex(4)}.bin", "bytes": 0, "crc32": 0}
     tail = _bytes(rows)[entry["bytes"] :]
     checksum = entry["crc32"]
@@ -104,14 +139,11 @@ def _append(path: Path, kind: str, rows: Tensor, base: dict[str, Any] | None) ->
 
 def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
     temporary = path / f"{MANIFEST}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:
+        file.write(_manifest.text(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path / MANIFEST)
 
 
 def _sync_folder(path: Path) -> None:
@@ -122,62 +154,35 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def _file_names(manifest: dict[str, Any] | None) -> set[str]:
-    entries = [] if manifest is None else [manifest["codes"], manifest["ids"]]
-    return {entry["file"] for entry in entries if entry}
+def _remove_unnamed(path: Path) -> None:
+    """Remove what the manifest in the folder does not name: what it replaced, and what interrupted saves left."""
+    manifest = _manifest.read(path) if (path / MANIFEST).exists() else {}
+    named = {entry["file"] for entry in map(manifest.get, _KINDS) if entry}
+    for pattern in (*(f"{kind}-*.bin" for kind in _KINDS), f"{MANIFEST}.*.tmp"):
+        for file in path.glob(pattern):
+            if file.name not in named:
+                file.unlink()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"load: expected the folder of an index, got {path}, which has no {MANIFEST}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"load: {file} is damaged: it must be JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"load: {file} must be the manifest of a {FORMAT}, got another file")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"load: {file} has version {manifest.get('version')!r}, this release reads {VERSION}; update hashengine"
-        )
-    _check_manifest(file, manifest)
-    return manifest
-
-
-def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Every value is what it must be before a byte of another file is trusted."""
-
-    def require(condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise InputError(f"load: {file} is damaged: {name} must be {expected}, got {manifest.get(name)!r}")
-
-    def is_count(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 1 << 63
-
-    bits, count = manifest.get("bits"), manifest.get("count")
-    require(is_count(bits) and bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8")
-    require(is_count(count), "count", "a number of codes")
-    require(manifest.get("bit_order") == "msb_first", "bit_order", "'msb_first'")
-    for name, row_bytes in (("codes", bits // 8), ("ids", 8)):
-        entry = manifest.get(name)
-        if name == "ids" and entry is None:
-            continue
-        is_file = (
-            isinstance(entry, dict)
-            and isinstance(entry.get("file"), str)
-            and Path(entry["file"]).name == entry["file"]  # never a way out of the folder
-            and entry["file"].startswith(f"{name}-")
-            and is_count(entry.get("crc32"))
-        )
-        require(is_file and entry.get("bytes") == count * row_bytes, name, f"a file of {count * row_bytes} bytes")
-
-
-def _read(path: Path, entry: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _checked_file(path: Path, entry: dict[str, Any]) -> Path:
     file = path / entry["file"]
     size = file.stat().st_size if file.is_file() else 0
-    if size < entry["bytes"]:
+    if size < entry["bytes"] or not file.is_file():
         raise InputError(f"load: {file} is damaged: it must hold {entry['bytes']} bytes, got {size}")
+    return file
+
+
+def _map(path: Path, entry: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    file = _checked_file(path, entry)
+    if entry["bytes"] == 0:  # nothing to map
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.memmap(file, np.uint8, mode="c", shape=shape))
+
+
+def _read(path: Path, entry: dict[str, Any] | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
+    if entry is None:
+        return None
+    file = _checked_file(path, entry)
     rows = torch.empty(shape, dtype=dtype)
     target = _bytes(rows)
     checksum = 0

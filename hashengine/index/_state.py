@@ -1,0 +1,125 @@
+"""One state of an index, which a search takes and keeps while others add and remove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hashengine.errors import InputError
+from hashengine.index._ids import IdLookup
+
+
+def marked(bitmap: np.ndarray, rows: np.ndarray, value: bool, count: int) -> np.ndarray:
+    """A copy of a bitmap, for ``count`` rows, in which the bits of ``rows`` are ``value``."""
+    copy = np.zeros((count + 7) // 8, np.uint8)
+    copy[: len(bitmap)] = bitmap
+    bits = (1 << (rows & 7)).astype(np.uint8)
+    if value:
+        np.bitwise_or.at(copy, rows >> 3, bits)
+    else:
+        np.bitwise_and.at(copy, rows >> 3, ~bits)
+    return copy
+
+
+@dataclass(frozen=True)
+class State:
+    """Rows in insertion order, removed ones among them.
+
+    Nothing that it refers to is written to again, but for the codes that an update overwrites.
+    """
+
+    codes: Tensor  # uint8 [rows, bits / 8]
+    ids: Tensor | None = None  # int64 [rows]; None: a code's id is its row
+    lookup: IdLookup = IdLookup()  # of ids
+    live: np.ndarray | None = None  # the bitmap of rows that were not removed, uint8 [ceil(rows / 8)]; None: all
+    count: int = 0  # of live codes
+    next_id: int | None = 0  # of a code that is added without an id; None: codes come with ids
+
+    @classmethod
+    def of(cls, codes: Tensor, ids: Tensor | None, live: np.ndarray | None, next_id: int | None) -> State:
+        lookup = IdLookup() if ids is None else IdLookup().extended(ids.numpy())
+        count = len(codes) if live is None else int(np.unpackbits(live, count=len(codes), bitorder="little").sum())
+        return cls(codes, ids, lookup, live, count, next_id)
+
+    def extended(self, codes: Tensor, ids: Tensor | None, next_id: int | None) -> State:
+        """The state with all of ``codes`` and ``ids``, of which this one has the first."""
+        old, new = len(self.codes), len(codes)
+        lookup = self.lookup if ids is None else self.lookup.extended(ids.numpy())
+        live = None if self.live is None else marked(self.live, np.arange(old, new), True, new)
+        return State(codes, ids, lookup, live, self.count + new - old, next_id)
+
+    def without(self, rows: np.ndarray) -> State:
+        live = np.packbits(self.live_mask(), bitorder="little") if self.live is None else self.live
+        return replace(self, live=marked(live, rows, False, len(self.codes)), count=self.count - len(rows))
+
+    def compacted(self) -> State:
+        return State.of(self.live_codes(), self.live_ids(), None, self.next_id)
+
+    def live_mask(self) -> np.ndarray:
+        """bool [rows]."""
+        if self.live is None:
+            return np.ones(len(self.codes), bool)
+        return np.unpackbits(self.live, count=len(self.codes), bitorder="little").view(bool)
+
+    def live_rows(self) -> Tensor:
+        return torch.from_numpy(self.live_mask().nonzero()[0])
+
+    def live_codes(self) -> Tensor:
+        return self.codes if self.live is None else self.codes[self.live_rows()]
+
+    def live_ids(self) -> Tensor:
+        rows = self.live_rows()
+        return rows if self.ids is None else self.ids[rows]
+
+    def bitmap(self, filter: np.ndarray | None) -> Tensor | None:
+        """Which rows may be found, for the ops: ``filter`` is a mask or a bitmap of the live codes."""
+        if filter is None:
+            return None if self.live is None else torch.from_numpy(self.live)
+        if self.live is not None:
+            if filter.dtype != bool:
+                filter = np.unpackbits(filter, axis=-1, count=self.count, bitorder="little").view(bool)
+            rows = np.zeros((*filter.shape[:-1], len(self.codes)), bool)
+            rows[..., self.live_mask()] = filter
+            filter = rows
+        elif filter.dtype != bool:
+            filter = filter.copy()
+            if self.count % 8:  # the ops take zeros behind the last code
+                filter[..., -1] &= (1 << self.count % 8) - 1
+            return torch.from_numpy(filter)
+        return torch.from_numpy(np.packbits(filter, axis=-1, bitorder="little"))
+
+    def scattered(self, live_values: Tensor) -> Tensor:
+        """A value for each row of a value for each live code; zero for the others."""
+        if self.live is None:
+            return live_values
+        values = live_values.new_zeros((len(self.codes), *live_values.shape[1:]))
+        values[self.live_rows()] = live_values
+        return values
+
+    def ids_of(self, rows: Tensor) -> Tensor:
+        """The ids of rows; -1 of -1."""
+        if self.ids is None or rows.numel() == 0:
+            return rows
+        return self.ids[rows.clamp(min=0)].masked_fill(rows < 0, -1)
+
+    def find(self, ids: Tensor) -> Tensor:
+        """The row of each id, -1 where no live code has it."""
+        wanted = ids.numpy()
+        if self.ids is None:
+            rows = np.where((0 <= wanted) & (wanted < len(self.codes)), wanted, -1)
+        else:
+            rows = self.lookup.find(wanted)
+        if self.live is not None:
+            rows[(self.live[rows >> 3] >> (rows & 7) & 1) == 0] = -1  # where the row is -1, either is right
+        return torch.from_numpy(rows)
+
+    def rows_of(self, ids: Tensor, op: str) -> Tensor:
+        """The row of each id; an InputError where no live code has one."""
+        rows = self.find(ids)
+        unknown = ids[rows < 0]
+        if len(unknown):
+            raise InputError(f"{op}: ids must be those of codes in the index, got {int(unknown[0])}, which is not")
+        return rows
