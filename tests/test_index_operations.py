@@ -1,0 +1,350 @@
+"""Every operation of a HammingIndex, in any order, against a list of codes; and searches beside a writer."""
+
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hashengine import HammingIndex, InputError
+from hashengine.index import rerank_vectors
+from hashengine.ops import pack_bits
+from tests.test_index import assert_same_index, codes_of, index_of
+
+BITS = 16
+
+
+def distances_of(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return np.unpackbits(queries[:, None] ^ codes, axis=-1).sum(-1, dtype=np.int64)
+
+
+def few_codes(count: int, seed: int) -> np.ndarray:
+    """Codes of few values, so that most distances are ties."""
+    return np.random.default_rng(seed).choice(np.array([0, 1, 3, 128, 255], np.uint8), (count, BITS // 8))
+
+
+class Operations(RuleBasedStateMachine):
+    """`codes` and `ids` are what the index must hold, in insertion order."""
+
+    @initialize(own_ids=st.booleans())
+    def start(self, own_ids):
+        self.own_ids, self.next_id = own_ids, 0
+        self.index = HammingIndex(BITS)
+        self.codes, self.ids = np.zeros((0, BITS // 8), np.uint8), np.zeros(0, np.int64)
+        self.folder = tempfile.TemporaryDirectory()
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    @rule(count=st.integers(0, 12), seed=st.integers(0, 99))
+    def add(self, count, seed):
+        codes = few_codes(count, seed)
+        if self.own_ids:  # of a few, so that ids of removed codes come again
+            ids = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(60) * 3, self.ids))[:count]
+            codes = codes[: len(ids)]
+            self.index.add(codes, ids)
+        else:
+            ids = np.arange(self.next_id, self.next_id + count)
+            self.next_id += count
+            self.index.add(torch.from_numpy(codes))
+        self.codes, self.ids = np.concatenate([self.codes, codes]), np.concatenate([self.ids, ids])
+
+    def some_ids(self, seed) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return rng.permutation(self.ids)[: rng.integers(0, 1 + len(self.ids))]
+
+    @rule(seed=st.integers(0, 99))
+    def remove(self, seed):
+        ids = self.some_ids(seed)
+        self.index.remove(ids)
+        keep = ~np.isin(self.ids, ids)
+        self.codes, self.ids = self.codes[keep], self.ids[keep]
+
+    @rule(seed=st.integers(0, 99))
+    def update(self, seed):
+        ids = self.some_ids(seed)
+        codes = few_codes(len(ids), seed + 1)
+        self.index.update(torch.from_numpy(ids), codes)
+        for id, code in zip(ids, codes, strict=True):
+            self.codes[self.ids == id] = code
+
+    @rule()
+    def compact(self):
+        self.index.compact()
+
+    @rule(load=st.sampled_from(["", "read", "mmap"]), folder=st.sampled_from(["a", "b"]))
+    def save(self, load, folder):
+        path = Path(self.folder.name, folder)
+        self.index.save(path)
+        if load:
+            self.index = HammingIndex.load(path, mmap=load == "mmap")
+
+    @rule(seed=st.integers(0, 99))
+    def reconstruct(self, seed):
+        ids = self.some_ids(seed)
+        expected = [self.codes[self.ids == id][0] for id in ids]
+        np.testing.assert_array_equal(self.index.reconstruct(ids), np.array(expected, np.uint8).reshape(-1, BITS // 8))
+
+    @rule(seed=st.integers(0, 99))
+    def unknown_ids_change_nothing(self, seed):
+        ids = np.concatenate([self.some_ids(seed), [1000 + seed]])
+        for call in (
+            lambda: self.index.remove(ids),
+            lambda: self.index.update(ids, few_codes(len(ids), seed)),
+            lambda: self.index.reconstruct(ids),
+        ):
+            with pytest.raises(InputError, match=rf"ids must be those of codes in the index, got {1000 + seed}"):
+                call()
+
+    @precondition(lambda self: len(self.ids))
+    @rule(
+        seed=st.integers(0, 99),
+        kind=st.sampled_from(["none", "mask", "bitmap", "masks", "bitmaps"]),
+        as_torch=st.booleans(),
+    )
+    def look(self, seed, kind, as_torch):
+        rng = np.random.default_rng(seed)
+        queries, count = few_codes(3, seed), len(self.ids)
+        masks = rng.random((3, count)) < rng.choice([0.1, 0.6])
+        masks = {"none": masks | True, "mask": masks[:1].repeat(3, 0), "bitmap": masks[:1].repeat(3, 0)}.get(
+            kind, masks
+        )
+        filter = None if kind == "none" else masks if kind.endswith("s") else masks[0]
+        if kind.startswith("bitmap"):
+            filter = np.packbits(filter, axis=-1, bitorder="little")
+            filter[..., -1] |= 0xFF << (count % 8 or 8) & 0xFF  # what lies behind the last code is not read
+        convert = torch.from_numpy if as_torch else np.asarray
+        filter = None if filter is None else convert(filter)
+        distances = np.where(masks, distances_of(queries, self.codes), BITS + 1)
+        order = np.argsort(distances, axis=1, kind="stable")
+        nearest = np.take_along_axis(distances, order, 1)
+        ids = np.where(nearest > BITS, -1, self.ids[order])
+
+        k = int(rng.integers(1, count + 1))
+        found = self.index.search(convert(queries), k, filter=filter)
+        np.testing.assert_array_equal(found[0], nearest[:, :k])
+        np.testing.assert_array_equal(found[1], ids[:, :k])
+
+        radius, most = int(rng.integers(0, BITS + 1)), rng.choice([None, 1, 5])
+        found = self.index.range_search(convert(queries), radius, filter=filter, max_results=most)
+        within = [(nearest[q] <= radius).nonzero()[0][:most] for q in range(3)]
+        np.testing.assert_array_equal(found[0], np.cumsum([0, *map(len, within)]))
+        np.testing.assert_array_equal(found[1], np.concatenate([nearest[q][w] for q, w in enumerate(within)]))
+        np.testing.assert_array_equal(found[2], np.concatenate([ids[q][w] for q, w in enumerate(within)]))
+
+        labels = rng.integers(0, 3, 3), rng.integers(0, 3, count)
+        relevant = labels[0][:, None] == labels[1]
+        if seed % 2:
+            labels = rng.random((3, 4)) < 0.3, (rng.random((count, 4)) < 0.3).astype(np.int32)
+            relevant = (labels[0].astype(int) @ labels[1].T) > 0
+
+        def histogram(chosen) -> list:
+            return [np.bincount(distances[q][chosen[q]], minlength=BITS + 2)[: BITS + 1] for q in range(3)]
+
+        np.testing.assert_array_equal(self.index.count(convert(queries), filter=filter), histogram(masks))
+        counts = self.index.count(convert(queries), filter=filter, labels=labels)
+        np.testing.assert_array_equal(counts[0], histogram(masks))
+        np.testing.assert_array_equal(counts[1], histogram(masks & relevant))
+
+    @invariant()
+    def holds_what_it_must(self):
+        if hasattr(self, "folder"):
+            assert len(self.index) == len(self.ids)
+            np.testing.assert_array_equal(self.index.ids(), self.ids)
+            np.testing.assert_array_equal(self.index.codes, self.codes)
+
+
+Operations.TestCase.settings = settings(
+    max_examples=250, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestOperations = Operations.TestCase
+
+
+def test_ids_stay_after_removal_and_compaction(tmp_path):
+    index = index_of(10)
+    index.remove(np.array([3, 9]))
+    index.compact()
+    index.save(tmp_path)
+    index = HammingIndex.load(tmp_path)
+    index.add(codes_of(2, seed=3))
+    assert index.ids().tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
+    index.remove(index.ids())
+    index.compact()
+    assert len(index) == len(index.codes) == 0
+    index.add(codes_of(1))
+    assert index.ids().tolist() == [12]
+
+
+def test_an_updated_code_keeps_its_place():
+    index = index_of(5)
+    index.update(np.array([1]), codes_of(5)[4:])
+    assert index.search(codes_of(5)[4:], 2)[1].tolist() == [[1, 4]]
+
+
+def test_an_index_with_nothing_in_it():
+    index, queries = HammingIndex(64), codes_of(2)
+    lims, distances, ids = index.range_search(queries, 64)
+    assert lims.tolist() == [0, 0, 0] and len(distances) == len(ids) == 0
+    assert index.count(queries).sum() == 0
+    index.remove(np.zeros(0, np.int64))
+    index.compact()
+    assert index.ids().tolist() == []
+
+
+def test_a_million_ids_one_batch_after_another():
+    """Half a second of look-ups at most; a scan of all ids for each batch would take minutes."""
+    ids = np.random.default_rng(0).permutation(1 << 20)
+    index = HammingIndex(8)
+    codes = (ids & 255).astype(np.uint8)[:, None]
+    for start in range(0, len(ids), 1 << 10):
+        index.add(codes[start : start + (1 << 10)], ids[start : start + (1 << 10)])
+    wanted = np.arange(0, 1 << 20, 7)
+    np.testing.assert_array_equal(index.reconstruct(wanted)[:, 0], wanted & 255)
+    with pytest.raises(InputError, match="got 5, which the index holds already"):
+        index.add(codes[:1], np.array([5]))
+
+
+def test_searches_beside_a_writer_see_one_state_each():
+    """Every state holds the codes 0 .. n-1 once and, at distance 8, marks that an update writes all at once."""
+    index = HammingIndex(16)
+    marks = np.array([[255, 0]] * 64, np.uint8)
+    index.add(marks)
+    stop, failures = threading.Event(), []
+
+    def read():
+        query = np.zeros((1, 2), np.uint8)
+        while not stop.is_set():
+            try:
+                lims, distances, ids = index.range_search(query, 16)
+                first = distances[ids < 64]
+                assert len(first) == 64 and (first == first[0]).all(), "half an update"
+                rest = np.sort(ids[ids >= 64])
+                assert len(rest) % 5 == 0 and (np.diff(rest) == 1).all(), "half a batch"
+                assert index.count(query).sum() % 5 == 64 % 5
+            except BaseException as error:
+                failures.append(error)
+                return
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    rng = np.random.default_rng(0)
+    first = last = 64
+    for step in range(400):
+        index.add(rng.integers(0, 256, (5, 2), dtype=np.uint8))
+        last += 5
+        index.update(np.arange(64), marks ^ np.uint8(255 if step % 2 else 0) if step % 3 else marks & 15)
+        if step % 2:
+            index.remove(np.arange(first, first + 5))
+            first += 5
+        if step % 20 == 0:
+            index.compact()
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not failures, failures[0]
+    assert index.ids().tolist() == [*range(64), *range(first, last)]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda i: i.search(codes_of(2), 1, filter=[True]), TypeError, "filter must be a torch tensor or a numpy"),
+        (lambda i: i.search(codes_of(2), 1, filter=np.zeros(50)), TypeError, "mask of bool or a bitmap of uint8, got"),
+        (lambda i: i.search(codes_of(2), 1, filter=np.ones(49, bool)), InputError, r"\[50\], or \[2, 50\] with a row"),
+        (
+            lambda i: i.search(codes_of(2), 1, filter=np.ones(50, np.uint8)),
+            InputError,
+            r"\[7\], or \[2, 7\] with a row",
+        ),
+        (lambda i: i.search(codes_of(2), 1, filter=np.ones((3, 50), bool)), InputError, r"got \[3, 50\]"),
+        (
+            lambda i: i.range_search(codes_of(2), 65),
+            InputError,
+            r"radius must be 0 to the number of bits \(64\), got 65",
+        ),
+        (lambda i: i.range_search(codes_of(2), 1, max_results=0), InputError, "max_results must be at least 1, got 0"),
+        (lambda i: i.count(codes_of(2), labels=np.ones(2)), TypeError, r"must be \(query_labels, code_labels\), got"),
+        (lambda i: i.count(codes_of(2), labels=(np.ones(2), np.ones(50))), TypeError, "query_labels must be integers"),
+        (
+            lambda i: i.count(codes_of(2), labels=(np.ones(2, int), np.ones(49, int))),
+            InputError,
+            r"code_labels must be \[50\]",
+        ),
+        (
+            lambda i: i.count(codes_of(2), labels=(np.ones((2, 3)), np.full((50, 3), 2))),
+            InputError,
+            "code_labels must be zeros and ones",
+        ),
+        (
+            lambda i: i.count(codes_of(2), labels=(np.ones((2, 3)), np.ones((50, 4)))),
+            InputError,
+            "of one kind and width",
+        ),
+        (lambda i: i.remove(np.array([10, 10])), InputError, "ids must be unique, got 10 more than once"),
+        (lambda i: i.remove(np.array([[10]])), InputError, r"ids must be \[rows\], one a code, got \[1, 1\]"),
+        (lambda i: i.update(np.array([10]), codes_of(2)), InputError, r"ids must be \[2\]"),
+        (lambda i: i.update(np.array([10, 10]), codes_of(2)), InputError, "ids must be unique"),
+        (lambda i: HammingIndex(65544), InputError, "bits must be at most 65536, got 65544"),
+        (lambda i: i.rerank(np.zeros((1, 64)), np.array([[11]])), InputError, "rerank: ids must be those of codes"),
+        (
+            lambda i: i.rerank(np.full((1, 64), np.nan), np.array([[10]])),
+            InputError,
+            "query_activations must be finite",
+        ),
+        (lambda i: i.rerank(np.zeros((1, 63)), np.array([[10]])), InputError, r"must be \[rows, 64\], got \[1, 63\]"),
+        (lambda i: i.rerank(codes_of(1, 512), np.array([[10]])), TypeError, "must be floating point, got uint8"),
+        (lambda i: rerank_vectors(np.zeros((1, 3)), np.zeros((4, 3)), np.array([[4]])), InputError, "must be below 4"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(call, error, message):
+    index = index_of(ids=True)
+    with pytest.raises(error, match=message) as caught:
+        call(index)
+    assert "\n" not in str(caught.value)
+    assert_same_index(index, index_of(ids=True))
+
+
+@pytest.mark.parametrize("bits", [8, 65536])
+def test_the_shortest_and_the_longest_code(bits):
+    index, codes = index_of(20, bits), codes_of(20, bits)
+    assert (index.search(codes, 1)[0] == 0).all()
+    assert index.search(~codes[:1], 20)[0].max() == bits
+
+
+def test_rerank_orders_by_the_asymmetric_score():
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.standard_normal((200, 32)).astype(np.float32), rng.standard_normal((6, 32))
+    index = HammingIndex(32)
+    index.add(pack_bits(torch.from_numpy(vectors)), np.arange(200) + 1000)
+    _, ids = index.search(pack_bits(torch.from_numpy(queries)).numpy(), 20)
+    ids[2, 15:] = -1
+    scores, order = index.rerank(queries, ids)
+    for mine, by, given, query in zip(scores, order, ids, queries, strict=True):
+        known = given[given >= 0]
+        expected = np.where(vectors[known - 1000] >= 0, 1.0, -1.0) @ query
+        best = np.argsort(-expected, kind="stable")
+        np.testing.assert_allclose(mine[: len(known)], expected[best], atol=1e-4)
+        np.testing.assert_array_equal(by[: len(known)], known[best])
+        assert (mine[len(known) :] == -np.inf).all() and (by[len(known) :] == -1).all()
+
+    scores, order = rerank_vectors(queries, vectors, torch.from_numpy(ids - 1000).clamp(min=-1))
+    assert isinstance(scores, torch.Tensor) and scores.dtype == torch.float32
+    expected = np.take_along_axis(queries @ vectors.T.astype(float), order.numpy().clip(0), 1)
+    np.testing.assert_allclose(scores[order >= 0], expected[order >= 0], atol=1e-4)
+    assert (scores.diff() <= 0)[:2].all()
+
+
+def test_rerank_keeps_the_order_of_ties():
+    index = HammingIndex(8)
+    index.add(np.full((4, 1), 255, np.uint8))
+    scores, ids = index.rerank(np.ones((1, 8)), np.array([[2, -1, 0, 3]]))
+    assert ids.tolist() == [[2, 0, 3, -1]] and scores.tolist() == [[8, 8, 8, -np.inf]]
+    assert index.rerank(np.ones((1, 8)), np.full((1, 2), -1))[1].tolist() == [[-1, -1]]
+    assert index.rerank(np.ones((0, 8)), np.zeros((0, 3), np.int64))[0].shape == (0, 3)
