@@ -1,8 +1,15 @@
 """The folder of a HammingIndex, and what happens when things go wrong."""
 
+import fcntl
 import json
 import os
+import random
+import resource
 import shutil
+import signal
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +180,220 @@ def test_no_index_there(tmp_path):
     with pytest.raises(InputError, match="save: path must be a folder or not exist yet"):
         index_of().save(file)
     shutil.rmtree(tmp_path)
+
+
+def test_version_1_still_loads(tmp_path):
+    """A folder as release 0.1 wrote it."""
+    codes, ids = codes_of(50), np.arange(50)[::-1] * 10
+    entries = {}
+    for name, rows in (("codes", codes), ("ids", ids)):
+        (tmp_path / f"{name}-0.bin").write_bytes(rows.tobytes())
+        entries[name] = {"file": f"{name}-0.bin", "bytes": rows.nbytes, "crc32": zlib.crc32(rows.tobytes())}
+    manifest = {"format": "hashengine-index", "version": 1, "bits": 64, "bit_order": "msb_first", "count": 50}
+    for own_ids in (False, True):
+        (tmp_path / "manifest.json").write_text(
+            json.dumps(manifest | entries | ({} if own_ids else {"ids": None}), indent=2)
+        )
+        assert_same_index(HammingIndex.load(tmp_path), index_of(ids=own_ids))
+    index = HammingIndex.load(tmp_path, mmap=True)
+    index.add(codes_of(1), np.array([7]))
+    index.save(tmp_path)
+    assert (tmp_path / "codes-0.bin").stat().st_size == 51 * 8  # appended to
+    assert json.loads((tmp_path / "manifest.json").read_text())["version"] == 2
+    assert_same_index(HammingIndex.load(tmp_path), index)
+
+
+def test_changes_of_a_mapped_index_never_reach_the_file(tmp_path):
+    index_of().save(tmp_path)
+    (file,) = tmp_path.glob("codes-*.bin")
+    before = file.read_bytes()
+    index = HammingIndex.load(tmp_path, mmap=True)
+    index.update(np.arange(50), ~codes_of(50))
+    index.remove(np.array([1]))
+    index.add(codes_of(5))
+    index.update(np.arange(2, 55), codes_of(53, seed=4))
+    assert file.read_bytes() == before
+    assert_same_index(HammingIndex.load(tmp_path), index_of())
+    index.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path, mmap=True), index)
+
+
+def test_a_map_does_not_read_the_codes(tmp_path):
+    index_of(ids=True).save(tmp_path)
+    damage(tmp_path, "flipped bit")
+    assert len(HammingIndex.load(tmp_path, mmap=True)) == 50
+    damage(tmp_path, "truncated")
+    with pytest.raises(InputError, match="must hold 400 bytes, got 399"):
+        HammingIndex.load(tmp_path, mmap=True)
+
+
+def test_every_byte_of_the_manifest_is_checked(tmp_path):
+    index = index_of(ids=True)
+    index.remove(np.array([10]))
+    index.save(tmp_path)
+    file = tmp_path / "manifest.json"
+    contents = file.read_bytes()
+    rng = np.random.default_rng(0)
+    for place, byte in enumerate(contents):
+        for value in {int(rng.integers(256)), byte ^ 1, byte ^ 32, *b" 1\n"} - {byte}:
+            file.write_bytes(contents[:place] + bytes([value]) + contents[place + 1 :])
+            with pytest.raises(InputError):
+                HammingIndex.load(tmp_path)
+    for length in range(len(contents)):
+        file.write_bytes(contents[:length])
+        with pytest.raises(InputError):
+            HammingIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ids", "live"])
+def test_a_flipped_bit_of_ids_or_removals_is_refused(tmp_path, name):
+    index = index_of(ids=True)
+    index.remove(np.array([10]))
+    index.save(tmp_path)
+    (file,) = tmp_path.glob(f"{name}-*.bin")
+    contents = bytearray(file.read_bytes())
+    contents[3] ^= 16
+    file.write_bytes(contents)
+    with pytest.raises(InputError, match=f"{name}-.* is damaged: its checksum must be"):
+        HammingIndex.load(tmp_path, mmap=True)
+
+
+def test_one_save_at_a_time(tmp_path):
+    index = index_of()
+    index.save(tmp_path)
+    with open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="must not be in use, got a save that is running; save again later"):
+            index_of(20).save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path), index)
+    index_of(20).save(tmp_path)
+    assert len(HammingIndex.load(tmp_path)) == 20
+
+
+def test_two_writers_in_turn_each_leave_a_whole_index(tmp_path):
+    index_of().save(tmp_path)
+    first, second = HammingIndex.load(tmp_path, mmap=True), HammingIndex.load(tmp_path)
+    for step in range(3):
+        for writer in (first, second):
+            writer.add(codes_of(3 + step, seed=step))
+            writer.save(tmp_path)
+            assert_same_index(HammingIndex.load(tmp_path), writer)
+
+
+def test_a_load_starts_again_where_a_save_came_between(tmp_path, monkeypatch):
+    index_of().save(tmp_path)
+    load, new = storage._load, index_of(20)
+
+    def interrupted(*args):
+        monkeypatch.setattr(storage, "_load", load)
+        new.save(tmp_path)
+        return load(*args)
+
+    monkeypatch.setattr(storage, "_load", interrupted)
+    assert_same_index(HammingIndex.load(tmp_path), new)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
+def test_a_read_only_folder_is_refused(tmp_path):
+    index = index_of()
+    index.save(tmp_path / "index")
+    (tmp_path / "index" / "lock").unlink()
+    (tmp_path / "index").chmod(0o555)
+    with pytest.raises(InputError, match="path must be a folder that can be written to, got"):
+        index_of(20).save(tmp_path / "index")
+    assert_same_index(HammingIndex.load(tmp_path / "index", mmap=True), index)
+    (tmp_path / "index").chmod(0o755)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Fork, and run `work` in the child, which starts no thread and ends without cleaning up: its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error))
+            os._exit(1)
+    return child
+
+
+def test_a_full_disk_leaves_the_old_index(tmp_path):
+    old = index_of(1000)
+    old.save(tmp_path)
+    grown = HammingIndex.load(tmp_path)
+    grown.add(codes_of(5000, seed=1))
+
+    def save() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(OSError, match="File too large"):
+            grown.save(tmp_path)
+
+    assert os.waitpid(in_child(save), 0)[1] == 0
+    assert_same_index(HammingIndex.load(tmp_path), old)
+    grown.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path), grown)
+
+
+def state_of(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and ids after `step` steps of `advance`."""
+    ids = np.array([id for id in range(40 * (step + 1)) if id % 40 or id // 40 >= step], np.int64)
+    codes = codes_of(4000)[ids]
+    codes[ids == 1] = step % 256
+    return codes, ids
+
+
+def advance(index: HammingIndex, step: int) -> None:
+    """Grow, remove and now and then update and compact, so that saves append, rewrite and clean up."""
+    index.add(codes_of(4000)[40 * step : 40 * (step + 1)])
+    index.remove(np.array([40 * (step - 1)]))
+    index.update(np.array([1]), np.full((1, 8), step % 256, np.uint8))
+    if step % 3 == 0:
+        index.compact()
+
+
+@pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_killed_save_leaves_the_last_state_or_the_next(tmp_path, kills):
+    rng = random.Random(0)
+    index = HammingIndex(64)
+    index.add(codes_of(4000)[:40])
+    index.update(np.array([1]), np.zeros((1, 8), np.uint8))
+    index.save(tmp_path)
+    cut_short = step = 0
+    for _ in range(kills):
+        read_end, write_end = os.pipe()
+
+        def save(step: int = step, told: int = write_end) -> None:
+            index = HammingIndex.load(tmp_path)
+            for next_step in range(step + 1, 90):
+                advance(index, next_step)
+                os.write(told, b"s")  # starts
+                index.save(tmp_path)
+                os.write(told, b"d")  # done
+
+        child = in_child(save)
+        os.close(write_end)
+        os.read(read_end, 1)
+        time.sleep(rng.random() * 0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        told = b"s" + os.read(read_end, 1 << 16)
+        os.close(read_end)
+        index = HammingIndex.load(tmp_path, mmap=rng.random() < 0.5)
+        steps = (step + told.count(b"d"), step + told.count(b"s"))
+        cut_short += steps[0] != steps[1]
+        step = (int(index.ids().max()) + 1) // 40 - 1
+        assert step in steps
+        codes, ids = state_of(step)
+        np.testing.assert_array_equal(index.ids(), ids)
+        np.testing.assert_array_equal(index.codes, codes)
+        if step > 60:
+            shutil.rmtree(tmp_path)
+            index, step = HammingIndex(64), 0
+            index.add(codes_of(4000)[:40])
+            index.update(np.array([1]), np.zeros((1, 8), np.uint8))
+            index.save(tmp_path)
+    assert cut_short > kills // 4
+    index.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) <= 5  # what the killed ones left is gone
