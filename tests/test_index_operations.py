@@ -1,5 +1,7 @@
 """Every operation of a HammingIndex, in any order, against a list of codes; and searches beside a writer."""
 
+import copy
+import pickle
 import tempfile
 import threading
 from pathlib import Path
@@ -166,6 +168,34 @@ Operations.TestCase.settings = settings(
 TestOperations = Operations.TestCase
 
 
+@pytest.mark.parametrize("bits", [8, 64, 128])
+def test_filtered_results_equal_those_of_faiss_over_what_is_left(bits):
+    faiss = pytest.importorskip("faiss")
+    codes, queries, rng = codes_of(2000, bits), codes_of(20, bits, seed=1), np.random.default_rng(2)
+    index = HammingIndex(bits)
+    index.add(codes)
+    removed = rng.permutation(2000)[:700]
+    index.remove(removed)
+    live = np.setdiff1d(np.arange(2000), removed)
+    mask = rng.random(1300) < 0.5
+    left = live[mask]
+    oracle = faiss.IndexBinaryFlat(bits)
+    oracle.add(codes[left])
+    for k in (1, 100, len(left)):
+        distances, positions = oracle.search(queries, k)
+        found = index.search(queries, k, filter=mask)
+        np.testing.assert_array_equal(found[0], distances)
+        np.testing.assert_array_equal(found[1], left[positions])
+    radius = bits // 3
+    lims, distances, positions = oracle.range_search(queries, radius + 1)  # exclusive there
+    found = index.range_search(queries, radius, filter=mask)
+    np.testing.assert_array_equal(found[0], lims)
+    for first, last in zip(lims[:-1].astype(int), lims[1:].astype(int), strict=True):
+        order = np.lexsort((positions[first:last], distances[first:last]))
+        np.testing.assert_array_equal(found[1][first:last], distances[first:last][order])
+        np.testing.assert_array_equal(found[2][first:last], left[positions[first:last][order]])
+
+
 def test_ids_stay_after_removal_and_compaction(tmp_path):
     index = index_of(10)
     index.remove(np.array([3, 9]))
@@ -185,6 +215,16 @@ def test_an_updated_code_keeps_its_place():
     index = index_of(5)
     index.update(np.array([1]), codes_of(5)[4:])
     assert index.search(codes_of(5)[4:], 2)[1].tolist() == [[1, 4]]
+
+
+def test_a_copy_and_a_pickle_are_the_same_index():
+    index = index_of(ids=True)
+    index.remove(np.array([20]))
+    for other in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        assert_same_index(other, index)
+        other.add(codes_of(1), np.array([20]))
+        other.update(np.array([490]), codes_of(1, seed=7))
+        assert len(index) == 49 and (index.reconstruct(np.array([490])) == codes_of(1)).all()
 
 
 def test_an_index_with_nothing_in_it():

@@ -397,3 +397,28 @@ def test_a_killed_save_leaves_the_last_state_or_the_next(tmp_path, kills):
     assert cut_short > kills // 4
     index.save(tmp_path)
     assert len(list(tmp_path.iterdir())) <= 5  # what the killed ones left is gone
+
+
+def test_processes_that_save_and_load_at_once(tmp_path):
+    """Each save succeeds or is refused, and whoever loads finds a whole index."""
+
+    def save(writer: int) -> None:
+        for step in range(40):
+            index = index_of(20 + writer + 2 * step)
+            try:
+                index.save(tmp_path)
+            except InputError as error:
+                assert "must not be in use" in str(error)
+
+    index_of(20).save(tmp_path)
+    children = [in_child(lambda writer=writer: save(writer)) for writer in range(2)]
+    running = set(children)
+    while running:
+        index = HammingIndex.load(tmp_path, mmap=len(running) == 1)
+        np.testing.assert_array_equal(index.codes, codes_of(len(index)))
+        for child in list(running):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                assert status == 0
+                running.remove(child)
+    assert len(list(tmp_path.iterdir())) == 3

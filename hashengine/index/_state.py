@@ -79,17 +79,20 @@ class State:
         if filter is None:
             return None if self.live is None else torch.from_numpy(self.live)
         if self.live is not None:
-            if filter.dtype != bool:
-                filter = np.unpackbits(filter, axis=-1, count=self.count, bitorder="little").view(bool)
-            rows = np.zeros((*filter.shape[:-1], len(self.codes)), bool)
-            rows[..., self.live_mask()] = filter
-            filter = rows
-        elif filter.dtype != bool:
-            filter = filter.copy()
+            bitmap = np.empty((*filter.shape[:-1], len(self.live)), np.uint8)
+            live, found = self.live_mask(), np.zeros(len(self.codes), bool)
+            for query in np.ndindex(filter.shape[:-1]):  # one at a time: a mask is eight times as large as its bitmap
+                mask = filter[query]
+                is_mask = mask.dtype == bool
+                found[live] = mask if is_mask else np.unpackbits(mask, count=self.count, bitorder="little")
+                bitmap[query] = np.packbits(found, bitorder="little")
+        elif filter.dtype == bool:
+            bitmap = np.packbits(filter, axis=-1, bitorder="little")
+        else:
+            bitmap = filter.copy()
             if self.count % 8:  # the ops take zeros behind the last code
-                filter[..., -1] &= (1 << self.count % 8) - 1
-            return torch.from_numpy(filter)
-        return torch.from_numpy(np.packbits(filter, axis=-1, bitorder="little"))
+                bitmap[..., -1] &= (1 << self.count % 8) - 1
+        return torch.from_numpy(bitmap)
 
     def scattered(self, live_values: Tensor) -> Tensor:
         """A value for each row of a value for each live code; zero for the others."""

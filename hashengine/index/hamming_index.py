@@ -62,6 +62,15 @@ class HammingIndex:
     def __len__(self) -> int:
         return self._state.count
 
+    def __getstate__(self) -> tuple:
+        return self.bits, self._state, self._saved  # locks are neither copied nor pickled
+
+    def __setstate__(self, contents: tuple) -> None:
+        bits, state, saved = contents
+        self.__init__(bits)
+        self._publish(state)
+        self._saved = saved
+
     def __repr__(self) -> str:
         return f"HammingIndex(bits={self.bits}, codes={len(self)})"
 
@@ -265,13 +274,7 @@ class HammingIndex:
             query_activations: floating [Q, bits].
             ids: int64 [Q, k], as :meth:`search` gives them; -1 is no candidate.
 
-        Returns:
-            ``scores`` float32 [Q, k], descending, and ``ids`` int64 [Q, k] in that order, in the ids' library, on their
-            device. Ties keep the order that they came in; -1 stands last with the score -inf.
-
-        Raises:
-            TypeError: a wrong dtype.
-            InputError: a wrong shape, an id that the index does not hold, or activations that are not finite.
+        Returns, Raises: as for :func:`~hashengine.index.rerank_vectors`.
         """
         queries = checked_vectors(query_activations, "query_activations", self.bits)
         wanted = checked_candidates(ids, len(queries))

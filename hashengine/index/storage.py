@@ -158,7 +158,8 @@ def _remove_unnamed(path: Path) -> None:
     """Remove what the manifest in the folder does not name: what it replaced, and what interrupted saves left."""
     manifest = _manifest.read(path) if (path / MANIFEST).exists() else {}
     named = {entry["file"] for entry in map(manifest.get, _KINDS) if entry}
-    for pattern in (*(f"{kind}-*.bin" for kind in _KINDS), f"{MANIFEST}.*.tmp"):
+    token = "[0-9a-f]" * 8
+    for pattern in (*(f"{kind}-{token}.bin" for kind in _KINDS), f"{MANIFEST}.{token}.tmp"):
         for file in path.glob(pattern):
             if file.name not in named:
                 file.unlink()
