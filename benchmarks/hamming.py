@@ -95,6 +95,7 @@ def in_order(answer: Answer) -> Answer:
     if len(answer) == 2:
         return answer
     lims, distances, ids = answer
+    lims = lims.astype(np.int64)  # FAISS's are unsigned
     query = np.repeat(np.arange(len(lims) - 1), np.diff(lims))
     order = np.lexsort((ids, distances, query))
     return lims, distances[order], ids[order]
