@@ -44,6 +44,19 @@ class State:
         count = len(codes) if live is None else int(np.unpackbits(live, count=len(codes), bitorder="little").sum())
         return cls(codes, ids, lookup, live, count, next_id)
 
+    def ids_of_new(self, count: int, ids: Tensor | None) -> tuple[Tensor | None, int | None]:
+        """The ids of ``count`` codes that come with ``ids``, or without, and ``next_id`` after them."""
+        if self.next_id != 0 and (ids is None) != (self.next_id is not None):  # 0: the first codes decide
+            has, came = ("ids", "none") if self.next_id is None else ("positions", "ids")
+            raise InputError(f"add: ids must come with all codes or with none; this index holds {has}, got {came}")
+        if ids is None:
+            next_id = self.next_id + count
+            return (None if self.ids is None else torch.arange(self.next_id, next_id)), next_id
+        taken = ids[self.find(ids) >= 0]
+        if len(taken):
+            raise InputError(f"add: ids must be unique, got {int(taken[0])}, which the index holds already")
+        return ids, None
+
     def extended(self, codes: Tensor, ids: Tensor | None, next_id: int | None) -> State:
         """The state with all of ``codes`` and ``ids``, of which this one has the first."""
         old, new = len(self.codes), len(codes)

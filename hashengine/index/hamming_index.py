@@ -100,19 +100,8 @@ class HammingIndex:
             return
         with self._writer:
             state = self._state
-            rows, next_id = len(state.codes), state.next_id
-            if next_id != 0 and (new_ids is None) != (next_id is not None):  # 0: the first codes decide
-                has, came = ("ids", "none") if next_id is None else ("positions", "ids")
-                raise InputError(f"add: ids must come with all codes or with none; this index holds {has}, got {came}")
-            if new_ids is not None:
-                taken = new_ids[state.find(new_ids) >= 0]
-                if len(taken):
-                    raise InputError(f"add: ids must be unique, got {int(taken[0])}, which the index holds already")
-                next_id = None
-            else:
-                if state.ids is not None:
-                    new_ids = torch.arange(next_id, next_id + len(new_codes))
-                next_id += len(new_codes)
+            rows = len(state.codes)
+            new_ids, next_id = state.ids_of_new(len(new_codes), new_ids)
             all_ids = None if new_ids is None else self._ids.extended(rows, new_ids)
             self._state = state.extended(self._codes.extended(rows, new_codes), all_ids, next_id)
 
