@@ -42,11 +42,12 @@ inline at::Tensor like_layout_of(const at::Tensor& model, const at::Tensor& tens
   return tensor.strides() == model.strides() ? tensor : at::empty_like(model).copy_(tensor);
 }
 
-inline ThreadPool torch_thread_pool() {
+// Torch's threads, or the first `most` of them; 0 stands for all.
+inline ThreadPool torch_thread_pool(int64_t most = 0) {
   return {[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
             at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
-          at::get_num_threads()};
+          most > 0 ? int(std::min<int64_t>(most, at::get_num_threads())) : at::get_num_threads()};
 }
 
 }  // namespace hashengine::binding

@@ -17,6 +17,11 @@ SimdLevel simd_level() {
   }
 }
 
+ThreadPool thread_pool(const char* op, int64_t num_threads) {
+  TORCH_CHECK_VALUE(num_threads >= 0, op, ": num_threads must be at least 1, or 0 for all, got ", num_threads);
+  return torch_thread_pool(num_threads);
+}
+
 // Checked arguments, and the tensors that own their memory.
 struct Arguments {
   at::Tensor queries;
@@ -67,14 +72,14 @@ struct Arguments {
 };
 
 std::tuple<at::Tensor, at::Tensor> topk_cpu(const at::Tensor& queries, const at::Tensor& codes, int64_t k,
-                                            const std::optional<at::Tensor>& filter) {
+                                            const std::optional<at::Tensor>& filter, int64_t num_threads) {
   const Arguments arguments("hamming_topk", queries, codes, filter);
   TORCH_CHECK_VALUE(1 <= k && k <= codes.size(0), "hamming_topk: k must be 1 to the number of codes (", codes.size(0),
                     "), got ", k);
   at::Tensor distances = at::empty({queries.size(0), k}, queries.options().dtype(at::kInt));
   at::Tensor positions = at::empty({queries.size(0), k}, queries.options().dtype(at::kLong));
   hamming_topk_cpu(arguments.search, k, distances.mutable_data_ptr<int32_t>(), positions.mutable_data_ptr<int64_t>(),
-                   simd_level(), torch_thread_pool());
+                   simd_level(), thread_pool("hamming_topk", num_threads));
   return {distances, positions};
 }
 
@@ -87,7 +92,7 @@ at::Tensor as_tensor(const std::vector<T>& values, at::ScalarType dtype) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> range_cpu(const at::Tensor& queries, const at::Tensor& codes,
                                                          int64_t radius, const std::optional<at::Tensor>& filter,
-                                                         std::optional<int64_t> max_results) {
+                                                         std::optional<int64_t> max_results, int64_t num_threads) {
   const Arguments arguments("hamming_range", queries, codes, filter);
   TORCH_CHECK_VALUE(0 <= radius && radius < arguments.bins(), "hamming_range: radius must be 0 to the number of bits (",
                     arguments.bins() - 1, "), got ", radius);
@@ -95,7 +100,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_cpu(const at::Tensor& queri
                     max_results.value_or(0));
   const int64_t most = std::min(max_results.value_or(codes.size(0)), codes.size(0));
   const HammingRangeResult result =
-      hamming_range_cpu(arguments.search, radius, std::max<int64_t>(most, 1), simd_level(), torch_thread_pool());
+      hamming_range_cpu(arguments.search, radius, std::max<int64_t>(most, 1), simd_level(),
+                        thread_pool("hamming_range", num_threads));
   return {as_tensor(result.lims, at::kLong), as_tensor(result.distances, at::kInt),
           as_tensor(result.positions, at::kLong)};
 }
@@ -129,7 +135,7 @@ void check_labels(const char* name, const at::Tensor& labels, const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> count_cpu(const at::Tensor& queries, const at::Tensor& codes,
                                              const std::optional<at::Tensor>& filter,
                                              const std::optional<at::Tensor>& query_labels,
-                                             const std::optional<at::Tensor>& labels) {
+                                             const std::optional<at::Tensor>& labels, int64_t num_threads) {
   const Arguments arguments("hamming_count", queries, codes, filter);
   TORCH_CHECK_VALUE(query_labels.has_value() == labels.has_value(),
                     "hamming_count: query_labels and labels must come together, got one of them");
@@ -150,7 +156,7 @@ std::tuple<at::Tensor, at::Tensor> count_cpu(const at::Tensor& queries, const at
   at::Tensor counts = at::empty({queries.size(0), arguments.bins()}, queries.options().dtype(at::kLong));
   at::Tensor relevant = at::empty({queries.size(0), labels ? arguments.bins() : 0}, counts.options());
   hamming_count_cpu(arguments.search, labels ? &words : nullptr, counts.mutable_data_ptr<int64_t>(),
-                    relevant.mutable_data_ptr<int64_t>(), simd_level(), torch_thread_pool());
+                    relevant.mutable_data_ptr<int64_t>(), simd_level(), thread_pool("hamming_count", num_threads));
   return {counts, relevant};
 }
 

@@ -92,6 +92,11 @@ def checked_filter(filter: Array, queries: int, count: int) -> np.ndarray:
     return as_tensor(filter).numpy()
 
 
+def checked_threads(num_threads: int | None) -> int:
+    """As the ops take it: 0 for all."""
+    return 0 if num_threads is None else checked_integer(num_threads, "num_threads", 1)
+
+
 def checked_labels(labels: tuple[Array, Array], queries: int, count: int) -> tuple[Tensor, Tensor]:
     """Labels of queries and codes: int64 [Q] and [N], or bool [Q, L] and [N, L]."""
     if not isinstance(labels, (tuple, list)) or len(labels) != 2:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hashengine.errors import InputError
-from hashengine.index import storage
+from hashengine.index import _search, storage
 from hashengine.index._arguments import (
     Array,
     checked_bits,
@@ -19,13 +19,15 @@ from hashengine.index._arguments import (
     checked_ids,
     checked_integer,
     checked_labels,
+    checked_threads,
     like,
 )
 from hashengine.index._lock import ReadersWriterLock
 from hashengine.index._rows import GrowingRows
+from hashengine.index._search import Progress
 from hashengine.index._state import State
 from hashengine.index.rerank import checked_candidates, checked_vectors, ranked
-from hashengine.ops import hamming_count, hamming_range, hamming_topk, unpack_bits
+from hashengine.ops import unpack_bits
 
 
 class HammingIndex:
@@ -161,7 +163,15 @@ class HammingIndex:
             codes = state.codes[state.rows_of(wanted, "reconstruct")]
         return like(ids, codes)[0]
 
-    def search(self, queries: Array, k: int, *, filter: Array | None = None) -> tuple[Array, Array]:
+    def search(
+        self,
+        queries: Array,
+        k: int,
+        *,
+        filter: Array | None = None,
+        num_threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Array, Array]:
         """The k nearest codes of each query.
 
         Args:
@@ -170,6 +180,8 @@ class HammingIndex:
             filter: which codes may be found, by insertion position: bool [N] for the N codes in the index, or its
                 bitmap, uint8 [ceil(N / 8)], the first code in the least significant bit (numpy.packbits with
                 bitorder="little"); with a row a query, [Q, N] or [Q, ceil(N / 8)]. Default: all.
+            num_threads: at least 1; of torch's threads, at most so many. Default: all.
+            progress: called with (queries done, queries) now and then.
 
         Returns:
             ``distances`` int32 [Q, k], ascending, and ``ids`` int64 [Q, k], in the queries' library, on their device.
@@ -180,22 +192,30 @@ class HammingIndex:
             InputError: a wrong shape, an empty index, or k out of range.
         """
         rows = checked_codes(queries, "queries", self.bits)
+        threads = checked_threads(num_threads)
         with self._rows_lock.reading():
             state = self._state
             if state.count == 0:
                 raise InputError("search: the index is empty; add codes first")
             k = checked_integer(k, "search: k", 1, state.count, "the number of codes")
             bitmap = self._bitmap(state, filter, rows)
-            distances, positions = hamming_topk(rows, state.codes, k, filter=bitmap)
+            distances, positions = _search.topk(rows, state.codes, k, bitmap, threads, progress)
         return like(queries, distances, state.ids_of(positions))
 
     def range_search(
-        self, queries: Array, radius: int, *, filter: Array | None = None, max_results: int | None = None
+        self,
+        queries: Array,
+        radius: int,
+        *,
+        filter: Array | None = None,
+        max_results: int | None = None,
+        num_threads: int | None = None,
+        progress: Progress | None = None,
     ) -> tuple[Array, Array, Array]:
         """The codes at a distance of at most ``radius``, as FAISS lays them out; FAISS's own radius is exclusive.
 
         Args:
-            queries, filter: as for :meth:`search`.
+            queries, filter, num_threads, progress: as for :meth:`search`.
             radius: 0 to bits, inclusive.
             max_results: at least 1; of a query that has more, the nearest. Default: all.
 
@@ -208,24 +228,31 @@ class HammingIndex:
             InputError: a wrong shape, or radius or max_results out of range.
         """
         rows = checked_codes(queries, "queries", self.bits)
+        threads = checked_threads(num_threads)
         radius = checked_integer(radius, "range_search: radius", 0, self.bits, "the number of bits")
         if max_results is not None:
             max_results = checked_integer(max_results, "range_search: max_results", 1)
         with self._rows_lock.reading():
             state = self._state
             bitmap = self._bitmap(state, filter, rows)
-            lims, distances, positions = hamming_range(
-                rows, state.codes, radius, filter=bitmap, max_results=max_results
+            lims, distances, positions = _search.within(
+                rows, state.codes, radius, bitmap, max_results, threads, progress
             )
         return like(queries, lims, distances, state.ids_of(positions))
 
     def count(
-        self, queries: Array, *, filter: Array | None = None, labels: tuple[Array, Array] | None = None
+        self,
+        queries: Array,
+        *,
+        filter: Array | None = None,
+        labels: tuple[Array, Array] | None = None,
+        num_threads: int | None = None,
+        progress: Progress | None = None,
     ) -> Array | tuple[Array, Array]:
         """How many codes lie at each distance from each query.
 
         Args:
-            queries, filter: as for :meth:`search`.
+            queries, filter, num_threads, progress: as for :meth:`search`.
             labels: (query_labels, code_labels), the codes' in insertion order: integers [Q] and [N], relevant where
                 they are equal; or zeros and ones [Q, L] and [N, L], relevant where they share a label.
 
@@ -237,19 +264,17 @@ class HammingIndex:
             InputError: a wrong shape, or multi-hot labels that are not zeros and ones.
         """
         rows = checked_codes(queries, "queries", self.bits)
+        threads = checked_threads(num_threads)
         with self._rows_lock.reading():
             state = self._state
             bitmap = self._bitmap(state, filter, rows)
-            if labels is None:
-                return like(queries, hamming_count(rows, state.codes, filter=bitmap)[0])[0]
-            query_labels, code_labels = checked_labels(labels, len(rows), state.count)
-            counts, relevant = hamming_count(
-                rows,
-                state.codes,
-                filter=bitmap,
-                query_labels=query_labels,
-                labels=state.scattered(code_labels),
-            )
+            query_labels, code_labels = None, None
+            if labels is not None:
+                query_labels, code_labels = checked_labels(labels, len(rows), state.count)
+                code_labels = state.scattered(code_labels)
+            counts, relevant = _search.counted(rows, state.codes, bitmap, query_labels, code_labels, threads, progress)
+        if labels is None:
+            return like(queries, counts)[0]
         return like(queries, counts, relevant)
 
     @staticmethod

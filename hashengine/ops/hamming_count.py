@@ -14,13 +14,14 @@ def hamming_count(
     filter: Tensor | None = None,
     query_labels: Tensor | None = None,
     labels: Tensor | None = None,
+    num_threads: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The number of codes at each distance from each query, and of the relevant ones among them.
 
     Metrics, statistics of a radius and the choice of a threshold need no more than this of a full ranking.
 
     Args:
-        queries, codes, filter: as for :func:`~hashengine.ops.hamming_topk`.
+        queries, codes, filter, num_threads: as for :func:`~hashengine.ops.hamming_topk`.
         query_labels, labels: of the queries and of the codes, both or neither: int64 [Q] and [N], relevant where they
             are equal; or bool [Q, L] and [N, L] (multi-hot), relevant where they share at least one label.
 
@@ -31,7 +32,7 @@ def hamming_count(
         TypeError: queries, codes or filter are not uint8, or labels neither int64 [N] nor bool [N, L].
         ValueError: shapes or devices do not fit, or labels came for one side only.
     """
-    return _hamming_count(queries, codes, filter, query_labels, labels)
+    return _hamming_count(queries, codes, filter, query_labels, labels, num_threads)
 
 
 def _check(
@@ -65,6 +66,7 @@ def _reference(
     filter: Tensor | None = None,
     query_labels: Tensor | None = None,
     labels: Tensor | None = None,
+    num_threads: int = 0,
 ) -> tuple[Tensor, Tensor]:
     counts, relevant = _fake(queries, codes, filter, query_labels, labels)
     bins = counts.shape[1] + 1  # the last one takes what the filter leaves out
@@ -92,6 +94,7 @@ def _fake(
     filter: Tensor | None = None,
     query_labels: Tensor | None = None,
     labels: Tensor | None = None,
+    num_threads: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check(queries, codes, filter, query_labels, labels)
     bins = 8 * codes.shape[1] + 1
@@ -101,7 +104,7 @@ def _fake(
 
 _hamming_count = define_op(
     "hamming_count(Tensor queries, Tensor codes, Tensor? filter=None, Tensor? query_labels=None, "
-    "Tensor? labels=None) -> (Tensor counts, Tensor relevant)",
+    "Tensor? labels=None, int num_threads=0) -> (Tensor counts, Tensor relevant)",
     reference=_reference,
     fake=_fake,
 )

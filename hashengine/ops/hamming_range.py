@@ -8,12 +8,18 @@ from hashengine.ops._library import define_op
 
 
 def hamming_range(
-    queries: Tensor, codes: Tensor, radius: int, *, filter: Tensor | None = None, max_results: int | None = None
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    *,
+    filter: Tensor | None = None,
+    max_results: int | None = None,
+    num_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The codes at a distance of at most ``radius`` from each query, by (distance, position).
 
     Args:
-        queries, codes, filter: as for :func:`~hashengine.ops.hamming_topk`.
+        queries, codes, filter, num_threads: as for :func:`~hashengine.ops.hamming_topk`.
         radius: 0 to bits, inclusive (FAISS's is exclusive).
         max_results: at least 1; of a query that has more, the nearest. Default: all.
 
@@ -24,7 +30,7 @@ def hamming_range(
         TypeError: queries, codes or filter are not uint8.
         ValueError: shapes, devices, radius or max_results do not fit.
     """
-    return _hamming_range(queries, codes, radius, filter, max_results)
+    return _hamming_range(queries, codes, radius, filter, max_results, num_threads)
 
 
 def _check(queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, max_results: int | None) -> None:
@@ -36,7 +42,12 @@ def _check(queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, m
 
 
 def _reference(
-    queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None = None, max_results: int | None = None
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    filter: Tensor | None = None,
+    max_results: int | None = None,
+    num_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(queries, codes, radius, filter, max_results)
     found = [(queries.new_empty(0, dtype=torch.int32), queries.new_empty(0, dtype=torch.int64))]
@@ -51,7 +62,12 @@ def _reference(
 
 
 def _fake(
-    queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None = None, max_results: int | None = None
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    filter: Tensor | None = None,
+    max_results: int | None = None,
+    num_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(queries, codes, radius, filter, max_results)
     total = torch.library.get_ctx().new_dynamic_size()
@@ -63,7 +79,8 @@ def _fake(
 
 
 _hamming_range = define_op(
-    "hamming_range(Tensor queries, Tensor codes, SymInt radius, Tensor? filter=None, SymInt? max_results=None) -> "
+    "hamming_range(Tensor queries, Tensor codes, SymInt radius, Tensor? filter=None, SymInt? max_results=None, "
+    "int num_threads=0) -> "
     "(Tensor lims, Tensor distances, Tensor positions)",
     reference=_reference,
     fake=_fake,

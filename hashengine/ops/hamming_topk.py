@@ -7,7 +7,9 @@ from hashengine.ops._hamming import check_search, distance_rows
 from hashengine.ops._library import define_op
 
 
-def hamming_topk(queries: Tensor, codes: Tensor, k: int, *, filter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def hamming_topk(
+    queries: Tensor, codes: Tensor, k: int, *, filter: Tensor | None = None, num_threads: int = 0
+) -> tuple[Tensor, Tensor]:
     """The k nearest codes of each query by Hamming distance ``d(q, x) = popcount(q ^ x)``.
 
     The order is total: by distance, then by position in ``codes``; the same on every device and every path.
@@ -18,6 +20,7 @@ def hamming_topk(queries: Tensor, codes: Tensor, k: int, *, filter: Tensor | Non
         k: 1 to N.
         filter: which codes may be found, a bitmap as :func:`~hashengine.ops.pack_filter` makes it: uint8
             [ceil(N / 8)], or [Q, ceil(N / 8)] with a row a query. Default: all.
+        num_threads: of torch's threads on the CPU, at most this many; 0 for all.
 
     Returns:
         ``distances`` int32 [Q, k], ascending, and ``positions`` int64 [Q, k] in ``codes``; where a filter leaves fewer
@@ -27,7 +30,7 @@ def hamming_topk(queries: Tensor, codes: Tensor, k: int, *, filter: Tensor | Non
         TypeError: queries, codes or filter are not uint8.
         ValueError: shapes, devices or k do not fit.
     """
-    return _hamming_topk(queries, codes, k, filter)
+    return _hamming_topk(queries, codes, k, filter, num_threads)
 
 
 def _check(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None) -> None:
@@ -36,7 +39,9 @@ def _check(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None) -> Non
         raise ValueError(f"hamming_topk: k must be 1 to the number of codes ({codes.shape[0]}), got {k}")
 
 
-def _reference(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _reference(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None, num_threads: int = 0
+) -> tuple[Tensor, Tensor]:
     """Ranked by distance * N + position."""
     _check(queries, codes, k, filter)
     count, absent = codes.shape[0], 8 * codes.shape[1] + 1
@@ -50,14 +55,17 @@ def _reference(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = N
     return all_distances, all_positions
 
 
-def _fake(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _fake(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None, num_threads: int = 0
+) -> tuple[Tensor, Tensor]:
     _check(queries, codes, k, filter)
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
 
 
 _hamming_topk = define_op(
-    "hamming_topk(Tensor queries, Tensor codes, SymInt k, Tensor? filter=None) -> (Tensor distances, Tensor positions)",
+    "hamming_topk(Tensor queries, Tensor codes, SymInt k, Tensor? filter=None, int num_threads=0) -> "
+    "(Tensor distances, Tensor positions)",
     reference=_reference,
     fake=_fake,
 )

@@ -2,6 +2,7 @@
 // no second OpenMP runtime is ever loaded beside torch's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace hashengine {
@@ -16,7 +17,7 @@ template <typename Body>
 void parallel_for(const ThreadPool& pool, int64_t count, int64_t grain, Body body) {
   if (count <= 0) return;
   pool.run(
-      count, grain,
+      count, std::max(grain, (count + pool.threads - 1) / pool.threads),  // no more ranges than threads
       [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
       &body);
 }
