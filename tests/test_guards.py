@@ -53,10 +53,12 @@ CASES = {
     "greedy_sign": Case(lambda u: ops.greedy_sign(u, 0.1), activations, 1),
     "pack_bits": Case(ops.pack_bits, activations, None),
     "unpack_bits": Case(ops.unpack_bits, packed, None),
+    "pack_filter": Case(lambda codes: ops.pack_filter(codes > 7), packed, None),
     "hamming_topk": Case(lambda codes: ops.hamming_topk(codes[:3], codes, 4), packed, None),
-    "hamming_topk_filter": Case(
+    "hamming_topk_filtered": Case(
         lambda codes: ops.hamming_topk(codes[:3], codes, 4, filter=ops.pack_filter(codes[:, 0] > 7)), packed, None
     ),
+    "hamming_range": Case(lambda codes: ops.hamming_range(codes[:3], codes, 30), packed, None),
     "hamming_count": Case(
         lambda codes: ops.hamming_count(codes[:3], codes, query_labels=codes[:3, 0].long(), labels=codes[:, 0].long()),
         packed,
@@ -83,7 +85,7 @@ def results_and_gradient(case: Case, x: Tensor, function: Callable | None = None
 
 
 def test_every_op_stands_here():
-    assert {name.removesuffix("_eval") for name in CASES} == set(ops.__all__)
+    assert {name.removesuffix("_eval").removesuffix("_filtered") for name in CASES} == set(ops.__all__)
 
 
 @every_op
