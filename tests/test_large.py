@@ -1,0 +1,70 @@
+"""More than 2^31 elements on the CPU, where 32 bits do not count them; some 13 GB, so marked slow."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import hashengine as he
+from hashengine import _native, ops
+
+GIGABYTES = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _native.available(), reason="the native module is not built"),
+]
+large = pytest.mark.skipif(GIGABYTES < 15, reason=f"needs 15 GB of free memory, got {GIGABYTES:.0f}")
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    """2,049 samples of 2^20 values, zero but for the first and the last."""
+    x = torch.zeros(2049, 1024, 32, 32, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for sample in (0, -1):
+        x[sample] = torch.randn(x.shape[1:], generator=generator)
+    assert x.numel() > 2**31
+    return x
+
+
+@large
+@pytest.mark.parametrize("layer", [he.nn.SimAM, he.nn.TripletAttention])
+def test_forward(x, layer):
+    layer = layer().eval()
+    with torch.no_grad():
+        y = layer(x)
+        for sample in (slice(0, 1), slice(-1, None)):
+            assert torch.equal(y[sample], layer(x[sample]))
+
+
+@large
+def test_backward_of_simam(x):
+    _, stats = torch.ops.hashengine.simam(x, 1e-4)
+    grad_x = torch.ops.hashengine.simam_backward(x, x, stats, 1e-4)
+    for sample in (slice(0, 1), slice(-1, None)):
+        want = torch.ops.hashengine.simam_backward(x[sample], x[sample], stats[sample], 1e-4)
+        assert torch.equal(grad_x[sample], want)
+
+
+@large
+def test_codes(x):
+    u = x.view(-1, 1024)
+    assert torch.equal(ops.pack_bits(u)[-5:], ops.pack_bits(u[-5:]))
+    assert torch.equal(ops.greedy_sign(u, 0.1)[0][-5:], ops.greedy_sign(u[-5:], 0.1)[0])
+
+
+def test_search_of_more_than_2_31_codes(tmp_path):
+    """A sparse file, whose last codes are the only ones that are not zero."""
+    count = 2**31 + 1000
+    codes = np.memmap(tmp_path / "codes", np.uint8, "w+", shape=(count, 1))
+    codes[-3:] = [[7], [255], [7]]
+    queries = torch.tensor([[255], [7]], dtype=torch.uint8)
+    mapped = torch.from_numpy(codes)
+    distances, positions = ops.hamming_topk(queries, mapped, 4)
+    assert distances.tolist() == [[0, 5, 5, 8], [0, 0, 3, 3]]
+    assert positions.tolist() == [[count - 2, count - 3, count - 1, 0], [count - 3, count - 1, 0, 1]]
+    lims, _, positions = ops.hamming_range(queries, mapped, 2)
+    assert lims.tolist() == [0, 1, 3] and positions.tolist() == [count - 2, count - 3, count - 1]
+    counts, _ = ops.hamming_count(queries[:1], mapped)
+    assert counts[0, [0, 5, 8]].tolist() == [1, 2, count - 3]
