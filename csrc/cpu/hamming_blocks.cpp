@@ -14,10 +14,14 @@ constexpr int64_t kItemsPerThread = 4;                 // so that a slow core do
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
 
-const HammingKernel& kernel_for(SimdLevel level, int64_t code_bytes) {
+const HammingKernel& kernel_for([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
 #ifdef HE_X86
-  if (level == SimdLevel::kAvx512 && code_bytes <= kHammingAvx512.max_code_bytes) return kHammingAvx512;
-  if (level == SimdLevel::kAvx2 && code_bytes <= kHammingAvx2.max_code_bytes) return kHammingAvx2;
+  if (level == SimdLevel::kAvx512) return kHammingAvx512;
+  if (level == SimdLevel::kAvx2) {
+    const int64_t few = search.code_bytes < 64 ? 2 : 4;  // queries that do not pay for the layout
+    const bool is_paid = search.query_count > few && search.code_bytes <= kHammingAvx2.max_code_bytes;
+    return is_paid ? kHammingAvx2 : kHammingPopcnt;
+  }
 #endif
   return kHammingScalar;
 }
@@ -28,7 +32,7 @@ int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * u
 
 HammingPlan::HammingPlan(const HammingSearch& search, int64_t per_query, int64_t least_chunk, SimdLevel level,
                          int most_threads)
-    : kernel(&kernel_for(level, search.code_bytes)) {
+    : kernel(&kernel_for(level, search)) {
   threads = search.query_count * search.code_count * search.code_bytes < kSerialBytes ? 1 : most_threads;
   const int64_t query_bytes = std::max<int64_t>(kernel->query_bytes(search.code_bytes), 1);
   const int64_t most = std::min(kThreadBytes / per_query, kQueryBytes / query_bytes);

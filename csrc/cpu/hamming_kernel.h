@@ -47,6 +47,7 @@ struct HammingKernel {
 
 extern const HammingKernel kHammingScalar;
 #ifdef HE_X86
+extern const HammingKernel kHammingPopcnt;
 extern const HammingKernel kHammingAvx2;
 extern const HammingKernel kHammingAvx512;
 #endif

@@ -1,0 +1,65 @@
+// Hamming search for a few queries on x86: laying a tile out for AVX2 costs what scanning it for several queries does, so
+// codes are read as they lie, and counted with the scalar population count, which every CPU with AVX2 has. A code of 64
+// bits takes four instructions; memory is the limit.
+
+#include "hamming_kernel.h"
+
+#ifdef HE_X86
+
+namespace hashengine {
+namespace {
+
+constexpr int64_t kCodes = 8;  // that share one test against the bound
+
+int64_t tile_codes(int64_t code_bytes) { return std::max(kTileBytes / code_bytes, kCodes); }
+int64_t tile_bytes(int64_t, int64_t) { return 0; }
+int64_t query_bytes(int64_t) { return 0; }
+void prepare_tile(const uint8_t*, int64_t, int64_t, uint8_t*) {}
+void prepare_queries(const uint8_t*, int64_t, int64_t, uint8_t*) {}
+
+// kBytes is the length of a code where it is known, else 0.
+template <int kBytes>
+HE_TARGET_AVX2 void scan_codes(const HammingTile& tile, const uint8_t* query, Selector& selector) {
+  const int64_t bytes = kBytes ? kBytes : tile.code_bytes;
+  const uint8_t* code = tile.codes;
+  uint32_t bound = selector.bound();
+  int64_t i = 0;
+  for (; i + kCodes <= tile.count; i += kCodes, code += kCodes * bytes) {
+    uint32_t distances[kCodes], is_below = 0;
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kCodes; ++j) {
+      distances[j] = hamming_distance(query, code + j * bytes, bytes);
+      is_below |= distances[j] < bound;
+    }
+    if (__builtin_expect(!is_below, 1)) continue;
+    for (int64_t j = 0; j < kCodes; ++j) selector.offer(distances[j], tile.position_of(i + j));
+    bound = selector.bound();
+  }
+  for (; i < tile.count; ++i, code += bytes) selector.offer(hamming_distance(query, code, bytes), tile.position_of(i));
+}
+
+void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
+  const auto scan_for = tile.code_bytes == 8     ? scan_codes<8>
+                        : tile.code_bytes == 16  ? scan_codes<16>
+                        : tile.code_bytes == 32  ? scan_codes<32>
+                        : tile.code_bytes == 64  ? scan_codes<64>
+                        : tile.code_bytes == 128 ? scan_codes<128>
+                                                 : scan_codes<0>;
+  for (int64_t q = 0; q < queries.count; ++q) scan_for(tile, queries.codes + q * tile.code_bytes, selectors[q]);
+}
+
+HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query,
+                            uint32_t* distances) {
+  const uint8_t* const own = queries.codes + query * tile.code_bytes;
+  for (int64_t i = 0; i < tile.count; ++i)
+    distances[i] = hamming_distance(own, tile.codes + i * tile.code_bytes, tile.code_bytes);
+}
+
+}  // namespace
+
+const HammingKernel kHammingPopcnt = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
+                                      prepare_queries, scan,       measure,     INT64_MAX};
+
+}  // namespace hashengine
+
+#endif
