@@ -20,7 +20,7 @@ from hashengine._version import __version__
 from hashengine.ops import pack_bits, unpack_bits
 
 OLDEST_TORCH = (2, 11)
-EXTRAS = {"torchvision": "train", "sklearn": "train", "faiss": "bench"}  # what is imported: the extra that brings it
+EXTRAS = {"torchvision": "train", "sklearn": "train", "faiss": "bench", "h5py": "hdf5"}  # imported: its extra
 STYLES = {"ok": "green", "warn": "yellow", "missing": "yellow", "broken": "bold red"}
 
 

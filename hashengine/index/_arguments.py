@@ -47,15 +47,17 @@ def checked_integer(value: int, name: str, low: int, high: int | None = None, me
     return int(value)
 
 
-def checked_codes(codes: Array, name: str, bits: int) -> Tensor:
-    """uint8 [rows, bits / 8]."""
+def checked_codes(codes: Array, name: str, bits: int | None = None) -> Tensor:
+    """uint8 [rows, bits / 8]; of any width where bits is None."""
     check_array(codes, name, "uint8")
     if codes.dtype not in (torch.uint8, np.uint8):
         raise TypeError(
             f"{name} must be packed codes of uint8, got {codes.dtype}; "
             "pack activations with hashengine.ops.pack_bits first"
         )
-    if codes.ndim != 2 or codes.shape[1] != bits // 8:
+    if bits is None and (codes.ndim != 2 or codes.shape[1] == 0):
+        raise InputError(f"{name} must be [rows, bits / 8], got {list(codes.shape)}")
+    if bits is not None and (codes.ndim != 2 or codes.shape[1] != bits // 8):
         raise InputError(f"{name} must be [rows, {bits // 8}] for {bits} bits, got {list(codes.shape)}")
     return as_tensor(codes)
 
