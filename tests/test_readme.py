@@ -15,7 +15,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)  # (language, code)
 NAMES = [re.sub(r"\W+", "-", code.splitlines()[-1]) for _, code in BLOCKS]
-NEEDED = {"torchvision": "torchvision", "training": "sklearn", "benchmarks": "faiss"}  # a word in the block: a package
+NEEDED = {
+    "torchvision": "torchvision",
+    "training": "sklearn",
+    "benchmarks": "faiss",
+    "faiss": "faiss",
+}  # a word in the block: a package
 
 
 @pytest.fixture
