@@ -18,9 +18,10 @@ const HammingKernel& kernel_for([[maybe_unused]] SimdLevel level, [[maybe_unused
 #ifdef HE_X86
   if (level == SimdLevel::kAvx512) return kHammingAvx512;
   if (level == SimdLevel::kAvx2) {
+    if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
     const int64_t few = search.code_bytes < 64 ? 2 : 4;  // queries that do not pay for the layout
-    const bool is_paid = search.query_count > few && search.code_bytes <= kHammingAvx2.max_code_bytes;
-    return is_paid ? kHammingAvx2 : kHammingPopcnt;
+    const bool is_whole_words = search.code_bytes % 8 == 0;  // a rest of a word costs more than the layout
+    return search.query_count <= few && is_whole_words ? kHammingPopcnt : kHammingAvx2;
   }
 #endif
   return kHammingScalar;

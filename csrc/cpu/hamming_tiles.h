@@ -1,6 +1,5 @@
 // The tiles of a part of the database, one after another. A filter that all queries share is applied here: the codes
-// that it lets through are gathered, and the scan sees no others. Gathering a code costs about as much as scanning it
-// for two queries.
+// that it lets through are gathered, once for a block of queries, and the scan sees no others.
 #pragma once
 
 #include <algorithm>
