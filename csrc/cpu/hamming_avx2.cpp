@@ -27,8 +27,6 @@ static_assert(kBatch == kTileCodesMultiple);
 
 using Vector = __m256i;
 
-#define HE_INLINE inline __attribute__((always_inline))
-
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int64_t tile_bytes(int64_t codes, int64_t code_bytes) { return round_up(codes, kBatch) * 2 * code_bytes; }
@@ -283,7 +281,7 @@ HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queri
 }  // namespace
 
 const HammingKernel kHammingAvx2 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
-                                    prepare_queries, scan,       measure,     7500};  // of which the shares still fit a byte
+                                    prepare_queries, scan,       measure,     7500, 0, 0};  // of which the shares still fit a byte
 
 }  // namespace hashengine
 

@@ -2,19 +2,29 @@
 
 #include "hamming_blocks.h"
 
+#include <sys/mman.h>
+
+#include <new>
+
 namespace hashengine {
 namespace {
 
 constexpr int64_t kMinQueryBlock = 32;                 // fewer queries do not pay for laying out a tile
 constexpr int64_t kMaxQueryBlock = 256;
 constexpr int64_t kQueryBytes = 1 << 17;               // laid-out queries of a block pass through the second level
-constexpr int64_t kThreadBytes = int64_t(16) << 20;    // of a thread's memory, above one query's
+constexpr int64_t kLeastBlockCodes = 4096;             // fewer do not pay for a block's tables
 constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
 constexpr int64_t kItemsPerThread = 4;                 // so that a slow core does not hold up the others
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kHugeBytes = 192 << 10;              // 48 pages: a first-level TLB has about 64 entries
 
-const HammingKernel& kernel_for([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
+int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
+
+}  // namespace
+
+const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
 #ifdef HE_X86
   if (level == SimdLevel::kAvx512) return kHammingAvx512;
   if (level == SimdLevel::kAvx2) {
@@ -27,18 +37,27 @@ const HammingKernel& kernel_for([[maybe_unused]] SimdLevel level, [[maybe_unused
   return kHammingScalar;
 }
 
-int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
+const HammingKernel* hamming_block_kernel([[maybe_unused]] SimdLevel level, const HammingSearch& search) {
+  const HammingKernel* kernel = nullptr;
+#ifdef HE_X86
+  if (level == SimdLevel::kAvx512) kernel = &kHammingSlicedAvx512;
+  if (level == SimdLevel::kAvx2) kernel = &kHammingSlicedAvx2;
+#endif
+  return kernel && search.code_bytes <= kernel->max_code_bytes && search.code_count >= kLeastBlockCodes ? kernel : nullptr;
+}
 
-}  // namespace
-
-HammingPlan::HammingPlan(const HammingSearch& search, int64_t per_query, int64_t least_chunk, SimdLevel level,
-                         int most_threads)
-    : kernel(&kernel_for(level, search)) {
+HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t per_query,
+                         int64_t least_chunk, int most_threads)
+    : kernel(&kernel) {
   threads = search.query_count * search.code_count * search.code_bytes < kSerialBytes ? 1 : most_threads;
-  const int64_t query_bytes = std::max<int64_t>(kernel->query_bytes(search.code_bytes), 1);
-  const int64_t most = std::min(kThreadBytes / per_query, kQueryBytes / query_bytes);
-  query_block = std::clamp(ceil_div(search.query_count, kItemsPerThread * threads), kMinQueryBlock, kMaxQueryBlock);
-  query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
+  if (kernel.block_queries) {
+    query_block = std::clamp<int64_t>(kHammingThreadBytes / per_query, 1, kernel.block_queries);
+  } else {
+    const int64_t query_bytes = std::max<int64_t>(kernel.query_bytes(search.code_bytes), 1);
+    const int64_t most = std::min(kHammingThreadBytes / per_query, kQueryBytes / query_bytes);
+    query_block = std::clamp(ceil_div(search.query_count, kItemsPerThread * threads), kMinQueryBlock, kMaxQueryBlock);
+    query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
+  }
   query_blocks = ceil_div(search.query_count, query_block);
   // Enough chunks to keep every thread busy, where blocks of queries alone do not.
   const int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
@@ -49,21 +68,37 @@ HammingPlan::HammingPlan(const HammingSearch& search, int64_t per_query, int64_t
   chunks = ceil_div(search.code_count, chunk_codes);
 }
 
-HammingItem::HammingItem(const HammingPlan& plan, const HammingSearch& search)
-    : plan_(plan), search_(search), tiles_(*plan.kernel, search) {
-  const int64_t bytes = round_up(plan.query_block, 2) * plan.kernel->query_bytes(search.code_bytes);
-  memory_.reset(new uint8_t[size_t(bytes + kAlignment)]);
-  prepared_ = memory_.get() + (kAlignment - reinterpret_cast<uintptr_t>(memory_.get()) % kAlignment);
+LaidOutQueries::LaidOutQueries(int64_t bytes) {
+  const bool is_huge = bytes >= kHugeBytes;
+  const int64_t alignment = is_huge ? kHugePage : kAlignment;
+  room_ = size_t(round_up(bytes, alignment) + alignment);
+  memory_ = mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory_ == MAP_FAILED) throw std::bad_alloc();
+  const auto address = reinterpret_cast<uintptr_t>(memory_);
+  data_ = reinterpret_cast<uint8_t*>((address + uintptr_t(alignment) - 1) / uintptr_t(alignment) * uintptr_t(alignment));
+#ifdef MADV_HUGEPAGE
+  if (is_huge) madvise(data_, size_t(round_up(bytes, alignment)), MADV_HUGEPAGE);
+#endif
 }
 
+LaidOutQueries::~LaidOutQueries() { munmap(memory_, room_); }
+
+HammingItem::HammingItem(const HammingPlan& plan, const HammingSearch& search)
+    : plan_(plan),
+      search_(search),
+      tiles_(*plan.kernel, search),
+      prepared_(std::max(round_up(plan.query_block, 2), plan.kernel->block_queries) *
+                plan.kernel->query_bytes(search.code_bytes)) {}
+
 void HammingItem::set(int64_t item) {
-  chunk = item % plan_.chunks;
+  number = item;
+  chunk = item / plan_.query_blocks;
   first_code = chunk * plan_.chunk_codes;
   last_code = std::min(first_code + plan_.chunk_codes, search_.code_count);
-  first_query = item / plan_.chunks * plan_.query_block;
+  first_query = item % plan_.query_blocks * plan_.query_block;
   const int64_t count = std::min(plan_.query_block, search_.query_count - first_query);
-  queries = {prepared_, search_.queries + first_query * search_.code_bytes, count};
-  plan_.kernel->prepare_queries(queries.codes, count, search_.code_bytes, prepared_);
+  queries = {prepared_.data(), search_.queries + first_query * search_.code_bytes, count};
+  plan_.kernel->prepare_queries(queries.codes, count, search_.code_bytes, prepared_.data());
 }
 
 }  // namespace hashengine

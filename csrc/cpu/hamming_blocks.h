@@ -11,9 +11,16 @@
 
 namespace hashengine {
 
+constexpr int64_t kHammingThreadBytes = int64_t(24) << 20;  // of a thread's memory, above one query's
+
 inline bool passes(const uint8_t* filter, uint32_t position) {
   return filter == nullptr || (filter[position >> 3] >> (position & 7) & 1);
 }
+
+// The level's kernel for any number of queries.
+const HammingKernel& hamming_kernel(SimdLevel level, const HammingSearch& search);
+// The one for whole blocks of them; null where the level has none, or the codes do not pay for laying out a block.
+const HammingKernel* hamming_block_kernel(SimdLevel level, const HammingSearch& search);
 
 struct HammingPlan {
   const HammingKernel* kernel;
@@ -22,9 +29,26 @@ struct HammingPlan {
   int threads;
 
   // per_query: bytes of a thread's memory for each query of a block; least_chunk: fewer codes are not worth a chunk.
-  HammingPlan(const HammingSearch& search, int64_t per_query, int64_t least_chunk, SimdLevel level, int most_threads);
+  HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t per_query, int64_t least_chunk,
+              int most_threads);
 
   int64_t items() const { return query_blocks * chunks; }
+};
+
+// Memory for queries as a kernel lays them out; in huge pages where a scan would need more small ones than a TLB holds.
+class LaidOutQueries {
+ public:
+  explicit LaidOutQueries(int64_t bytes);
+  ~LaidOutQueries();
+  LaidOutQueries(const LaidOutQueries&) = delete;
+  LaidOutQueries& operator=(const LaidOutQueries&) = delete;
+
+  uint8_t* data() const { return data_; }
+
+ private:
+  size_t room_;
+  void* memory_;
+  uint8_t* data_;
 };
 
 // A thread's part of the work, and its memory, which it keeps from item to item.
@@ -56,6 +80,7 @@ class HammingItem {
   // How many distances measuring a tile may write.
   size_t tile_distances() const { return size_t(ceil_div(tile_codes(), kTileCodesMultiple) * kTileCodesMultiple); }
 
+  int64_t number = 0;  // of the plan's items
   int64_t chunk = 0;
   int64_t first_query = 0;
   int64_t first_code = 0, last_code = 0;
@@ -65,8 +90,7 @@ class HammingItem {
   const HammingPlan& plan_;
   const HammingSearch& search_;
   TileStream tiles_;
-  std::unique_ptr<uint8_t[]> memory_;
-  uint8_t* prepared_;
+  LaidOutQueries prepared_;
 };
 
 // work(item) for every item, with a `State` of its own for each thread: work(item, state).

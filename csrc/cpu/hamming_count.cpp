@@ -79,7 +79,8 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
   std::fill(counts, counts + search.query_count * bins, 0);
   if (labels) std::fill(relevant, relevant + search.query_count * bins, 0);
   if (search.query_count == 0) return;
-  const HammingPlan plan(search, stride * int64_t(sizeof(uint32_t)), kMinChunkCodes, level, pool.threads);
+  const HammingPlan plan(hamming_kernel(level, search), search, stride * int64_t(sizeof(uint32_t)), kMinChunkCodes,
+                         pool.threads);
   std::mutex adding;
   for_each_item<Counters>(plan, search, pool, [&](HammingItem& item, Counters& own) {
     own.counts.assign(size_t(item.queries.count * stride), 0);
@@ -112,7 +113,7 @@ void hamming_rank(const HammingSearch& search, int64_t k, int32_t* distances, in
     part.query_count = std::min(together, search.query_count - first);
     part.queries += first * search.code_bytes;
     if (part.filter) part.filter += first * search.filter_stride;
-    const HammingPlan plan(part, row_bytes, kMinChunkCodes, level, pool.threads);
+    const HammingPlan plan(hamming_kernel(level, part), part, row_bytes, kMinChunkCodes, pool.threads);
     // First how many of a chunk's codes stand at each distance, then the rank of the next of them.
     std::vector<int64_t> ranks(size_t(part.query_count * plan.chunks * bins), 0);
     const auto row = [&](const HammingItem& item, int64_t q) {

@@ -1,5 +1,5 @@
 // What a SIMD level provides for Hamming search: a layout for a tile of codes, a layout for queries, and two scans of
-// one against the other. The search itself (blocking, threads, selection) is written once, in hamming_search.cpp.
+// one against the other. Blocks, threads and selection are written once, in hamming_blocks.h and hamming_search.cpp.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,9 @@ struct HammingKernel {
   void (*measure)(const HammingTile& tile, const HammingQueries& queries, int64_t query, uint32_t* distances);
 
   int64_t max_code_bytes;  // longer codes overflow the level's counters
+  // Queries that a layout is made for, and how few of them still pay for it; 0 where any number does.
+  int64_t block_queries;
+  int64_t least_queries;
 };
 
 extern const HammingKernel kHammingScalar;
@@ -50,6 +53,8 @@ extern const HammingKernel kHammingScalar;
 extern const HammingKernel kHammingPopcnt;
 extern const HammingKernel kHammingAvx2;
 extern const HammingKernel kHammingAvx512;
+extern const HammingKernel kHammingSlicedAvx2;
+extern const HammingKernel kHammingSlicedAvx512;
 #endif
 
 constexpr int64_t kTileBytes = 16384;     // half of a first-level cache of 32 KB
@@ -61,7 +66,7 @@ inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {
   return word;
 }
 
-inline __attribute__((always_inline)) uint32_t hamming_distance(const uint8_t* a, const uint8_t* b, int64_t bytes) {
+HE_INLINE uint32_t hamming_distance(const uint8_t* a, const uint8_t* b, int64_t bytes) {
   uint32_t sum = 0;
   int64_t i = 0;
   for (; i + 8 <= bytes; i += 8)
@@ -69,6 +74,16 @@ inline __attribute__((always_inline)) uint32_t hamming_distance(const uint8_t* a
   if (i < bytes)
     sum += uint32_t(__builtin_popcountll(load_code_word(a + i, bytes - i) ^ load_code_word(b + i, bytes - i)));
   return sum;
+}
+
+// Of kernels that read codes and queries as they lie.
+inline int64_t no_layout_bytes(int64_t, int64_t) { return 0; }
+inline void no_layout(const uint8_t*, int64_t, int64_t, uint8_t*) {}
+HE_INLINE void measure_as_they_lie(const HammingTile& tile, const HammingQueries& queries, int64_t query,
+                                   uint32_t* distances) {
+  const uint8_t* const own = queries.codes + query * tile.code_bytes;
+  for (int64_t i = 0; i < tile.count; ++i)
+    distances[i] = hamming_distance(own, tile.codes + i * tile.code_bytes, tile.code_bytes);
 }
 
 }  // namespace hashengine

@@ -12,10 +12,7 @@ namespace {
 constexpr int64_t kCodes = 8;  // that share one test against the bound
 
 int64_t tile_codes(int64_t code_bytes) { return std::max(kTileBytes / code_bytes, kCodes); }
-int64_t tile_bytes(int64_t, int64_t) { return 0; }
 int64_t query_bytes(int64_t) { return 0; }
-void prepare_tile(const uint8_t*, int64_t, int64_t, uint8_t*) {}
-void prepare_queries(const uint8_t*, int64_t, int64_t, uint8_t*) {}
 
 // kBytes is the length of a code where it is known, else 0.
 template <int kBytes>
@@ -50,15 +47,13 @@ void scan(const HammingTile& tile, const HammingQueries& queries, Selector* sele
 
 HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query,
                             uint32_t* distances) {
-  const uint8_t* const own = queries.codes + query * tile.code_bytes;
-  for (int64_t i = 0; i < tile.count; ++i)
-    distances[i] = hamming_distance(own, tile.codes + i * tile.code_bytes, tile.code_bytes);
+  measure_as_they_lie(tile, queries, query, distances);
 }
 
 }  // namespace
 
-const HammingKernel kHammingPopcnt = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
-                                      prepare_queries, scan,       measure,     INT64_MAX};
+const HammingKernel kHammingPopcnt = {tile_codes, no_layout_bytes, query_bytes, no_layout, no_layout,
+                                      scan,       measure,         INT64_MAX,   0,         0};
 
 }  // namespace hashengine
 

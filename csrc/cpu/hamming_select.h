@@ -9,10 +9,15 @@
 
 namespace hashengine {
 
+struct HammingCandidate {
+  uint32_t distance;
+  uint32_t position;
+};
+
 class Selector {
  public:
   // Bytes that one selector takes for a stream of `length` candidates; a caller sizes its blocks of queries by it.
-  static int64_t bytes(int64_t bits, int64_t k, int64_t length) { return 16 * (bits + 2) + 8 * capacity(k, length); }
+  static int64_t bytes(int64_t bits, int64_t k, int64_t length) { return 8 * (bits + 2) + 8 * capacity(k, length); }
 
   // Only candidates below `bound` are wanted, and, where there is a filter (a bitmap over positions, the least
   // significant bit first), those that it lets through.
@@ -45,26 +50,17 @@ class Selector {
     return int64_t(count_);
   }
 
-  // After settle: writes them by (distance, position). Positions get `offset` added.
-  void write(int32_t* distances, int64_t* positions, int64_t offset) {
+  // After settle: writes them by (distance, position).
+  void write(HammingCandidate* sorted) {
     starts_.assign(size_t(bound_) + 2, 0);
     for (size_t i = 0; i < count_; ++i) ++starts_[candidates_[i].distance + 1];
     for (size_t d = 1; d < starts_.size(); ++d) starts_[d] += starts_[d - 1];
-    for (size_t i = 0; i < count_; ++i) {
-      const size_t rank = starts_[candidates_[i].distance]++;
-      distances[rank] = int32_t(candidates_[i].distance);
-      positions[rank] = offset + int64_t(candidates_[i].position);
-    }
+    for (size_t i = 0; i < count_; ++i) sorted[starts_[candidates_[i].distance]++] = candidates_[i];
   }
 
  private:
-  struct Candidate {
-    uint32_t distance;
-    uint32_t position;
-  };
-
-  // Compacting leaves at most k, so its cost is spread over as many candidates as it touches.
-  static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max<int64_t>(k, 512), length); }
+  // Compacting leaves at most k, so its cost is spread over a third as many candidates as it touches.
+  static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max<int64_t>(k / 2, 512), length); }
 
   __attribute__((noinline)) bool make_room() {
     if (count_ >= capacity_) compact();
@@ -81,7 +77,7 @@ class Selector {
     uint64_t ties = k_ - below_;
     size_t kept = 0;
     for (size_t i = 0; i < count_; ++i) {
-      const Candidate candidate = candidates_[i];
+      const HammingCandidate candidate = candidates_[i];
       if (candidate.distance > bound_) continue;
       if (candidate.distance == bound_) {
         if (ties == 0) continue;
@@ -97,9 +93,9 @@ class Selector {
   uint32_t bound_ = 0;
   size_t capacity_ = 0;
   const uint8_t* filter_ = nullptr;
-  std::vector<uint64_t> histogram_;
-  std::vector<Candidate> candidates_;
-  std::vector<uint64_t> starts_;
+  std::vector<uint32_t> histogram_;
+  std::vector<HammingCandidate> candidates_;
+  std::vector<uint32_t> starts_;
   size_t count_ = 0;
 };
 

@@ -16,7 +16,6 @@
 #include "hashengine/element.h"
 #include "hashengine/simd_level.h"
 
-#define HE_INLINE inline __attribute__((always_inline))
 #define HE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace hashengine {

@@ -21,6 +21,8 @@ SimdLevel chosen_simd_level();
 
 }  // namespace hashengine
 
+#define HE_INLINE inline __attribute__((always_inline))
+
 #if defined(__x86_64__)
 #define HE_X86 1
 #ifndef HE_TARGET_AVX2

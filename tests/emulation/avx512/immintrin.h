@@ -29,6 +29,17 @@ inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
   return each_lane([&](int i) { return a.lane[i] | b.lane[i]; });
 }
+// Bit i of the table is the result where the bits of a, b and c read i, a's as the highest.
+inline __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
+  return each_lane([&](int i) {
+    uint64_t result = 0;
+    for (int bit = 0; bit < 64; ++bit) {
+      const uint64_t index = (a.lane[i] >> bit & 1) << 2 | (b.lane[i] >> bit & 1) << 1 | (c.lane[i] >> bit & 1);
+      result |= uint64_t(table >> index & 1) << bit;
+    }
+    return result;
+  });
+}
 inline __m512i _mm512_add_epi64(__m512i a, __m512i b) {
   return each_lane([&](int i) { return a.lane[i] + b.lane[i]; });
 }
@@ -37,6 +48,11 @@ inline __m512i _mm512_sub_epi64(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_popcnt_epi64(__m512i a) {
   return each_lane([&](int i) { return uint64_t(__builtin_popcountll(a.lane[i])); });
+}
+inline __mmask8 _mm512_test_epi64_mask(__m512i a, __m512i b) {
+  unsigned mask = 0;
+  for (int i = 0; i < 8; ++i) mask |= unsigned((a.lane[i] & b.lane[i]) != 0) << i;
+  return __mmask8(mask);
 }
 inline __mmask8 _mm512_movepi64_mask(__m512i a) {
   unsigned mask = 0;

@@ -1,0 +1,329 @@
+// Hamming search for many queries, bit-sliced: vectors whose bit q belongs to query q, a block of 128 to 512 queries.
+//
+// A code is taken a field of four to seven bits at a time. A table, laid out once a block, holds for each value of a field
+// the distances of all queries from it, 0 to 7 in three slices. Full adders sum the slices of a code's fields, and start
+// from what each query's bound leaves to a power of two, so that the last carry tells who is too far. A field takes
+// three loads and about three adders, of 5 instructions with AVX2, 2 with AVX-512, 3 with NEON: 64 bits in fields of
+// seven, 169 instructions of AVX2 for 256 distances. Codes are read as they lie, and no population is counted.
+//
+// The limit beside arithmetic is what the first-level cache takes from the second: a cache line every other cycle, two an
+// entry. Fields of seven bits need 12 KB of tables each with AVX2 and 108 KB a word, so that longer codes have narrower
+// fields: all tables together stay within 400 KB.
+#pragma once
+
+#include <utility>
+
+#include "hamming_kernel.h"
+
+// Who includes this defines HE_SLICES_TARGET first, the level's target attribute: intrinsics are inlined only into
+// functions that have it.
+#define HE_SLICES HE_SLICES_TARGET HE_INLINE
+
+namespace hashengine {
+
+constexpr int64_t kMaxSlicedWords = 16;  // of 64 bits; for longer codes no table fits
+constexpr int kMaxWeights = 11;          // of counters up to 1024
+constexpr int64_t kMaxHits = 4096;       // that are grouped by query
+constexpr int64_t kMaxStep = 512;        // codes between two looks at the hits
+
+// A word of a code in fields of kBits, and what is left of it.
+template <int kBits>
+struct SlicedWord {
+  static constexpr int kFields = 64 / kBits;
+  static constexpr int kValues = 1 << kBits;
+  static constexpr int kRestBits = 64 % kBits;
+  static constexpr int kSlices = kBits > 3 ? 3 : 2;  // of a distance of 0 to kBits
+  static constexpr int64_t kEntries = kFields * kValues + (kRestBits ? 1 << kRestBits : 0);
+  static constexpr int64_t kVectors = kEntries * kSlices;
+};
+
+// Sums of slices, kWeights of them kept. A slice waits until a second one of its weight has come.
+template <typename Level, int kWeights>
+struct SlicedCounter {
+  using Vector = typename Level::Vector;
+
+  HE_SLICES explicit SlicedCounter(const Vector* start) {
+#pragma GCC unroll 11
+    for (int w = 0; w < kWeights; ++w) sum[w] = start[w];
+  }
+
+  // Before slices, which settle ends. What waits is known when this is compiled, if no loop lies in between.
+  HE_SLICES void begin() {
+#pragma GCC unroll 11
+    for (int w = 0; w < kWeights; ++w) waits[w] = false;
+  }
+
+  template <int kWeight>
+  HE_SLICES void add(Vector slice) {
+    if constexpr (kWeight == kWeights) {
+      overflow |= slice;
+    } else if (!waits[kWeight]) {
+      waiting[kWeight] = slice;
+      waits[kWeight] = true;
+    } else {
+      waits[kWeight] = false;
+      add<kWeight + 1>(Level::full_add(sum[kWeight], waiting[kWeight], slice));
+    }
+  }
+
+  // After the last slice: what still waits.
+  template <int kWeight = 0>
+  HE_SLICES void settle() {
+    if constexpr (kWeight < kWeights) {
+      if (waits[kWeight]) {
+        const Vector carry = sum[kWeight] & waiting[kWeight];
+        sum[kWeight] ^= waiting[kWeight];
+        add<kWeight + 1>(carry);
+      }
+      settle<kWeight + 1>();
+    }
+  }
+
+  Vector sum[kWeights];
+  Vector waiting[kWeights];
+  bool waits[kWeights];
+  Vector overflow{};
+};
+
+// One block of queries against one tile. Level: Vector; full_add(sum, b, c), which returns the carry; has_zero(v), a bit.
+template <typename Level>
+class SlicedScan {
+ public:
+  using Vector = typename Level::Vector;
+  static constexpr int64_t kQueries = 8 * sizeof(Vector);
+
+  // Bounds are sliced anew for each tile.
+  static int64_t tile_codes(int64_t code_bytes) { return std::max<int64_t>((128 << 10) / code_bytes, 1024); }
+  static int64_t query_bytes(int64_t code_bytes) {
+    const int64_t words = words_of(code_bytes), bits = field_bits(words);
+    const int64_t vectors = bits == 7   ? SlicedWord<7>::kVectors
+                            : bits == 6 ? SlicedWord<6>::kVectors
+                                        : SlicedWord<3>::kVectors;
+    return (words * vectors * int64_t(sizeof(Vector)) + kQueries - 1) / kQueries;
+  }
+
+  static HE_SLICES void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
+    auto* table = reinterpret_cast<Vector*>(prepared);
+    for (int64_t byte = 0; byte < code_bytes; byte += 8) {
+      Vector slices[64];  // a bit of the word, of all queries
+      for (int64_t first = 0; first < kQueries; first += 64) {
+        uint64_t rows[64] = {};
+        for (int64_t q = first; q < std::min(first + 64, count); ++q)
+          rows[q - first] = load_code_word(queries + q * code_bytes + byte, std::min<int64_t>(8, code_bytes - byte));
+        transpose_bits(rows);
+        for (int64_t bit = 0; bit < 64; ++bit) slices[bit][first / 64] = rows[bit];
+      }
+      table = fill_tables(slices, int(field_bits(words_of(code_bytes))), table);
+    }
+  }
+
+  HE_SLICES SlicedScan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors)
+      : tile_(tile), queries_(queries), selectors_(selectors), tables_(reinterpret_cast<const Vector*>(queries.prepared)) {}
+
+  HE_SLICES void run() {
+    const int64_t words = words_of(tile_.code_bytes);
+    if (tile_.code_bytes == 4) return scan<SlicedWord<7>, 1, 1, 6, 5>();
+    switch (words) {
+      case 1: return scan<SlicedWord<7>, 1, 1, 7>();
+      case 2: return scan<SlicedWord<7>, 1, 2, 8>();
+      case 3: return scan<SlicedWord<6>, 3, 1, 9>();
+      case 4: return scan<SlicedWord<6>, 1, 4, 9>();
+      case 6: return scan<SlicedWord<3>, 3, 2, 9>();
+      case 8: return scan<SlicedWord<3>, 2, 4, 10>();
+      case 12: return scan<SlicedWord<3>, 3, 4, 10>();
+      case 16: return scan<SlicedWord<3>, 4, 4, 11>();
+      default: return scan<SlicedWord<3>, 0, 1, 10>();
+    }
+  }
+
+ private:
+  // The hits of one code among 64 queries.
+  struct Word {
+    uint64_t hits;
+    uint32_t code;  // of the step
+    uint32_t first_query;
+  };
+  struct Hit {
+    uint32_t query;
+    uint32_t code;  // of the tile
+  };
+
+  static int64_t words_of(int64_t code_bytes) { return (code_bytes + 7) / 8; }
+
+  static int64_t field_bits(int64_t words) { return words <= 2 ? 7 : words <= 4 ? 6 : 3; }
+
+  // Rows of 64 bits to columns, in place.
+  static HE_SLICES void transpose_bits(uint64_t (&rows)[64]) {
+    uint64_t mask = 0x00000000ffffffff;
+    for (int width = 32; width; width /= 2, mask ^= mask << width)
+      for (int row = 0; row < 64; row = (row + width + 1) & ~width) {
+        const uint64_t swapped = (rows[row] >> width ^ rows[row + width]) & mask;
+        rows[row] ^= swapped << width;
+        rows[row + width] ^= swapped;
+      }
+  }
+
+  // Returns the end of the word's tables.
+  static HE_SLICES Vector* fill_tables(const Vector* slices, int field_bits, Vector* table) {
+    const int kept = field_bits > 3 ? 3 : 2;
+    for (int first = 0; first < 64; first += field_bits) {
+      const int bits = std::min(field_bits, 64 - first);
+      for (int value = 0; value < 1 << bits; ++value, table += kept) {
+        for (int slice = 0; slice < kept; ++slice) table[slice] = Vector{};
+        for (int i = 0; i < bits; ++i) {
+          Vector carry = slices[first + i] ^ (Vector{} - uint64_t(value >> i & 1));
+          for (int slice = 0; slice < kept; ++slice) {
+            const Vector sum = table[slice];
+            table[slice] = sum ^ carry;
+            carry &= sum;
+          }
+        }
+      }
+    }
+    return table;
+  }
+
+  // kWords words at a time, fields of them, into counters of kWeights bits, more than a distance has.
+  template <typename Word, int kChunks, int kWords, int kWeights, int kFields = Word::kFields>
+  HE_SLICES void scan() {
+    for (int64_t q = 0; q < kQueries; ++q) set_bound<kWeights>(q, q < queries_.count ? selectors_[q].bound() : 0);
+    for (int64_t first = 0; first < tile_.count;) {
+      // While few codes were seen, bounds fall fast.
+      const int64_t seen = tile_.position_of(first);
+      const int64_t count = std::min(std::clamp<int64_t>(seen / 4, 16, kMaxStep), tile_.count - first);
+      find_near<Word, kChunks, kWords, kWeights, kFields>(first, count);
+      list_words();
+      for (int64_t i = 0; i < word_count_; ++i) {
+        if (hit_count_ > kMaxHits - 64) offer_hits<kWeights>();
+        list_hits(words_[i], first);
+      }
+      offer_hits<kWeights>();
+      first += count;
+    }
+  }
+
+  // The query's counter starts so that it reaches 2^kWeights where the distance reaches the bound.
+  template <int kWeights>
+  HE_SLICES void set_bound(int64_t query, uint32_t bound) {
+    bounds_[query] = bound;
+    const uint32_t start = (1u << kWeights) - bound;
+    for (int w = 0; w <= kWeights; ++w) {
+      const uint64_t others = starts_[w][query / 64] & ~(uint64_t(1) << query % 64);
+      starts_[w][query / 64] = others | uint64_t(start >> w & 1) << query % 64;
+    }
+  }
+
+  // Lists the codes that somebody is near to, and for each who is too far.
+  template <typename Word, int kChunks, int kWords, int kWeights, int kFields>
+  HE_SLICES void find_near(int64_t first, int64_t count) {
+    const uint8_t* codes = tile_.codes + first * tile_.code_bytes;
+    const int64_t chunks = kChunks ? kChunks : words_of(tile_.code_bytes);
+    near_count_ = 0;
+    for (int64_t code = 0; code < count; ++code, codes += tile_.code_bytes) {
+      SlicedCounter<Level, kWeights> counter(starts_);
+      const Vector* table = tables_;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        counter.begin();
+#pragma GCC unroll 4
+        for (int w = 0; w < kWords; ++w) {
+          const int64_t byte = 8 * (kWords * chunk + w), width = kFields == 5 ? 4 : tile_.code_bytes - byte;
+          const uint64_t word = width >= 8 ? load_code_word(codes + byte, 8) : load_code_word(codes + byte, width);
+          table = add_word<Word, kFields>(table, word, counter);
+        }
+        counter.settle();
+      }
+      far_[near_count_] = starts_[kWeights] | counter.overflow;
+      near_codes_[near_count_] = uint32_t(code);
+      near_count_ += Level::has_zero(far_[near_count_]);
+    }
+  }
+
+  // Returns the next word's tables.
+  template <typename Word, int kFields, typename Counter>
+  static HE_SLICES const Vector* add_word(const Vector* table, uint64_t word, Counter& counter) {
+    constexpr int kBits = 64 / Word::kFields;
+#pragma GCC unroll 21
+    for (int f = 0; f < kFields; ++f, table += Word::kValues * Word::kSlices)
+      add_entry<Word::kSlices>(entry_of<Word>(table, word, f * kBits), counter);
+    if (kFields < Word::kFields || !Word::kRestBits) return table;
+    add_entry<Word::kRestBits == 1 ? 1 : Word::kSlices>(entry_of<Word>(table, word, 64 - Word::kRestBits), counter);
+    return table + (Word::kSlices << Word::kRestBits);
+  }
+
+  template <int kSlices, typename Counter>
+  static HE_SLICES void add_entry(const Vector* entry, Counter& counter) {
+    counter.template add<0>(entry[0]);
+    if (kSlices == 1) return;
+    counter.template add<1>(entry[1]);
+    if (kSlices == 2) return;
+    counter.template add<2>(entry[2]);
+  }
+
+  // The entry of the field that begins with bit `first`; its offset in bytes takes three instructions.
+  template <typename Word>
+  static HE_SLICES const Vector* entry_of(const Vector* table, uint64_t word, int first) {
+    constexpr int kScale = __builtin_ctz(sizeof(Vector));
+    const uint64_t scaled = first < kScale ? word << (kScale - first) : word >> (first - kScale);
+    const uint64_t offset = Word::kSlices * (scaled & (uint64_t(Word::kValues - 1) << kScale));
+    return reinterpret_cast<const Vector*>(reinterpret_cast<const uint8_t*>(table) + offset);
+  }
+
+  // Hits are few and anywhere, so that branches on them would be guessed: first the words that have any are listed.
+  HE_SLICES void list_words() {
+    word_count_ = 0;
+    for (int64_t near = 0; near < near_count_; ++near)
+      for (uint32_t w = 0; w < kQueries / 64; ++w) {
+        words_[word_count_] = {~far_[near][w], near_codes_[near], 64 * w};
+        word_count_ += words_[word_count_].hits != 0;
+      }
+  }
+
+  HE_SLICES void list_hits(const Word& word, int64_t first_code) {
+    uint64_t hits = word.hits;
+    do {
+      hits_[hit_count_++] = {word.first_query + uint32_t(__builtin_ctzll(hits)), uint32_t(first_code) + word.code};
+    } while (hits &= hits - 1);
+  }
+
+  // Many are grouped by query first, so that a selector's memory is touched once for all that are its own.
+  template <int kWeights>
+  HE_SLICES void offer_hits() {
+    const Hit* hits = hits_;
+    if (hit_count_ > kQueries) {
+      uint32_t ends[kQueries] = {};
+      for (int64_t i = 0; i < hit_count_; ++i) ++ends[hits_[i].query];
+      uint32_t sum = 0;
+      for (uint32_t& end : ends) sum += std::exchange(end, sum);
+      for (int64_t i = 0; i < hit_count_; ++i) grouped_[ends[hits_[i].query]++] = hits_[i];
+      hits = grouped_;
+    }
+    for (int64_t i = 0; i < hit_count_; ++i) offer<kWeights>(hits[i].query, hits[i].code);
+    hit_count_ = 0;
+  }
+
+  template <int kWeights>
+  HE_SLICES void offer(int64_t query, int64_t code) {
+    Selector& selector = selectors_[query];
+    selector.offer(hamming_distance(queries_.codes + query * tile_.code_bytes, tile_.codes + code * tile_.code_bytes,
+                                    tile_.code_bytes),
+                   tile_.position_of(code));
+    if (selector.bound() != bounds_[query]) set_bound<kWeights>(query, selector.bound());
+  }
+
+  const HammingTile& tile_;
+  const HammingQueries& queries_;
+  Selector* const selectors_;
+  const Vector* const tables_;
+  uint32_t bounds_[kQueries];
+  Vector starts_[kMaxWeights + 1];
+  Vector far_[kMaxStep];
+  uint32_t near_codes_[kMaxStep];
+  int64_t near_count_;
+  Word words_[kMaxStep * kQueries / 64 + 1];
+  int64_t word_count_;
+  Hit hits_[kMaxHits];
+  Hit grouped_[kMaxHits];
+  int64_t hit_count_ = 0;
+};
+
+}  // namespace hashengine
