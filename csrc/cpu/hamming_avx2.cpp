@@ -27,8 +27,6 @@ static_assert(kBatch == kTileCodesMultiple);
 
 using Vector = __m256i;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 int64_t tile_bytes(int64_t codes, int64_t code_bytes) { return round_up(codes, kBatch) * 2 * code_bytes; }
 int64_t tile_codes(int64_t code_bytes) {
   return std::max(kTileBytes / (2 * code_bytes) / kBatch * kBatch, kBatch);

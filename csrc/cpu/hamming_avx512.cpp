@@ -4,8 +4,7 @@
 // code, zeros beyond its end. Eight queries share the loading of a vector; at 64 bits that leaves about 4 instructions
 // for eight distances.
 
-#define HE_SLICES_TARGET HE_TARGET_AVX512
-#include "hamming_slices.h"
+#include "hamming_kernel.h"
 
 #ifdef HE_X86
 
@@ -126,48 +125,10 @@ HE_TARGET_AVX512 void measure(const HammingTile& tile, const HammingQueries& que
   }
 }
 
-struct Avx512Slices {
-  typedef uint64_t Vector __attribute__((vector_size(64)));
-
-  template <typename To, typename From>
-  static HE_SLICES To cast(const From& from) {
-    To to;
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-  }
-  static HE_SLICES Vector full_add(Vector& sum, Vector b, Vector c) {
-    const auto x = cast<__m512i>(sum), y = cast<__m512i>(b), z = cast<__m512i>(c);
-    sum = cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0x96));          // one or three of them
-    return cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0xe8));  // two or three
-  }
-  static HE_SLICES bool has_zero(Vector v) {
-    const __m512i inverted = _mm512_xor_si512(cast<__m512i>(v), _mm512_set1_epi64(-1));
-    return _mm512_test_epi64_mask(inverted, inverted) != 0;
-  }
-};
-using Slices = SlicedScan<Avx512Slices>;
-constexpr int64_t kLeastQueries = 288;  // estimated: fewer are faster with the population count
-
-HE_TARGET_AVX512 void prepare_slices(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
-  Slices::prepare_queries(queries, count, code_bytes, prepared);
-}
-
-HE_TARGET_AVX512 void scan_slices(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
-  Slices(tile, queries, selectors).run();
-}
-
-HE_TARGET_AVX512 void measure_codes(const HammingTile& tile, const HammingQueries& queries, int64_t query,
-                                    uint32_t* distances) {
-  measure_as_they_lie(tile, queries, query, distances);
-}
-
 }  // namespace
 
 const HammingKernel kHammingAvx512 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
                                       prepare_queries, scan,       measure,     INT64_MAX, 0, 0};
-const HammingKernel kHammingSlicedAvx512 = {Slices::tile_codes, no_layout_bytes, Slices::query_bytes, no_layout,
-                                            prepare_slices,     scan_slices,     measure_codes,       8 * kMaxSlicedWords,
-                                            Slices::kQueries,   kLeastQueries};
 
 }  // namespace hashengine
 

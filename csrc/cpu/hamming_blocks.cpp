@@ -20,8 +20,6 @@ constexpr int64_t kAlignment = 64;
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kHugeBytes = 192 << 10;              // 48 pages: a first-level TLB has about 64 entries
 
-int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
-
 }  // namespace
 
 const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
@@ -33,6 +31,9 @@ const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_un
     const bool is_whole_words = search.code_bytes % 8 == 0;  // a rest of a word costs more than the layout
     return search.query_count <= few && is_whole_words ? kHammingPopcnt : kHammingAvx2;
   }
+#elif defined(HE_ARM)
+  // Codes that need no padding are read as they lie, so that few queries are no case of their own.
+  if (level == SimdLevel::kNeon && search.code_bytes <= kHammingNeon.max_code_bytes) return kHammingNeon;
 #endif
   return kHammingScalar;
 }
@@ -42,8 +43,11 @@ const HammingKernel* hamming_block_kernel([[maybe_unused]] SimdLevel level, cons
 #ifdef HE_X86
   if (level == SimdLevel::kAvx512) kernel = &kHammingSlicedAvx512;
   if (level == SimdLevel::kAvx2) kernel = &kHammingSlicedAvx2;
+#elif defined(HE_ARM)
+  if (level == SimdLevel::kNeon) kernel = &kHammingSlicedNeon;
 #endif
-  return kernel && search.code_bytes <= kernel->max_code_bytes && search.code_count >= kLeastBlockCodes ? kernel : nullptr;
+  const bool fits = kernel && search.code_bytes <= kernel->max_code_bytes;
+  return fits && search.code_count >= kLeastBlockCodes ? kernel : nullptr;
 }
 
 HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t per_query,

@@ -7,6 +7,7 @@
 
 #include "hamming_select.h"
 #include "hashengine/simd_level.h"
+#include "hashengine/types.h"
 
 namespace hashengine {
 
@@ -55,10 +56,14 @@ extern const HammingKernel kHammingAvx2;
 extern const HammingKernel kHammingAvx512;
 extern const HammingKernel kHammingSlicedAvx2;
 extern const HammingKernel kHammingSlicedAvx512;
+#elif defined(HE_ARM)
+extern const HammingKernel kHammingNeon;
+extern const HammingKernel kHammingSlicedNeon;
 #endif
 
 constexpr int64_t kTileBytes = 16384;     // half of a first-level cache of 32 KB
 constexpr int64_t kTileCodesMultiple = 128;  // what `distances` of measure is rounded up to
+
 
 inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {
   uint64_t word = 0;
@@ -76,14 +81,18 @@ HE_INLINE uint32_t hamming_distance(const uint8_t* a, const uint8_t* b, int64_t 
   return sum;
 }
 
+HE_INLINE uint32_t hamming_distance(const HammingTile& tile, int64_t code, const HammingQueries& queries,
+                                    int64_t query) {
+  const int64_t bytes = tile.code_bytes;
+  return hamming_distance(queries.codes + query * bytes, tile.codes + code * bytes, bytes);
+}
+
 // Of kernels that read codes and queries as they lie.
 inline int64_t no_layout_bytes(int64_t, int64_t) { return 0; }
 inline void no_layout(const uint8_t*, int64_t, int64_t, uint8_t*) {}
 HE_INLINE void measure_as_they_lie(const HammingTile& tile, const HammingQueries& queries, int64_t query,
                                    uint32_t* distances) {
-  const uint8_t* const own = queries.codes + query * tile.code_bytes;
-  for (int64_t i = 0; i < tile.count; ++i)
-    distances[i] = hamming_distance(own, tile.codes + i * tile.code_bytes, tile.code_bytes);
+  for (int64_t i = 0; i < tile.count; ++i) distances[i] = hamming_distance(tile, i, queries, query);
 }
 
 }  // namespace hashengine

@@ -9,12 +9,8 @@ int64_t tile_codes(int64_t code_bytes) { return std::max<int64_t>(kTileBytes / c
 int64_t query_bytes(int64_t) { return 0; }
 
 void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
-  for (int64_t q = 0; q < queries.count; ++q) {
-    const uint8_t* const query = queries.codes + q * tile.code_bytes;
-    for (int64_t i = 0; i < tile.count; ++i)
-      selectors[q].offer(hamming_distance(query, tile.codes + i * tile.code_bytes, tile.code_bytes),
-                         tile.position_of(i));
-  }
+  for (int64_t q = 0; q < queries.count; ++q)
+    for (int64_t i = 0; i < tile.count; ++i) selectors[q].offer(hamming_distance(tile, i, queries, q), tile.position_of(i));
 }
 
 void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query, uint32_t* distances) {

@@ -8,7 +8,7 @@
 namespace hashengine {
 namespace {
 
-struct Avx2Slices {
+struct Slices {
   typedef uint64_t Vector __attribute__((vector_size(32)));
 
   static HE_SLICES Vector full_add(Vector& sum, Vector b, Vector c) {
@@ -18,9 +18,9 @@ struct Avx2Slices {
   }
   static HE_SLICES bool has_zero(Vector v) { return !_mm256_testc_si256(__m256i(v), _mm256_set1_epi64x(-1)); }
 };
-constexpr int64_t kLeastQueries = 144;  // fewer are faster with a table a nibble (hamming_avx2.cpp)
+using Scan = SlicedScan<Slices>;
 
-using Scan = SlicedScan<Avx2Slices>;
+constexpr int64_t kLeastQueries = 144;  // fewer are faster with tables of nibbles (hamming_avx2.cpp)
 
 HE_TARGET_AVX2 void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
   Scan::prepare_queries(queries, count, code_bytes, prepared);

@@ -257,9 +257,10 @@ HE_TARGET_AVX2 void run_avx2(const Arguments&... arguments) {
 }
 #endif
 
-// Calls Kernel::run, an HE_INLINE static function, compiled for `level`: eight lanes gain nothing from AVX-512.
+// Calls Kernel::run, an HE_INLINE static function, compiled for `level`: eight lanes gain nothing from AVX-512, and
+// NEON is in the baseline.
 template <typename Kernel, typename... Arguments>
-void run_at_level(SimdLevel level, const Arguments&... arguments) {
+void run_at_level([[maybe_unused]] SimdLevel level, const Arguments&... arguments) {
 #ifdef HE_X86
   if (level != SimdLevel::kScalar) return run_avx2<Kernel>(arguments...);
 #endif

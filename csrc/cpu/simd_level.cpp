@@ -14,6 +14,8 @@ const std::vector<SimdLevel>& supported_simd_levels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vpopcntdq"))
       found.push_back(SimdLevel::kAvx512);
+#elif defined(HE_ARM)
+    found.push_back(SimdLevel::kNeon);
 #endif
     return found;
   }();
@@ -22,6 +24,7 @@ const std::vector<SimdLevel>& supported_simd_levels() {
 
 const char* simd_level_name(SimdLevel level) {
   switch (level) {
+    case SimdLevel::kNeon: return "neon";
     case SimdLevel::kAvx512: return "avx512";
     case SimdLevel::kAvx2: return "avx2";
     default: return "scalar";

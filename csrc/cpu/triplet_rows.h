@@ -32,8 +32,6 @@ void run_at_level([[maybe_unused]] SimdLevel level, const Body& body) {
   body();
 }
 
-inline constexpr int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
-
 // --- vectors of a row ---
 
 struct Whole {};

@@ -8,7 +8,7 @@
 
 namespace hashengine {
 
-enum class SimdLevel { kScalar, kAvx2, kAvx512 };
+enum class SimdLevel { kScalar, kAvx2, kAvx512, kNeon };
 
 // The levels that this build and this CPU have, ascending; scalar is always first.
 const std::vector<SimdLevel>& supported_simd_levels();
@@ -32,4 +32,6 @@ SimdLevel chosen_simd_level();
 #ifndef HE_TARGET_AVX512
 #define HE_TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx512vpopcntdq")))
 #endif
+#elif defined(__aarch64__)
+#define HE_ARM 1  // every such CPU has NEON, and functions need no attribute for it
 #endif

@@ -24,4 +24,6 @@ HE_HOST_DEVICE constexpr Integer ceil_div(Integer numerator, Integer denominator
   return (numerator + denominator - 1) / denominator;
 }
 
+inline constexpr int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
+
 }  // namespace hashengine
