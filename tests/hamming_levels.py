@@ -1,8 +1,12 @@
-"""The Hamming searches of every SIMD level, compiled for themselves and called through ctypes."""
+"""The Hamming searches of every SIMD level, compiled for themselves and called through ctypes or a pipe."""
 
 import ctypes
+import functools
 import os
+import platform
+import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +15,11 @@ import pytest
 from hashengine import _native
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ["scalar", "avx2", "avx512"]
-
-
-class _Search(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("queries", "codes")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("query_count", "code_count", "code_bytes")]
-    _fields_ += [("filter", ctypes.c_void_p), ("filter_stride", ctypes.c_int64)]
-
-
-class _Labels(ctypes.Structure):
-    _fields_ = [("queries", ctypes.c_void_p), ("codes", ctypes.c_void_p)]
-    _fields_ += [("words", ctypes.c_int64), ("any", ctypes.c_bool)]
+LEVELS = ["scalar", "avx2", "avx512", "neon"]
+FUNCTIONS = ["topk", "range", "count"]
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
+INCLUDE = [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu", "-std=c++17", "-Wno-psabi"]
 
 
 def native_levels() -> list[str]:
@@ -33,64 +30,125 @@ def native_levels() -> list[str]:
     return _C.simd_levels()
 
 
-class LevelLibrary:
-    """AVX-512's kernels are compiled against plain C++ twins of its intrinsics, to run anywhere."""
+def require_arm(*programs: str) -> None:
+    """Skips the test where these programs, for a CPU that this machine is not, are missing."""
+    for program in programs:
+        if shutil.which(program) is None:
+            # Where every test must run, as in .ci/run, a missing program is an error.
+            report = pytest.fail if os.environ.get("HASHENGINE_REQUIRE_ARM") else pytest.skip
+            report(f"no {program}: apt-get install g++-aarch64-linux-gnu qemu-user")
+
+
+def compile_all(command: list[str], sources: list[Path], folder: Path, extra=lambda source: ()) -> list[str]:
+    """An object of each source; `extra` tells what options a source needs beside the command's."""
+
+    def compile_one(source: Path) -> str:
+        output = str(folder / f"{source.parent.name}_{source.stem}.o")
+        subprocess.run([*command, *extra(source), "-c", str(source), "-o", output], check=True)
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+class ArmWorker:
+    """The searches as an aarch64 program in qemu, which answers call after call."""
 
     def __init__(self, folder: Path):
-        compiler = os.environ.get("CXX", "g++")
-        include = [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu", "-std=c++17", "-O1", "-fPIC", "-pthread"]
+        require_arm(CROSS_COMPILER, "qemu-aarch64")
+        sources = [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "csrc/cpu/simd_level.cpp"]
+        sources += ROOT.glob("tests/emulation/hamming*.cpp")
+        objects = compile_all([CROSS_COMPILER, *INCLUDE, "-O2", "-pthread"], sources, folder)
+        self.command = ["qemu-aarch64", str(folder / "worker")]
+        subprocess.run([CROSS_COMPILER, "-static", "-pthread", *objects, "-o", self.command[1]], check=True)
+        self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def call(self, numbers: np.ndarray, inputs: list, outputs: list[np.ndarray]) -> None:
+        buffers = [b"" if array is None else array.tobytes() for array in inputs + outputs]
+        sizes = np.array([len(buffer) for buffer in buffers] + [0] * (8 - len(buffers)), np.int64)
+        self._process.stdin.write(b"".join([numbers.tobytes(), sizes.tobytes(), *buffers]))
+        self._process.stdin.flush()
+        for output in outputs:
+            got = self._process.stdout.read(output.nbytes)
+            assert len(got) == output.nbytes, f"the worker ended with {self._process.wait()}"
+            output.flat = np.frombuffer(got, output.dtype)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+class LevelLibrary:
+    """To run anywhere, AVX-512's kernels are compiled against plain C++ twins of its intrinsics; NEON's run in qemu."""
+
+    def __init__(self, folder: Path):
         twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512="]
-        objects = []
-        for source in [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "tests/emulation/hamming.cpp"]:
-            objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
-            extra = twin if source.stem == "hamming_avx512" else []
-            subprocess.run([compiler, *extra, *include, "-c", str(source), "-o", objects[-1]], check=True)
+        compiler = os.environ.get("CXX", "g++")
+        objects = compile_all(
+            [compiler, *INCLUDE, "-O1", "-fPIC", "-pthread"],
+            [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "tests/emulation/hamming.cpp"],
+            folder,
+            lambda source: twin if source.stem == "hamming_avx512" else (),
+        )
         subprocess.run([compiler, "-shared", "-pthread", *objects, "-o", str(folder / "levels.so")], check=True)
         self._library = ctypes.CDLL(str(folder / "levels.so"))
+        self._folder = folder
+
+    @functools.cached_property
+    def arm_worker(self) -> ArmWorker:
+        folder = self._folder / "arm"
+        folder.mkdir(exist_ok=True)
+        return ArmWorker(folder)
+
+    def close(self) -> None:
+        if "arm_worker" in vars(self):
+            self.arm_worker.close()
 
     def topk(self, level: str, threads: int, queries: np.ndarray, codes: np.ndarray, k: int, filter=None):
         distances = np.full((len(queries), k), -7, np.int32)
         positions = np.full((len(queries), k), -7, np.int64)
-        self._call("hamming_topk", level, threads, queries, codes, filter, ctypes.c_int64(k), distances, positions)
+        self._call("topk", level, threads, queries, codes, filter, (k, 0), [distances, positions])
         return distances, positions
 
     def range(self, level: str, threads: int, queries, codes, radius: int, max_results: int, filter=None):
         lims = np.full(len(queries) + 1, -7, np.int64)
         distances = np.full(len(queries) * len(codes), -7, np.int32)
         positions = np.full(len(queries) * len(codes), -7, np.int64)
-        limits = (ctypes.c_int64(radius), ctypes.c_int64(max_results))
-        self._call("hamming_range", level, threads, queries, codes, filter, *limits, lims, distances, positions)
+        outputs = [lims, distances, positions]
+        self._call("range", level, threads, queries, codes, filter, (radius, max_results), outputs)
         return lims, distances[: lims[-1]], positions[: lims[-1]]
 
     def count(self, level: str, threads: int, queries, codes, filter=None, labels=None, any_shared: bool = False):
         """labels: of the queries and of the codes, uint64 [rows, words]."""
         counts, relevant = np.full((2, len(queries), 8 * codes.shape[1] + 1), -7, np.int64)
-        words = None
-        if labels is not None:
-            words = ctypes.byref(_Labels(labels[0].ctypes.data, labels[1].ctypes.data, labels[0].shape[1], any_shared))
-        self._call("hamming_count", level, threads, queries, codes, filter, words, counts, relevant)
+        numbers = (0 if labels is None else labels[0].shape[1], any_shared)
+        self._call("count", level, threads, queries, codes, filter, numbers, [counts, relevant], labels)
         return counts, relevant
 
-    def _call(self, name: str, level: str, threads: int, queries, codes, filter, *rest) -> None:
+    def _call(self, name, level, threads, queries, codes, filter, own_numbers, outputs, labels=None) -> None:
         bitmap = None if filter is None else np.packbits(filter, axis=-1, bitorder="little")
         stride = bitmap.shape[1] if bitmap is not None and bitmap.ndim == 2 else 0
-        search = _Search(
-            queries.ctypes.data, codes.ctypes.data, len(queries), len(codes), codes.shape[1],
-            None if bitmap is None else bitmap.ctypes.data, stride,
-        )  # fmt: skip
-        arguments = [ctypes.c_void_p(item.ctypes.data) if isinstance(item, np.ndarray) else item for item in rest]
-        getattr(self._library, name)(ctypes.byref(search), LEVELS.index(level), threads, *arguments)
+        numbers = [FUNCTIONS.index(name), LEVELS.index(level), threads, len(queries), *codes.shape, stride]
+        numbers = np.array([*numbers, *own_numbers], np.int64)
+        inputs = [queries, codes, bitmap, *(labels or (None, None))]
+        if level == "neon" and not IS_ARM:
+            return self.arm_worker.call(numbers, inputs, outputs)
+        pointers = [None if array is None else array.ctypes.data for array in inputs + outputs]
+        self._library.hamming_call(ctypes.c_void_p(numbers.ctypes.data), (ctypes.c_void_p * 8)(*pointers))
 
 
 @pytest.fixture(scope="session")
-def level_library(tmp_path_factory) -> LevelLibrary:
-    return LevelLibrary(tmp_path_factory.mktemp("levels"))
+def level_library(tmp_path_factory):
+    library = LevelLibrary(tmp_path_factory.mktemp("levels"))
+    yield library
+    library.close()
 
 
 @pytest.fixture(params=LEVELS)
 def level(request) -> str:
     if request.param == "avx2" and "avx2" not in native_levels():
         pytest.skip("this CPU has no AVX2")
+    if request.param == "avx512" and IS_ARM:
+        pytest.skip("the kernels of x86 are not compiled on ARM")
     return request.param
 
 

@@ -11,7 +11,7 @@ import torch
 from hashengine import _native
 from hashengine.ops import hamming_topk
 from hashengine.ops.hamming_topk import _reference as hamming_topk_reference
-from tests.hamming_levels import LEVELS, ROOT, assert_same, make_codes, native_levels, nearest
+from tests.hamming_levels import IS_ARM, LEVELS, ROOT, all_distances, assert_same, make_codes, native_levels, nearest
 
 # One byte, partial words, one block of planes that is just full (248) and two (256), more of them, and odd lengths.
 WIDTHS = [8, 24, 64, 72, 128, 248, 256, 264, 512, 1000, 1024, 4096]
@@ -28,6 +28,21 @@ def test_every_level_equals_the_definition(level_library, level, kind):
                 for threads in (1, 3):
                     got = level_library.topk(level, threads, queries, codes, k)
                     assert_same(got, nearest(queries, codes, k))
+
+
+def test_every_distance_up_to_all_bits(level_library, level):
+    """Where bytes and 16 bits just hold the sums and where they do not; the last is longer than AVX2 and NEON take."""
+    rng = np.random.default_rng(4)
+    for bits in [*WIDTHS, 16, 32, 384, 768, 3968, 3976, 7944, 60_000, 65_528, 65_536]:
+        share = np.linspace(0, 1, 150)[:, None]
+        codes = np.packbits(rng.random((150, bits)) < share, axis=1)
+        queries = np.ascontiguousarray(codes[[0, 149, 10, 75, 140, 148]])
+        want = all_distances(queries, codes)
+        assert want.max() == bits
+        for k in (1, 20, 150):
+            assert_same(level_library.topk(level, 1, queries, codes, k), nearest(queries, codes, k))
+        counts = level_library.count(level, 1, queries, codes)[0]
+        np.testing.assert_array_equal(counts, [np.bincount(row, minlength=bits + 1) for row in want])
 
 
 @pytest.mark.parametrize("order", ["best last", "best first"])
@@ -142,6 +157,7 @@ def test_simd_level_is_forced_by_the_environment():
 
     assert run("scalar").stdout.strip() == "scalar"
     assert run("auto").stdout.strip() == native_levels()[-1]
-    failed = run("sse9")
-    assert failed.returncode != 0
-    assert "HASHENGINE_SIMD_LEVEL must be one of auto, scalar" in failed.stderr.splitlines()[-1]
+    for other in ("sse9", "avx2" if IS_ARM else "neon"):
+        failed = run(other)
+        assert failed.returncode != 0
+        assert "HASHENGINE_SIMD_LEVEL must be one of auto, scalar" in failed.stderr.splitlines()[-1]

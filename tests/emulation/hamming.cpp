@@ -1,4 +1,5 @@
-// The Hamming searches at any SIMD level through a C interface, with threads of their own instead of torch's pool.
+// The Hamming searches at any SIMD level, with threads of their own instead of torch's pool, behind one function of
+// numbers and buffers, which pass through ctypes and through a pipe alike.
 
 #include "hashengine/hamming.h"
 
@@ -9,40 +10,45 @@ namespace {
 
 using namespace hashengine;
 
-int pool_threads;
+int64_t pool_threads;
 
-ThreadPool pool_of(int threads) {
+ThreadPool pool_of(int64_t threads) {
   pool_threads = threads;
   return {[](int64_t count, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
             std::vector<std::thread> workers;
-            for (int t = 0; t < pool_threads; ++t) {
+            for (int64_t t = 0; t < pool_threads; ++t) {
               const int64_t begin = count * t / pool_threads, end = count * (t + 1) / pool_threads;
               if (begin < end) workers.emplace_back(body, context, begin, end);
             }
             for (std::thread& worker : workers) worker.join();
           },
-          threads};
+          int(threads)};
 }
 
 }  // namespace
 
-extern "C" {
-void hamming_topk(const HammingSearch* search, int level, int threads, int64_t k, int32_t* distances,
-                  int64_t* positions) {
-  hamming_topk_cpu(*search, k, distances, positions, SimdLevel(level), pool_of(threads));
-}
-
-// lims: [query_count + 1]; distances, positions: room for query_count * code_count.
-void hamming_range(const HammingSearch* search, int level, int threads, int64_t radius, int64_t max_results,
-                   int64_t* lims, int32_t* distances, int64_t* positions) {
-  const HammingRangeResult result = hamming_range_cpu(*search, radius, max_results, SimdLevel(level), pool_of(threads));
-  std::copy(result.lims.begin(), result.lims.end(), lims);
-  std::copy(result.distances.begin(), result.distances.end(), distances);
-  std::copy(result.positions.begin(), result.positions.end(), positions);
-}
-
-void hamming_count(const HammingSearch* search, int level, int threads, const HammingLabels* labels, int64_t* counts,
-                   int64_t* relevant) {
-  hamming_count_cpu(*search, labels, counts, relevant, SimdLevel(level), pool_of(threads));
-}
+// numbers: function, level, threads, queries, codes, code_bytes, filter_stride, and two that are the function's own.
+// buffers: queries, codes, filter, labels of the queries and of the codes, and up to three that the function fills.
+extern "C" void hamming_call(const int64_t* numbers, void* const* buffers) {
+  const auto in = [&](int i) { return static_cast<const uint8_t*>(buffers[i]); };
+  const auto out = [&](int i) { return static_cast<int64_t*>(buffers[i]); };
+  const HammingSearch search = {in(0), in(1), numbers[3], numbers[4], numbers[5], in(2), numbers[6]};
+  const auto level = SimdLevel(numbers[1]);
+  const ThreadPool pool = pool_of(numbers[2]);
+  switch (numbers[0]) {
+    case 0:  // k; distances, positions
+      return hamming_topk_cpu(search, numbers[7], static_cast<int32_t*>(buffers[5]), out(6), level, pool);
+    case 1: {  // radius, max_results; lims, then distances and positions with room for every pair
+      const HammingRangeResult result = hamming_range_cpu(search, numbers[7], numbers[8], level, pool);
+      std::copy(result.lims.begin(), result.lims.end(), out(5));
+      std::copy(result.distances.begin(), result.distances.end(), static_cast<int32_t*>(buffers[6]));
+      std::copy(result.positions.begin(), result.positions.end(), out(7));
+      return;
+    }
+    default: {  // words of a row of labels, 0 without them, and whether any that is shared counts; counts, relevant
+      const auto* const rows = reinterpret_cast<uint64_t* const*>(buffers);
+      const HammingLabels labels = {rows[3], rows[4], numbers[7], numbers[8] != 0};
+      return hamming_count_cpu(search, labels.words ? &labels : nullptr, out(5), out(6), level, pool);
+    }
+  }
 }
