@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
+from reprlib import repr as brief  # a damaged value may be as long as the file
 from typing import Any
 
 from hashengine.errors import InputError
@@ -16,6 +18,7 @@ _FIELDS = {
     1: {"format", "version", "bits", "bit_order", "count", "codes", "ids"},
     2: {"format", "version", "bits", "bit_order", "count", "next_id", "codes", "ids", "live", "crc32"},
 }
+_FILE = re.compile(r"(codes|ids|live)-[0-9A-Za-z]{1,32}\.bin")  # never a way out of the folder
 
 
 def text(manifest: dict[str, Any]) -> str:
@@ -36,13 +39,15 @@ def read(path: Path) -> dict[str, Any]:
         manifest = json.loads(contents.decode())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"load: expected the folder of an index, got {path}, which has no {MANIFEST}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise InputError(f"load: {file} is damaged: it must be JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"load: {file} must be the manifest of a {FORMAT}, got another file")
     version = manifest.get("version")
     if type(version) is not int or version not in _FIELDS:
-        raise InputError(f"load: {file} has version {version!r}, this release reads 1 to {VERSION}; update hashengine")
+        raise InputError(
+            f"load: {file} has version {brief(version)}, this release reads 1 to {VERSION}; update hashengine"
+        )
     if version == 1 and manifest.keys() == _FIELDS[1]:
         manifest |= {"next_id": manifest["count"] if manifest["ids"] is None else None, "live": None}
         _check(file, manifest)
@@ -57,10 +62,10 @@ def read(path: Path) -> dict[str, Any]:
 def _check(file: Path, manifest: dict[str, Any]) -> None:
     def require(condition: bool, name: str, expected: str) -> None:
         if not condition:
-            raise InputError(f"load: {file} is damaged: {name} must be {expected}, got {manifest.get(name)!r}")
+            raise InputError(f"load: {file} is damaged: {name} must be {expected}, got {brief(manifest.get(name))}")
 
     def is_count(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 1 << 63
+        return type(value) is int and 0 <= value < 1 << 62  # so that what is added has room
 
     bits, count, next_id = manifest.get("bits"), manifest.get("count"), manifest.get("next_id")
     require(is_count(bits) and bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8")
@@ -73,12 +78,13 @@ def _check(file: Path, manifest: dict[str, Any]) -> None:
             continue
         is_file = (
             isinstance(entry, dict)
-            and isinstance(entry.get("file"), str)
-            and Path(entry["file"]).name == entry["file"]  # never a way out of the folder
-            and entry["file"].startswith(f"{name}-")
-            and is_count(entry.get("crc32"))
+            and entry.keys() == {"file", "bytes", "crc32"}
+            and isinstance(entry["file"], str)
+            and (match := _FILE.fullmatch(entry["file"])) is not None
+            and match[1] == name
+            and is_count(entry["crc32"])
         )
-        require(is_file and entry.get("bytes") == size, name, f"a file of {size} bytes")
+        require(is_file and is_count(entry["bytes"]) and entry["bytes"] == size, name, f"a file of {size} bytes")
     if manifest.get("ids") is None:
         require(next_id == count and is_count(next_id), "next_id", f"the number of codes, {count}")
     else:

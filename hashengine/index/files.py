@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import struct
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import h5py
 
 _U8BIN_HEADER = struct.Struct("<II")  # rows, bytes a row
+_NPY_HEADER_BYTES = 1 << 14  # more than numpy takes
 _SUFFIXES = (".npy", ".u8bin")
 _BLOCK_ROWS = 1 << 16
 _KINDS = {"b": "bool", "f": "floats", "i": "integers", "u": "unsigned integers"}
@@ -143,18 +145,27 @@ def _checked_path(path: str | os.PathLike, function: str) -> Path:
 
 def _npy_shape(file: BinaryIO) -> tuple[int, int]:
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    beginning = io.BytesIO(file.read(_NPY_HEADER_BYTES))  # of a file, numpy reads as much as the header claims to have
     try:
-        shape, fortran_order, dtype = read_header[np.lib.format.read_magic(file)](file)
+        shape, fortran_order, dtype = read_header[np.lib.format.read_magic(beginning)](beginning)
+        if any(size.bit_length() > 63 for size in shape):
+            raise ValueError("its shape is beyond 64 bits")
     except Exception as error:  # numpy evaluates the header, and a damaged one gives whatever that meets
-        cause = " ".join(str(error).split())
         raise InputError(
-            f"read_codes: {file.name} must be an .npy file of version 1 or 2, got another ({cause})"
+            f"read_codes: {file.name} must be an .npy file of version 1 or 2, got another ({_brief(error)})"
         ) from None
+    file.seek(beginning.tell())
     is_shape = len(shape) == 2 and shape[0] >= 0 and shape[1] > 0
     if dtype != np.uint8 or fortran_order or not is_shape:
-        got = f"{dtype} {list(shape)} in {'Fortran' if fortran_order else 'C'} order"
+        got = _brief(f"{dtype} {list(shape)} in {'Fortran' if fortran_order else 'C'} order")
         raise InputError(f"read_codes: {file.name} must hold uint8 [N, bits / 8] in C order, got {got}")
     return int(shape[0]), int(shape[1])
+
+
+def _brief(text: object) -> str:
+    """One line; what a damaged file says may be as long as the file."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def _u8bin_shape(file: BinaryIO) -> tuple[int, int]:

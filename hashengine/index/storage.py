@@ -88,7 +88,23 @@ def _load(path: Path, manifest: dict[str, Any], mmap: bool) -> State:
     codes = (_map if mmap else _read)(path, manifest["codes"], torch.uint8, (count, width))
     ids = _read(path, manifest["ids"], torch.int64, (count,))
     live = _read(path, manifest["live"], torch.uint8, ((count + 7) // 8,))
-    return State.of(codes, ids, None if live is None else live.numpy(), manifest["next_id"])
+    state = State.of(codes, ids, None if live is None else live.numpy(), manifest["next_id"])
+    _check_rows(path, manifest, state)
+    return state
+
+
+def _check_rows(path: Path, manifest: dict[str, Any], state: State) -> None:
+    """What holds of ids and removals beyond their sizes; the checksums are right, so this is another's mistake."""
+    rows = len(state.codes)
+    if state.live is not None and (rows == 0 or np.unpackbits(state.live, bitorder="little")[rows:].any()):
+        file = path / manifest["live"]["file"]
+        raise InputError(f"load: {file} is damaged: it must hold a bit for each of {rows} codes and zeros behind them")
+    if state.ids is not None:
+        ids = np.sort(state.live_ids().numpy())
+        end = np.inf if state.next_id is None else state.next_id
+        if len(ids) and (ids[0] < 0 or ids[-1] >= end or (ids[1:] == ids[:-1]).any()):
+            file = path / manifest["ids"]["file"]
+            raise InputError(f"load: {file} is damaged: it must hold ids that are unique, 0 or more and below {end}")
 
 
 @contextmanager
