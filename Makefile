@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch torchvision
 # digits, fashion-mnist, cifar10 or a folder of class folders
 DATA ?= digits
+# of make fuzz
+SECONDS ?= 60
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -17,7 +19,7 @@ SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048
 GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full gpu-test gpu-sanitize gpu-bench bench lint clean
+.PHONY: help setup demo test test-full fuzz gpu-test gpu-sanitize gpu-bench bench lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +53,9 @@ test: $(READY)  ## the test suite
 
 test-full: $(READY)  ## the test suite with its slow parts
 	$(BIN)/python -m pytest
+
+fuzz: $(READY)  ## SECONDS=60 of a fuzzer on the readers of files, under AddressSanitizer
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
 	$(BIN)/python -m pytest tests/test_cuda.py

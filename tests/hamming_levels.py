@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,16 +81,16 @@ class ArmWorker:
 class LevelLibrary:
     """To run anywhere, AVX-512's kernels are compiled against plain C++ twins of its intrinsics; NEON's run in qemu."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flags: Sequence[str] = ()):
         twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512="]
         compiler = os.environ.get("CXX", "g++")
         objects = compile_all(
-            [compiler, *INCLUDE, "-O1", "-fPIC", "-pthread"],
+            [compiler, *INCLUDE, "-O1", "-fPIC", "-pthread", *flags],
             [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "tests/emulation/hamming.cpp"],
             folder,
-            lambda source: twin if source.stem == "hamming_avx512" else (),
+            lambda source: twin if source.stem.endswith("avx512") else (),
         )
-        subprocess.run([compiler, "-shared", "-pthread", *objects, "-o", str(folder / "levels.so")], check=True)
+        subprocess.run([compiler, "-shared", "-pthread", *flags, *objects, "-o", str(folder / "levels.so")], check=True)
         self._library = ctypes.CDLL(str(folder / "levels.so"))
         self._folder = folder
 

@@ -64,7 +64,6 @@ extern const HammingKernel kHammingSlicedNeon;
 constexpr int64_t kTileBytes = 16384;     // half of a first-level cache of 32 KB
 constexpr int64_t kTileCodesMultiple = 128;  // what `distances` of measure is rounded up to
 
-
 inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {
   uint64_t word = 0;
   std::memcpy(&word, bytes, size_t(count));

@@ -80,7 +80,7 @@ struct SlicedCounter {
   }
 
   Vector sum[kWeights];
-  Vector waiting[kWeights];
+  Vector waiting[kWeights] = {};
   bool waits[kWeights];
   Vector overflow{};
 };

@@ -1,9 +1,11 @@
-#define HE_SLICES_TARGET HE_TARGET_AVX2
-#include "hamming_slices.h"
+#include "hamming_kernel.h"
 
 #ifdef HE_X86
 
 #include <immintrin.h>
+
+#define HE_SLICES_TARGET HE_TARGET_AVX2
+#include "hamming_slices.h"
 
 namespace hashengine {
 namespace {

@@ -1,7 +1,9 @@
-#define HE_SLICES_TARGET  // NEON is part of every aarch64
-#include "hamming_slices.h"
+#include "hamming_kernel.h"
 
 #ifdef HE_ARM
+
+#define HE_SLICES_TARGET  // NEON is part of every aarch64
+#include "hamming_slices.h"
 
 namespace hashengine {
 namespace {

@@ -1,0 +1,125 @@
+"""python -m tests.fuzz --seconds 60, or with files of inputs to run those again.
+
+A coverage-guided fuzzer, atheris, of the readers of files. It runs in a process of its own into which
+AddressSanitizer's runtime is loaded first, so that every allocation is one of its own; Python's, numpy's and torch's
+code is not instrumented, the searches of tests/hamming_levels.py are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CORPUS = Path(__file__).parent / "corpus"
+KEPT = ROOT / "build" / "fuzz"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g", "-Wno-psabi"]
+LONGEST = 16384  # bytes of an input
+_LOADED = "HASHENGINE_FUZZ_RUNTIME"
+
+
+def under_the_runtime() -> None:
+    """Start this process again with the sanitizer's runtime, in one library with the fuzzer's, before all others."""
+    if _LOADED in os.environ:
+        del os.environ["LD_PRELOAD"]  # the compiler can do without
+        return
+    atheris = importlib.util.find_spec("atheris")
+    if atheris is None:
+        sys.exit("tests.fuzz needs atheris, which has wheels for Linux on x86-64 with Python 3.11 to 3.14")
+    runtime = Path(atheris.origin).parents[1] / "asan_with_fuzzer.so"
+    command = [os.environ.get("CXX", "g++"), "-print-file-name=libstdc++.so"]
+    libstdcxx = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    environment = os.environ | {
+        _LOADED: "1",
+        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # the runtime looks for what it intercepts of libstdc++ at once
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",  # Python's own pools would hide what lies in them
+        "OMP_NUM_THREADS": "1",
+    }
+    os.execve(sys.executable, [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], environment)
+
+
+class Heap:
+    """Refuses calls that take much more memory than the files that they read."""
+
+    TIMES, BESIDES = 16, 1 << 20
+
+    def __init__(self, folder: Path):
+        library = folder / "heap.so"
+        source = Path(__file__).with_name("heap.cpp")
+        command = [
+            os.environ.get("CXX", "g++"),
+            "-std=c++17",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            str(source),
+            "-o",
+            str(library),
+        ]
+        subprocess.run(command, check=True)
+        self._library = ctypes.CDLL(str(library))
+        for name in ("heap_used", "heap_peak"):
+            getattr(self._library, name).restype = ctypes.c_int64
+        assert self._library.heap_watch()
+
+    def measured(self, call, size: int):
+        self._library.heap_start()
+        before = self._library.heap_used()
+        try:
+            return call()
+        finally:
+            taken = self._library.heap_peak() - before
+            assert taken <= self.TIMES * size + self.BESIDES, f"{taken} bytes taken to read {size}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the readers of files.")
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers; 0: another each time")
+    parser.add_argument("inputs", nargs="*", help="run these alone")
+    options = parser.parse_args()
+    under_the_runtime()
+
+    import atheris
+
+    with atheris.instrument_imports(include=["hashengine.index", "numpy.lib._format_impl"]):
+        from tests.fuzz import inputs, readers
+    from tests.hamming_levels import LevelLibrary, assert_same, native_levels, nearest
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        folder = Path(name)
+        library, heap = LevelLibrary(folder, SANITIZERS), Heap(folder)
+        levels = native_levels() or ["scalar"]
+
+        def search(queries, codes, live) -> None:
+            if len(codes):
+                for level in levels:
+                    found = library.topk(level, 1, queries, codes, len(codes), live)
+                    assert_same(found, nearest(queries, codes, len(codes), live))
+
+        def check(data: bytes) -> None:
+            readers.check(data, folder / "files", search, heap.measured)
+
+        corpus = folder / "corpus"
+        corpus.mkdir()
+        for name, data in inputs.seeds().items():
+            (corpus / name).write_bytes(data)
+        KEPT.mkdir(parents=True, exist_ok=True)
+        arguments = [sys.argv[0], f"-max_len={LONGEST}", f"-artifact_prefix={KEPT}/"]
+        if options.inputs:
+            arguments += options.inputs
+        else:
+            arguments += [f"-max_total_time={options.seconds}", f"-seed={options.seed}", "-timeout=20"]
+            arguments += ["-print_final_stats=1", str(corpus), str(CORPUS)]
+        atheris.Setup(arguments, check)
+        atheris.Fuzz()
+
+
+main()

@@ -1,0 +1,37 @@
+// How much of the heap is in use, and how much was, as AddressSanitizer's allocator tells.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {  // as sanitizer/allocator_interface.h, which not every GCC comes with, declares them
+int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, size_t), void (*)(const volatile void*));
+size_t __sanitizer_get_allocated_size(const volatile void*);
+}
+
+namespace {
+
+std::atomic<int64_t> used{0}, peak{0};
+
+void allocated(const volatile void*, size_t bytes) {
+  const int64_t now = used += int64_t(bytes);
+  for (int64_t seen = peak; now > seen && !peak.compare_exchange_weak(seen, now);) {
+  }
+}
+
+void freed(const volatile void* pointer) {
+  if (pointer) used -= int64_t(__sanitizer_get_allocated_size(pointer));
+}
+
+}  // namespace
+
+extern "C" {
+// 0 where there is no room for another hook.
+int heap_watch() { return __sanitizer_install_malloc_and_free_hooks(allocated, freed); }
+
+void heap_start() { peak = used.load(); }
+
+int64_t heap_used() { return used; }
+
+int64_t heap_peak() { return peak; }
+}
