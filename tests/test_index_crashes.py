@@ -5,8 +5,10 @@ import random
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +48,35 @@ def test_a_full_disk_leaves_the_old_index(tmp_path):
     assert_same_index(HammingIndex.load(tmp_path), old)
     grown.save(tmp_path)
     assert_same_index(HammingIndex.load(tmp_path), grown)
+
+
+@pytest.mark.parametrize("writable", [(), ("lock",), ("lock", "codes-*.bin"), ("codes-*.bin", "manifest.json")])
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_read_only_folder_is_refused(writable, grown):
+    """As nobody, where the tests run as root, who may write everywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "index")
+        old = index_of()
+        old.save(path)
+        new = HammingIndex.load(path) if grown else index_of(20)
+        new.add(codes_of(5, seed=1))
+        for file in path.iterdir():
+            file.chmod(0o666 if any(map(file.match, writable)) else 0o444)
+        Path(name).chmod(0o755)
+        path.chmod(0o555)
+
+        def save() -> None:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            with pytest.raises(InputError, match=r"path must be a folder that can be written to, got .* \(.*denied\)$"):
+                new.save(path)
+            assert_same_index(HammingIndex.load(path), old)
+
+        child = in_child(save)
+        assert os.waitpid(child, 0)[1] == 0
+        path.chmod(0o755)
+        assert_same_index(HammingIndex.load(path), old)
+        assert len(list(path.iterdir())) == 3
 
 
 def state_of(step: int) -> tuple[np.ndarray, np.ndarray]:

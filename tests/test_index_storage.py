@@ -286,15 +286,3 @@ def test_a_load_starts_again_where_a_save_came_between(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "_load", interrupted)
     assert_same_index(HammingIndex.load(tmp_path), new)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
-def test_a_read_only_folder_is_refused(tmp_path):
-    index = index_of()
-    index.save(tmp_path / "index")
-    (tmp_path / "index" / "lock").unlink()
-    (tmp_path / "index").chmod(0o555)
-    with pytest.raises(InputError, match="path must be a folder that can be written to, got"):
-        index_of(20).save(tmp_path / "index")
-    assert_same_index(HammingIndex.load(tmp_path / "index", mmap=True), index)
-    (tmp_path / "index").chmod(0o755)

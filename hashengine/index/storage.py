@@ -47,7 +47,7 @@ def save(path: Path, bits: int, state: State, saved: Saved | None) -> Saved:
     if path.exists() and not path.is_dir():
         raise InputError(f"save: path must be a folder or not exist yet, got the file {path}")
     live = None if state.live is None else torch.from_numpy(state.live)
-    with _locked(path):
+    with _writable(path), _locked(path):
         old = _manifest.read(path) if (path / MANIFEST).exists() else None
         base = old if saved is not None and saved.path == path.resolve() and saved.manifest == old else None
         try:
@@ -108,15 +108,21 @@ def _check_rows(path: Path, manifest: dict[str, Any], state: State) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The folder, made where it does not exist, for one save at a time; the system unlocks it when a process dies."""
+def _writable(path: Path) -> Iterator[None]:
+    """Tells what may not be written to as a mistake in ``path``: the folder, its lock, or a file in it."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        yield
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise InputError(f"save: path must be a folder that can be written to, got {path} ({error.strerror})") from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The folder, made where it does not exist, for one save at a time; the system unlocks it when a process dies."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

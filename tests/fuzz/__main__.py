@@ -21,28 +21,27 @@ CORPUS = Path(__file__).parent / "corpus"
 KEPT = ROOT / "build" / "fuzz"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g", "-Wno-psabi"]
 LONGEST = 16384  # bytes of an input
-_LOADED = "HASHENGINE_FUZZ_RUNTIME"
+_FOLDER = "HASHENGINE_FUZZ_FOLDER"  # tells the process under the runtime that it is that
 
 
-def under_the_runtime() -> None:
-    """Start this process again with the sanitizer's runtime, in one library with the fuzzer's, before all others."""
-    if _LOADED in os.environ:
-        del os.environ["LD_PRELOAD"]  # the compiler can do without
-        return
+def under_the_runtime() -> int:
+    """This program again, with the sanitizer's runtime, in one library with the fuzzer's, before all others."""
     atheris = importlib.util.find_spec("atheris")
     if atheris is None:
         sys.exit("tests.fuzz needs atheris, which has wheels for Linux on x86-64 with Python 3.11 to 3.14")
     runtime = Path(atheris.origin).parents[1] / "asan_with_fuzzer.so"
     command = [os.environ.get("CXX", "g++"), "-print-file-name=libstdc++.so"]
     libstdcxx = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    environment = os.environ | {
-        _LOADED: "1",
+    settings = {
         "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # the runtime looks for what it intercepts of libstdc++ at once
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONMALLOC": "malloc",  # Python's own pools would hide what lies in them
         "OMP_NUM_THREADS": "1",
     }
-    os.execve(sys.executable, [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], environment)
+    # In memory where that is a folder: a save waits for the disk. And from here, since the fuzzer ends its process.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]]
+        return subprocess.run(command, env=os.environ | settings | {_FOLDER: folder}).returncode
 
 
 class Heap:
@@ -51,19 +50,9 @@ class Heap:
     TIMES, BESIDES = 16, 1 << 20
 
     def __init__(self, folder: Path):
-        library = folder / "heap.so"
-        source = Path(__file__).with_name("heap.cpp")
-        command = [
-            os.environ.get("CXX", "g++"),
-            "-std=c++17",
-            "-O1",
-            "-fPIC",
-            "-shared",
-            str(source),
-            "-o",
-            str(library),
-        ]
-        subprocess.run(command, check=True)
+        library, compiler = folder / "heap.so", os.environ.get("CXX", "g++")
+        command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(Path(__file__).with_name("heap.cpp"))]
+        subprocess.run([*command, "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))
         for name in ("heap_used", "heap_peak"):
             getattr(self._library, name).restype = ctypes.c_int64
@@ -85,7 +74,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers; 0: another each time")
     parser.add_argument("inputs", nargs="*", help="run these alone")
     options = parser.parse_args()
-    under_the_runtime()
+    if _FOLDER not in os.environ:
+        sys.exit(under_the_runtime())
+    del os.environ["LD_PRELOAD"]  # the compiler can do without
 
     import atheris
 
@@ -93,33 +84,31 @@ def main() -> None:
         from tests.fuzz import inputs, readers
     from tests.hamming_levels import LevelLibrary, assert_same, native_levels, nearest
 
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        folder = Path(name)
-        library, heap = LevelLibrary(folder, SANITIZERS), Heap(folder)
-        levels = native_levels() or ["scalar"]
+    folder = Path(os.environ[_FOLDER])
+    library, heap = LevelLibrary(folder, SANITIZERS), Heap(folder)
+    levels = native_levels() or ["scalar"]
 
-        def search(queries, codes, live) -> None:
-            if len(codes):
-                for level in levels:
-                    found = library.topk(level, 1, queries, codes, len(codes), live)
-                    assert_same(found, nearest(queries, codes, len(codes), live))
+    def search(queries, codes, live) -> None:
+        for level in levels if len(codes) else ():
+            found = library.topk(level, 1, queries, codes, len(codes), live)
+            assert_same(found, nearest(queries, codes, len(codes), live))
 
-        def check(data: bytes) -> None:
-            readers.check(data, folder / "files", search, heap.measured)
+    def check(data: bytes) -> None:
+        readers.check(data, folder / "files", search, heap.measured)
 
-        corpus = folder / "corpus"
-        corpus.mkdir()
-        for name, data in inputs.seeds().items():
-            (corpus / name).write_bytes(data)
-        KEPT.mkdir(parents=True, exist_ok=True)
-        arguments = [sys.argv[0], f"-max_len={LONGEST}", f"-artifact_prefix={KEPT}/"]
-        if options.inputs:
-            arguments += options.inputs
-        else:
-            arguments += [f"-max_total_time={options.seconds}", f"-seed={options.seed}", "-timeout=20"]
-            arguments += ["-print_final_stats=1", str(corpus), str(CORPUS)]
-        atheris.Setup(arguments, check)
-        atheris.Fuzz()
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for name, data in inputs.seeds().items():
+        (corpus / name).write_bytes(data)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.argv[0], f"-max_len={LONGEST}", f"-artifact_prefix={KEPT}/"]
+    if options.inputs:
+        arguments += options.inputs
+    else:
+        arguments += [f"-max_total_time={options.seconds}", f"-seed={options.seed}", "-timeout=20"]
+        arguments += ["-print_final_stats=1", str(corpus), str(CORPUS)]
+    atheris.Setup(arguments, check)
+    atheris.Fuzz()
 
 
 main()

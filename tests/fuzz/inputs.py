@@ -1,8 +1,8 @@
 """What the fuzzer's bytes mean, as files for the readers, and what it starts from.
 
 The first byte chooses a reader, the second holds flags. Then comes a file for `read_codes`, or the files of an index;
-or, since checksums would refuse nearly all that is made by chance, edits of an index that the library wrote, after which
-its checksums can be made right again.
+or, since checksums would refuse nearly all that is made by chance, the number of an index that the library wrote and
+edits of it, after which its checksums are made right again.
 """
 
 from __future__ import annotations
