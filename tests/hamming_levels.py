@@ -78,19 +78,26 @@ class ArmWorker:
         self._process.communicate()
 
 
-class LevelLibrary:
-    """To run anywhere, AVX-512's kernels are compiled against plain C++ twins of its intrinsics; NEON's run in qemu."""
+def build_searches(caller: Path, output: Path, flags: Sequence[str] = (), link_flags: Sequence[str] = ()) -> None:
+    """The searches of every level with what calls them, as a program or library.
 
+    AVX-512's kernels are compiled against plain C++ twins of its intrinsics, to run anywhere.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512="]
+    objects = compile_all(
+        [compiler, *INCLUDE, "-O1", "-pthread", "-Wno-psabi", *flags],
+        [*ROOT.glob("csrc/cpu/hamming_*.cpp"), caller],
+        output.parent,
+        lambda source: twin if source.stem.endswith("avx512") else (),
+    )
+    subprocess.run([compiler, "-pthread", *link_flags, *objects, "-o", str(output)], check=True)
+
+
+class LevelLibrary:
+    """Every level, called through ctypes; on another CPU, NEON's through a pipe to qemu."""
     def __init__(self, folder: Path, flags: Sequence[str] = ()):
-        twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512="]
-        compiler = os.environ.get("CXX", "g++")
-        objects = compile_all(
-            [compiler, *INCLUDE, "-O1", "-fPIC", "-pthread", *flags],
-            [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "tests/emulation/hamming.cpp"],
-            folder,
-            lambda source: twin if source.stem.endswith("avx512") else (),
-        )
-        subprocess.run([compiler, "-shared", "-pthread", *flags, *objects, "-o", str(folder / "levels.so")], check=True)
+        build_searches(ROOT / "tests/emulation/hamming.cpp", folder / "levels.so", ["-fPIC", *flags], ["-shared"])
         self._library = ctypes.CDLL(str(folder / "levels.so"))
         self._folder = folder
 
