@@ -220,11 +220,15 @@ def test_a_million_ids_one_batch_after_another():
         index.add(codes[:1], np.array([5]))
 
 
-def test_searches_beside_a_writer_see_one_state_each():
+@pytest.mark.parametrize("mapped", [False, True])
+def test_searches_beside_a_writer_see_one_state_each(tmp_path, mapped):
     """Every state holds the codes 0 .. n-1 once and, at distance 8, marks that an update writes all at once."""
     index = HammingIndex(16)
     marks = np.array([[255, 0]] * 64, np.uint8)
     index.add(marks)
+    if mapped:
+        index.save(tmp_path)
+        index = HammingIndex.load(tmp_path, mmap=True)
     stop, failures = threading.Event(), []
 
     def read():

@@ -198,21 +198,6 @@ def test_version_1_still_loads(tmp_path):
     assert_same_index(HammingIndex.load(tmp_path), index)
 
 
-def test_changes_of_a_mapped_index_never_reach_the_file(tmp_path):
-    index_of().save(tmp_path)
-    (file,) = tmp_path.glob("codes-*.bin")
-    before = file.read_bytes()
-    index = HammingIndex.load(tmp_path, mmap=True)
-    index.update(np.arange(50), ~codes_of(50))
-    index.remove(np.array([1]))
-    index.add(codes_of(5))
-    index.update(np.arange(2, 55), codes_of(53, seed=4))
-    assert file.read_bytes() == before
-    assert_same_index(HammingIndex.load(tmp_path), index_of())
-    index.save(tmp_path)
-    assert_same_index(HammingIndex.load(tmp_path, mmap=True), index)
-
-
 def test_a_map_does_not_read_the_codes(tmp_path):
     index_of(ids=True).save(tmp_path)
     damage(tmp_path, "flipped bit")

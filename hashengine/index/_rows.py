@@ -1,5 +1,6 @@
 """Rows that grow at the end while readers hold the rows before it."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,10 @@ class GrowingRows:
     def __init__(self, rows: Tensor):
         self._memory = rows
 
+    def first(self, count: int) -> Tensor:
+        """The first ``count`` rows; to torch a tensor of its own, so that a copy or a pickle leaves the rest out."""
+        return torch.from_numpy(self._memory[:count].numpy())
+
     def extended(self, count: int, rows: Tensor) -> Tensor:
         """The first ``count`` rows with ``rows`` behind them; views of the first ``count`` stay as they are."""
         needed = count + len(rows)
@@ -20,4 +25,4 @@ class GrowingRows:
             grown[:count] = self._memory[:count]
             self._memory = grown
         self._memory[count:needed] = rows
-        return self._memory[:needed]
+        return self.first(needed)

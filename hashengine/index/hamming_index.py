@@ -55,9 +55,9 @@ class HammingIndex:
         self._writer = threading.Lock()  # add, remove, update, compact and save, one at a time
         self._rows_lock = ReadersWriterLock()  # a search reads the rows that an update overwrites
 
-    def _publish(self, state: State) -> None:
-        """A state whose rows lie in memory of their own."""
-        self._codes = GrowingRows(state.codes)
+    def _publish(self, state: State, codes: GrowingRows | None = None) -> None:
+        """A state whose rows lie in memory of their own, or its codes at the beginning of ``codes``."""
+        self._codes = codes or GrowingRows(state.codes)
         self._ids = GrowingRows(torch.empty(0, dtype=torch.int64) if state.ids is None else state.ids)
         self._state = state
 
@@ -320,13 +320,16 @@ class HammingIndex:
         Args:
             path: the folder.
             mmap: map the codes instead of reading them. Sizes and all checksums but the codes' are checked. The file is
-                never written to through the map: changes stay in memory until they are saved.
+                never written to through the map: changes stay in memory until they are saved. On Linux, codes that are
+                added stand behind the map, which stays as it is, until they take three times its size, or 64 MB where
+                that is more; what is added then, or elsewhere, copies the codes to memory. So does :meth:`compact`;
+                :meth:`update` copies the pages that it changes.
 
         Raises:
             InputError: no index there, a version that this release does not know, or files that are damaged.
         """
-        bits, state, saved = storage.load(Path(path), mmap)
+        bits, state, codes, saved = storage.load(Path(path), mmap)
         index = cls(bits)
-        index._publish(state)
+        index._publish(state, codes)
         index._saved = saved
         return index

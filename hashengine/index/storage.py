@@ -28,6 +28,8 @@ from torch import Tensor
 from hashengine.errors import InputError
 from hashengine.index import _manifest
 from hashengine.index._manifest import MANIFEST
+from hashengine.index._mapping import map_rows
+from hashengine.index._rows import GrowingRows
 from hashengine.index._state import State
 
 _KINDS = ("codes", "ids", "live")
@@ -73,24 +75,29 @@ def save(path: Path, bits: int, state: State, saved: Saved | None) -> Saved:
     return Saved(path.resolve(), manifest)
 
 
-def load(path: Path, mmap: bool) -> tuple[int, State, Saved]:
+def load(path: Path, mmap: bool) -> tuple[int, State, GrowingRows, Saved]:
+    """The length of a code, the state, the memory in which its codes stand, and what they were loaded from."""
     while True:
         manifest = _manifest.read(path)
         try:
-            return manifest["bits"], _load(path, manifest, mmap), Saved(path.resolve(), manifest)
+            return manifest["bits"], *_load(path, manifest, mmap), Saved(path.resolve(), manifest)
         except (InputError, FileNotFoundError):
             if _manifest.read(path) == manifest:  # else another process has saved, and removed what was being read
                 raise
 
 
-def _load(path: Path, manifest: dict[str, Any], mmap: bool) -> State:
+def _load(path: Path, manifest: dict[str, Any], mmap: bool) -> tuple[State, GrowingRows]:
     count, width = manifest["count"], manifest["bits"] // 8
-    codes = (_map if mmap else _read)(path, manifest["codes"], torch.uint8, (count, width))
+    if mmap and count:
+        file = _checked_file(path, manifest["codes"])
+        rows = GrowingRows(torch.from_numpy(map_rows(file, count, width)))
+    else:
+        rows = GrowingRows(_read(path, manifest["codes"], torch.uint8, (count, width)))
     ids = _read(path, manifest["ids"], torch.int64, (count,))
     live = _read(path, manifest["live"], torch.uint8, ((count + 7) // 8,))
-    state = State.of(codes, ids, None if live is None else live.numpy(), manifest["next_id"])
+    state = State.of(rows.first(count), ids, None if live is None else live.numpy(), manifest["next_id"])
     _check_rows(path, manifest, state)
-    return state
+    return state, rows
 
 
 def _check_rows(path: Path, manifest: dict[str, Any], state: State) -> None:
@@ -193,13 +200,6 @@ def _checked_file(path: Path, entry: dict[str, Any]) -> Path:
     if size < entry["bytes"] or not file.is_file():
         raise InputError(f"load: {file} is damaged: it must hold {entry['bytes']} bytes, got {size}")
     return file
-
-
-def _map(path: Path, entry: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    file = _checked_file(path, entry)
-    if entry["bytes"] == 0:  # nothing to map
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.memmap(file, np.uint8, mode="c", shape=shape))
 
 
 def _read(path: Path, entry: dict[str, Any] | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
