@@ -107,7 +107,7 @@ def _check_rows(path: Path, manifest: dict[str, Any], state: State) -> None:
         file = path / manifest["live"]["file"]
         raise InputError(f"load: {file} is damaged: it must hold a bit for each of {rows} codes and zeros behind them")
     if state.ids is not None:
-        ids = np.sort(state.live_ids().numpy())
+        ids = np.sort((state.ids if state.live is None else state.live_ids()).numpy())
         end = np.inf if state.next_id is None else state.next_id
         if len(ids) and (ids[0] < 0 or ids[-1] >= end or (ids[1:] == ids[:-1]).any()):
             file = path / manifest["ids"]["file"]

@@ -64,9 +64,9 @@ def check(data: bytes, folder: Path, search: Search | None = None, measured: Mea
         order = "little" if bit_order == "lsb_first" else "big"
         assert codes.dtype == np.uint8 and codes.ndim == 2 and codes.shape[1] > 0
         np.testing.assert_array_equal(codes, np.packbits(np.unpackbits(stored, axis=1, bitorder=order), axis=1))
-        index = HammingIndex(8 * codes.shape[1]) if codes.shape[1] <= 8192 else None
-        if index is None:
+        if codes.shape[1] > 8192:  # longer than an index takes
             return
+        index = HammingIndex(8 * codes.shape[1])
         index.add(codes)
     _check_index(index, search)
     _check_save(index, folder, mmap)
