@@ -96,6 +96,7 @@ def build_searches(caller: Path, output: Path, flags: Sequence[str] = (), link_f
 
 class LevelLibrary:
     """Every level, called through ctypes; on another CPU, NEON's through a pipe to qemu."""
+
     def __init__(self, folder: Path, flags: Sequence[str] = ()):
         build_searches(ROOT / "tests/emulation/hamming.cpp", folder / "levels.so", ["-fPIC", *flags], ["-shared"])
         self._library = ctypes.CDLL(str(folder / "levels.so"))
