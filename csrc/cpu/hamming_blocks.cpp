@@ -17,7 +17,8 @@ constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
 constexpr int64_t kItemsPerThread = 4;                 // so that a slow core does not hold up the others
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kHugePage = 2 << 20;                 // clearing one takes about 100 microseconds
+constexpr int64_t kLongBytes = int64_t(1) << 30;       // query-code bytes that take some milliseconds
 constexpr int64_t kHugeBytes = 192 << 10;              // 48 pages: a first-level TLB has about 64 entries
 
 }  // namespace
@@ -54,6 +55,7 @@ HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& searc
                          int64_t least_chunk, int most_threads)
     : kernel(&kernel) {
   threads = search.query_count * search.code_count * search.code_bytes < kSerialBytes ? 1 : most_threads;
+  is_long = search.query_count * search.code_count * search.code_bytes >= kLongBytes;
   if (kernel.block_queries) {
     query_block = std::clamp<int64_t>(kHammingThreadBytes / per_query, 1, kernel.block_queries);
   } else {
@@ -72,27 +74,34 @@ HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& searc
   chunks = ceil_div(search.code_count, chunk_codes);
 }
 
-LaidOutQueries::LaidOutQueries(int64_t bytes) {
-  const bool is_huge = bytes >= kHugeBytes;
-  const int64_t alignment = is_huge ? kHugePage : kAlignment;
-  room_ = size_t(round_up(bytes, alignment) + alignment);
-  memory_ = mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory_ == MAP_FAILED) throw std::bad_alloc();
-  const auto address = reinterpret_cast<uintptr_t>(memory_);
-  data_ = reinterpret_cast<uint8_t*>((address + uintptr_t(alignment) - 1) / uintptr_t(alignment) * uintptr_t(alignment));
-#ifdef MADV_HUGEPAGE
-  if (is_huge) madvise(data_, size_t(round_up(bytes, alignment)), MADV_HUGEPAGE);
-#endif
+ThreadMemory::~ThreadMemory() {
+  if (mapped_) munmap(mapped_, mapped_bytes_);
 }
 
-LaidOutQueries::~LaidOutQueries() { munmap(memory_, room_); }
+uint8_t* ThreadMemory::reserve(int64_t bytes, bool is_long) {
+  if (bytes <= bytes_) return data_;
+  if (mapped_) munmap(mapped_, mapped_bytes_);
+  const bool is_huge = is_long && bytes >= kHugeBytes;
+  const auto alignment = size_t(is_huge ? kHugePage : kAlignment);
+  mapped_bytes_ = size_t(round_up(bytes, int64_t(alignment))) + alignment;
+  mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped_ == MAP_FAILED) {
+    mapped_ = nullptr;
+    throw std::bad_alloc();
+  }
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapped_) + alignment - 1) / alignment * alignment);
+  bytes_ = bytes;
+#ifdef MADV_HUGEPAGE
+  if (is_huge) madvise(data_, mapped_bytes_ - alignment, MADV_HUGEPAGE);
+#endif
+  return data_;
+}
 
 HammingItem::HammingItem(const HammingPlan& plan, const HammingSearch& search)
-    : plan_(plan),
-      search_(search),
-      tiles_(*plan.kernel, search),
-      prepared_(std::max(round_up(plan.query_block, 2), plan.kernel->block_queries) *
-                plan.kernel->query_bytes(search.code_bytes)) {}
+    : plan_(plan), search_(search), tiles_(*plan.kernel, search) {
+  const int64_t queries = std::max(round_up(plan.query_block, 2), plan.kernel->block_queries);
+  prepared_ = memory_.reserve(queries * plan.kernel->query_bytes(search.code_bytes), plan.is_long);
+}
 
 void HammingItem::set(int64_t item) {
   number = item;
@@ -101,8 +110,8 @@ void HammingItem::set(int64_t item) {
   last_code = std::min(first_code + plan_.chunk_codes, search_.code_count);
   first_query = item % plan_.query_blocks * plan_.query_block;
   const int64_t count = std::min(plan_.query_block, search_.query_count - first_query);
-  queries = {prepared_.data(), search_.queries + first_query * search_.code_bytes, count};
-  plan_.kernel->prepare_queries(queries.codes, count, search_.code_bytes, prepared_.data());
+  queries = {prepared_, search_.queries + first_query * search_.code_bytes, count};
+  plan_.kernel->prepare_queries(queries.codes, count, search_.code_bytes, prepared_);
 }
 
 }  // namespace hashengine

@@ -33,22 +33,27 @@ struct HammingPlan {
               int most_threads);
 
   int64_t items() const { return query_blocks * chunks; }
+
+  bool is_long = false;  // so that preparing it may cost some 100 microseconds
 };
 
-// Memory for queries as a kernel lays them out; in huge pages where a scan would need more small ones than a TLB holds.
-class LaidOutQueries {
+// A thread's memory. Of much of it, in a long search, the pages are huge ones: small ones cost a fault each, and more of
+// them than a first-level TLB holds slow a scan down.
+class ThreadMemory {
  public:
-  explicit LaidOutQueries(int64_t bytes);
-  ~LaidOutQueries();
-  LaidOutQueries(const LaidOutQueries&) = delete;
-  LaidOutQueries& operator=(const LaidOutQueries&) = delete;
+  ThreadMemory() = default;
+  ~ThreadMemory();
+  ThreadMemory(const ThreadMemory&) = delete;
+  ThreadMemory& operator=(const ThreadMemory&) = delete;
 
-  uint8_t* data() const { return data_; }
+  // Room for so many bytes, at a multiple of 64; what was there is lost where it grows.
+  uint8_t* reserve(int64_t bytes, bool is_long);
 
  private:
-  size_t room_;
-  void* memory_;
-  uint8_t* data_;
+  uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
 };
 
 // A thread's part of the work, and its memory, which it keeps from item to item.
@@ -90,7 +95,8 @@ class HammingItem {
   const HammingPlan& plan_;
   const HammingSearch& search_;
   TileStream tiles_;
-  LaidOutQueries prepared_;
+  ThreadMemory memory_;
+  uint8_t* prepared_;
 };
 
 // work(item) for every item, with a `State` of its own for each thread: work(item, state).

@@ -54,8 +54,9 @@ std::vector<uint32_t> sample_bounds(const HammingSearch& search, int64_t k, Simd
         for (int64_t q = 0; q < item.queries.count; ++q) {
           plan.kernel->measure(tile, item.queries, q, own.distances.data());
           uint32_t* const counts = own.counts.data() + q * bins;
+          const uint8_t* const filter = item.filter_of(q);
           for (int64_t i = 0; i < tile.count; ++i)
-            counts[own.distances[size_t(i)]] += passes(item.filter_of(q), tile.position_of(i));
+            counts[own.distances[size_t(i)]] += filter == nullptr || passes(filter, tile.position_of(i));
         }
       });
     for (int64_t q = 0; q < item.queries.count; ++q)

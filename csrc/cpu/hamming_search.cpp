@@ -2,8 +2,8 @@
 //
 // Each query's selector knows, after every candidate, the distance that the next must stay below; a scan only has to
 // compare a vector of distances with it, and over N codes in random order about k * (1 + ln(N / k)) pass. For a large k
-// a sample of the codes tells a bound to begin with (hamming_sample.cpp), so that only a few k pass. A chunk's nearest
-// come as a list in order, and the lists of a query's chunks are merged.
+// a sample of the codes tells a bound to begin with (hamming_sample.cpp), so that only a few k pass. Each chunk yields a
+// list for each query, and what the lists of a query hold is sorted by counting.
 
 #include "hamming_blocks.h"
 #include "hamming_rank.h"
@@ -12,7 +12,8 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a merge
+constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a list
+constexpr int64_t kLeastRoom = 512;                      // candidates of a query that a thread has room for
 constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
 constexpr int64_t kListBytes = int64_t(16) << 20;        // of the lists of the queries that are searched together
 
@@ -46,9 +47,9 @@ Batch next_batch(const HammingSearch& search, int64_t first, int64_t most, int64
   return {part, first, &hamming_kernel(level, part)};
 }
 
-// The nearest of one chunk to one query, in order; positions count from `offset`.
+// The nearest of one chunk to one query, in order of position, which counts from `offset`.
 struct List {
-  const HammingCandidate* next;
+  const HammingCandidate* begin;
   const HammingCandidate* end;
   int64_t offset;
 };
@@ -56,17 +57,23 @@ struct List {
 // What each chunk yields for each query of a batch.
 class Lists {
  public:
-  // Candidates below the bound of their query, at most `limit`, the nearest.
+  // Candidates below the bound of their query, at most `limit`, the nearest; about `expected` are there.
   Lists(const Batch& batch, int64_t per_query, int64_t least_chunk, const std::vector<uint32_t>& bounds, int64_t limit,
-        const ThreadPool& pool)
-      : plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads), parts_(size_t(plan_.items())) {
+        int64_t expected, const ThreadPool& pool)
+      : plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads), parts_(size_t(plan_.items())),
+        code_bytes_(batch.search.code_bytes) {
     std::vector<std::atomic<uint32_t>> shared(bounds.size());
     for (size_t q = 0; q < bounds.size(); ++q) shared[q] = bounds[q];
-    for_each_item<std::vector<Selector>>(plan_, batch.search, pool, [&](HammingItem& item, auto& selectors) {
+    const int64_t room = std::min(2 * ceil_div(expected, plan_.chunks) + kLeastRoom, plan_.chunk_codes);
+    for_each_item<Memory>(plan_, batch.search, pool, [&](HammingItem& item, Memory& memory) {
       const int64_t codes = item.last_code - item.first_code, length = std::min(limit, codes);
+      std::vector<Selector>& selectors = memory.selectors;
       selectors.resize(size_t(plan_.query_block));
+      auto* const candidates = reinterpret_cast<HammingCandidate*>(
+          memory.candidates.reserve(plan_.query_block * room * int64_t(sizeof(HammingCandidate)), plan_.is_long));
       for (int64_t q = 0; q < item.queries.count; ++q)
-        selectors[size_t(q)].reset(length, codes, shared[size_t(item.first_query + q)], item.filter_of(q));
+        selectors[size_t(q)].reset(length, codes, shared[size_t(item.first_query + q)], item.filter_of(q),
+                                   candidates + q * room, room);
       item.for_each_tile([&](const HammingTile& tile) { plan_.kernel->scan(tile, item.queries, selectors.data()); });
       Part& part = parts_[size_t(item.number)];
       part.begins.push_back(0);
@@ -77,9 +84,10 @@ class Lists {
         // What is farther than the last of these is not among the nearest of any chunk; a tie may stand before it.
         if (found == limit) lower(shared[size_t(item.first_query + q)], selector.bound() + 1);
       }
-      part.candidates.reset(new HammingCandidate[size_t(part.begins.back())]);
+      part.candidates = reinterpret_cast<HammingCandidate*>(
+          part.memory.reserve(part.begins.back() * int64_t(sizeof(HammingCandidate)), plan_.is_long));
       for (size_t q = 0; q < size_t(item.queries.count); ++q)
-        selectors[q].write(part.candidates.get() + part.begins[q]);
+        std::copy_n(selectors[q].candidates(), part.begins[q + 1] - part.begins[q], part.candidates + part.begins[q]);
     });
   }
 
@@ -87,34 +95,44 @@ class Lists {
     int64_t found = 0;
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const List list = list_of(query, chunk);
-      found += list.end - list.next;
+      found += list.end - list.begin;
     }
     return found;
   }
 
-  // Writes a query's first `limit`, or as many as there are; returns their number. A distance at a time, a chunk's run
-  // of it after another's: so the earlier position wins a tie.
-  int64_t merge(int64_t query, int64_t limit, int32_t* distances, int64_t* positions) const {
-    std::vector<List> lists;
-    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) lists.push_back(list_of(query, chunk));
-    for (int64_t rank = 0; rank < limit;) {
-      uint32_t nearest = UINT32_MAX;
-      for (const List& list : lists)
-        if (list.next != list.end) nearest = std::min(nearest, list.next->distance);
-      if (nearest == UINT32_MAX) return rank;
-      for (List& list : lists)
-        for (; list.next != list.end && list.next->distance == nearest && rank < limit; ++list.next, ++rank) {
-          distances[rank] = int32_t(nearest);
-          positions[rank] = list.offset + int64_t(list.next->position);
-        }
+  // Writes a query's first `limit` by (distance, position), or as many as there are; returns their number. The lists stand
+  // in order of position, and so do the candidates of each, so that counting distances sorts them.
+  int64_t sort(int64_t query, int64_t limit, int32_t* distances, int64_t* positions) const {
+    std::vector<int64_t> ranks(size_t(8 * code_bytes_ + 2), 0);  // of the next of each distance
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      const List list = list_of(query, chunk);
+      for (const HammingCandidate* next = list.begin; next != list.end; ++next) ++ranks[next->distance + 1];
     }
-    return limit;
+    for (size_t d = 1; d < ranks.size(); ++d) ranks[d] += ranks[d - 1];
+    const int64_t found = ranks.back();
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      const List list = list_of(query, chunk);
+      for (const HammingCandidate* next = list.begin; next != list.end; ++next) {
+        const int64_t rank = ranks[next->distance]++;
+        if (rank >= limit) continue;
+        distances[rank] = int32_t(next->distance);
+        positions[rank] = list.offset + int64_t(next->position);
+      }
+    }
+    return std::min(found, limit);
   }
 
  private:
   struct Part {
-    std::unique_ptr<HammingCandidate[]> candidates;
+    ThreadMemory memory;
+    HammingCandidate* candidates;
     std::vector<int64_t> begins;  // of each query of the block, and the end
+  };
+
+  // A thread's.
+  struct Memory {
+    std::vector<Selector> selectors;  // of each query of the block
+    ThreadMemory candidates;
   };
 
   static void lower(std::atomic<uint32_t>& bound, uint32_t to) {
@@ -125,12 +143,13 @@ class Lists {
   List list_of(int64_t query, int64_t chunk) const {
     const Part& part = parts_[size_t(chunk * plan_.query_blocks + query / plan_.query_block)];
     const auto row = size_t(query % plan_.query_block);
-    return {part.candidates.get() + part.begins[row], part.candidates.get() + part.begins[row + 1],
+    return {part.candidates + part.begins[row], part.candidates + part.begins[row + 1],
             chunk * plan_.chunk_codes};
   }
 
   const HammingPlan plan_;
   std::vector<Part> parts_;  // [chunk, block of queries]
+  const int64_t code_bytes_;
 };
 
 }  // namespace
@@ -143,7 +162,7 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
   const int64_t per_query = Selector::bytes(most_bound, k, search.code_count);
   const int64_t together = kListBytes / (k * int64_t(sizeof(HammingCandidate)));
   const auto find = [&](const Batch& batch, const std::vector<uint32_t>& bounds) {
-    return Lists(batch, per_query, std::max(kMinChunkCodes, 4 * k), bounds, k, pool);
+    return Lists(batch, per_query, std::max(kMinChunkCodes, 4 * k), bounds, k, k, pool);
   };
   for (int64_t first = 0; first < search.query_count;) {
     const Batch batch = next_batch(search, first, together, per_query, level);
@@ -151,7 +170,7 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
     const Lists lists = find(batch, bounds);
     parallel_for(pool, batch.search.query_count, ceil_div<int64_t>(1 << 14, k), [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
-        const int64_t row = (first + q) * k, found = lists.merge(q, k, distances + row, positions + row);
+        const int64_t row = (first + q) * k, found = lists.sort(q, k, distances + row, positions + row);
         std::fill(distances + row + found, distances + row + k, int32_t(most_bound));
         std::fill(positions + row + found, positions + row + k, int64_t(-1));
       }
@@ -159,7 +178,7 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
     for (int64_t q = 0; q < batch.search.query_count; ++q) {
       if (bounds[size_t(q)] == most_bound || lists.found(q) >= k) continue;
       const Batch astray = {part_of(batch.search, q, 1), first + q, &hamming_kernel(level, part_of(batch.search, q, 1))};
-      find(astray, {most_bound}).merge(0, k, distances + (first + q) * k, positions + (first + q) * k);
+      find(astray, {most_bound}).sort(0, k, distances + (first + q) * k, positions + (first + q) * k);
     }
     first += batch.search.query_count;
   }
@@ -174,7 +193,7 @@ HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius
   for (int64_t first = 0; first < search.query_count;) {
     const Batch batch = next_batch(search, first, search.query_count, per_query, level);
     const std::vector<uint32_t> bounds(size_t(batch.search.query_count), uint32_t(radius + 1));
-    const Lists lists(batch, per_query, kMinChunkCodes, bounds, max_results, pool);
+    const Lists lists(batch, per_query, kMinChunkCodes, bounds, max_results, std::min(max_results, kExpected), pool);
     for (int64_t q = 0; q < batch.search.query_count; ++q)
       result.lims.push_back(result.lims.back() + std::min(lists.found(q), max_results));
     result.distances.resize(size_t(result.lims.back()));
@@ -182,7 +201,7 @@ HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius
     parallel_for(pool, batch.search.query_count, 256, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
         const int64_t at = result.lims[size_t(first + q)];
-        lists.merge(q, result.lims[size_t(first + q) + 1] - at, result.distances.data() + at,
+        lists.sort(q, result.lims[size_t(first + q) + 1] - at, result.distances.data() + at,
                     result.positions.data() + at);
       }
     });

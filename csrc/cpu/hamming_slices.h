@@ -11,8 +11,6 @@
 // fields: all tables together stay within 400 KB.
 #pragma once
 
-#include <utility>
-
 #include "hamming_kernel.h"
 
 // Who includes this defines HE_SLICES_TARGET first, the level's target attribute: intrinsics are inlined only into
@@ -23,7 +21,7 @@ namespace hashengine {
 
 constexpr int64_t kMaxSlicedWords = 16;  // of 64 bits; for longer codes no table fits
 constexpr int kMaxWeights = 11;          // of counters up to 1024
-constexpr int64_t kMaxHits = 4096;       // that are grouped by query
+constexpr int64_t kMaxKept = 32;         // hits of a query until they are offered
 constexpr int64_t kMaxStep = 512;        // codes between two looks at the hits
 
 // A word of a code in fields of kBits, and what is left of it.
@@ -121,19 +119,20 @@ class SlicedScan {
       : tile_(tile), queries_(queries), selectors_(selectors), tables_(reinterpret_cast<const Vector*>(queries.prepared)) {}
 
   HE_SLICES void run() {
-    const int64_t words = words_of(tile_.code_bytes);
-    if (tile_.code_bytes == 4) return scan<SlicedWord<7>, 1, 1, 6, 5>();
-    switch (words) {
-      case 1: return scan<SlicedWord<7>, 1, 1, 7>();
-      case 2: return scan<SlicedWord<7>, 1, 2, 8>();
-      case 3: return scan<SlicedWord<6>, 3, 1, 9>();
-      case 4: return scan<SlicedWord<6>, 1, 4, 9>();
-      case 6: return scan<SlicedWord<3>, 3, 2, 9>();
-      case 8: return scan<SlicedWord<3>, 2, 4, 10>();
-      case 12: return scan<SlicedWord<3>, 3, 4, 10>();
-      case 16: return scan<SlicedWord<3>, 4, 4, 11>();
-      default: return scan<SlicedWord<3>, 0, 1, 10>();
+    switch (tile_.code_bytes) {
+      case 4: return scan<SlicedWord<7>, 1, 1, 6, 5>();
+      case 8: return scan<SlicedWord<7>, 1, 1, 7>();
+      case 16: return scan<SlicedWord<7>, 1, 2, 8>();
+      case 32: return scan<SlicedWord<6>, 1, 4, 9>();
+      case 48: return scan<SlicedWord<3>, 3, 2, 9>();
+      case 64: return scan<SlicedWord<3>, 2, 4, 10>();
+      case 96: return scan<SlicedWord<3>, 3, 4, 10>();
+      case 128: return scan<SlicedWord<3>, 4, 4, 11>();
     }
+    const int64_t bits = field_bits(words_of(tile_.code_bytes));
+    if (bits == 7) return scan<SlicedWord<7>, 0, 1, 8>();
+    if (bits == 6) return scan<SlicedWord<6>, 0, 1, 9>();
+    return scan<SlicedWord<3>, 0, 1, kMaxWeights>();
   }
 
  private:
@@ -142,10 +141,6 @@ class SlicedScan {
     uint64_t hits;
     uint32_t code;  // of the step
     uint32_t first_query;
-  };
-  struct Hit {
-    uint32_t query;
-    uint32_t code;  // of the tile
   };
 
   static int64_t words_of(int64_t code_bytes) { return (code_bytes + 7) / 8; }
@@ -183,7 +178,8 @@ class SlicedScan {
     return table;
   }
 
-  // kWords words at a time, fields of them, into counters of kWeights bits, more than a distance has.
+  // kChunks times kWords words, or 0 for any number of single ones; kFields of a word's fields; counters of kWeights
+  // bits, more than a distance has.
   template <typename Word, int kChunks, int kWords, int kWeights, int kFields = Word::kFields>
   HE_SLICES void scan() {
     for (int64_t q = 0; q < kQueries; ++q) set_bound<kWeights>(q, q < queries_.count ? selectors_[q].bound() : 0);
@@ -193,12 +189,11 @@ class SlicedScan {
       const int64_t count = std::min(std::clamp<int64_t>(seen / 4, 16, kMaxStep), tile_.count - first);
       find_near<Word, kChunks, kWords, kWeights, kFields>(first, count);
       list_words();
-      for (int64_t i = 0; i < word_count_; ++i) {
-        if (hit_count_ > kMaxHits - 64) offer_hits<kWeights>();
-        list_hits(words_[i], first);
-      }
-      offer_hits<kWeights>();
+      for (int64_t i = 0; i < word_count_; ++i) keep_hits<kWeights>(words_[i], first);
       first += count;
+      // While hits are few, bounds should know of them at once.
+      if (word_count_ <= kQueries || count < kMaxStep || first == tile_.count)
+        for (int64_t q = 0; q < kQueries; ++q) offer_kept<kWeights>(q);
     }
   }
 
@@ -226,8 +221,9 @@ class SlicedScan {
         counter.begin();
 #pragma GCC unroll 4
         for (int w = 0; w < kWords; ++w) {
-          const int64_t byte = 8 * (kWords * chunk + w), width = kFields == 5 ? 4 : tile_.code_bytes - byte;
-          const uint64_t word = width >= 8 ? load_code_word(codes + byte, 8) : load_code_word(codes + byte, width);
+          const int64_t byte = 8 * (kWords * chunk + w);
+          const int64_t width = kFields == 5 ? 4 : kChunks ? 8 : std::min<int64_t>(8, tile_.code_bytes - byte);
+          const uint64_t word = load_code_word(codes + byte, width);
           table = add_word<Word, kFields>(table, word, counter);
         }
         counter.settle();
@@ -278,35 +274,26 @@ class SlicedScan {
       }
   }
 
-  HE_SLICES void list_hits(const Word& word, int64_t first_code) {
+  // They are offered some at a time, so that a selector's memory is touched seldom.
+  template <int kWeights>
+  HE_SLICES void keep_hits(const Word& word, int64_t first_code) {
     uint64_t hits = word.hits;
     do {
-      hits_[hit_count_++] = {word.first_query + uint32_t(__builtin_ctzll(hits)), uint32_t(first_code) + word.code};
+      const int64_t query = word.first_query + __builtin_ctzll(hits);
+      kept_[query][kept_count_[query]++] = uint32_t(first_code) + word.code;
+      if (kept_count_[query] == kMaxKept) offer_kept<kWeights>(query);
     } while (hits &= hits - 1);
   }
 
-  // Many are grouped by query first, so that a selector's memory is touched once for all that are its own.
   template <int kWeights>
-  HE_SLICES void offer_hits() {
-    const Hit* hits = hits_;
-    if (hit_count_ > kQueries) {
-      uint32_t ends[kQueries] = {};
-      for (int64_t i = 0; i < hit_count_; ++i) ++ends[hits_[i].query];
-      uint32_t sum = 0;
-      for (uint32_t& end : ends) sum += std::exchange(end, sum);
-      for (int64_t i = 0; i < hit_count_; ++i) grouped_[ends[hits_[i].query]++] = hits_[i];
-      hits = grouped_;
-    }
-    for (int64_t i = 0; i < hit_count_; ++i) offer<kWeights>(hits[i].query, hits[i].code);
-    hit_count_ = 0;
-  }
-
-  template <int kWeights>
-  HE_SLICES void offer(int64_t query, int64_t code) {
+  HE_SLICES void offer_kept(int64_t query) {
+    if (kept_count_[query] == 0) return;
     Selector& selector = selectors_[query];
-    selector.offer(hamming_distance(queries_.codes + query * tile_.code_bytes, tile_.codes + code * tile_.code_bytes,
-                                    tile_.code_bytes),
-                   tile_.position_of(code));
+    for (uint32_t i = 0; i < kept_count_[query]; ++i) {
+      const int64_t code = kept_[query][i];
+      selector.offer(hamming_distance(tile_, code, queries_, query), tile_.position_of(code));
+    }
+    kept_count_[query] = 0;
     if (selector.bound() != bounds_[query]) set_bound<kWeights>(query, selector.bound());
   }
 
@@ -321,9 +308,8 @@ class SlicedScan {
   int64_t near_count_;
   Word words_[kMaxStep * kQueries / 64 + 1];
   int64_t word_count_;
-  Hit hits_[kMaxHits];
-  Hit grouped_[kMaxHits];
-  int64_t hit_count_ = 0;
+  uint32_t kept_[kQueries][kMaxKept];  // codes that are near to a query and not yet offered
+  uint32_t kept_count_[kQueries] = {};
 };
 
 }  // namespace hashengine
