@@ -22,7 +22,7 @@ def index() -> HammingIndex:
 @pytest.fixture
 def in_parts(monkeypatch):
     monkeypatch.setattr(_search, "_PAIRS", 1)
-    monkeypatch.setattr(_search, "_LEAST_QUERIES", 7)
+    monkeypatch.setattr(_search, "_BLOCK", 7)
 
 
 def searches(index: HammingIndex, queries: np.ndarray, **options) -> list[np.ndarray]:
@@ -44,7 +44,7 @@ def test_parts_change_no_answer(index, monkeypatch, count):
     queries = index.codes[:count].numpy()
     whole = searches(index, queries)
     monkeypatch.setattr(_search, "_PAIRS", 1)
-    monkeypatch.setattr(_search, "_LEAST_QUERIES", 7)
+    monkeypatch.setattr(_search, "_BLOCK", 7)
     for mine, other in zip(searches(index, queries), whole, strict=True):
         np.testing.assert_array_equal(mine, other)
         assert mine.dtype == other.dtype

@@ -104,6 +104,10 @@ void scan(const HammingTile& tile, const HammingQueries& queries, Selector* sele
     case 1: return scan_words<1>(tile, words, queries.count, selectors);
     case 2: return scan_words<2>(tile, words, queries.count, selectors);
     case 4: return scan_words<4>(tile, words, queries.count, selectors);
+    case 6: return scan_words<6>(tile, words, queries.count, selectors);
+    case 8: return scan_words<8>(tile, words, queries.count, selectors);
+    case 12: return scan_words<12>(tile, words, queries.count, selectors);
+    case 16: return scan_words<16>(tile, words, queries.count, selectors);
     default: return scan_words<0>(tile, words, queries.count, selectors);
   }
 }

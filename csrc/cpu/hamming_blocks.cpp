@@ -29,7 +29,8 @@ const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_un
   if (level == SimdLevel::kAvx2) {
     if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
     const int64_t few = search.code_bytes < 64 ? 2 : 4;  // queries that do not pay for the layout
-    const bool is_whole_words = search.code_bytes % 8 == 0;  // a rest of a word costs more than the layout
+    // A rest of a word costs more than the layout.
+    const bool is_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
     return search.query_count <= few && is_whole_words ? kHammingPopcnt : kHammingAvx2;
   }
 #elif defined(HE_ARM)

@@ -36,10 +36,13 @@ HE_TARGET_AVX2 void scan_codes(const HammingTile& tile, const uint8_t* query, Se
 }
 
 void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
-  const auto scan_for = tile.code_bytes == 8     ? scan_codes<8>
+  const auto scan_for = tile.code_bytes == 4     ? scan_codes<4>
+                        : tile.code_bytes == 8   ? scan_codes<8>
                         : tile.code_bytes == 16  ? scan_codes<16>
                         : tile.code_bytes == 32  ? scan_codes<32>
+                        : tile.code_bytes == 48  ? scan_codes<48>
                         : tile.code_bytes == 64  ? scan_codes<64>
+                        : tile.code_bytes == 96  ? scan_codes<96>
                         : tile.code_bytes == 128 ? scan_codes<128>
                                                  : scan_codes<0>;
   for (int64_t q = 0; q < queries.count; ++q) scan_for(tile, queries.codes + q * tile.code_bytes, selectors[q]);

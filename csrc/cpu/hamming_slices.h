@@ -1,14 +1,14 @@
 // Hamming search for many queries, bit-sliced: vectors whose bit q belongs to query q, a block of 128 to 512 queries.
 //
-// A code is taken a field of four to seven bits at a time. A table, laid out once a block, holds for each value of a field
-// the distances of all queries from it, 0 to 7 in three slices. Full adders sum the slices of a code's fields, and start
-// from what each query's bound leaves to a power of two, so that the last carry tells who is too far. A field takes
-// three loads and about three adders, of 5 instructions with AVX2, 2 with AVX-512, 3 with NEON: 64 bits in fields of
-// seven, 169 instructions of AVX2 for 256 distances. Codes are read as they lie, and no population is counted.
+// A code is taken a field of three, six or seven bits at a time. A table, laid out once a block, holds for each value of a
+// field its distances from all queries, 0 to 7 in three slices (0 to 3 in two). Full adders sum the slices of a code's fields;
+// they start from what each query's bound leaves to a power of two, so that the last carry tells who is too far. A field of
+// seven takes three loads and about three adders, of 5 instructions with AVX2, 2 with AVX-512, 3 with NEON: at 64 bits
+// AVX2 spends 225 instructions on 256 distances, the loop and the tests included. Codes are read as they lie.
 //
-// The limit beside arithmetic is what the first-level cache takes from the second: a cache line every other cycle, two an
-// entry. Fields of seven bits need 12 KB of tables each with AVX2 and 108 KB a word, so that longer codes have narrower
-// fields: all tables together stay within 400 KB.
+// The limit beside arithmetic is what the first-level cache takes from the second: a cache line every other cycle, and an
+// entry is two lines (one, of two slices). Fields of seven bits need 12 KB of tables each with AVX2, 108 KB a word; longer
+// codes have narrower fields, so that all their tables, of 43 to 246 KB, stay in the second level.
 #pragma once
 
 #include "hamming_kernel.h"

@@ -10,7 +10,7 @@ from hashengine.ops import hamming_count, hamming_range, hamming_topk
 Progress = Callable[[int, int], None]
 
 _PAIRS = 1 << 32  # of a query and a code in a part: a fraction of a second on two cores
-_LEAST_QUERIES = 256  # fewer would read the codes from memory more often than they need to be
+_BLOCK = 512  # queries of the largest block that a kernel takes at once; of fewer, codes would be read more often
 
 
 def topk(
@@ -54,7 +54,7 @@ def _parts(
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     """The queries of each part, with what belongs to them; at least one part."""
     total = len(queries)
-    step = max(_LEAST_QUERIES, _PAIRS // max(len(codes), 1))
+    step = max(_PAIRS // max(len(codes), 1) // _BLOCK, 1) * _BLOCK
     for start in range(0, max(total, 1), step):
         part = slice(start, min(start + step, total))
         bitmap = filter[part] if filter is not None and filter.dim() == 2 else filter
