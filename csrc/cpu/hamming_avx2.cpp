@@ -23,6 +23,7 @@ constexpr int64_t kGroup = 32;   // codes in a vector of bytes
 constexpr int64_t kGroups = 4;   // groups that share the loading of a table
 constexpr int64_t kBatch = kGroup * kGroups;
 constexpr int64_t kBlock = 63;   // planes whose distances a byte can sum: 63 * 4 < 256
+constexpr int64_t kEvenBlock = kBlock - 3;  // on the average of blocks that differ by less than a triple
 static_assert(kBatch == kTileCodesMultiple);
 
 using Vector = __m256i;
@@ -208,19 +209,19 @@ template <int kQueries, int kPlanes>
 HE_TARGET_AVX2 void scan_pair(const HammingTile& tile, const uint8_t* tables, const uint8_t* queries,
                               Selector* selectors) {
   const int64_t group_planes = kPlanes ? kPlanes : 2 * tile.code_bytes;
-  const int64_t blocks = kPlanes ? 1 : (group_planes + kBlock - 1) / kBlock;
-  const int64_t block_planes = round_up((group_planes + blocks - 1) / blocks, 3);
+  const int64_t blocks = kPlanes ? 1 : (group_planes + kEvenBlock - 1) / kEvenBlock;
+  // Blocks are as even as whole triples allow: a short one would not make up for its share.
+  const auto border = [&](int64_t block) { return block == blocks ? group_planes : block * group_planes / blocks / 3 * 3; };
   const auto* planes = reinterpret_cast<const Vector*>(tile.rows);
   ByteBound bounds[kQueries];
   for (int q = 0; q < kQueries; ++q) bounds[q] = ByteBound::of(selectors[q].bound(), blocks);
   for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
-    Sums sums = sum_block(planes, group_planes, tables, 0, kPlanes ? kPlanes : std::min(block_planes, group_planes));
+    Sums sums = sum_block(planes, group_planes, tables, 0, kPlanes ? kPlanes : border(1));
     Vector near[2][kGroups];
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) near[0][g] = near[1][g] = _mm256_setzero_si256();
-    for (int64_t begin = block_planes; begin < group_planes && !kPlanes; begin += block_planes) {
-      const int64_t end = std::min(begin + block_planes, group_planes);
-      const Sums more = sum_block(planes, group_planes, tables, begin, end);
+    for (int64_t block = 1; block < blocks && !kPlanes; ++block) {
+      const Sums more = sum_block(planes, group_planes, tables, border(block), border(block + 1));
 #pragma GCC unroll 2
       for (int q = 0; q < kQueries; ++q) {
         Vector* const total = q ? sums.second : sums.first;
@@ -279,7 +280,8 @@ HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queri
 }  // namespace
 
 const HammingKernel kHammingAvx2 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
-                                    prepare_queries, scan,       measure,     7500, 0, 0};  // of which the shares still fit a byte
+                                    prepare_queries, scan,       measure,     1024,  // longer codes are no slower counted
+                                    0,               0};
 
 }  // namespace hashengine
 

@@ -8,7 +8,7 @@
 //
 // The limit beside arithmetic is what the first-level cache takes from the second: a cache line every other cycle, and an
 // entry is two lines (one, of two slices). Fields of seven bits need 12 KB of tables each with AVX2, 108 KB a word; longer
-// codes have narrower fields, so that all their tables, of 43 to 246 KB, stay in the second level.
+// codes have narrower fields, so that all their tables, of 65 to 344 KB, stay in the second level.
 #pragma once
 
 #include "hamming_kernel.h"
@@ -19,8 +19,8 @@
 
 namespace hashengine {
 
-constexpr int64_t kMaxSlicedWords = 16;  // of 64 bits; for longer codes no table fits
-constexpr int kMaxWeights = 11;          // of counters up to 1024
+constexpr int64_t kMaxSlicedWords = 32;  // of 64 bits; of longer codes the tables do not fit
+constexpr int kMaxWeights = 12;          // of counters up to 2048
 constexpr int64_t kMaxKept = 32;         // hits of a query until they are offered
 constexpr int64_t kMaxStep = 512;        // codes between two looks at the hits
 
@@ -41,13 +41,13 @@ struct SlicedCounter {
   using Vector = typename Level::Vector;
 
   HE_SLICES explicit SlicedCounter(const Vector* start) {
-#pragma GCC unroll 11
+#pragma GCC unroll 12
     for (int w = 0; w < kWeights; ++w) sum[w] = start[w];
   }
 
   // Before slices, which settle ends. What waits is known when this is compiled, if no loop lies in between.
   HE_SLICES void begin() {
-#pragma GCC unroll 11
+#pragma GCC unroll 12
     for (int w = 0; w < kWeights; ++w) waits[w] = false;
   }
 
