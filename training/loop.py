@@ -41,7 +41,7 @@ def fit(config: FitConfig) -> dict:
     model.to(device).train()
 
     started = time.perf_counter()
-    history = _train(model, batches, epochs, config)
+    history = train(model, batches, epochs, config)
     seconds = time.perf_counter() - started
 
     record = {
@@ -66,8 +66,11 @@ def fit(config: FitConfig) -> dict:
     return record
 
 
-def _train(model: HashNet, batches: data.Batches, epochs: int, config: FitConfig) -> list[dict[str, float]]:
-    """Train in place; for each epoch the means of the losses and of the accuracy, on the augmented images."""
+def train(model: HashNet, batches: data.Batches, epochs: int, config: FitConfig) -> list[dict[str, float]]:
+    """Train in place; for each epoch the means of the losses and of the accuracy, on the augmented images.
+
+    Of `config` only the learning rate and the weight decay are used.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=epochs * len(batches))
     history = []
