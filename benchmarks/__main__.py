@@ -7,18 +7,23 @@ import typer
 
 from benchmarks import hamming as hamming_benchmark
 from benchmarks import kernels as kernels_benchmark
+from benchmarks import mapped as mapped_benchmark
 from benchmarks import model as model_benchmark
 from benchmarks import profiling
 from benchmarks import report as report_of_kernels
 from benchmarks.cases import DEFAULT_OPS, OPS
+from benchmarks.codes import Data
 from benchmarks.kernels import Dtype, Layout
 from benchmarks.model import Attention, Mode
 from benchmarks.shapes import Model
+from benchmarks.systems import Task
 from hashengine.cli import command_line
 from hashengine.errors import InputError
 
 app = command_line("Numbers of hashengine beside its peers', measured in the same run.")
 
+
+IMAGES = Path(__file__).parents[2] / "shared" / "data"  # beside the repository
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")]
 Output = Annotated[Path | None, typer.Option(help="Append the results to this file, a JSON object a line.")]
@@ -28,30 +33,62 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every syste
 @app.command()
 def hamming(
     task: Annotated[
-        list[hamming_benchmark.Task] | None,
+        list[Task] | None,
         typer.Option(
-            help="search: the k nearest; filter: of half the codes; range: the radius of about k. Default: search."
+            help="search: the k nearest; filter: of half the codes; range: the radius of about k; map: mean average "
+            "precision over the full ranking. Default: search."
         ),
     ] = None,
     codes: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 1_000_000,
     queries: Annotated[int, typer.Option(min=1, help="Queries in a batch.")] = 1000,
     bits: Annotated[list[int] | None, typer.Option(min=8, help="Code length; may be repeated.")] = None,
     k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Neighbours; may be repeated.")] = None,
-    data: Annotated[hamming_benchmark.Data, typer.Option(help="How codes are drawn.")] = hamming_benchmark.Data.random,
+    data: Annotated[Data, typer.Option(help="How codes are drawn, or of whose images they are learned.")] = Data.random,
+    images: Annotated[Path, typer.Option(help="Folder of the images' archives.")] = IMAGES,
     threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")] = 5,
     output: Output = None,
 ) -> None:
-    """Exact Hamming search on the CPU beside FAISS IndexBinaryFlat, in the better of its two modes."""
+    """Exact Hamming search on the CPU beside FAISS IndexBinaryFlat, in the better of its two modes, and other peers.
+
+    A bare loop over cached codes and, for a single query, a plain read of the codes are measured in the same rounds.
+    """
     hamming_benchmark.run(
-        tasks=task or [hamming_benchmark.Task.search],
+        tasks=task or [Task.search],
         codes=codes,
         queries=queries,
         bits=bits or [64, 128, 256],
         ks=k or [10, 100],
         data=data,
+        images=images,
         threads=threads,
         rounds=rounds,
+        output=output,
+    )
+
+
+@app.command()
+def mapped(
+    codes: Annotated[int, typer.Option(min=1, help="Codes in the file.")] = 100_000_000,
+    queries: Annotated[int, typer.Option(min=1, help="Queries in a batch.")] = 1,
+    bits: Annotated[int, typer.Option(min=8, help="Code length.")] = 64,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours.")] = 10,
+    cache: Annotated[int, typer.Option(min=1, help="MiB of page cache, where a memory cgroup can be made.")] = 256,
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of a search and a plain read.")] = 5,
+    folder: Annotated[Path, typer.Option(help="Where the file is written, on the disk to measure.")] = Path("build"),
+    output: Output = None,
+) -> None:
+    """Searches of a mapped index that the page cache cannot keep, beside a plain read of the same file."""
+    mapped_benchmark.run(
+        codes=codes,
+        queries=queries,
+        bits=bits,
+        k=k,
+        cache_bytes=cache << 20,
+        threads=threads,
+        rounds=rounds,
+        folder=folder,
         output=output,
     )
 

@@ -1,12 +1,9 @@
-"""Exact Hamming search on the CPU, of all codes, of half of them, within a radius, beside FAISS IndexBinaryFlat."""
+"""Exact Hamming search on the CPU beside FAISS IndexBinaryFlat, other peers, and what the machine can do at most."""
 
-import enum
 import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,107 +13,93 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks import limits, peers
+from benchmarks.codes import Codes, Data, make_codes
 from benchmarks.harness import append_results, describe_machine, median_ratio, time_in_rounds
-from hashengine import HammingIndex, InputError
+from benchmarks.memory import extra_resident_bytes
+from benchmarks.systems import Task, make_systems
+from benchmarks.timing import last_level_cache
+from hashengine import InputError
 
-VERIFIED_QUERIES = 50
+OURS, BARE_LOOP, READ, READ_BEYOND = "hashengine", "bare loop", "read", "read beyond the cache"
+_CACHES = 4  # as many times the last cache, and a read is one of memory
 
-
-class Data(str, enum.Enum):
-    random = "random"  # independent bits
-    clustered = "clustered"  # 1,000 centres with a few bits flipped, as learned codes are: large groups of ties
-
-
-def draw_codes(data: Data, count: int, bits: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [count, bits / 8]."""
-    codes = rng.integers(0, 256, (count, bits // 8), dtype=np.uint8)
-    if data is Data.clustered:
-        # The conjunction of four random bytes: a bit flips with probability 1/16.
-        flips = codes
-        for _ in range(3):
-            flips = flips & rng.integers(0, 256, codes.shape, dtype=np.uint8)
-        centres = np.random.default_rng(0).integers(0, 256, (1000, bits // 8), dtype=np.uint8)
-        codes = centres[rng.integers(0, len(centres), count)] ^ flips
-    return codes
+Row = dict[str, Any]
 
 
-class Task(str, enum.Enum):
-    search = "search"  # the k nearest
-    filter = "filter"  # the k nearest of a random half of the codes
-    range = "range"  # all within the radius that holds about k
+def measure(task: Task, codes: Codes, k: int, threads: int, rounds: int) -> Row:
+    """Seconds of each system in each round, and what follows from them; raises where an answer is wrong.
 
-
-Answer = tuple[np.ndarray, ...]
-
-
-def make_systems(
-    task: Task, codes: np.ndarray, queries: np.ndarray, k: int
-) -> dict[str, Callable[[np.ndarray], Answer]]:
-    """Each system's search, of a batch of queries; range searches all give (lims, distances, ids)."""
-    import faiss
-
-    count, bits = len(codes), 8 * codes.shape[1]
-    index = HammingIndex(bits)
-    index.add(codes)
-    oracle = faiss.IndexBinaryFlat(bits)
-    oracle.add(codes)
-    if task is Task.range:
-        radius = radius_of(index, queries[:VERIFIED_QUERIES], k)
-        return {
-            "hashengine": lambda batch: index.range_search(batch, radius),
-            "faiss": lambda batch: oracle.range_search(batch, radius + 1),  # exclusive
-        }
-    mask = np.random.default_rng(2).random(count) < 0.5 if task is Task.filter else None
-    parameters = None
-    if mask is not None:
-        bitmap = np.packbits(mask, bitorder="little")
-        parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(count, faiss.swig_ptr(bitmap)))
-        parameters.bitmap = bitmap  # which FAISS only points to
-
-    def search_faiss(batch: np.ndarray, use_heap: bool) -> Answer:
-        oracle.use_heap = use_heap
-        return oracle.search(batch, k, params=parameters)
-
-    return {
-        "hashengine": lambda batch: index.search(batch, k, filter=mask),
-        "faiss heap": lambda batch: search_faiss(batch, True),
-        "faiss counting": lambda batch: search_faiss(batch, False),
+    ``pairs`` are those of a query and a code that a system's call gets through, ``bytes`` those that a read's does; the
+    shares are medians of the rounds.
+    """
+    calls = make_systems(task, codes, k)
+    extra_bytes = extra_resident_bytes(calls[OURS])
+    asked = len(codes.database) * len(codes.queries)
+    pairs, read = dict.fromkeys(calls, asked), {}
+    if task is Task.search:
+        for name, peer in peers.make_peers(codes.database, codes.queries, k, threads).items():
+            calls[name], pairs[name] = peer
+    if bare_loop := limits.bare_loop(8 * codes.database.shape[1], threads):
+        calls[BARE_LOOP], pairs[BARE_LOOP] = bare_loop
+    if len(codes.queries) == 1:  # then memory is the limit
+        for name, buffer in _buffers(codes.database).items():
+            if limit := limits.read_memory(buffer, threads):
+                calls[name], read[name] = limit
+    seconds = time_in_rounds(calls, rounds)
+    row = {"seconds": seconds, "pairs": pairs, "bytes": read, "extra_bytes": extra_bytes}
+    theirs = [name for name in seconds if name.startswith("faiss")]
+    if theirs:
+        best = min(theirs, key=lambda name: statistics.median(seconds[name]))
+        row |= {"faiss_best": best, "times_faiss": median_ratio(seconds[best], seconds[OURS])}
+    if BARE_LOOP in seconds:
+        row["of_bare_loop"] = median_ratio(seconds[BARE_LOOP], seconds[OURS]) * asked / pairs[BARE_LOOP]
+    row["of_read"] = {
+        name: median_ratio(seconds[name], seconds[OURS]) * codes.database.nbytes / read[name] for name in read
     }
+    return row
 
 
-def radius_of(index: HammingIndex, queries: np.ndarray, k: int) -> int:
-    """The smallest radius that holds k codes of a query, on the average."""
-    within = index.count(queries).cumsum(1).mean(0)
-    return int(np.flatnonzero(within >= k)[0])
+def _buffers(codes: np.ndarray) -> dict[str, np.ndarray]:
+    """What a single query's search is compared with a read of: the codes, and more than the last cache keeps."""
+    beyond = _CACHES * last_level_cache()
+    return {READ: codes} | ({READ_BEYOND: np.ones(beyond, np.uint8)} if codes.nbytes < beyond else {})
 
 
-def in_order(answer: Answer) -> Answer:
-    """A range search's answer with the hits of a query by (distance, id), which FAISS leaves open."""
-    if len(answer) == 2:
-        return answer
-    lims, distances, ids = answer
-    lims = lims.astype(np.int64)  # FAISS's are unsigned
-    query = np.repeat(np.arange(len(lims) - 1), np.diff(lims))
-    order = np.lexsort((ids, distances, query))
-    return lims, distances[order], ids[order]
-
-
-def measure(task: Task, codes: np.ndarray, queries: np.ndarray, k: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each system in each round; raises where the answers are not the same, bit for bit."""
-    systems = make_systems(task, codes, queries, k)
-    mine, *theirs = (in_order(system(queries[:VERIFIED_QUERIES])) for system in systems.values())
-    if not all(np.array_equal(a, b) for other in theirs for a, b in zip(mine, other, strict=True)):
-        raise SystemExit(
-            f"hamming: the answers must equal FAISS's before they are timed ({task.value}, {8 * codes.shape[1]} bits, "
-            f"k = {k})"
-        )
-    return time_in_rounds({name: partial(system, queries) for name, system in systems.items()}, rounds)
+def make_table(rows: list[Row]) -> Table:
+    peer_names = [name for name in peers.MAKERS if any(name in row["seconds"] for row in rows)]
+    headers = ["task", "bits", "k", OURS, "faiss's best", *peer_names, BARE_LOOP, "queries/s", "times faiss's best"]
+    headers += ["of the bare loop", "extra MB"]
+    reads = any(row["of_read"] for row in rows)
+    if reads:
+        headers.append("of a read (beyond the cache)")
+    table = Table(*headers)
+    table.caption = (
+        "G distances/s (10^9 pairs of a query and a code); times and shares are medians of the rounds; extra: memory "
+        "above codes, ids and answers"
+    )
+    if "usearch" in peer_names:
+        table.caption += "; usearch: fewer queries"
+    if "numkong" in peer_names:
+        table.caption += "; numkong: fewer queries, distances only"
+    for row in rows:
+        medians = {name: statistics.median(times) for name, times in row["seconds"].items()}
+        rates = {name: f"{count / medians[name] / 1e9:.2f}" for name, count in row["pairs"].items()}
+        shares = " / ".join(f"{share:.0%}" for share in row["of_read"].values())
+        table.add_row(
+            row["task"], str(row["bits"]), str(row["k"] or "all"), rates[OURS], rates.get(row.get("faiss_best"), ""),
+            *(rates.get(name, "") for name in peer_names), rates.get(BARE_LOOP, ""),
+            f"{row['queries'] / medians[OURS]:,.0f}", f"{row['times_faiss']:.1f}" if "times_faiss" in row else "",
+            f"{row['of_bare_loop']:.0%}" if "of_bare_loop" in row else "",
+            "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.0f}", *([shares] if reads else []),
+        )  # fmt: skip
+    return table
 
 
 def run(
-    *, tasks: list[Task], codes: int, queries: int, bits: list[int], ks: list[int], data: Data, threads: int | None,
-    rounds: int, output: Path | None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    *, tasks: list[Task], codes: int, queries: int, bits: list[int], ks: list[int], data: Data, images: Path,
+    threads: int | None, rounds: int, output: Path | None,
+) -> list[Row]:  # fmt: skip
     """Measure, print the table, append to ``output``; returns the rows."""
     try:
         import faiss
@@ -130,37 +113,32 @@ def run(
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    machine = describe_machine() | {"faiss": faiss.__version__, "threads": threads}
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a file has no width, and tables need some
+    versions = {"faiss": faiss.__version__} | peers.installed()
+    machine = describe_machine() | versions | {"threads": threads, "bare_loop_simd": limits.simd()}
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width, and tables need some
     console.print(
         f"{codes:,} codes, {queries:,} queries, {data.value} data, {threads} threads, "
         f"SIMD {machine['simd_level']}, {machine['cpu']}; caches warm; median of {rounds} rounds"
     )
-    table = Table("task", "bits", "k", "hashengine", "faiss's best", "queries/s", "times faiss's best")
-    table.caption = "G distances/s (10^9 pairs of a query and a code); the last column is the median of the rounds"
+    for name in peers.MAKERS.keys() - versions.keys():
+        console.print(f"without {name}, which is not installed: pip install 'hashengine[bench]'")
+    if machine["bare_loop_simd"] == "none":
+        console.print("without the bare loop, which needs a C++ compiler")
     rows = []
-    progress = tqdm(total=len(tasks) * len(bits) * len(ks), unit="row", disable=None, leave=False)
-    for code_bits in bits:
-        rng = np.random.default_rng(1)
-        database, batch = draw_codes(data, codes, code_bits, rng), draw_codes(data, queries, code_bits, rng)
-        for task, k in itertools.product(tasks, ks):
-            seconds = measure(task, database, batch, k, rounds)
-            medians = {name: statistics.median(times) for name, times in seconds.items()}
-            best = min((name for name in seconds if name != "hashengine"), key=medians.__getitem__)
-            ratio = median_ratio(seconds[best], seconds["hashengine"])
-            rates = [codes * queries / medians[name] / 1e9 for name in ("hashengine", best)]
-            table.add_row(
-                task.value, str(code_bits), str(k), *(f"{rate:.2f}" for rate in rates),
-                f"{queries / medians['hashengine']:,.0f}", f"{ratio:.1f}",
-            )  # fmt: skip
-            rows.append(
-                machine
-                | {"benchmark": "hamming", "task": task.value, "codes": codes, "queries": queries, "bits": code_bits}
-                | {"k": k, "data": data.value, "seconds": seconds, "times_faiss": ratio}
-            )
-            progress.update()
+    # The full ranking has no k.
+    cases = [(task, k) for task in tasks for k in ((None,) if task is Task.map else ks)]
+    progress = tqdm(total=len(cases) * len(bits), unit="row", disable=None, leave=False)
+    for code_bits, (task, k) in itertools.product(bits, cases):
+        drawn = make_codes(data, codes, queries, code_bits, images)
+        rows.append(
+            machine
+            | {"benchmark": "hamming", "task": task.value, "codes": codes, "queries": queries, "bits": code_bits}
+            | {"k": k, "data": data.value}
+            | measure(task, drawn, k, threads, rounds)
+        )
+        progress.update()
     progress.close()
-    console.print(table)
+    console.print(make_table(rows))
     if output is not None:
         append_results(output, rows)
     return rows

@@ -1,5 +1,7 @@
 """How much memory a call needs on top of what is there already."""
 
+import ctypes
+import gc
 import json
 import tempfile
 from collections.abc import Callable
@@ -42,3 +44,28 @@ def _peak_of(allocations: list[int]) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+def extra_resident_bytes(call: Callable[[], Any]) -> int | None:
+    """The most memory that the process held during the call, less what it held before and the arrays returned.
+
+    None where the system does not tell; Linux does.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # freed memory that is still held would be used again, unseen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        before = _status_bytes("VmRSS")
+        result = call()
+        peak = _status_bytes("VmHWM")
+    except OSError:
+        return None
+    returned = sum(array.nbytes for array in result) if isinstance(result, tuple) else 0
+    return max(0, peak - before - returned)
+
+
+def _status_bytes(field: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])

@@ -40,7 +40,7 @@ class Clock(Protocol):
 
 class CpuClock:
     def __init__(self) -> None:
-        self.cache_bytes = _last_level_cache()
+        self.cache_bytes = last_level_cache()
         self.on_chip_bytes = self.cache_bytes // torch.get_num_threads()
         self._eviction = torch.zeros(2 * self.cache_bytes, dtype=torch.uint8)
 
@@ -134,7 +134,7 @@ def capture_graph(call: Call) -> Call:
     return graph.replay
 
 
-def _last_level_cache() -> int:
+def last_level_cache() -> int:
     sizes = [
         int(size.removesuffix("K")) * 1024
         for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import cases, eager, hamming, kernels, memory, shapes, timing
+from benchmarks import cases, codes, eager, kernels, memory, shapes, systems, timing
 from benchmarks.__main__ import app
 from hashengine import ops
 from tests.layouts import feature_map
@@ -37,7 +37,7 @@ def faiss():
 def test_hamming_prints_the_table_and_appends_the_results(tmp_path, faiss, data):
     output = tmp_path / "results" / "hamming.jsonl"
     for _ in range(2):
-        tasks = [option for task in hamming.Task for option in ("--task", task.value)]
+        tasks = [option for task in systems.Task for option in ("--task", task.value)]
         printed = invoke(*SMALL, *tasks, "--data", data, "--threads", 1, "--output", output)
         assert "times faiss" in printed
     rows = read_lines(output)
@@ -53,8 +53,8 @@ def test_wrong_neighbours_are_not_timed(faiss, monkeypatch):
         distances, ids = search(self, queries, k, **options)
         return distances, ids + 1
 
-    search = hamming.HammingIndex.search
-    monkeypatch.setattr(hamming.HammingIndex, "search", off_by_one)
+    search = systems.HammingIndex.search
+    monkeypatch.setattr(systems.HammingIndex, "search", off_by_one)
     result = CliRunner().invoke(app, SMALL)
     assert result.exit_code != 0 and "must equal FAISS's before they are timed" in result.output
 
@@ -67,8 +67,8 @@ def test_wrong_options_of_hamming_are_refused_in_one_line(faiss, option, message
 
 
 def test_clustered_codes_lie_around_centres():
-    codes = hamming.draw_codes(hamming.Data.clustered, 2000, 64, np.random.default_rng(1))
-    distances = np.bitwise_count(codes ^ codes[:1]).sum(1)
+    drawn = codes.draw_codes(codes.Data.clustered, 2000, 64, np.random.default_rng(1))
+    distances = np.bitwise_count(drawn ^ drawn[:1]).sum(1)
     same, other = distances[distances < 20], distances[distances >= 20]
     assert len(same) < 50 and 28 < other.mean() < 36
 
@@ -251,3 +251,14 @@ def test_the_peak_counts_what_lives_at_once():
     assert memory.peak_bytes(lambda: (x + 1) * 2, CPU) == pytest.approx(2 * x.nbytes, abs=scalars)
     assert memory.peak_bytes(lambda: (x + 1).add_(2), CPU) == pytest.approx(x.nbytes, abs=scalars)
     assert memory.peak_bytes(lambda: x.add_(0), CPU) <= scalars
+
+
+def test_the_extra_memory_of_a_call_is_that_above_what_it_returns():
+    held = np.ones(8 << 20, np.uint8)
+
+    def call():
+        scratch = np.ones(32 << 20, np.uint8)
+        return (scratch[: len(held)] + held,)
+
+    extra = memory.extra_resident_bytes(call)
+    assert extra is None or extra == pytest.approx(32 << 20, abs=2 << 20)
