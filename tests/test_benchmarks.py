@@ -41,7 +41,7 @@ def test_hamming_prints_the_table_and_appends_the_results(tmp_path, faiss, data)
         printed = invoke(*SMALL, *tasks, "--data", data, "--threads", 1, "--output", output)
         assert "times faiss" in printed
     rows = read_lines(output)
-    once = [(bits, task) for bits in (64, 72) for task in ("search", "filter", "range")]
+    once = [(bits, task) for bits in (64, 72) for task in ("search", "filter", "range", "map")]
     assert [(row["bits"], row["task"]) for row in rows] == 2 * once
     for row in rows:
         assert {"cpu", "commit", "torch", "faiss", "simd_level", "threads"} <= row.keys()
