@@ -122,7 +122,7 @@ def run(
     for name in peers.MAKERS.keys() - versions.keys():
         console.print(f"without {name}, which is not installed: pip install 'hashengine[bench]'")
     if machine["bare_loop_simd"] == "none":
-        console.print("without the bare loop, which needs a C++ compiler")
+        console.print("without the bare loop and reads, which need a C++ compiler")
     rows = []
     # The full ranking has no k.
     cases = [(task, k) for task in tasks for k in ((None,) if task is Task.map else ks)]

@@ -33,8 +33,8 @@ class Limit(NamedTuple):
 def bare_loop(bits: int, threads: int) -> Limit | None:
     """Xor, popcount, add and a comparison with a limit, for eight queries at once, over codes in the first cache.
 
-    None without a C++ compiler, and for codes of more than 1024 bits. Lengths between those that the loop is compiled
-    for count as the next one.
+    None without a C++ compiler that works, and for codes of more than 1024 bits. Lengths between those that the loop is
+    compiled for count as the next one.
     """
     library = _library()
     words = next((words for words in _WORDS if 64 * words >= bits), None)
@@ -93,7 +93,8 @@ def _library() -> ctypes.CDLL | None:
             partial,
             SOURCE,
         ]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            return None  # the compiler has said why
         os.replace(partial, file)
     library = ctypes.CDLL(str(file.resolve()))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
