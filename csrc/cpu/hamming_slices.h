@@ -54,7 +54,7 @@ struct SlicedCounter {
   template <int kWeight>
   HE_SLICES void add(Vector slice) {
     if constexpr (kWeight == kWeights) {
-      overflow |= slice;
+      overflow = overflow | slice;
     } else if (!waits[kWeight]) {
       waiting[kWeight] = slice;
       waits[kWeight] = true;
@@ -70,7 +70,7 @@ struct SlicedCounter {
     if constexpr (kWeight < kWeights) {
       if (waits[kWeight]) {
         const Vector carry = sum[kWeight] & waiting[kWeight];
-        sum[kWeight] ^= waiting[kWeight];
+        sum[kWeight] = sum[kWeight] ^ waiting[kWeight];
         add<kWeight + 1>(carry);
       }
       settle<kWeight + 1>();
@@ -166,11 +166,11 @@ class SlicedScan {
       for (int value = 0; value < 1 << bits; ++value, table += kept) {
         for (int slice = 0; slice < kept; ++slice) table[slice] = Vector{};
         for (int i = 0; i < bits; ++i) {
-          Vector carry = slices[first + i] ^ (Vector{} - uint64_t(value >> i & 1));
+          Vector carry = value >> i & 1 ? ~slices[first + i] : slices[first + i];
           for (int slice = 0; slice < kept; ++slice) {
             const Vector sum = table[slice];
             table[slice] = sum ^ carry;
-            carry &= sum;
+            carry = carry & sum;
           }
         }
       }
