@@ -170,8 +170,16 @@ def make_codes(kind: str, count: int, bits: int, rng: np.random.Generator) -> np
     return codes
 
 
+def make_filter(rng: np.random.Generator, count: int, queries: int, share: float, own: bool) -> np.ndarray:
+    return rng.random((queries, count) if own else count) < share
+
+
 def all_distances(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return np.stack([np.bitwise_count(codes ^ query).sum(1, dtype=np.int32) for query in queries])
+    """In the smallest type that holds them and one more: numpy sorts 8 and 16 bits by radix."""
+    kind = np.min_scalar_type(8 * codes.shape[1] + 1)
+    padding = [(0, 0), (0, -codes.shape[1] % 8)]
+    queries, codes = (np.pad(rows, padding).view(np.uint64) for rows in (queries, codes))
+    return np.stack([np.bitwise_count(codes ^ query).sum(1, dtype=kind) for query in queries])
 
 
 def nearest(queries: np.ndarray, codes: np.ndarray, k: int, filter=None) -> tuple[np.ndarray, np.ndarray]:
@@ -180,9 +188,23 @@ def nearest(queries: np.ndarray, codes: np.ndarray, k: int, filter=None) -> tupl
     distances = all_distances(queries, codes)
     if filter is not None:
         distances = np.where(filter, distances, absent)
-    positions = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    positions = np.stack([np.argsort(row, kind="stable")[:k] for row in distances])
     distances = np.take_along_axis(distances, positions, 1)
     return distances, np.where(distances == absent, -1, positions)
+
+
+def within(queries, codes, radius: int, max_results: int, filter=None):
+    """By definition: a query at a time."""
+    lists = []
+    for q, distances in enumerate(all_distances(queries, codes)):
+        passing = distances <= radius
+        if filter is not None:
+            passing &= filter[q] if filter.ndim == 2 else filter
+        positions = np.flatnonzero(passing)
+        order = np.argsort(distances[positions], kind="stable")[:max_results]
+        lists.append((distances[positions][order], positions[order]))
+    lims = np.cumsum([0, *(len(distances) for distances, _ in lists)])
+    return lims, *(np.concatenate(parts) for parts in zip(*lists, strict=True))
 
 
 def assert_same(got, want) -> None:

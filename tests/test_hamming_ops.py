@@ -8,29 +8,11 @@ from hashengine import ops
 from hashengine.ops.hamming_count import _reference as count_reference
 from hashengine.ops.hamming_range import _reference as range_reference
 from hashengine.ops.hamming_topk import _reference as topk_reference
-from tests.hamming_levels import all_distances, assert_same, make_codes, nearest
+from tests.hamming_levels import all_distances, assert_same, make_codes, make_filter, nearest, within
 
 KINDS = ["random", "clustered", "duplicate"]
 # (bits, codes, queries): odd lengths, one code, more codes than a tile and than a word of a bitmap
 SIZES = [(8, 1, 1), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2)]
-
-
-def make_filter(rng: np.random.Generator, count: int, queries: int, share: float, own: bool) -> np.ndarray:
-    return rng.random((queries, count) if own else count) < share
-
-
-def within(queries, codes, radius: int, max_results: int, filter=None):
-    """By definition: a query at a time."""
-    lists = []
-    for q, distances in enumerate(all_distances(queries, codes)):
-        passing = distances <= radius
-        if filter is not None:
-            passing &= filter[q] if filter.ndim == 2 else filter
-        positions = np.flatnonzero(passing)
-        order = np.argsort(distances[positions], kind="stable")[:max_results]
-        lists.append((distances[positions][order], positions[order]))
-    lims = np.cumsum([0, *(len(distances) for distances, _ in lists)])
-    return lims, *(np.concatenate(parts) for parts in zip(*lists, strict=True))
 
 
 def counted(queries, codes, filter=None, relevant=None):
@@ -97,15 +79,18 @@ def test_counts(level_library, level, kind):
                 assert_same(got, counted(queries, codes, filter, relevant))
 
 
-@pytest.mark.parametrize("order", ["random", "best last"])
-def test_a_large_k_with_a_sample_that_leads_astray(level_library, level, order):
-    """The nearest lie where no sample looks, or everywhere: the answer is the same."""
+@pytest.mark.parametrize("own", [None, False, True])
+@pytest.mark.parametrize("order", ["random", "best last", "best first"])
+def test_a_large_k_with_a_sample_that_leads_astray(level_library, level, order, own):
+    """The nearest lie where no sample looks, everywhere, or where one always does: the answer is the same."""
     rng = np.random.default_rng(4)
-    codes, queries = make_codes("random", 150_000, 64, rng), make_codes("random", 2, 64, rng)
-    if order == "best last":
-        codes[-3000:] = queries[0] ^ (rng.random((3000, 8)) < 0.02).astype(np.uint8)
-    for k in (500, 2500, 40_000):
-        assert_same(level_library.topk(level, 1, queries, codes, k), nearest(queries, codes, k))
+    codes, queries = make_codes("random", 200_000, 64, rng), make_codes("random", 2, 64, rng)
+    if order != "random":
+        best = slice(-3000, None) if order == "best last" else slice(300)
+        codes[best] = queries[0] ^ (rng.random(codes[best].shape) < 0.02).astype(np.uint8)
+    filter = None if own is None else make_filter(rng, len(codes), len(queries), 0.5, own)
+    for k in (600, 2500, 40_000):  # from a sample, without one, and a ranking
+        assert_same(level_library.topk(level, 1, queries, codes, k, filter), nearest(queries, codes, k, filter))
 
 
 def tensors(*arrays):

@@ -31,14 +31,13 @@ inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
 }
 // Bit i of the table is the result where the bits of a, b and c read i, a's as the highest.
 inline __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
-  return each_lane([&](int i) {
-    uint64_t result = 0;
-    for (int bit = 0; bit < 64; ++bit) {
-      const uint64_t index = (a.lane[i] >> bit & 1) << 2 | (b.lane[i] >> bit & 1) << 1 | (c.lane[i] >> bit & 1);
-      result |= uint64_t(table >> index & 1) << bit;
-    }
-    return result;
-  });
+  __m512i result = _mm512_setzero_si512();
+  for (int index = 0; index < 8; ++index) {
+    if (!(table >> index & 1)) continue;
+    const uint64_t x = index & 4 ? 0 : ~0ull, y = index & 2 ? 0 : ~0ull, z = index & 1 ? 0 : ~0ull;
+    for (int i = 0; i < 8; ++i) result.lane[i] |= (a.lane[i] ^ x) & (b.lane[i] ^ y) & (c.lane[i] ^ z);
+  }
+  return result;
 }
 inline __m512i _mm512_add_epi64(__m512i a, __m512i b) {
   return each_lane([&](int i) { return a.lane[i] + b.lane[i]; });
