@@ -17,7 +17,7 @@ from hashengine import _native
 
 ROOT = Path(__file__).parents[1]
 LEVELS = ["scalar", "avx2", "avx512", "neon"]
-FUNCTIONS = ["topk", "range", "count"]
+FUNCTIONS = ["topk", "range", "offered", "count"]
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 INCLUDE = [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu", "-std=c++17", "-Wno-psabi"]
@@ -81,10 +81,11 @@ class ArmWorker:
 def build_searches(caller: Path, output: Path, flags: Sequence[str] = (), link_flags: Sequence[str] = ()) -> None:
     """The searches of every level with what calls them, as a program or library.
 
-    AVX-512's kernels are compiled against plain C++ twins of its intrinsics, to run anywhere.
+    AVX-512's kernels are compiled against plain C++ twins of its intrinsics, to run anywhere; not optimised, as vectors
+    that the CPU lacks take minutes and gigabytes.
     """
     compiler = os.environ.get("CXX", "g++")
-    twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512="]
+    twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512=", "-O0"]
     objects = compile_all(
         [compiler, *INCLUDE, "-O1", "-pthread", "-Wno-psabi", *flags],
         [*ROOT.glob("csrc/cpu/hamming_*.cpp"), caller],
@@ -132,6 +133,15 @@ class LevelLibrary:
         numbers = (0 if labels is None else labels[0].shape[1], any_shared)
         self._call("count", level, threads, queries, codes, filter, numbers, [counts, relevant], labels)
         return counts, relevant
+
+    def offered(self, level: str, queries, codes, radius: int) -> np.ndarray:
+        """How many of the codes that the block kernel offers each query, within a radius, its opposite is near to too.
+
+        Codes that are offered in vain, which their exact distance hides otherwise, would be among them.
+        """
+        counts = np.full(len(queries), -7, np.int64)
+        self._call("offered", level, 1, queries, codes, None, (radius, 0), [counts], (~queries, None))
+        return counts
 
     def _call(self, name, level, threads, queries, codes, filter, own_numbers, outputs, labels=None) -> None:
         bitmap = None if filter is None else np.packbits(filter, axis=-1, bitorder="little")

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <thread>
 
+#include "hamming_blocks.h"
+
 namespace {
 
 using namespace hashengine;
@@ -25,10 +27,26 @@ ThreadPool pool_of(int64_t threads) {
           int(threads)};
 }
 
+// How many of the codes that the level's block kernel offers to each query, within a radius, lie within it of the
+// query's stand-in too: the kernel lays out the queries, and takes the distances that it offers from the stand-ins.
+void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_t radius, SimdLevel level,
+                   int64_t* counts) {
+  const HammingKernel& kernel = *hamming_block_kernel(level, search);
+  const LaidOutQueries prepared(kernel.block_queries * kernel.query_bytes(search.code_bytes));
+  kernel.prepare_queries(search.queries, search.query_count, search.code_bytes, prepared.data());
+  std::vector<Selector> selectors(size_t(kernel.block_queries));
+  for (Selector& selector : selectors)
+    selector.reset(search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr);
+  const HammingTile tile = {nullptr, search.codes, search.code_count, search.code_bytes, nullptr, 0};
+  kernel.scan(tile, {prepared.data(), stand_ins, search.query_count}, selectors.data());
+  for (int64_t q = 0; q < search.query_count; ++q) counts[q] = selectors[size_t(q)].settle();
+}
+
 }  // namespace
 
 // numbers: function, level, threads, queries, codes, code_bytes, filter_stride, and two that are the function's own.
-// buffers: queries, codes, filter, labels of the queries and of the codes, and up to three that the function fills.
+// buffers: queries, codes, filter, labels of the queries (or stand-ins for these) and of the codes, and up to three that
+// the function fills.
 extern "C" void hamming_call(const int64_t* numbers, void* const* buffers) {
   const auto in = [&](int i) { return static_cast<const uint8_t*>(buffers[i]); };
   const auto out = [&](int i) { return static_cast<int64_t*>(buffers[i]); };
@@ -45,6 +63,8 @@ extern "C" void hamming_call(const int64_t* numbers, void* const* buffers) {
       std::copy(result.positions.begin(), result.positions.end(), out(7));
       return;
     }
+    case 2:  // radius; counts
+      return count_offered(search, in(3), numbers[7], level, out(5));
     default: {  // words of a row of labels, 0 without them, and whether any that is shared counts; counts, relevant
       const auto* const rows = reinterpret_cast<uint64_t* const*>(buffers);
       const HammingLabels labels = {rows[3], rows[4], numbers[7], numbers[8] != 0};
