@@ -32,13 +32,14 @@ ThreadPool pool_of(int64_t threads) {
 void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_t radius, SimdLevel level,
                    int64_t* counts) {
   const HammingKernel& kernel = *hamming_block_kernel(level, search);
-  const LaidOutQueries prepared(kernel.block_queries * kernel.query_bytes(search.code_bytes));
-  kernel.prepare_queries(search.queries, search.query_count, search.code_bytes, prepared.data());
+  ThreadMemory memory;
+  uint8_t* const prepared = memory.reserve(kernel.block_queries * kernel.query_bytes(search.code_bytes), false);
+  kernel.prepare_queries(search.queries, search.query_count, search.code_bytes, prepared);
   std::vector<Selector> selectors(size_t(kernel.block_queries));
   for (Selector& selector : selectors)
-    selector.reset(search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr);
+    selector.reset(search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr, nullptr, 0);
   const HammingTile tile = {nullptr, search.codes, search.code_count, search.code_bytes, nullptr, 0};
-  kernel.scan(tile, {prepared.data(), stand_ins, search.query_count}, selectors.data());
+  kernel.scan(tile, {prepared, stand_ins, search.query_count}, selectors.data());
   for (int64_t q = 0; q < search.query_count; ++q) counts[q] = selectors[size_t(q)].settle();
 }
 
