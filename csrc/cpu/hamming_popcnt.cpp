@@ -1,10 +1,12 @@
 // Hamming search for a few queries on x86: laying a tile out for AVX2 costs what scanning it for several queries does, so
-// codes are read as they lie, and counted with the scalar population count, which every CPU with AVX2 has. A code of 64
-// bits takes four instructions; memory is the limit.
+// codes are read as they lie, and counted with the scalar population count, which every CPU with AVX2 has. Codes of 64 bits
+// are counted by a table of nibbles instead, 2.6 instructions a code and not 8: so memory is the limit.
 
 #include "hamming_kernel.h"
 
 #ifdef HE_X86
+
+#include <immintrin.h>
 
 namespace hashengine {
 namespace {
@@ -35,9 +37,37 @@ HE_TARGET_AVX2 void scan_codes(const HammingTile& tile, const uint8_t* query, Se
   for (; i < tile.count; ++i, code += bytes) selector.offer(hamming_distance(query, code, bytes), tile.position_of(i));
 }
 
+// The distances of four codes of 64 bits from the query in each word of `query`.
+HE_TARGET_AVX2 HE_INLINE __m256i measure_words(const uint8_t* codes, __m256i query) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m256i low_nibble = _mm256_set1_epi8(15);
+  const __m256i differs = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), query);
+  const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(differs, low_nibble));
+  const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(differs, 4), low_nibble));
+  return _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256());
+}
+
+HE_TARGET_AVX2 void scan_words(const HammingTile& tile, const uint8_t* query, Selector& selector) {
+  constexpr int64_t kWords = 16;  // that share one test against the bound
+  const __m256i queries = _mm256_set1_epi64x(int64_t(load_code_word(query, 8)));
+  __m256i bound = _mm256_set1_epi64x(selector.bound());
+  int64_t i = 0;
+  for (; i + kWords <= tile.count; i += kWords) {
+    __m256i is_below = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kWords; j += 4)
+      is_below = _mm256_or_si256(is_below, _mm256_cmpgt_epi64(bound, measure_words(tile.codes + 8 * (i + j), queries)));
+    if (__builtin_expect(_mm256_testz_si256(is_below, is_below), 1)) continue;
+    for (int64_t j = i; j < i + kWords; ++j)
+      selector.offer(hamming_distance(query, tile.codes + 8 * j, 8), tile.position_of(j));
+    bound = _mm256_set1_epi64x(selector.bound());
+  }
+  for (; i < tile.count; ++i) selector.offer(hamming_distance(query, tile.codes + 8 * i, 8), tile.position_of(i));
+}
+
 void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
   const auto scan_for = tile.code_bytes == 4     ? scan_codes<4>
-                        : tile.code_bytes == 8   ? scan_codes<8>
+                        : tile.code_bytes == 8   ? scan_words
                         : tile.code_bytes == 16  ? scan_codes<16>
                         : tile.code_bytes == 32  ? scan_codes<32>
                         : tile.code_bytes == 48  ? scan_codes<48>
