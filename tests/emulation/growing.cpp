@@ -21,6 +21,7 @@ using namespace hashengine;
 namespace {
 
 constexpr int64_t kBytes = 16, kQueries = 2, kNearest = 50, kFirst = 40000, kLast = 85000, kBatch = 3000;
+constexpr int64_t kMany = 150;  // queries that AVX2 searches bit-sliced
 constexpr int kReaders = 2, kThreads = 2;
 
 struct State {
@@ -53,7 +54,19 @@ bool is_right(const State& state, SimdLevel level) {
   hamming_count_cpu(search, nullptr, counts.data(), nullptr, level, pool);
   const HammingRangeResult within = hamming_range_cpu(search, 8 * kBytes, kNearest, level, pool);
 
+  const int64_t many_count = level == SimdLevel::kAvx512 ? kQueries : kMany;  // whose twin would take minutes
+  std::vector<uint8_t> repeated(size_t(many_count * kBytes));
+  for (size_t i = 0; i < repeated.size(); ++i) repeated[i] = queries[i % queries.size()];
+  HammingSearch many = search;
+  many.queries = repeated.data();
+  many.query_count = many_count;
+  std::vector<int32_t> many_distances(size_t(many_count * kNearest));
+  std::vector<int64_t> many_positions(many_distances.size());
+  hamming_topk_cpu(many, kNearest, many_distances.data(), many_positions.data(), level, pool);
+
   bool same = within.distances == distances && within.positions == positions;
+  for (size_t i = 0; i < many_positions.size(); ++i)
+    same &= many_positions[i] == positions[i % positions.size()] && many_distances[i] == distances[i % distances.size()];
   for (int64_t q = 0; q < kQueries; ++q) {
     std::vector<int64_t> of_code(size_t(state.count)), expected_counts(size_t(bins), 0), order(of_code.size());
     for (int64_t code = 0; code < state.count; ++code) {
