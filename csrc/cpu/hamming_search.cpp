@@ -64,7 +64,8 @@ class Lists {
         code_bytes_(batch.search.code_bytes) {
     std::vector<std::atomic<uint32_t>> shared(bounds.size());
     for (size_t q = 0; q < bounds.size(); ++q) shared[q] = bounds[q];
-    const int64_t room = std::min(2 * ceil_div(expected, plan_.chunks) + kLeastRoom, plan_.chunk_codes);
+    const int64_t chunks = std::max<int64_t>(plan_.chunks, 1);  // of no codes there is none
+    const int64_t room = std::min(2 * ceil_div(expected, chunks) + kLeastRoom, plan_.chunk_codes);
     for_each_item<Memory>(plan_, batch.search, pool, [&](HammingItem& item, Memory& memory) {
       const int64_t codes = item.last_code - item.first_code, length = std::min(limit, codes);
       std::vector<Selector>& selectors = memory.selectors;
