@@ -17,7 +17,7 @@ constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
 constexpr int64_t kItemsPerThread = 4;                 // so that a slow core does not hold up the others
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kHugePage = 2 << 20;                 // clearing one takes about 100 microseconds
+constexpr int64_t kHugePage = 2 << 20;                 // which are cleared when they are first touched
 constexpr int64_t kLongBytes = int64_t(1) << 30;       // query-code bytes that take some milliseconds
 constexpr int64_t kHugeBytes = 192 << 10;              // 48 pages: a first-level TLB has about 64 entries
 

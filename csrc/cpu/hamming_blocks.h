@@ -34,7 +34,7 @@ struct HammingPlan {
 
   int64_t items() const { return query_blocks * chunks; }
 
-  bool is_long = false;  // so that preparing it may cost some 100 microseconds
+  bool is_long = false;  // so that clearing megabytes for it does not matter
 };
 
 // A thread's memory. Of much of it, in a long search, the pages are huge ones: small ones cost a fault each, and more of
