@@ -1,10 +1,12 @@
 """Every operation of a HammingIndex, in any order, against a list of codes; and searches beside a writer."""
 
 import copy
+import os
 import pickle
 import tempfile
 import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hashengine import HammingIndex, InputError
+from tests.hamming_levels import native_levels
 from tests.test_index import assert_same_index, codes_of, index_of
 
 BITS = 16
@@ -31,8 +34,10 @@ def few_codes(count: int, seed: int) -> np.ndarray:
 class Operations(RuleBasedStateMachine):
     """`codes` and `ids` are what the index must hold, in insertion order."""
 
-    @initialize(own_ids=st.booleans())
-    def start(self, own_ids):
+    @initialize(own_ids=st.booleans(), level=st.sampled_from(native_levels() or [None]))
+    def start(self, own_ids, level):
+        self.environment = mock.patch.dict(os.environ, {} if level is None else {"HASHENGINE_SIMD_LEVEL": level})
+        self.environment.start()
         self.own_ids, self.next_id = own_ids, 0
         self.index = HammingIndex(BITS)
         self.codes, self.ids = np.zeros((0, BITS // 8), np.uint8), np.zeros(0, np.int64)
@@ -41,6 +46,7 @@ class Operations(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "folder"):
             self.folder.cleanup()
+            self.environment.stop()
 
     @rule(count=st.integers(0, 12), seed=st.integers(0, 99))
     def add(self, count, seed):

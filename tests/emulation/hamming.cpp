@@ -38,9 +38,13 @@ void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_
   std::vector<Selector> selectors(size_t(kernel.block_queries));
   for (Selector& selector : selectors)
     selector.reset(search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr, nullptr, 0);
+  // Places of the block that no query takes find zeros.
+  std::vector<uint8_t> rows(size_t(kernel.block_queries * search.code_bytes));
+  std::copy_n(stand_ins, search.query_count * search.code_bytes, rows.begin());
   const HammingTile tile = {nullptr, search.codes, search.code_count, search.code_bytes, nullptr, 0};
-  kernel.scan(tile, {prepared, stand_ins, search.query_count}, selectors.data());
+  kernel.scan(tile, {prepared, rows.data(), search.query_count}, selectors.data());
   for (int64_t q = 0; q < search.query_count; ++q) counts[q] = selectors[size_t(q)].settle();
+  for (int64_t q = search.query_count; q < kernel.block_queries; ++q) counts[0] += selectors[size_t(q)].settle();
 }
 
 }  // namespace
