@@ -17,10 +17,11 @@ import hashengine
 from hashengine import InputError, _native
 
 _SETTLE_SECONDS = 0.05  # OpenMP threads of the last system spin a while after their work; the next one must not pay
+_BURST_SECONDS = 0.05  # calls follow each other so long: the first of them wakes threads that have gone to sleep
 
 
 def time_in_rounds(systems: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each system in each round, after one run of each to warm up.
+    """Seconds of a call of each system in each round, after a round to warm up; of short calls the median of a burst.
 
     The systems take turns, so that whatever disturbs the machine disturbs them alike; compare them round by round.
     """
@@ -28,10 +29,13 @@ def time_in_rounds(systems: Mapping[str, Callable[[], Any]], rounds: int) -> dic
     for turn in range(rounds + 1):
         for name, system in systems.items():
             time.sleep(_SETTLE_SECONDS)
-            start = time.perf_counter()
-            system()
+            burst: list[float] = []
+            while sum(burst) < _BURST_SECONDS:
+                start = time.perf_counter()
+                system()
+                burst.append(time.perf_counter() - start)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(statistics.median(burst))
     return seconds
 
 

@@ -11,10 +11,17 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kCodes = 8;  // that share one test against the bound
+constexpr int64_t kCodes = 8;     // that share one test against the bound
+constexpr int64_t kAhead = 8192;  // bytes; the processor's own prefetching ends with the page
 
 int64_t tile_codes(int64_t code_bytes) { return std::max(kTileBytes / code_bytes, kCodes); }
 int64_t query_bytes(int64_t) { return 0; }
+
+// Memory is the limit of a single query: asks for the lines that lie ahead of `bytes`, which are about to be read.
+HE_INLINE void prefetch_ahead(const uint8_t* codes, int64_t bytes) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(codes) + kAhead;  // maybe none of ours; then nothing happens
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte));
+}
 
 // kBytes is the length of a code where it is known, else 0.
 template <int kBytes>
@@ -24,6 +31,7 @@ HE_TARGET_AVX2 void scan_codes(const HammingTile& tile, const uint8_t* query, Se
   uint32_t bound = selector.bound();
   int64_t i = 0;
   for (; i + kCodes <= tile.count; i += kCodes, code += kCodes * bytes) {
+    prefetch_ahead(code, kCodes * bytes);
     uint32_t distances[kCodes], is_below = 0;
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kCodes; ++j) {
@@ -53,6 +61,7 @@ HE_TARGET_AVX2 void scan_words(const HammingTile& tile, const uint8_t* query, Se
   __m256i bound = _mm256_set1_epi64x(selector.bound());
   int64_t i = 0;
   for (; i + kWords <= tile.count; i += kWords) {
+    prefetch_ahead(tile.codes + 8 * i, 8 * kWords);
     __m256i is_below = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kWords; j += 4)

@@ -1,7 +1,20 @@
 """Rows that grow at the end while readers hold the rows before it."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
+
+_LINE_BYTES = 64  # of a cache
+
+
+def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that begins with a cache line. Of much of it NumPy asks the system for huge pages, which torch does not."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _LINE_BYTES
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 class GrowingRows:
@@ -21,7 +34,7 @@ class GrowingRows:
         """The first ``count`` rows with ``rows`` behind them; views of the first ``count`` stay as they are."""
         needed = count + len(rows)
         if needed > len(self._memory):
-            grown = self._memory.new_empty((max(needed, 2 * count), *self._memory.shape[1:]))
+            grown = empty_rows((max(needed, 2 * count), *self._memory.shape[1:]), self._memory.dtype)
             grown[:count] = self._memory[:count]
             self._memory = grown
         self._memory[count:needed] = rows

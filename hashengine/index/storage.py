@@ -29,7 +29,7 @@ from hashengine.errors import InputError
 from hashengine.index import _manifest
 from hashengine.index._manifest import MANIFEST
 from hashengine.index._mapping import map_rows
-from hashengine.index._rows import GrowingRows
+from hashengine.index._rows import GrowingRows, empty_rows
 from hashengine.index._state import State
 
 _KINDS = ("codes", "ids", "live")
@@ -206,7 +206,7 @@ def _read(path: Path, entry: dict[str, Any] | None, dtype: torch.dtype, shape: t
     if entry is None:
         return None
     file = _checked_file(path, entry)
-    rows = torch.empty(shape, dtype=dtype)
+    rows = empty_rows(shape, dtype)
     target = _bytes(rows)
     checksum = 0
     with open(file, "rb") as source:
