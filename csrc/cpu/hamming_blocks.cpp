@@ -14,7 +14,7 @@ constexpr int64_t kMaxQueryBlock = 256;
 constexpr int64_t kQueryBytes = 1 << 17;               // laid-out queries of a block pass through the second level
 constexpr int64_t kLeastBlockCodes = 4096;             // fewer do not pay for a block's tables
 constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
-constexpr int64_t kItemsPerThread = 4;                 // so that a slow core does not hold up the others
+constexpr int64_t kItemsPerThread = 2;                 // so that a slow core does not hold up the others
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kHugePage = 2 << 20;                 // which are cleared when they are first touched
@@ -66,8 +66,10 @@ HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& searc
     query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
   }
   query_blocks = ceil_div(search.query_count, query_block);
-  // Enough chunks to keep every thread busy, where blocks of queries alone do not.
-  const int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
+  // Enough chunks to keep every thread busy, where blocks of queries alone do not, and nine tenths of the time to the end.
+  // More cost candidates: each chunk looks for the nearest by itself.
+  int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
+  while (9 * round_up(query_blocks * wanted, threads) > 10 * query_blocks * wanted) ++wanted;
   const int64_t useful = std::max<int64_t>(search.code_count / least_chunk, 1);
   const int64_t needed = ceil_div(search.code_count, kMaxChunkCodes - 64);
   chunk_codes = ceil_div(search.code_count, std::max(std::min(wanted, useful), needed));

@@ -5,6 +5,8 @@
 // a sample of the codes tells a bound to begin with (hamming_sample.cpp), so that only a few k pass. Each chunk yields a
 // list for each query, and what the lists of a query hold is sorted by counting.
 
+#include <utility>
+
 #include "hamming_blocks.h"
 #include "hamming_rank.h"
 #include "hamming_sample.h"
@@ -15,6 +17,7 @@ namespace {
 constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a list
 constexpr int64_t kLeastRoom = 512;                      // candidates of a query that a thread has room for
 constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
+constexpr int64_t kLongSort = 16;                        // candidates of each distance that pay for several counts
 constexpr int64_t kListBytes = int64_t(16) << 20;        // of the lists of the queries that are searched together
 
 // A part of a search's queries, and the kernel for it.
@@ -79,16 +82,15 @@ class Lists {
       Part& part = parts_[size_t(item.number)];
       part.begins.push_back(0);
       for (int64_t q = 0; q < item.queries.count; ++q) {
-        Selector& selector = selectors[size_t(q)];
-        const int64_t found = selector.settle();
+        const Selector& selector = selectors[size_t(q)];
+        const int64_t found = selector.found();
         part.begins.push_back(part.begins.back() + found);
         // What is farther than the last of these is not among the nearest of any chunk; a tie may stand before it.
         if (found == limit) lower(shared[size_t(item.first_query + q)], selector.bound() + 1);
       }
       part.candidates = reinterpret_cast<HammingCandidate*>(
-          part.memory.reserve(part.begins.back() * int64_t(sizeof(HammingCandidate)), plan_.is_long));
-      for (size_t q = 0; q < size_t(item.queries.count); ++q)
-        std::copy_n(selectors[q].candidates(), part.begins[q + 1] - part.begins[q], part.candidates + part.begins[q]);
+          part.memory.reserve((part.begins.back() + 1) * int64_t(sizeof(HammingCandidate)), plan_.is_long));
+      for (size_t q = 0; q < size_t(item.queries.count); ++q) selectors[q].copy_to(part.candidates + part.begins[q]);
     });
   }
 
@@ -101,26 +103,10 @@ class Lists {
     return found;
   }
 
-  // Writes a query's first `limit` by (distance, position), or as many as there are; returns their number. The lists stand
-  // in order of position, and so do the candidates of each, so that counting distances sorts them.
+  // Writes a query's first `limit` by (distance, position), or as many as there are; returns their number.
   int64_t sort(int64_t query, int64_t limit, int32_t* distances, int64_t* positions) const {
-    std::vector<int64_t> ranks(size_t(8 * code_bytes_ + 2), 0);  // of the next of each distance
-    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
-      const List list = list_of(query, chunk);
-      for (const HammingCandidate* next = list.begin; next != list.end; ++next) ++ranks[next->distance + 1];
-    }
-    for (size_t d = 1; d < ranks.size(); ++d) ranks[d] += ranks[d - 1];
-    const int64_t found = ranks.back();
-    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
-      const List list = list_of(query, chunk);
-      for (const HammingCandidate* next = list.begin; next != list.end; ++next) {
-        const int64_t rank = ranks[next->distance]++;
-        if (rank >= limit) continue;
-        distances[rank] = int32_t(next->distance);
-        positions[rank] = list.offset + int64_t(next->position);
-      }
-    }
-    return std::min(found, limit);
+    const bool is_long = found(query) >= kLongSort * bins();
+    return is_long ? sort<4>(query, limit, distances, positions) : sort<1>(query, limit, distances, positions);
   }
 
  private:
@@ -135,6 +121,50 @@ class Lists {
     std::vector<Selector> selectors;  // of each query of the block
     ThreadMemory candidates;
   };
+
+  // The lists stand in order of position, and so do the candidates of each, so that counting distances sorts them. Each
+  // list is cut into streams that take turns, with counts of their own: two increments of one count in a row wait for
+  // each other in memory.
+  template <int kStreams>
+  int64_t sort(int64_t query, int64_t limit, int32_t* distances, int64_t* positions) const {
+    const int64_t rows = kStreams * plan_.chunks;
+    std::vector<int64_t> ranks(size_t(rows * bins()), 0);  // of each stream's next of each distance
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      int64_t* const counts = ranks.data() + chunk * kStreams * bins();
+      visit<kStreams>(list_of(query, chunk), [&](int64_t stream, const HammingCandidate& candidate) {
+        ++counts[stream * bins() + candidate.distance];
+      });
+    }
+    int64_t found = 0;
+    for (int64_t distance = 0; distance < bins(); ++distance) {
+      const int64_t begin = found;
+      for (int64_t row = 0; row < rows; ++row) found += std::exchange(ranks[size_t(row * bins() + distance)], found);
+      for (int64_t rank = begin; rank < std::min(found, limit); ++rank) distances[rank] = int32_t(distance);
+    }
+    int64_t dropped;
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      int64_t* const next = ranks.data() + chunk * kStreams * bins();
+      const List list = list_of(query, chunk);
+      visit<kStreams>(list, [&](int64_t stream, const HammingCandidate& candidate) {
+        const int64_t rank = next[stream * bins() + candidate.distance]++;
+        *(rank < limit ? positions + rank : &dropped) = list.offset + int64_t(candidate.position);
+      });
+    }
+    return std::min(found, limit);
+  }
+
+  // visit(stream, candidate) for each of a list.
+  template <int kStreams, typename Visit>
+  static void visit(const List& list, const Visit& visit) {
+    const int64_t length = (list.end - list.begin) / kStreams;
+    for (int64_t i = 0; i < length; ++i)
+#pragma GCC unroll 4
+      for (int64_t stream = 0; stream < kStreams; ++stream) visit(stream, list.begin[stream * length + i]);
+    for (const HammingCandidate* rest = list.begin + kStreams * length; rest != list.end; ++rest)
+      visit(kStreams - 1, *rest);
+  }
+
+  int64_t bins() const { return 8 * code_bytes_ + 1; }  // distances that there are
 
   static void lower(std::atomic<uint32_t>& bound, uint32_t to) {
     for (uint32_t now = bound; to < now && !bound.compare_exchange_weak(now, to);) {

@@ -18,6 +18,8 @@ struct HammingCandidate {
 
 class Selector {
  public:
+  static constexpr int64_t kMostTogether = 512;  // that are offered at once
+
   // Bytes that one selector takes for a stream of `length` candidates; a caller sizes its blocks of queries by it.
   static int64_t bytes(int64_t bits, int64_t k, int64_t length) {
     return int64_t(sizeof(uint32_t)) * (bits + 2) + int64_t(sizeof(HammingCandidate)) * capacity(k, length);
@@ -32,7 +34,7 @@ class Selector {
     filter_ = filter;
     below_ = 0;
     bound_ = bound;
-    histogram_.assign(bound, 0);
+    histogram_.assign(bound + 1, 0);
     candidates_ = memory;
     room_ = size_t(room);
     count_ = 0;
@@ -45,36 +47,62 @@ class Selector {
 
   void offer(uint32_t distance, uint32_t position) {
     if (distance >= bound_) return;
-    if (filter_ && !(filter_[position >> 3] >> (position & 7) & 1)) return;
-    if (count_ == room_ && !make_room()) return;  // never: compacting makes room
+    if (!passes(position)) return;
+    make_room(1);
     ++histogram_[distance];
     candidates_[count_++] = {distance, position};
     if (++below_ >= k_) tighten();
   }
 
-  // Drops what is not among the nearest; returns how many are left, at most k.
-  int64_t settle() {
-    if (is_tight_) compact();
-    return int64_t(count_);
+  // As offer, of several, at most kMostTogether; the bound learns of them at the end.
+  void offer_all(const uint32_t* distances, const uint32_t* positions, int64_t count) {
+    make_room(size_t(count));
+    HammingCandidate* next = candidates_ + count_;
+    const uint32_t none = bound_;  // where the histogram counts what is dropped
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_wanted = distances[i] < none && passes(positions[i]);
+      ++histogram_[is_wanted ? distances[i] : none];
+      *next = {distances[i], positions[i]};
+      next += is_wanted;
+    }
+    const auto accepted = size_t(next - candidates_) - count_;
+    count_ += accepted;
+    below_ += accepted;
+    if (below_ >= k_) tighten();
   }
 
-  // After settle: as many, in order of position.
-  const HammingCandidate* candidates() const { return candidates_; }
+  // How many there are, at most k.
+  int64_t found() const { return int64_t(is_tight_ ? k_ : count_); }
+
+  // Writes them, in order of position, and maybe something behind.
+  void copy_to(HammingCandidate* out) const {
+    if (is_tight_)
+      pick(out);
+    else
+      std::copy_n(candidates_, count_, out);
+  }
 
  private:
   // Compacting leaves at most k, so its cost is spread over a third as many candidates as it touches.
-  static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max<int64_t>(k / 2, 512), length); }
+  static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max(k / 2, kMostTogether), length); }
 
-  __attribute__((noinline)) bool make_room() {
-    if (count_ >= capacity_) compact();
-    if (count_ == room_) {
-      room_ = std::min(std::max<size_t>(2 * room_, 512), capacity_);
-      std::unique_ptr<HammingCandidate[]> grown(new HammingCandidate[room_]);
-      std::copy(candidates_, candidates_ + count_, grown.get());
-      own_ = std::move(grown);
-      candidates_ = own_.get();
-    }
-    return count_ < room_;
+  bool passes(uint32_t position) const {
+    return filter_ == nullptr || (filter_[position >> 3] >> (position & 7) & 1);
+  }
+
+  // For so many more.
+  void make_room(size_t count) {
+    if (__builtin_expect(count_ + count > room_, 0)) grow(count);
+  }
+
+  __attribute__((noinline)) void grow(size_t count) {
+    if (count_ + count > capacity_) count_ = pick(candidates_);
+    if (count_ + count <= room_) return;
+    room_ = std::min(std::max<size_t>({2 * room_, count_ + count, 512}), capacity_);
+    std::unique_ptr<HammingCandidate[]> grown(new HammingCandidate[room_]);
+    std::copy(candidates_, candidates_ + count_, grown.get());
+    own_ = std::move(grown);
+    candidates_ = own_.get();
   }
 
   void tighten() {
@@ -82,20 +110,19 @@ class Selector {
     while (below_ >= k_) below_ -= histogram_[--bound_];
   }
 
-  // Drops what is farther than the bound, and of those at the bound all but the first that are still needed.
-  void compact() {
+  // Leaves out what is farther than the bound, and of those at the bound all but the first that are still needed. Returns
+  // how many are left. Without branches, which would be guessed.
+  size_t pick(HammingCandidate* out) const {
     uint64_t ties = k_ - below_;
-    size_t kept = 0;
+    size_t picked = 0;
     for (size_t i = 0; i < count_; ++i) {
       const HammingCandidate candidate = candidates_[i];
-      if (candidate.distance > bound_) continue;
-      if (candidate.distance == bound_) {
-        if (ties == 0) continue;
-        --ties;
-      }
-      candidates_[kept++] = candidate;
+      const uint64_t is_tie = uint64_t(candidate.distance == bound_) & uint64_t(ties > 0);
+      out[picked] = candidate;
+      picked += uint64_t(candidate.distance < bound_) | is_tie;
+      ties -= is_tie;
     }
-    count_ = kept;
+    return picked;
   }
 
   size_t count_ = 0;

@@ -21,8 +21,9 @@ namespace hashengine {
 
 constexpr int64_t kMaxSlicedWords = 32;  // of 64 bits; of longer codes the tables do not fit
 constexpr int kMaxWeights = 12;          // of counters up to 2048
-constexpr int64_t kMaxKept = 32;         // hits of a query until they are offered
-constexpr int64_t kMaxStep = 512;        // codes between two looks at the hits
+constexpr int64_t kMaxNear = 512;        // codes that somebody is near to, until they are offered; a multiple of 64
+static_assert(kMaxNear <= Selector::kMostTogether, "a query may be near to all of them");
+constexpr int64_t kMaxStep = 128;        // codes between two looks at their number
 
 // A word of a code in fields of kBits, and what is left of it.
 template <int kBits>
@@ -136,27 +137,23 @@ class SlicedScan {
   }
 
  private:
-  // The hits of one code among 64 queries.
-  struct Word {
-    uint64_t hits;
-    uint32_t code;  // of the step
-    uint32_t first_query;
-  };
-
   static int64_t words_of(int64_t code_bytes) { return (code_bytes + 7) / 8; }
 
   static int64_t field_bits(int64_t words) { return words <= 2 ? 7 : words <= 4 ? 6 : 3; }
 
-  // Rows of 64 bits to columns, in place.
-  static HE_SLICES void transpose_bits(uint64_t (&rows)[64]) {
+  // 64 rows of 64 bits to columns, in place; of vectors, each word's by itself.
+  template <typename Row>
+  static HE_SLICES void transpose_bits(Row* rows) {
     uint64_t mask = 0x00000000ffffffff;
     for (int width = 32; width; width /= 2, mask ^= mask << width)
       for (int row = 0; row < 64; row = (row + width + 1) & ~width) {
-        const uint64_t swapped = (rows[row] >> width ^ rows[row + width]) & mask;
+        const Row swapped = (rows[row] >> width ^ rows[row + width]) & mask;
         rows[row] ^= swapped << width;
         rows[row + width] ^= swapped;
       }
   }
+
+  static HE_SLICES int lowest_bit(uint64_t bits) { return __builtin_ctzll(bits | uint64_t(1) << 63); }
 
   // Returns the end of the word's tables.
   static HE_SLICES Vector* fill_tables(const Vector* slices, int field_bits, Vector* table) {
@@ -182,18 +179,15 @@ class SlicedScan {
   // bits, more than a distance has.
   template <typename Word, int kChunks, int kWords, int kWeights, int kFields = Word::kFields>
   HE_SLICES void scan() {
+    constexpr int64_t kBytes = kFields == 5 ? 4 : 8 * kChunks * kWords;
     for (int64_t q = 0; q < kQueries; ++q) set_bound<kWeights>(q, q < queries_.count ? selectors_[q].bound() : 0);
     for (int64_t first = 0; first < tile_.count;) {
       // While few codes were seen, bounds fall fast.
       const int64_t seen = tile_.position_of(first);
       const int64_t count = std::min(std::clamp<int64_t>(seen / 4, 16, kMaxStep), tile_.count - first);
       find_near<Word, kChunks, kWords, kWeights, kFields>(first, count);
-      list_words();
-      for (int64_t i = 0; i < word_count_; ++i) keep_hits<kWeights>(words_[i], first);
       first += count;
-      // While hits are few, bounds should know of them at once.
-      if (word_count_ <= kQueries || count < kMaxStep || first == tile_.count)
-        for (int64_t q = 0; q < kQueries; ++q) offer_kept<kWeights>(q);
+      if (near_count_ > kMaxNear - kMaxStep || count < kMaxStep || first == tile_.count) offer_near<kWeights, kBytes>();
     }
   }
 
@@ -213,8 +207,7 @@ class SlicedScan {
   HE_SLICES void find_near(int64_t first, int64_t count) {
     const uint8_t* codes = tile_.codes + first * tile_.code_bytes;
     const int64_t chunks = kChunks ? kChunks : words_of(tile_.code_bytes);
-    near_count_ = 0;
-    for (int64_t code = 0; code < count; ++code, codes += tile_.code_bytes) {
+    for (int64_t code = first; code < first + count; ++code, codes += tile_.code_bytes) {
       SlicedCounter<Level, kWeights> counter(starts_);
       const Vector* table = tables_;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -264,36 +257,47 @@ class SlicedScan {
     return reinterpret_cast<const Vector*>(reinterpret_cast<const uint8_t*>(table) + offset);
   }
 
-  // Hits are few and anywhere, so that branches on them would be guessed: first the words that have any are listed.
-  HE_SLICES void list_words() {
-    word_count_ = 0;
-    for (int64_t near = 0; near < near_count_; ++near)
-      for (uint32_t w = 0; w < kQueries / 64; ++w) {
-        words_[word_count_] = {~far_[near][w], near_codes_[near], 64 * w};
-        word_count_ += words_[word_count_].hits != 0;
-      }
-  }
-
-  // They are offered some at a time, so that a selector's memory is touched seldom.
-  template <int kWeights>
-  HE_SLICES void keep_hits(const Word& word, int64_t first_code) {
-    uint64_t hits = word.hits;
-    do {
-      const int64_t query = word.first_query + __builtin_ctzll(hits);
-      kept_[query][kept_count_[query]++] = uint32_t(first_code) + word.code;
-      if (kept_count_[query] == kMaxKept) offer_kept<kWeights>(query);
-    } while (hits &= hits - 1);
-  }
-
-  template <int kWeights>
-  HE_SLICES void offer_kept(int64_t query) {
-    if (kept_count_[query] == 0) return;
-    Selector& selector = selectors_[query];
-    for (uint32_t i = 0; i < kept_count_[query]; ++i) {
-      const int64_t code = kept_[query][i];
-      selector.offer(hamming_distance(tile_, code, queries_, query), tile_.position_of(code));
+  // Offers the listed codes, to one query after another: there a bit's row is a code and its column a query, which changes
+  // places for 64 at a time, so that of each query the hits stand together.
+  template <int kWeights, int64_t kBytes>
+  HE_SLICES void offer_near() {
+    const int64_t groups = (near_count_ + 63) / 64;
+    std::fill(far_ + near_count_, far_ + 64 * groups, ~Vector{});
+    for (int64_t group = 0; group < groups; ++group) transpose_bits(far_ + 64 * group);
+    for (int64_t row = 0; row < 64; ++row) {
+      Vector far = ~Vector{};
+      for (int64_t group = 0; group < groups; ++group) far &= far_[64 * group + row];
+      if (!Level::has_zero(far)) continue;
+      for (int64_t word = 0; word < kQueries / 64; ++word)
+        if (~far[word]) offer_to<kWeights, kBytes>(64 * word + row, groups);
     }
-    kept_count_[query] = 0;
+    near_count_ = 0;
+  }
+
+  // kBytes is the length of a code where it is known, else 0.
+  template <int kWeights, int64_t kBytes>
+  HE_SLICES void offer_to(int64_t query, int64_t groups) {
+    const int64_t bytes = kBytes ? kBytes : tile_.code_bytes;
+    const uint8_t* const own = queries_.codes + query * bytes;
+    uint32_t hits[kMaxNear + 2], distances[kMaxNear], positions[kMaxNear];
+    int64_t count = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      // One or two are in most of the words; a loop from the first on would end by surprise.
+      uint64_t near = ~far_[64 * group + query % 64][query / 64];
+      const uint32_t* const codes = near_codes_ + 64 * group;
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i, near &= near - 1) {
+        hits[count] = codes[lowest_bit(near)];
+        count += near != 0;
+      }
+      for (; near; near &= near - 1) hits[count++] = codes[lowest_bit(near)];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      distances[i] = hamming_distance(own, tile_.codes + hits[i] * bytes, bytes);
+      positions[i] = tile_.position_of(hits[i]);
+    }
+    Selector& selector = selectors_[query];
+    selector.offer_all(distances, positions, count);
     if (selector.bound() != bounds_[query]) set_bound<kWeights>(query, selector.bound());
   }
 
@@ -303,13 +307,9 @@ class SlicedScan {
   const Vector* const tables_;
   uint32_t bounds_[kQueries];
   Vector starts_[kMaxWeights + 1];
-  Vector far_[kMaxStep];
-  uint32_t near_codes_[kMaxStep];
-  int64_t near_count_;
-  Word words_[kMaxStep * kQueries / 64 + 1];
-  int64_t word_count_;
-  uint32_t kept_[kQueries][kMaxKept];  // codes that are near to a query and not yet offered
-  uint32_t kept_count_[kQueries] = {};
+  Vector far_[kMaxNear];
+  uint32_t near_codes_[kMaxNear + 1];
+  int64_t near_count_ = 0;
 };
 
 }  // namespace hashengine

@@ -10,7 +10,7 @@ _LINE_BYTES = 64  # of a cache
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that begins with a cache line. Of much of it NumPy asks the system for huge pages, which torch does not."""
+    """Memory that begins with a cache line. NumPy asks the system for huge pages where it is much; torch does not."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _LINE_BYTES, np.uint8)
     start = -memory.ctypes.data % _LINE_BYTES

@@ -43,8 +43,8 @@ void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_
   std::copy_n(stand_ins, search.query_count * search.code_bytes, rows.begin());
   const HammingTile tile = {nullptr, search.codes, search.code_count, search.code_bytes, nullptr, 0};
   kernel.scan(tile, {prepared, rows.data(), search.query_count}, selectors.data());
-  for (int64_t q = 0; q < search.query_count; ++q) counts[q] = selectors[size_t(q)].settle();
-  for (int64_t q = search.query_count; q < kernel.block_queries; ++q) counts[0] += selectors[size_t(q)].settle();
+  for (int64_t q = 0; q < search.query_count; ++q) counts[q] = selectors[size_t(q)].found();
+  for (int64_t q = search.query_count; q < kernel.block_queries; ++q) counts[0] += selectors[size_t(q)].found();
 }
 
 }  // namespace
