@@ -34,7 +34,7 @@ class Selector {
     filter_ = filter;
     below_ = 0;
     bound_ = bound;
-    histogram_.assign(bound + 1, 0);
+    histogram_.assign(bound, 0);
     candidates_ = memory;
     room_ = size_t(room);
     count_ = 0;
@@ -49,26 +49,22 @@ class Selector {
     if (distance >= bound_) return;
     if (!passes(position)) return;
     make_room(1);
-    ++histogram_[distance];
     candidates_[count_++] = {distance, position};
-    if (++below_ >= k_) tighten();
+    learn(1);
   }
 
   // As offer, of several, at most kMostTogether; the bound learns of them at the end.
   void offer_all(const uint32_t* distances, const uint32_t* positions, int64_t count) {
     make_room(size_t(count));
+    const uint32_t bound = bound_;
     HammingCandidate* next = candidates_ + count_;
-    const uint32_t none = bound_;  // where the histogram counts what is dropped
     for (int64_t i = 0; i < count; ++i) {
-      const bool is_wanted = distances[i] < none && passes(positions[i]);
-      ++histogram_[is_wanted ? distances[i] : none];
       *next = {distances[i], positions[i]};
-      next += is_wanted;
+      next += distances[i] < bound && passes(positions[i]);
     }
     const auto accepted = size_t(next - candidates_) - count_;
     count_ += accepted;
-    below_ += accepted;
-    if (below_ >= k_) tighten();
+    learn(accepted);
   }
 
   // How many there are, at most k.
@@ -105,7 +101,12 @@ class Selector {
     candidates_ = own_.get();
   }
 
-  void tighten() {
+  // Tightens the bound by the last candidates. Before there are k, nothing follows from them, and none is counted.
+  void learn(size_t accepted) {
+    if (count_ < k_) return;
+    const size_t news = is_tight_ ? accepted : count_;
+    for (size_t i = count_ - news; i < count_; ++i) ++histogram_[candidates_[i].distance];
+    below_ += news;
     is_tight_ = true;
     while (below_ >= k_) below_ -= histogram_[--bound_];
   }
