@@ -11,7 +11,7 @@
 
 namespace hashengine {
 
-constexpr int64_t kHammingThreadBytes = int64_t(24) << 20;  // of a thread's memory, above one query's
+constexpr int64_t kHammingThreadBytes = int64_t(32) << 20;  // of a thread's memory, above one query's
 
 inline bool passes(const uint8_t* filter, uint32_t position) {
   return filter == nullptr || (filter[position >> 3] >> (position & 7) & 1);
@@ -99,18 +99,24 @@ class HammingItem {
   uint8_t* prepared_;
 };
 
-// work(item) for every item, with a `State` of its own for each thread: work(item, state).
+// work(item, state) for every item, with one of `states` for each thread, of which there are as many as the plan's.
 template <typename State, typename Work>
-void for_each_item(const HammingPlan& plan, const HammingSearch& search, const ThreadPool& pool, Work work) {
+void for_each_item(const HammingPlan& plan, const HammingSearch& search, const ThreadPool& pool,
+                   std::vector<State>& states, Work work) {
   std::atomic<int64_t> next{0};
-  parallel_for(pool, plan.threads, 1, [&](int64_t, int64_t) {
+  parallel_for(pool, plan.threads, 1, [&](int64_t thread, int64_t) {
     HammingItem item(plan, search);
-    State state;
     for (int64_t number; (number = next++) < plan.items();) {
       item.set(number);
-      work(item, state);
+      work(item, states[size_t(thread)]);
     }
   });
+}
+
+template <typename State, typename Work>
+void for_each_item(const HammingPlan& plan, const HammingSearch& search, const ThreadPool& pool, Work work) {
+  std::vector<State> states(size_t(plan.threads));
+  for_each_item(plan, search, pool, states, work);
 }
 
 }  // namespace hashengine

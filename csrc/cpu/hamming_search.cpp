@@ -5,6 +5,7 @@
 // a sample of the codes tells a bound to begin with (hamming_sample.cpp), so that only a few k pass. Each chunk yields a
 // list for each query, and what the lists of a query hold is sorted by counting.
 
+#include <deque>
 #include <utility>
 
 #include "hamming_blocks.h"
@@ -18,7 +19,7 @@ constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a 
 constexpr int64_t kLeastRoom = 512;                      // candidates of a query that a thread has room for
 constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
 constexpr int64_t kLongSort = 16;                        // candidates of each distance that pay for several counts
-constexpr int64_t kListBytes = int64_t(16) << 20;        // of the lists of the queries that are searched together
+constexpr int64_t kListBytes = int64_t(24) << 20;        // of the lists of the queries that are searched together
 
 // A part of a search's queries, and the kernel for it.
 struct Batch {
@@ -57,24 +58,37 @@ struct List {
   int64_t offset;
 };
 
+// What batches use one after another; its pages are cleared but once.
+struct Memory {
+  explicit Memory(int threads) : threads(size_t(threads)) {}
+
+  struct Thread {
+    std::vector<Selector> selectors;  // of each query of the block
+    ThreadMemory candidates;
+  };
+  std::vector<Thread> threads;
+  std::deque<ThreadMemory> parts;  // [chunk, block of queries]
+};
+
 // What each chunk yields for each query of a batch.
 class Lists {
  public:
   // Candidates below the bound of their query, at most `limit`, the nearest; about `expected` are there.
   Lists(const Batch& batch, int64_t per_query, int64_t least_chunk, const std::vector<uint32_t>& bounds, int64_t limit,
-        int64_t expected, const ThreadPool& pool)
+        int64_t expected, const ThreadPool& pool, Memory& memory)
       : plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads), parts_(size_t(plan_.items())),
         code_bytes_(batch.search.code_bytes) {
     std::vector<std::atomic<uint32_t>> shared(bounds.size());
     for (size_t q = 0; q < bounds.size(); ++q) shared[q] = bounds[q];
     const int64_t chunks = std::max<int64_t>(plan_.chunks, 1);  // of no codes there is none
     const int64_t room = std::min(2 * ceil_div(expected, chunks) + kLeastRoom, plan_.chunk_codes);
-    for_each_item<Memory>(plan_, batch.search, pool, [&](HammingItem& item, Memory& memory) {
+    while (memory.parts.size() < parts_.size()) memory.parts.emplace_back();
+    for_each_item(plan_, batch.search, pool, memory.threads, [&](HammingItem& item, Memory::Thread& own) {
       const int64_t codes = item.last_code - item.first_code, length = std::min(limit, codes);
-      std::vector<Selector>& selectors = memory.selectors;
-      selectors.resize(size_t(plan_.query_block));
+      std::vector<Selector>& selectors = own.selectors;
+      selectors.resize(std::max(selectors.size(), size_t(plan_.query_block)));
       auto* const candidates = reinterpret_cast<HammingCandidate*>(
-          memory.candidates.reserve(plan_.query_block * room * int64_t(sizeof(HammingCandidate)), plan_.is_long));
+          own.candidates.reserve(plan_.query_block * room * int64_t(sizeof(HammingCandidate)), plan_.is_long));
       for (int64_t q = 0; q < item.queries.count; ++q)
         selectors[size_t(q)].reset(length, codes, shared[size_t(item.first_query + q)], item.filter_of(q),
                                    candidates + q * room, room);
@@ -88,8 +102,8 @@ class Lists {
         // What is farther than the last of these is not among the nearest of any chunk; a tie may stand before it.
         if (found == limit) lower(shared[size_t(item.first_query + q)], selector.bound() + 1);
       }
-      part.candidates = reinterpret_cast<HammingCandidate*>(
-          part.memory.reserve((part.begins.back() + 1) * int64_t(sizeof(HammingCandidate)), plan_.is_long));
+      part.candidates = reinterpret_cast<HammingCandidate*>(memory.parts[size_t(item.number)].reserve(
+          (part.begins.back() + 1) * int64_t(sizeof(HammingCandidate)), plan_.is_long));
       for (size_t q = 0; q < size_t(item.queries.count); ++q) selectors[q].copy_to(part.candidates + part.begins[q]);
     });
   }
@@ -111,15 +125,8 @@ class Lists {
 
  private:
   struct Part {
-    ThreadMemory memory;
     HammingCandidate* candidates;
     std::vector<int64_t> begins;  // of each query of the block, and the end
-  };
-
-  // A thread's.
-  struct Memory {
-    std::vector<Selector> selectors;  // of each query of the block
-    ThreadMemory candidates;
   };
 
   // The lists stand in order of position, and so do the candidates of each, so that counting distances sorts them. Each
@@ -192,8 +199,9 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
   const auto most_bound = uint32_t(8 * search.code_bytes + 1);
   const int64_t per_query = Selector::bytes(most_bound, k, search.code_count);
   const int64_t together = kListBytes / (k * int64_t(sizeof(HammingCandidate)));
+  Memory memory(pool.threads);
   const auto find = [&](const Batch& batch, const std::vector<uint32_t>& bounds) {
-    return Lists(batch, per_query, std::max(kMinChunkCodes, 4 * k), bounds, k, k, pool);
+    return Lists(batch, per_query, std::max(kMinChunkCodes, 4 * k), bounds, k, k, pool, memory);
   };
   for (int64_t first = 0; first < search.query_count;) {
     const Batch batch = next_batch(search, first, together, per_query, level);
@@ -206,6 +214,7 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
         std::fill(positions + row + found, positions + row + k, int64_t(-1));
       }
     });
+    // To what a sample told too little; these lists take the memory of the batch's, which are sorted.
     for (int64_t q = 0; q < batch.search.query_count; ++q) {
       if (bounds[size_t(q)] == most_bound || lists.found(q) >= k) continue;
       const Batch astray = {part_of(batch.search, q, 1), first + q, &hamming_kernel(level, part_of(batch.search, q, 1))};
@@ -219,12 +228,14 @@ HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius
                                      const ThreadPool& pool) {
   constexpr int64_t kExpected = 1024;  // results a query; more take more memory
   const int64_t per_query = Selector::bytes(radius, std::min(max_results, kExpected), search.code_count);
+  Memory memory(pool.threads);
   HammingRangeResult result;
   result.lims.push_back(0);
   for (int64_t first = 0; first < search.query_count;) {
     const Batch batch = next_batch(search, first, search.query_count, per_query, level);
     const std::vector<uint32_t> bounds(size_t(batch.search.query_count), uint32_t(radius + 1));
-    const Lists lists(batch, per_query, kMinChunkCodes, bounds, max_results, std::min(max_results, kExpected), pool);
+    const Lists lists(batch, per_query, kMinChunkCodes, bounds, max_results, std::min(max_results, kExpected), pool,
+                      memory);
     for (int64_t q = 0; q < batch.search.query_count; ++q)
       result.lims.push_back(result.lims.back() + std::min(lists.found(q), max_results));
     result.distances.resize(size_t(result.lims.back()));
