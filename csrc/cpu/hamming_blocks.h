@@ -11,7 +11,7 @@
 
 namespace hashengine {
 
-constexpr int64_t kHammingThreadBytes = int64_t(32) << 20;  // of a thread's memory, above one query's
+constexpr int64_t kHammingThreadBytes = int64_t(24) << 20;  // of a thread's memory, above one query's
 
 inline bool passes(const uint8_t* filter, uint32_t position) {
   return filter == nullptr || (filter[position >> 3] >> (position & 7) & 1);

@@ -19,7 +19,7 @@ constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a 
 constexpr int64_t kLeastRoom = 512;                      // candidates of a query that a thread has room for
 constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
 constexpr int64_t kLongSort = 16;                        // candidates of each distance that pay for several counts
-constexpr int64_t kListBytes = int64_t(24) << 20;        // of the lists of the queries that are searched together
+constexpr int64_t kListBytes = int64_t(16) << 20;        // of the lists of the queries that are searched together
 
 // A part of a search's queries, and the kernel for it.
 struct Batch {
