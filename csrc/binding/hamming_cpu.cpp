@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "hashengine/hamming.h"
+#include "hashengine/huge_pages.h"
 
 namespace hashengine::binding {
 namespace {
@@ -71,13 +72,20 @@ struct Arguments {
   }
 };
 
+// Pages of megabytes are huge ones where the system has them: it clears them when they are first written, one by one.
+at::Tensor empty_answers(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor answers = at::empty(sizes, at::TensorOptions(dtype));
+  use_huge_pages(answers.mutable_data_ptr(), int64_t(answers.nbytes()));
+  return answers;
+}
+
 std::tuple<at::Tensor, at::Tensor> topk_cpu(const at::Tensor& queries, const at::Tensor& codes, int64_t k,
                                             const std::optional<at::Tensor>& filter, int64_t num_threads) {
   const Arguments arguments("hamming_topk", queries, codes, filter);
   TORCH_CHECK_VALUE(1 <= k && k <= codes.size(0), "hamming_topk: k must be 1 to the number of codes (", codes.size(0),
                     "), got ", k);
-  at::Tensor distances = at::empty({queries.size(0), k}, queries.options().dtype(at::kInt));
-  at::Tensor positions = at::empty({queries.size(0), k}, queries.options().dtype(at::kLong));
+  const at::Tensor distances = empty_answers({queries.size(0), k}, at::kInt);
+  const at::Tensor positions = empty_answers({queries.size(0), k}, at::kLong);
   hamming_topk_cpu(arguments.search, k, distances.mutable_data_ptr<int32_t>(), positions.mutable_data_ptr<int64_t>(),
                    simd_level(), thread_pool("hamming_topk", num_threads));
   return {distances, positions};
@@ -85,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> topk_cpu(const at::Tensor& queries, const at:
 
 template <typename T>
 at::Tensor as_tensor(const std::vector<T>& values, at::ScalarType dtype) {
-  at::Tensor tensor = at::empty({int64_t(values.size())}, at::TensorOptions(dtype));
+  at::Tensor tensor = empty_answers({int64_t(values.size())}, dtype);
   std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<T>());
   return tensor;
 }

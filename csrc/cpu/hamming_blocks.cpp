@@ -6,6 +6,8 @@
 
 #include <new>
 
+#include "hashengine/huge_pages.h"
+
 namespace hashengine {
 namespace {
 
@@ -17,7 +19,6 @@ constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
 constexpr int64_t kItemsPerThread = 2;                 // so that a slow core does not hold up the others
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kHugePage = 2 << 20;                 // which are cleared when they are first touched
 constexpr int64_t kLongBytes = int64_t(1) << 30;       // query-code bytes that take some milliseconds
 constexpr int64_t kHugeBytes = 192 << 10;              // 48 pages: a first-level TLB has about 64 entries
 
@@ -94,9 +95,7 @@ uint8_t* ThreadMemory::reserve(int64_t bytes, bool is_long) {
   }
   data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapped_) + alignment - 1) / alignment * alignment);
   bytes_ = bytes;
-#ifdef MADV_HUGEPAGE
-  if (is_huge) madvise(data_, mapped_bytes_ - alignment, MADV_HUGEPAGE);
-#endif
+  if (is_huge) use_huge_pages(data_, int64_t(mapped_bytes_ - alignment));
   return data_;
 }
 
