@@ -1,6 +1,8 @@
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <tuple>
 
 #include "check.h"
@@ -91,11 +93,11 @@ std::tuple<at::Tensor, at::Tensor> topk_cpu(const at::Tensor& queries, const at:
   return {distances, positions};
 }
 
+// The tensor takes the values over.
 template <typename T>
-at::Tensor as_tensor(const std::vector<T>& values, at::ScalarType dtype) {
-  at::Tensor tensor = empty_answers({int64_t(values.size())}, dtype);
-  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<T>());
-  return tensor;
+at::Tensor as_tensor(std::unique_ptr<T[]> values, int64_t count, at::ScalarType dtype) {
+  T* const data = values.release();
+  return at::from_blob(data, {count}, [data](void*) { delete[] data; }, at::TensorOptions(dtype));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> range_cpu(const at::Tensor& queries, const at::Tensor& codes,
@@ -107,11 +109,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_cpu(const at::Tensor& queri
   TORCH_CHECK_VALUE(!max_results || *max_results >= 1, "hamming_range: max_results must be at least 1, got ",
                     max_results.value_or(0));
   const int64_t most = std::min(max_results.value_or(codes.size(0)), codes.size(0));
-  const HammingRangeResult result =
+  HammingRangeResult result =
       hamming_range_cpu(arguments.search, radius, std::max<int64_t>(most, 1), simd_level(),
                         thread_pool("hamming_range", num_threads));
-  return {as_tensor(result.lims, at::kLong), as_tensor(result.distances, at::kInt),
-          as_tensor(result.positions, at::kLong)};
+  const at::Tensor lims = at::empty({int64_t(result.lims.size())}, at::TensorOptions(at::kLong));
+  std::copy(result.lims.begin(), result.lims.end(), lims.mutable_data_ptr<int64_t>());
+  const int64_t count = result.count();
+  return {lims, as_tensor(std::move(result.distances), count, at::kInt),
+          as_tensor(std::move(result.positions), count, at::kLong)};
 }
 
 // Labels as rows of 64-bit words: one that is compared whole, or a bit a label.

@@ -11,6 +11,7 @@
 #include "hamming_blocks.h"
 #include "hamming_rank.h"
 #include "hamming_sample.h"
+#include "hashengine/huge_pages.h"
 
 namespace hashengine {
 namespace {
@@ -19,6 +20,7 @@ constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a 
 constexpr int64_t kLeastRoom = 512;                      // candidates of a query that a thread has room for
 constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
 constexpr int64_t kLongSort = 16;                        // candidates of each distance that pay for several counts
+constexpr uint32_t kUnbounded = UINT32_MAX;
 constexpr int64_t kListBytes = int64_t(16) << 20;        // of the lists of the queries that are searched together
 
 // A part of a search's queries, and the kernel for it.
@@ -78,8 +80,6 @@ class Lists {
         int64_t expected, const ThreadPool& pool, Memory& memory)
       : plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads), parts_(size_t(plan_.items())),
         code_bytes_(batch.search.code_bytes) {
-    std::vector<std::atomic<uint32_t>> shared(bounds.size());
-    for (size_t q = 0; q < bounds.size(); ++q) shared[q] = bounds[q];
     const int64_t chunks = std::max<int64_t>(plan_.chunks, 1);  // of no codes there is none
     const int64_t room = std::min(2 * ceil_div(expected, chunks) + kLeastRoom, plan_.chunk_codes);
     while (memory.parts.size() < parts_.size()) memory.parts.emplace_back();
@@ -90,8 +90,8 @@ class Lists {
       auto* const candidates = reinterpret_cast<HammingCandidate*>(
           own.candidates.reserve(plan_.query_block * room * int64_t(sizeof(HammingCandidate)), plan_.is_long));
       for (int64_t q = 0; q < item.queries.count; ++q)
-        selectors[size_t(q)].reset(length, codes, shared[size_t(item.first_query + q)], item.filter_of(q),
-                                   candidates + q * room, room);
+        selectors[size_t(q)].reset(length, codes, bound_of(item, q, bounds[size_t(item.first_query + q)]),
+                                   item.filter_of(q), candidates + q * room, room);
       item.for_each_tile([&](const HammingTile& tile) { plan_.kernel->scan(tile, item.queries, selectors.data()); });
       Part& part = parts_[size_t(item.number)];
       part.begins.push_back(0);
@@ -99,12 +99,12 @@ class Lists {
         const Selector& selector = selectors[size_t(q)];
         const int64_t found = selector.found();
         part.begins.push_back(part.begins.back() + found);
-        // What is farther than the last of these is not among the nearest of any chunk; a tie may stand before it.
-        if (found == limit) lower(shared[size_t(item.first_query + q)], selector.bound() + 1);
+        part.bounds.push_back(found == limit ? selector.bound() : kUnbounded);
       }
       part.candidates = reinterpret_cast<HammingCandidate*>(memory.parts[size_t(item.number)].reserve(
           (part.begins.back() + 1) * int64_t(sizeof(HammingCandidate)), plan_.is_long));
       for (size_t q = 0; q < size_t(item.queries.count); ++q) selectors[q].copy_to(part.candidates + part.begins[q]);
+      part.is_done = true;
     });
   }
 
@@ -127,6 +127,8 @@ class Lists {
   struct Part {
     HammingCandidate* candidates;
     std::vector<int64_t> begins;  // of each query of the block, and the end
+    std::vector<uint32_t> bounds;
+    std::atomic<bool> is_done{false};
   };
 
   // The lists stand in order of position, and so do the candidates of each, so that counting distances sorts them. Each
@@ -173,13 +175,23 @@ class Lists {
 
   int64_t bins() const { return 8 * code_bytes_ + 1; }  // distances that there are
 
-  static void lower(std::atomic<uint32_t>& bound, uint32_t to) {
-    for (uint32_t now = bound; to < now && !bound.compare_exchange_weak(now, to);) {
+  // What the chunks that are done leave for a query of the item to find: where one has as many as are wanted, only what is
+  // nearer than the last of these, or as near and stands before it.
+  uint32_t bound_of(const HammingItem& item, int64_t query, uint32_t bound) const {
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      const Part& part = part_at(item.first_query, chunk);
+      if (part.is_done && part.bounds[size_t(query)] != kUnbounded)
+        bound = std::min(bound, part.bounds[size_t(query)] + (chunk > item.chunk));
     }
+    return bound;
+  }
+
+  const Part& part_at(int64_t query, int64_t chunk) const {
+    return parts_[size_t(chunk * plan_.query_blocks + query / plan_.query_block)];
   }
 
   List list_of(int64_t query, int64_t chunk) const {
-    const Part& part = parts_[size_t(chunk * plan_.query_blocks + query / plan_.query_block)];
+    const Part& part = part_at(query, chunk);
     const auto row = size_t(query % plan_.query_block);
     return {part.candidates + part.begins[row], part.candidates + part.begins[row + 1],
             chunk * plan_.chunk_codes};
@@ -189,6 +201,15 @@ class Lists {
   std::vector<Part> parts_;  // [chunk, block of queries]
   const int64_t code_bytes_;
 };
+
+// The first `count` values, with room for as many as `to`.
+template <typename T>
+std::unique_ptr<T[]> grown(const std::unique_ptr<T[]>& values, int64_t count, int64_t to) {
+  std::unique_ptr<T[]> room(new T[size_t(to)]);
+  use_huge_pages(room.get(), to * int64_t(sizeof(T)));
+  std::copy_n(values.get(), count, room.get());
+  return room;
+}
 
 }  // namespace
 
@@ -238,13 +259,14 @@ HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius
                       memory);
     for (int64_t q = 0; q < batch.search.query_count; ++q)
       result.lims.push_back(result.lims.back() + std::min(lists.found(q), max_results));
-    result.distances.resize(size_t(result.lims.back()));
-    result.positions.resize(size_t(result.lims.back()));
-    parallel_for(pool, batch.search.query_count, 256, [&](int64_t begin, int64_t end) {
+    const int64_t before = result.lims[size_t(first)];
+    result.distances = grown(result.distances, before, result.count());
+    result.positions = grown(result.positions, before, result.count());
+    parallel_for(pool, batch.search.query_count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
         const int64_t at = result.lims[size_t(first + q)];
-        lists.sort(q, result.lims[size_t(first + q) + 1] - at, result.distances.data() + at,
-                    result.positions.data() + at);
+        lists.sort(q, result.lims[size_t(first + q) + 1] - at, result.distances.get() + at,
+                    result.positions.get() + at);
       }
     });
     first += batch.search.query_count;

@@ -153,6 +153,7 @@ class SlicedScan {
       }
   }
 
+  // 63 of none.
   static HE_SLICES int lowest_bit(uint64_t bits) { return __builtin_ctzll(bits | uint64_t(1) << 63); }
 
   // Returns the end of the word's tables.
@@ -279,10 +280,10 @@ class SlicedScan {
   HE_SLICES void offer_to(int64_t query, int64_t groups) {
     const int64_t bytes = kBytes ? kBytes : tile_.code_bytes;
     const uint8_t* const own = queries_.codes + query * bytes;
-    uint32_t hits[kMaxNear + 2], distances[kMaxNear], positions[kMaxNear];
+    uint32_t hits[kMaxNear + 1], distances[kMaxNear], positions[kMaxNear];
     int64_t count = 0;
     for (int64_t group = 0; group < groups; ++group) {
-      // One or two are in most of the words; a loop from the first on would end by surprise.
+      // Most words have at most two; a loop from the first on would end by surprise.
       uint64_t near = ~far_[64 * group + query % 64][query / 64];
       const uint32_t* const codes = near_codes_ + 64 * group;
 #pragma GCC unroll 2
@@ -308,7 +309,7 @@ class SlicedScan {
   uint32_t bounds_[kQueries];
   Vector starts_[kMaxWeights + 1];
   Vector far_[kMaxNear];
-  uint32_t near_codes_[kMaxNear + 1];
+  uint32_t near_codes_[kMaxNear] = {};
   int64_t near_count_ = 0;
 };
 

@@ -64,7 +64,9 @@ bool is_right(const State& state, SimdLevel level) {
   std::vector<int64_t> many_positions(many_distances.size());
   hamming_topk_cpu(many, kNearest, many_distances.data(), many_positions.data(), level, pool);
 
-  bool same = within.distances == distances && within.positions == positions;
+  bool same = within.count() == int64_t(distances.size()) &&
+              std::equal(distances.begin(), distances.end(), within.distances.get()) &&
+              std::equal(positions.begin(), positions.end(), within.positions.get());
   for (size_t i = 0; i < many_positions.size(); ++i)
     same &= many_positions[i] == positions[i % positions.size()] && many_distances[i] == distances[i % distances.size()];
   for (int64_t q = 0; q < kQueries; ++q) {

@@ -64,8 +64,8 @@ extern "C" void hamming_call(const int64_t* numbers, void* const* buffers) {
     case 1: {  // radius, max_results; lims, then distances and positions with room for every pair
       const HammingRangeResult result = hamming_range_cpu(search, numbers[7], numbers[8], level, pool);
       std::copy(result.lims.begin(), result.lims.end(), out(5));
-      std::copy(result.distances.begin(), result.distances.end(), static_cast<int32_t*>(buffers[6]));
-      std::copy(result.positions.begin(), result.positions.end(), out(7));
+      std::copy_n(result.distances.get(), result.count(), static_cast<int32_t*>(buffers[6]));
+      std::copy_n(result.positions.get(), result.count(), out(7));
       return;
     }
     case 2:  // radius; counts

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "hashengine/parallel.h"
@@ -28,8 +29,10 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
 // Query q has distances and positions [lims[q], lims[q + 1]).
 struct HammingRangeResult {
   std::vector<int64_t> lims;
-  std::vector<int32_t> distances;
-  std::vector<int64_t> positions;
+  std::unique_ptr<int32_t[]> distances;
+  std::unique_ptr<int64_t[]> positions;
+
+  int64_t count() const { return lims.back(); }
 };
 
 // At a distance of at most `radius`; of a query with more than `max_results` >= 1, the nearest.
