@@ -184,3 +184,19 @@ def test_faiss_finds_the_same_within_a_radius():
         order = np.lexsort((ids[part], distances[part]))
         np.testing.assert_array_equal(got[1][part], distances[part][order])
         np.testing.assert_array_equal(got[2][part], ids[part][order])
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_more_of_the_longest_codes_than_a_chunk_numbers(queries):
+    """Of 65,536 bits a chunk takes 32,768 codes: beside the distance there is no room for more positions."""
+    codes = np.zeros((70_000, 8192), np.uint8)  # pages that are never written to
+    marked = [3, 32_767, 32_768, 65_535, 65_536, 69_999]
+    codes[marked] = 255
+    codes[marked[::2], 0] = 127
+    asked = torch.full((queries, 8192), 255, dtype=torch.uint8)
+    order, distances = marked[1::2] + marked[::2] + [0, 1], [0] * 3 + [1] * 3 + [65_536] * 2
+    got = ops.hamming_topk(asked, torch.from_numpy(codes), 8)
+    assert got[0].tolist() == [distances] * queries and got[1].tolist() == [order] * queries
+    lims, got_distances, positions = ops.hamming_range(asked, torch.from_numpy(codes), 1)
+    assert lims.tolist() == [6 * q for q in range(queries + 1)]
+    assert got_distances.tolist() == distances[:6] * queries and positions.tolist() == order[:6] * queries

@@ -127,6 +127,7 @@ def test_same_answers_for_every_number_of_threads():
         (torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(5, 8), 1, TypeError, "codes must be packed codes of uint8"),
         (torch.zeros(8, dtype=torch.uint8), torch.zeros(5, 8, dtype=torch.uint8), 1, ValueError, r"\[rows, bits / 8\]"),
         (torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(5, 8, dtype=torch.uint8), 1, ValueError, "32 and 64 bits"),
+        (torch.zeros(2, 8193, dtype=torch.uint8), torch.zeros(5, 8193, dtype=torch.uint8), 1, ValueError, "65536 bits"),
         (torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(5, 8, dtype=torch.uint8), 0, ValueError, "k must be 1 to"),
         (torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(5, 8, dtype=torch.uint8), 6, ValueError, r"\(5\), got 6"),
         (torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), 1, ValueError, r"\(0\), got 1"),

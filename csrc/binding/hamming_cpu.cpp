@@ -57,8 +57,8 @@ struct Arguments {
 
  private:
   static void check_rows(const char* op, const char* name, const at::Tensor& rows) {
-    TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) > 0, op, ": ", name, " must be [rows, bits / 8], got ",
-                      rows.sizes());
+    TORCH_CHECK_VALUE(rows.dim() == 2 && 0 < rows.size(1) && rows.size(1) <= kHammingMaxBytes, op, ": ", name,
+                      " must be [rows, bits / 8] of at most ", 8 * kHammingMaxBytes, " bits, got ", rows.sizes());
   }
 
   void check_filter(const char* op, const at::Tensor& bitmap) const {

@@ -15,7 +15,6 @@ constexpr int64_t kMinQueryBlock = 32;                 // fewer queries do not p
 constexpr int64_t kMaxQueryBlock = 256;
 constexpr int64_t kQueryBytes = 1 << 17;               // laid-out queries of a block pass through the second level
 constexpr int64_t kLeastBlockCodes = 4096;             // fewer do not pay for a block's tables
-constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;
 constexpr int64_t kItemsPerThread = 2;                 // so that a slow core does not hold up the others
 constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
@@ -54,7 +53,7 @@ const HammingKernel* hamming_block_kernel([[maybe_unused]] SimdLevel level, cons
 }
 
 HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t per_query,
-                         int64_t least_chunk, int most_threads)
+                         int64_t least_chunk, int most_threads, int64_t most_chunk)
     : kernel(&kernel) {
   threads = search.query_count * search.code_count * search.code_bytes < kSerialBytes ? 1 : most_threads;
   is_long = search.query_count * search.code_count * search.code_bytes >= kLongBytes;
@@ -72,7 +71,7 @@ HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& searc
   int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
   while (9 * round_up(query_blocks * wanted, threads) > 10 * query_blocks * wanted) ++wanted;
   const int64_t useful = std::max<int64_t>(search.code_count / least_chunk, 1);
-  const int64_t needed = ceil_div(search.code_count, kMaxChunkCodes - 64);
+  const int64_t needed = ceil_div(search.code_count, most_chunk);
   chunk_codes = ceil_div(search.code_count, std::max(std::min(wanted, useful), needed));
   chunk_codes = round_up(std::max<int64_t>(chunk_codes, 1), 64);  // a chunk begins with a word of a bitmap
   chunks = ceil_div(search.code_count, chunk_codes);

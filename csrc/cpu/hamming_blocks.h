@@ -11,6 +11,7 @@
 
 namespace hashengine {
 
+constexpr int64_t kHammingMaxChunk = int64_t(1) << 31;              // codes, whose positions have 32 bits
 constexpr int64_t kHammingThreadBytes = int64_t(24) << 20;  // of a thread's memory, above one query's
 
 inline bool passes(const uint8_t* filter, uint32_t position) {
@@ -28,9 +29,10 @@ struct HammingPlan {
   int64_t chunk_codes, chunks;
   int threads;
 
-  // per_query: bytes of a thread's memory for each query of a block; least_chunk: fewer codes are not worth a chunk.
+  // per_query: bytes of a thread's memory for each query of a block; least_chunk: fewer codes are not worth a chunk;
+  // most_chunk: a multiple of 64.
   HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t per_query, int64_t least_chunk,
-              int most_threads);
+              int most_threads, int64_t most_chunk = kHammingMaxChunk);
 
   int64_t items() const { return query_blocks * chunks; }
 

@@ -21,7 +21,7 @@ constexpr int64_t kLeastRoom = 512;                      // candidates of a quer
 constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
 constexpr int64_t kLongSort = 16;                        // candidates of each distance that pay for several counts
 constexpr uint32_t kUnbounded = UINT32_MAX;
-constexpr int64_t kListBytes = int64_t(16) << 20;        // of the lists of the queries that are searched together
+constexpr int64_t kListBytes = int64_t(10) << 20;        // of the lists of the queries that are searched together
 
 // A part of a search's queries, and the kernel for it.
 struct Batch {
@@ -55,8 +55,8 @@ Batch next_batch(const HammingSearch& search, int64_t first, int64_t most, int64
 
 // The nearest of one chunk to one query, in order of position, which counts from `offset`.
 struct List {
-  const HammingCandidate* begin;
-  const HammingCandidate* end;
+  const uint32_t* begin;
+  const uint32_t* end;
   int64_t offset;
 };
 
@@ -78,8 +78,9 @@ class Lists {
   // Candidates below the bound of their query, at most `limit`, the nearest; about `expected` are there.
   Lists(const Batch& batch, int64_t per_query, int64_t least_chunk, const std::vector<uint32_t>& bounds, int64_t limit,
         int64_t expected, const ThreadPool& pool, Memory& memory)
-      : plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads), parts_(size_t(plan_.items())),
-        code_bytes_(batch.search.code_bytes) {
+      : format_(batch.search.code_bytes),
+        plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads, format_.positions()),
+        parts_(size_t(plan_.items())), code_bytes_(batch.search.code_bytes) {
     const int64_t chunks = std::max<int64_t>(plan_.chunks, 1);  // of no codes there is none
     const int64_t room = std::min(2 * ceil_div(expected, chunks) + kLeastRoom, plan_.chunk_codes);
     while (memory.parts.size() < parts_.size()) memory.parts.emplace_back();
@@ -87,10 +88,9 @@ class Lists {
       const int64_t codes = item.last_code - item.first_code, length = std::min(limit, codes);
       std::vector<Selector>& selectors = own.selectors;
       selectors.resize(std::max(selectors.size(), size_t(plan_.query_block)));
-      auto* const candidates = reinterpret_cast<HammingCandidate*>(
-          own.candidates.reserve(plan_.query_block * room * int64_t(sizeof(HammingCandidate)), plan_.is_long));
+      uint32_t* const candidates = reserve(own.candidates, plan_.query_block * room);
       for (int64_t q = 0; q < item.queries.count; ++q)
-        selectors[size_t(q)].reset(length, codes, bound_of(item, q, bounds[size_t(item.first_query + q)]),
+        selectors[size_t(q)].reset(format_, length, codes, bound_of(item, q, bounds[size_t(item.first_query + q)]),
                                    item.filter_of(q), candidates + q * room, room);
       item.for_each_tile([&](const HammingTile& tile) { plan_.kernel->scan(tile, item.queries, selectors.data()); });
       Part& part = parts_[size_t(item.number)];
@@ -101,8 +101,7 @@ class Lists {
         part.begins.push_back(part.begins.back() + found);
         part.bounds.push_back(found == limit ? selector.bound() : kUnbounded);
       }
-      part.candidates = reinterpret_cast<HammingCandidate*>(memory.parts[size_t(item.number)].reserve(
-          (part.begins.back() + 1) * int64_t(sizeof(HammingCandidate)), plan_.is_long));
+      part.candidates = reserve(memory.parts[size_t(item.number)], part.begins.back() + 1);
       for (size_t q = 0; q < size_t(item.queries.count); ++q) selectors[q].copy_to(part.candidates + part.begins[q]);
       part.is_done = true;
     });
@@ -125,7 +124,7 @@ class Lists {
 
  private:
   struct Part {
-    HammingCandidate* candidates;
+    uint32_t* candidates;
     std::vector<int64_t> begins;  // of each query of the block, and the end
     std::vector<uint32_t> bounds;
     std::atomic<bool> is_done{false};
@@ -140,8 +139,8 @@ class Lists {
     std::vector<int64_t> ranks(size_t(rows * bins()), 0);  // of each stream's next of each distance
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       int64_t* const counts = ranks.data() + chunk * kStreams * bins();
-      visit<kStreams>(list_of(query, chunk), [&](int64_t stream, const HammingCandidate& candidate) {
-        ++counts[stream * bins() + candidate.distance];
+      visit<kStreams>(list_of(query, chunk), [&](int64_t stream, uint32_t candidate) {
+        ++counts[stream * bins() + format_.distance(candidate)];
       });
     }
     int64_t found = 0;
@@ -154,9 +153,9 @@ class Lists {
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       int64_t* const next = ranks.data() + chunk * kStreams * bins();
       const List list = list_of(query, chunk);
-      visit<kStreams>(list, [&](int64_t stream, const HammingCandidate& candidate) {
-        const int64_t rank = next[stream * bins() + candidate.distance]++;
-        *(rank < limit ? positions + rank : &dropped) = list.offset + int64_t(candidate.position);
+      visit<kStreams>(list, [&](int64_t stream, uint32_t candidate) {
+        const int64_t rank = next[stream * bins() + format_.distance(candidate)]++;
+        *(rank < limit ? positions + rank : &dropped) = list.offset + int64_t(format_.position(candidate));
       });
     }
     return std::min(found, limit);
@@ -169,11 +168,15 @@ class Lists {
     for (int64_t i = 0; i < length; ++i)
 #pragma GCC unroll 4
       for (int64_t stream = 0; stream < kStreams; ++stream) visit(stream, list.begin[stream * length + i]);
-    for (const HammingCandidate* rest = list.begin + kStreams * length; rest != list.end; ++rest)
+    for (const uint32_t* rest = list.begin + kStreams * length; rest != list.end; ++rest)
       visit(kStreams - 1, *rest);
   }
 
   int64_t bins() const { return 8 * code_bytes_ + 1; }  // distances that there are
+
+  uint32_t* reserve(ThreadMemory& memory, int64_t candidates) const {
+    return reinterpret_cast<uint32_t*>(memory.reserve(candidates * int64_t(sizeof(uint32_t)), plan_.is_long));
+  }
 
   // What the chunks that are done leave for a query of the item to find: where one has as many as are wanted, only what is
   // nearer than the last of these, or as near and stands before it.
@@ -197,6 +200,7 @@ class Lists {
             chunk * plan_.chunk_codes};
   }
 
+  const HammingCandidates format_;
   const HammingPlan plan_;
   std::vector<Part> parts_;  // [chunk, block of queries]
   const int64_t code_bytes_;
@@ -219,7 +223,7 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
     return hamming_rank(search, k, distances, positions, level, pool);
   const auto most_bound = uint32_t(8 * search.code_bytes + 1);
   const int64_t per_query = Selector::bytes(most_bound, k, search.code_count);
-  const int64_t together = kListBytes / (k * int64_t(sizeof(HammingCandidate)));
+  const int64_t together = kListBytes / (k * int64_t(sizeof(uint32_t)));
   Memory memory(pool.threads);
   const auto find = [&](const Batch& batch, const std::vector<uint32_t>& bounds) {
     return Lists(batch, per_query, std::max(kMinChunkCodes, 4 * k), bounds, k, k, pool, memory);

@@ -11,9 +11,16 @@
 
 namespace hashengine {
 
-struct HammingCandidate {
-  uint32_t distance;
-  uint32_t position;
+// A distance and a position in 32 bits; the distance takes the highest, as many as the length of a code needs.
+struct HammingCandidates {
+  explicit HammingCandidates(int64_t code_bytes) : position_bits(__builtin_clz(uint32_t(8 * code_bytes))) {}
+
+  uint32_t pack(uint32_t distance, uint32_t position) const { return distance << position_bits | position; }
+  uint32_t distance(uint32_t candidate) const { return candidate >> position_bits; }
+  uint32_t position(uint32_t candidate) const { return candidate & ((1u << position_bits) - 1); }
+  int64_t positions() const { return int64_t(1) << position_bits; }  // that there are
+
+  int position_bits;
 };
 
 class Selector {
@@ -22,13 +29,15 @@ class Selector {
 
   // Bytes that one selector takes for a stream of `length` candidates; a caller sizes its blocks of queries by it.
   static int64_t bytes(int64_t bits, int64_t k, int64_t length) {
-    return int64_t(sizeof(uint32_t)) * (bits + 2) + int64_t(sizeof(HammingCandidate)) * capacity(k, length);
+    return int64_t(sizeof(uint32_t)) * (bits + 2 + capacity(k, length));
   }
 
   // Only candidates below `bound` are wanted, and, where there is a filter (a bitmap over positions, the least
   // significant bit first), those that it lets through. `memory` has room for the first of them; where that is all taken,
   // they move.
-  void reset(int64_t k, int64_t length, uint32_t bound, const uint8_t* filter, HammingCandidate* memory, int64_t room) {
+  void reset(HammingCandidates format, int64_t k, int64_t length, uint32_t bound, const uint8_t* filter,
+             uint32_t* memory, int64_t room) {
+    format_ = format;
     k_ = size_t(k);
     capacity_ = size_t(capacity(k, length));
     filter_ = filter;
@@ -49,7 +58,7 @@ class Selector {
     if (distance >= bound_) return;
     if (!passes(position)) return;
     make_room(1);
-    candidates_[count_++] = {distance, position};
+    candidates_[count_++] = format_.pack(distance, position);
     learn(1);
   }
 
@@ -57,9 +66,10 @@ class Selector {
   void offer_all(const uint32_t* distances, const uint32_t* positions, int64_t count) {
     make_room(size_t(count));
     const uint32_t bound = bound_;
-    HammingCandidate* next = candidates_ + count_;
+    const HammingCandidates format = format_;
+    uint32_t* next = candidates_ + count_;
     for (int64_t i = 0; i < count; ++i) {
-      *next = {distances[i], positions[i]};
+      *next = format.pack(distances[i], positions[i]);
       next += distances[i] < bound && passes(positions[i]);
     }
     const auto accepted = size_t(next - candidates_) - count_;
@@ -71,7 +81,7 @@ class Selector {
   int64_t found() const { return int64_t(is_tight_ ? k_ : count_); }
 
   // Writes them, in order of position, and maybe something behind.
-  void copy_to(HammingCandidate* out) const {
+  void copy_to(uint32_t* out) const {
     if (is_tight_)
       pick(out);
     else
@@ -95,7 +105,7 @@ class Selector {
     if (count_ + count > capacity_) count_ = pick(candidates_);
     if (count_ + count <= room_) return;
     room_ = std::min(std::max<size_t>({2 * room_, count_ + count, 512}), capacity_);
-    std::unique_ptr<HammingCandidate[]> grown(new HammingCandidate[room_]);
+    std::unique_ptr<uint32_t[]> grown(new uint32_t[room_]);
     std::copy(candidates_, candidates_ + count_, grown.get());
     own_ = std::move(grown);
     candidates_ = own_.get();
@@ -105,7 +115,7 @@ class Selector {
   void learn(size_t accepted) {
     if (count_ < k_) return;
     const size_t news = is_tight_ ? accepted : count_;
-    for (size_t i = count_ - news; i < count_; ++i) ++histogram_[candidates_[i].distance];
+    for (size_t i = count_ - news; i < count_; ++i) ++histogram_[format_.distance(candidates_[i])];
     below_ += news;
     is_tight_ = true;
     while (below_ >= k_) below_ -= histogram_[--bound_];
@@ -113,14 +123,15 @@ class Selector {
 
   // Leaves out what is farther than the bound, and of those at the bound all but the first that are still needed. Returns
   // how many are left. Without branches, which would be guessed.
-  size_t pick(HammingCandidate* out) const {
+  size_t pick(uint32_t* out) const {
+    const uint32_t bound = bound_;  // which writing through `out` might change, for all that the compiler knows
     uint64_t ties = k_ - below_;
     size_t picked = 0;
     for (size_t i = 0; i < count_; ++i) {
-      const HammingCandidate candidate = candidates_[i];
-      const uint64_t is_tie = uint64_t(candidate.distance == bound_) & uint64_t(ties > 0);
+      const uint32_t candidate = candidates_[i], distance = format_.distance(candidate);
+      const uint64_t is_tie = uint64_t(distance == bound) & uint64_t(ties > 0);
       out[picked] = candidate;
-      picked += uint64_t(candidate.distance < bound_) | is_tie;
+      picked += uint64_t(distance < bound) | is_tie;
       ties -= is_tie;
     }
     return picked;
@@ -128,7 +139,8 @@ class Selector {
 
   size_t count_ = 0;
   size_t room_ = 0;  // of candidates_
-  HammingCandidate* candidates_ = nullptr;
+  uint32_t* candidates_ = nullptr;
+  HammingCandidates format_{1};
   uint32_t bound_ = 0;
   bool is_tight_ = false;  // some that were collected may be at the bound or beyond
   uint64_t k_ = 0;
@@ -136,7 +148,7 @@ class Selector {
   const uint8_t* filter_ = nullptr;
   std::vector<uint32_t> histogram_;
   size_t capacity_ = 0;
-  std::unique_ptr<HammingCandidate[]> own_;
+  std::unique_ptr<uint32_t[]> own_;
 };
 
 }  // namespace hashengine

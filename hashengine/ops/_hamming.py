@@ -7,14 +7,17 @@ from torch import Tensor
 
 from hashengine.ops._check import check_codes
 
+_MAX_BYTES = 8192  # of a code
 _ENTRIES = 1 << 24  # distances held at once by a reference: 128 MB as int64
 
 
 def check_search(op: str, queries: Tensor, codes: Tensor, filter: Tensor | None) -> None:
     for name, tensor in (("queries", queries), ("codes", codes)):
         check_codes(op, tensor, name)
-        if tensor.dim() != 2 or tensor.shape[1] == 0:
-            raise ValueError(f"{op}: {name} must be [rows, bits / 8], got {list(tensor.shape)}")
+        if tensor.dim() != 2 or not 0 < tensor.shape[1] <= _MAX_BYTES:
+            raise ValueError(
+                f"{op}: {name} must be [rows, bits / 8] of at most {8 * _MAX_BYTES} bits, got {list(tensor.shape)}"
+            )
     if queries.shape[1] != codes.shape[1]:
         raise ValueError(
             f"{op}: queries and codes must have the same width, got {8 * queries.shape[1]} and "

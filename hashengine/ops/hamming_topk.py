@@ -15,7 +15,7 @@ def hamming_topk(
     The order is total: by distance, then by position in ``codes``; the same on every device and every path.
 
     Args:
-        queries: uint8 [Q, bits / 8], packed as by :func:`~hashengine.ops.pack_bits`.
+        queries: uint8 [Q, bits / 8] of at most 65,536 bits, packed as by :func:`~hashengine.ops.pack_bits`.
         codes: uint8 [N, bits / 8] on the same device.
         k: 1 to N.
         filter: which codes may be found, a bitmap as :func:`~hashengine.ops.pack_filter` makes it: uint8

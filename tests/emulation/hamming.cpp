@@ -37,7 +37,7 @@ void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_
   kernel.prepare_queries(search.queries, search.query_count, search.code_bytes, prepared);
   std::vector<Selector> selectors(size_t(kernel.block_queries));
   for (Selector& selector : selectors)
-    selector.reset(search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr, nullptr, 0);
+    selector.reset(HammingCandidates(search.code_bytes), search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr, nullptr, 0);
   // Places of the block that no query takes find zeros.
   std::vector<uint8_t> rows(size_t(kernel.block_queries * search.code_bytes));
   std::copy_n(stand_ins, search.query_count * search.code_bytes, rows.begin());

@@ -10,6 +10,8 @@
 
 namespace hashengine {
 
+constexpr int64_t kHammingMaxBytes = 8192;  // of a code: a distance leaves room for positions in 32 bits
+
 // Queries, codes, and which of them count for whom.
 struct HammingSearch {
   const uint8_t* queries;  // [query_count, code_bytes]
