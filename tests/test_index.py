@@ -6,6 +6,7 @@ import torch
 
 from hashengine import HammingIndex, InputError
 from hashengine.index import rerank_vectors
+from hashengine.index._rows import empty_rows
 
 
 def codes_of(count: int, bits: int = 64, seed: int = 0) -> np.ndarray:
@@ -219,3 +220,11 @@ def test_wrong_filters_labels_and_candidates_are_refused_in_one_line(call, error
         call(index)
     assert "\n" not in str(caught.value)
     assert_same_index(index, index_of(ids=True))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((0, 8), torch.uint8), ((3, 5), torch.uint8), ((70_001,), torch.int64)])
+def test_rows_begin_with_a_cache_line(shape, dtype):
+    rows = empty_rows(shape, dtype)
+    assert rows.shape == shape and rows.dtype == dtype and rows.data_ptr() % 64 == 0
+    rows.fill_(7)
+    assert (rows == 7).all()

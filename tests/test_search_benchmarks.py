@@ -4,13 +4,14 @@ import io
 import json
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import cgroup, limits, mapped, peers, real_codes, systems
+from benchmarks import cgroup, harness, limits, mapped, peers, real_codes, systems
 from benchmarks.__main__ import app
 from benchmarks.codes import Data, make_codes
 
@@ -209,3 +210,20 @@ def test_wrong_options_of_mapped_are_refused_in_one_line(option, message):
     result = invoke("mapped", *option)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+
+
+def test_short_calls_are_timed_in_bursts(monkeypatch):
+    """The first of which, that wakes threads, is one of many."""
+    clock = SimpleNamespace(now=0.0, calls=0)
+
+    def pass_time(seconds):
+        clock.now += seconds
+
+    def short():
+        clock.calls += 1
+        pass_time(0.03 if clock.calls % 5 == 1 else 0.0051)
+
+    monkeypatch.setattr(harness, "time", SimpleNamespace(sleep=pass_time, perf_counter=lambda: clock.now))
+    seconds = harness.time_in_rounds({"short": short, "long": lambda: pass_time(0.06)}, rounds=2)
+    assert seconds == {"short": pytest.approx([0.0051] * 2), "long": pytest.approx([0.06] * 2)}
+    assert clock.calls == 3 * 5

@@ -14,10 +14,6 @@ namespace hashengine {
 constexpr int64_t kHammingMaxChunk = int64_t(1) << 31;              // codes, whose positions have 32 bits
 constexpr int64_t kHammingThreadBytes = int64_t(24) << 20;  // of a thread's memory, above one query's
 
-inline bool passes(const uint8_t* filter, uint32_t position) {
-  return filter == nullptr || (filter[position >> 3] >> (position & 7) & 1);
-}
-
 // The level's kernel for any number of queries.
 const HammingKernel& hamming_kernel(SimdLevel level, const HammingSearch& search);
 // The one for whole blocks of them; null where the level has none, or the codes do not pay for laying out a block.

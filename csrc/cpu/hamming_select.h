@@ -23,6 +23,11 @@ struct HammingCandidates {
   int position_bits;
 };
 
+// Whether a bitmap over positions, the least significant bit first, has one; where there is none, it passes.
+inline bool passes(const uint8_t* filter, uint32_t position) {
+  return filter == nullptr || (filter[position >> 3] >> (position & 7) & 1);
+}
+
 class Selector {
  public:
   static constexpr int64_t kMostTogether = 512;  // that are offered at once
@@ -32,8 +37,7 @@ class Selector {
     return int64_t(sizeof(uint32_t)) * (bits + 2 + capacity(k, length));
   }
 
-  // Only candidates below `bound` are wanted, and, where there is a filter (a bitmap over positions, the least
-  // significant bit first), those that it lets through. `memory` has room for the first of them; where that is all taken,
+  // Only candidates below `bound` are wanted, and only those that pass the filter. `memory` has room for the first of them; where that is all taken,
   // they move.
   void reset(HammingCandidates format, int64_t k, int64_t length, uint32_t bound, const uint8_t* filter,
              uint32_t* memory, int64_t room) {
@@ -56,7 +60,7 @@ class Selector {
 
   void offer(uint32_t distance, uint32_t position) {
     if (distance >= bound_) return;
-    if (!passes(position)) return;
+    if (!passes(filter_, position)) return;
     make_room(1);
     candidates_[count_++] = format_.pack(distance, position);
     learn(1);
@@ -70,7 +74,7 @@ class Selector {
     uint32_t* next = candidates_ + count_;
     for (int64_t i = 0; i < count; ++i) {
       *next = format.pack(distances[i], positions[i]);
-      next += distances[i] < bound && passes(positions[i]);
+      next += distances[i] < bound && passes(filter_, positions[i]);
     }
     const auto accepted = size_t(next - candidates_) - count_;
     count_ += accepted;
@@ -91,10 +95,6 @@ class Selector {
  private:
   // Compacting leaves at most k, so its cost is spread over a third as many candidates as it touches.
   static int64_t capacity(int64_t k, int64_t length) { return std::min(k + std::max(k / 2, kMostTogether), length); }
-
-  bool passes(uint32_t position) const {
-    return filter_ == nullptr || (filter_[position >> 3] >> (position & 7) & 1);
-  }
 
   // For so many more.
   void make_room(size_t count) {
