@@ -184,6 +184,15 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
 template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  static_assert(std::is_integral_v<T>);
+  const emulation::Lanes lanes = emulation::exchange(mask, "__match_any_sync", uint64_t(value));
+  unsigned peers = 0;
+  for (unsigned i = 0; i < 32; ++i) peers |= unsigned(lanes.mask >> i & 1 && lanes.bits[i] == uint64_t(value)) << i;
+  return peers;
+}
+
+template <typename T>
 T atomicAdd(T* address, T value) {
   return emulation::atomic(address, [=](T old) { return T(old + value); });
 }
@@ -218,5 +227,7 @@ void __stcs(T* address, T value) {
 using std::max;
 using std::min;
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }

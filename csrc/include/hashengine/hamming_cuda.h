@@ -1,0 +1,40 @@
+// Hamming search on the GPU. Every pointer is one of the device's; nothing waits for the device.
+#pragma once
+
+#include "hashengine/hamming.h"
+#include "hashengine/types.h"
+
+namespace hashengine {
+
+// The k nearest are selected out of candidates up to this k; beyond it, the ranking is made by counting.
+constexpr int64_t kHammingMaxSelected = 4096;
+
+// Scratch of launch_hamming_topk; it need not be cleared.
+int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k);
+
+// As hamming_topk_cpu, for k <= kHammingMaxSelected.
+void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
+                         void* workspace, cudaStream_t stream);
+
+// As hamming_count_cpu.
+void launch_hamming_count(const HammingSearch& search, const HammingLabels* labels, int64_t* counts, int64_t* relevant,
+                          cudaStream_t stream);
+
+// The ranking of the codes within a radius, nearest first, at most `most` a query. Two launches, between which the
+// caller may learn the totals and allocate what they ask for; both need the same workspace.
+struct HammingRanking {
+  HammingSearch search;
+  int64_t radius;
+  int64_t most;
+};
+int64_t hamming_ranking_workspace_bytes(const HammingRanking& ranking);
+
+// totals: [query_count], how many results each query has.
+void launch_hamming_ranking_count(const HammingRanking& ranking, int64_t* totals, void* workspace, cudaStream_t stream);
+
+// Query q's results go to [lims[q], lims[q + 1]); without lims to [q * most, (q + 1) * most), where places that no
+// result takes are filled with 8 code_bytes + 1 and -1.
+void launch_hamming_ranking_place(const HammingRanking& ranking, const int64_t* lims, int32_t* distances,
+                                  int64_t* positions, void* workspace, cudaStream_t stream);
+
+}  // namespace hashengine
