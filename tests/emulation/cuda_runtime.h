@@ -75,6 +75,9 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -84,6 +87,7 @@ enum cudaDeviceAttr {
 
 namespace emulation {
 
+cudaError_t get_attributes(cudaFuncAttributes* attributes);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 
@@ -101,6 +105,12 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   return emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// Shared memory that kernels declare, as a kernel that is compiled for the device has; code for 9.0a is there for 9.0.
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  return emulation::get_attributes(attributes);
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -1,5 +1,5 @@
 // What the parts of the emulator share: emulator.cpp (launches, fibers, schedules), synchronisation.cpp (barriers,
-// warps) and shared_memory.cpp (shared memory, asynchronous copies).
+// warps), shared_memory.cpp (shared memory, asynchronous copies) and matrix.cpp (matrix instructions).
 #pragma once
 
 #include <cooperative_groups.h>
@@ -33,6 +33,15 @@ struct Copy {
   size_t bytes, zeros;
 };
 
+// A product that the matrix unit has been given, by one thread.
+struct MatrixProduct {
+  uint32_t* sums;
+  std::vector<uint32_t> before;  // what the sums were
+  uint32_t rows[4];
+  const uint32_t* columns;
+  bool keep_sums;
+};
+
 enum class Wait { kNone, kBlock, kCluster };
 
 struct Fiber {
@@ -43,6 +52,7 @@ struct Fiber {
   Lanes exchanged;           // what the last exchange gave
   std::vector<Copy> issued;  // asynchronous copies since the last commit
   std::deque<std::vector<Copy>> committed;
+  std::vector<MatrixProduct> products;
 };
 
 struct Collective {

@@ -1,10 +1,13 @@
-// Hamming search on the GPU. Every pointer is one of the device's; nothing waits for the device.
+// Hamming search on the GPU. Every pointer is one of the device's; nothing waits for the device. At most
+// kHammingMaxDeviceCodes codes, so that 32 bits count them; an index takes more in parts.
 #pragma once
 
 #include "hashengine/hamming.h"
 #include "hashengine/types.h"
 
 namespace hashengine {
+
+constexpr int64_t kHammingMaxDeviceCodes = (int64_t{1} << 32) - 1;
 
 // The k nearest are selected out of candidates up to this k; beyond it, the ranking is made by counting.
 constexpr int64_t kHammingMaxSelected = 4096;

@@ -1,0 +1,137 @@
+// Codes as rows and queries as columns of the 1-bit matrix instructions, so that one bit of a sum tells a candidate.
+//
+// The instructions count bits of ANDs; a distance has to be made of those, and compared with each query's own limit T. Both
+// is done by bits that are multiplied along, in unary: n ones, then zeros.
+//
+// Codes of one or two words, 64 bits with their zeros, fit beside their complement in 256 bits: with the row [d, ~d, ones]
+// and the column [q, ~q, 64 + T ones] the sum is 64 - distance + 64 + T, and its bit 7 is set where distance <= T.
+//
+// Longer codes, padded to W = 4, 8, 16 or 32 words, b = 32 W bits, take 2b bits, with distance = |q| + |d| - 2 |q & d|:
+// the row [d, b/2 - ceil(|d| / 2) ones, b/2 ones] and the column [q, b/2 ones, b/2 - (|q| - T') / 2 ones] give
+// |q & d| - ceil(|d| / 2) - (|q| - T') / 2 + b, and the bit of the value b is set where that is at least b: where
+// distance <= T, and for some codes at T + 1, as T' is T or T + 1, of the parity of |q|. Whoever takes candidates looks at
+// their distance again. The column needs T' <= |q|; else it is all ones, which every code passes. So that this is rare,
+// and sparse codes no exception, codes and queries are first XORed with the same arbitrary bits, which changes no distance.
+#pragma once
+
+#include "bit_matrix.cuh"
+#include "hamming_code.cuh"
+
+namespace hashengine {
+
+template <int kWords>
+struct BitRows {
+  static_assert(kWords == 2 || kWords == 4 || kWords == 8 || kWords == 16 || kWords == 32);
+  static constexpr int kCodeWords = kWords;
+  static constexpr bool kHasComplement = kWords == 2;
+  static constexpr int kRowWords = kHasComplement ? kSliceWords : 2 * kWords;
+  static constexpr int kSlices = kRowWords / kSliceWords;
+  static constexpr int kOnes = kHasComplement ? 0 : kWords / 2 / kSliceWords;  // whole slices of ones, the last of a row
+  static constexpr int kBuilt = kSlices - kOnes;                               // those that depend on the code
+  static constexpr int kHalfBits = 16 * kWords;               // b / 2
+  static constexpr int kCandidateBit = kHasComplement ? 128 : 32 * kWords;
+  static constexpr int kLaneWords = kHasComplement ? 1 : kWords / 4;  // of a code, that a lane holds
+
+  // The bits that words are XORed with.
+  static __device__ __forceinline__ uint32_t scramble(uint32_t word, int index) {
+    return kHasComplement ? word : word ^ (0x9e3779b9u * static_cast<uint32_t>(index + 1) ^ 0x5bd1e995u);
+  }
+
+  // Word `index` of a field of `ones` ones, then zeros.
+  static __device__ __forceinline__ uint32_t unary(int ones, int index) {
+    const int here = min(max(ones - 32 * index, 0), 32);
+    return here == 32 ? ~0u : (1u << here) - 1;
+  }
+
+  // --- rows: of the 16 codes of a warp, lane 4g + t has words t and t + 4 of each slice of g's and (g + 8)'s ---
+
+  // What the lane reads of a code: words t, t + 4, ..., of two words the one of t's parity; zeros behind the last code.
+  static __device__ __forceinline__ void load(const CodeRows& codes, int64_t position, int64_t end, int t,
+                                              uint32_t (&words)[kLaneWords]) {
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) {
+      const int index = kHasComplement ? t % 2 : t + 4 * i;
+      words[i] = position < end && index < codes.words() ? codes.word(position, index) : 0;
+    }
+  }
+
+  // The lane's words of the slices that are built; `is_code` tells of both rows whether there is one. Where not, no column
+  // passes.
+  static __device__ __forceinline__ void build(const uint32_t (&low)[kLaneWords], const uint32_t (&high)[kLaneWords],
+                                               bool low_is_code, bool high_is_code, int t,
+                                               uint32_t (&rows)[kBuilt][4]) {
+    if constexpr (kHasComplement) {
+      const uint32_t flip = t < 2 ? 0 : ~0u;
+      rows[0][0] = low_is_code ? low[0] ^ flip : 0;
+      rows[0][1] = high_is_code ? high[0] ^ flip : 0;
+      rows[0][2] = low_is_code ? ~0u : 0;
+      rows[0][3] = high_is_code ? ~0u : 0;
+    } else {
+      int ones[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i) {
+        uint32_t(&slice)[4] = rows[i / 2];
+        slice[i % 2 * 2] = low_is_code ? scramble(low[i], t + 4 * i) : 0;
+        slice[i % 2 * 2 + 1] = high_is_code ? scramble(high[i], t + 4 * i) : 0;
+        ones[0] += __popc(slice[i % 2 * 2]);
+        ones[1] += __popc(slice[i % 2 * 2 + 1]);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // the four lanes that share a row
+        ones[half] += __shfl_xor_sync(~0u, ones[half], 1);
+        ones[half] += __shfl_xor_sync(~0u, ones[half], 2);
+      }
+      const int fill[2] = {low_is_code ? kHalfBits - (ones[0] + 1) / 2 : 0,
+                           high_is_code ? kHalfBits - (ones[1] + 1) / 2 : 0};
+#pragma unroll
+      for (int i = kLaneWords; i < 2 * kBuilt; ++i) {
+        const int index = t + 4 * i - kWords;  // in the two fields behind the code, each of half as many words
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          rows[i / 2][i % 2 * 2 + half] = index < kWords / 2 ? unary(fill[half], index) : ~0u;
+      }
+    }
+  }
+
+  // --- columns ---
+
+  // Word `index` of the column of a query, whose candidates are at most `largest` away; -1: it has none.
+  struct Column {
+    int ones;  // of the query, scrambled
+    int largest;
+
+    __device__ __forceinline__ uint32_t word(const CodeRows& queries, int64_t query, int index) const {
+      if (largest < 0) return 0;
+      if constexpr (kHasComplement) {
+        if (index >= 4) return unary(64 + largest, index - 4);
+        const uint32_t code = index % 2 < queries.words() ? queries.word(query, index % 2) : 0;
+        return index < 2 ? code : ~code;
+      } else {
+        const int nearest_even = largest + ((ones - largest) & 1);  // T'
+        if (nearest_even > ones) return ~0u;
+        if (index < kWords) return scramble(index < queries.words() ? queries.word(query, index) : 0, index);
+        if (index < kWords + kWords / 2) return ~0u;
+        return unary(kHalfBits - (ones - nearest_even) / 2, index - kWords - kWords / 2);
+      }
+    }
+  };
+
+  static __device__ __forceinline__ Column column(const CodeRows& queries, int64_t query, int largest) {
+    int ones = 0;
+    if constexpr (!kHasComplement)
+      for (int i = 0; i < kWords; ++i) ones += __popc(scramble(i < queries.words() ? queries.word(query, i) : 0, i));
+    return {ones, largest};
+  }
+};
+
+// Calls function(BitRows<kWords>()) with the shortest rows that hold codes of so many words.
+template <typename Function>
+void with_bit_rows(int words, Function function) {
+  if (words <= 2) return function(BitRows<2>());
+  if (words <= 4) return function(BitRows<4>());
+  if (words <= 8) return function(BitRows<8>());
+  if (words <= 16) return function(BitRows<16>());
+  return function(BitRows<32>());
+}
+
+}  // namespace hashengine

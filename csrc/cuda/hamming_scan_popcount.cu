@@ -1,0 +1,144 @@
+// Candidates by XOR and population count: the scan of a single query, and of every architecture without 1-bit matrices.
+//
+// Idea. A thread keeps some codes in registers and goes through its block's queries, whose words come from shared memory,
+// one broadcast for all its codes. The nearest of its codes decides whether it looks at them one by one.
+//
+// Traffic. The codes are read once for each group of up to 128 queries, in pieces as wide as a code allows. With one query
+// that is the floor: 8 bytes a code at 64 bits, 32 bytes under way a thread. With many, population counts are the limit:
+// 16 a clock and multiprocessor, two for 64 bits.
+//
+// Launch. 256 threads a block: a stretch of the codes and a group of queries. The limits are those of the stretch.
+//
+// Limits. Codes of more than 32 words are compared word by word from the caches.
+
+#include <algorithm>
+
+#include "hamming_topk.h"
+#include "launch.cuh"
+
+namespace hashengine {
+namespace {
+
+constexpr int kBlockThreads = 256;
+constexpr int kMaxGroup = 128;  // queries
+constexpr int kBlocksAMultiprocessor = 8;
+
+template <int kWords>
+constexpr int kCodes = kWords <= 2 ? 4 : kWords <= 4 ? 2 : 1;  // a thread
+
+// A code's words, as many at once as it has and memory delivers; zeros behind its end.
+template <int kWords>
+__device__ __forceinline__ void load_code(const CodeRows& codes, bool is_vector, int64_t position,
+                                          uint32_t (&words)[kWords]) {
+  constexpr int kWidth = kWords < 4 ? kWords : 4;
+  if (is_vector) {
+    const auto* row = reinterpret_cast<const uint32_t*>(codes.rows) + position * kWords;
+#pragma unroll
+    for (int i = 0; i < kWords; i += kWidth) {
+      const auto piece = vector_at<kWidth>(row, i);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) words[i + j] = piece.at[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = i < codes.words() ? codes.word(position, i) : 0;
+  }
+}
+
+// The queries of a block: their words, and how far their candidates may be.
+template <int kWords>
+struct Group {
+  uint32_t (*words)[kWords];
+  int* largest;
+};
+
+template <int kWords>
+__device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
+                                        int queries, const Group<kWords>& group, int64_t first, int64_t end,
+                                        const uint32_t (&codes)[kCodes<kWords>][kWords]) {
+  for (int q = 0; q < queries; ++q) {
+    int distances[kCodes<kWords>] = {};
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t word = group.words[q][i];
+#pragma unroll
+      for (int c = 0; c < kCodes<kWords>; ++c) distances[c] += __popc(codes[c][i] ^ word);
+    }
+    int nearest = distances[0];
+#pragma unroll
+    for (int c = 1; c < kCodes<kWords>; ++c) nearest = min(nearest, distances[c]);
+    const int largest = group.largest[q];
+    if (nearest > largest) continue;
+    unsigned passing = 0;
+#pragma unroll
+    for (int c = 0; c < kCodes<kWords>; ++c)
+      passing |= (distances[c] <= largest && first + c * kBlockThreads < end ? 1u : 0u) << c;
+    for (; passing != 0; passing &= passing - 1)
+      candidates.offer(search, first_query + q, first + (__ffs(static_cast<int>(passing)) - 1) * kBlockThreads);
+  }
+}
+
+template <int kWords>
+__global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 4 : 2)
+    popcount_kernel(DeviceSearch search, Candidates candidates, int groups, bool is_vector, int64_t stretch) {
+  __shared__ uint32_t words[kMaxGroup][kWords];
+  __shared__ int largest[kMaxGroup];
+  const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * kMaxGroup;
+  const int queries = static_cast<int>(min(static_cast<int64_t>(kMaxGroup), search.queries.count - first_query));
+  const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
+  for (int i = threadIdx.x; i < queries * kWords; i += kBlockThreads) {
+    const int q = i / kWords, word = i % kWords;
+    words[q][word] = word < search.queries.words() ? search.queries.word(first_query + q, word) : 0;
+  }
+  for (int q = threadIdx.x; q < queries; q += kBlockThreads)
+    largest[q] = candidates.layout.largest_distance(candidates.limits[first_query + q], begin);
+  __syncthreads();
+
+  for (int64_t first = begin + threadIdx.x; first < end; first += kCodes<kWords> * kBlockThreads) {
+    uint32_t codes[kCodes<kWords>][kWords];
+#pragma unroll
+    for (int c = 0; c < kCodes<kWords>; ++c)
+      load_code<kWords>(search.codes, is_vector, min(first + c * kBlockThreads, end - 1), codes[c]);
+    compare<kWords>(search, candidates, first_query, queries, {words, largest}, first, end, codes);
+  }
+}
+
+// Codes of any length, a thread a code.
+__global__ void __launch_bounds__(kBlockThreads)
+    long_code_kernel(DeviceSearch search, Candidates candidates, int groups, int64_t stretch) {
+  const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * kMaxGroup;
+  const int64_t end_query = min(first_query + kMaxGroup, search.queries.count);
+  const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
+  for (int64_t position = begin + threadIdx.x; position < end; position += kBlockThreads)
+    for (int64_t query = first_query; query < end_query; ++query) candidates.offer(search, query, position);
+}
+
+template <int kWords>
+void launch_popcount(const HammingSearch& search, const Candidates& candidates, const LaunchShape& shape, int groups,
+                     int64_t stretch, cudaStream_t stream) {
+  const bool is_vector = search.code_bytes == 4 * kWords && is_aligned(search.codes, 4 * std::min(kWords, 4));
+  launch(popcount_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, groups, is_vector, stretch);
+}
+
+}  // namespace
+
+void launch_hamming_scan_popcount(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream) {
+  const int64_t groups = ceil_div<int64_t>(search.query_count, kMaxGroup);
+  const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kBlocksAMultiprocessor;
+  const int64_t stretch =
+      round_up(ceil_div(search.code_count, std::max<int64_t>(wanted / groups, 1)), 4 * kBlockThreads);
+  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads};
+  const int words = static_cast<int>(ceil_div<int64_t>(search.code_bytes, 4));
+  const auto run = [&](auto kernel_words) {
+    launch_popcount<decltype(kernel_words)::value>(search, candidates, shape, static_cast<int>(groups), stretch, stream);
+  };
+  if (words == 1) return run(std::integral_constant<int, 1>());
+  if (words == 2) return run(std::integral_constant<int, 2>());
+  if (words <= 4) return run(std::integral_constant<int, 4>());
+  if (words <= 8) return run(std::integral_constant<int, 8>());
+  if (words <= 16) return run(std::integral_constant<int, 16>());
+  if (words <= 32) return run(std::integral_constant<int, 32>());
+  launch(long_code_kernel, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups), stretch);
+}
+
+}  // namespace hashengine

@@ -1,0 +1,176 @@
+// Candidates by Hopper's `wgmma`: a warpgroup compares 64 codes at a time, from registers, with 256 queries an instruction.
+//
+// Idea. hamming_bit_rows.cuh makes the comparison with a query's limit one bit of a sum. A block keeps the columns of some
+// thousand queries in shared memory and streams its stretch of the codes past them; its warpgroups take turns at the
+// matrix unit, so that it works while the others look at their sums: an OR of three a sum and a half, 68 instructions for
+// 128 sums of a thread. Only where the bit is set the lane looks at sums one by one.
+//
+// Bounds. Codes of 128 bits or less take one instruction of 128 cycles for 64 x 256 distances, 256 bits two, 512 four,
+// 1024 eight; the ORs take about 150 cycles of the block's four schedulers. The codes are read once for each group of
+// queries, 8 bytes a code at 64 bits: memory is no limit from 64 queries on.
+//
+// Launch. Two or three warpgroups a block, one block a multiprocessor: a stretch of the codes and a group of queries. Of a stretch, a
+// piece at a time: before each, limits that were cut inside it or before are lowered, so that ties do not flood the slow
+// path.
+//
+// Limits. Codes of at most 32 words; compute capability 9.0, code for 9.0a. Elsewhere the kernel is empty.
+
+#include <algorithm>
+
+#include "hamming_bit_rows.cuh"
+#include "hamming_topk.h"
+#include "launch.cuh"
+#include "wgmma.cuh"
+
+namespace hashengine {
+namespace {
+
+constexpr int kWarpgroupCodes = 64;
+constexpr int64_t kColumnBytes = 192 << 10;  // of a group's queries, their distances beside them
+
+// Rows of four slices and more take more registers than a third of the multiprocessor's has beside 128 sums; and as many
+// instructions to a sum keep the matrix unit busy with two warpgroups.
+template <int kWords>
+constexpr int kWarpgroups = kWords <= 8 ? 3 : 2;
+template <int kWords>
+constexpr int kBlockThreads = kWarpgroups<kWords> * kWarpgroupThreads;
+template <int kWords>
+constexpr int kRoundCodes = kWarpgroups<kWords> * kWarpgroupCodes;  // that a block compares at a time
+template <int kWords>
+constexpr int64_t kPieceCodes = 32 * kRoundCodes<kWords>;
+
+template <int kWords>
+constexpr int kTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSliceWords;
+
+// Brings the columns to the limits of codes from `first` on.
+template <int kWords>
+__device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
+                                               int64_t first_query, int queries, int tiles, int64_t first,
+                                               uint32_t* columns, int* largest) {
+  for (int q = threadIdx.x; q < tiles * kWgmmaColumns; q += kBlockThreads<kWords>) {
+    const int64_t query = first_query + q;
+    const int now = q < queries ? candidates.layout.largest_distance(candidates.limits[query], first) : -1;
+    if (now == largest[q]) continue;
+    largest[q] = now;
+    const auto column = BitRows<kWords>::column(search.queries, min(query, search.queries.count - 1), now);
+    for (int word = 0; word < BitRows<kWords>::kRowWords; ++word) {
+      const int slice = q / kWgmmaColumns * BitRows<kWords>::kSlices + word / kSliceWords;
+      columns[slice * kWgmmaColumns * kSliceWords + column_word(q % kWgmmaColumns, word % kSliceWords)] =
+          column.word(search.queries, query, word);
+    }
+  }
+  publish_to_matrix_unit();
+}
+
+// Offers what the sums of the codes from `first` on and of the queries from `first_query` on tell.
+template <uint32_t kCandidateBit>
+__device__ __forceinline__ void offer_passing(const DeviceSearch& search, const Candidates& candidates,
+                                              int64_t first_query, int64_t first, const uint32_t (&sums)[kWgmmaSums]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  uint32_t any[kWgmmaSums / 32];
+#pragma unroll
+  for (int part = 0; part < kWgmmaSums / 32; ++part) {
+    any[part] = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) any[part] = or3(any[part], sums[32 * part + i], sums[32 * part + i + 1]);
+  }
+  if (((any[0] | any[1] | any[2] | any[3]) & kCandidateBit) == 0) return;
+#pragma unroll
+  for (int part = 0; part < kWgmmaSums / 32; ++part) {
+    if ((any[part] & kCandidateBit) == 0) continue;
+    uint32_t passing = 0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) passing |= ((sums[32 * part + i] & kCandidateBit) != 0 ? 1u : 0u) << i;
+    for (; passing != 0; passing &= passing - 1) {
+      const int sum = 32 * part + __ffs(static_cast<int>(passing)) - 1;
+      candidates.offer(search, first_query + column_of_sum(lane, sum), first + row_of_sum(lane, sum));
+    }
+  }
+}
+
+// Compares a warp's 16 codes from `first` on, its share of the warpgroup's 64, with all columns.
+template <int kWords>
+__device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
+                                        int tiles, const uint32_t* columns,
+                                        uint32_t (&rows)[BitRows<kWords>::kBuilt][4], int64_t first,
+                                        uint32_t (&sums)[kWgmmaSums]) {
+  using Rows = BitRows<kWords>;
+  uint32_t ones[4] = {~0u, ~0u, ~0u, ~0u};
+  for (int tile = 0; tile < tiles; ++tile) {
+    wgmma_begin();
+#pragma unroll
+    for (int slice = 0; slice < Rows::kSlices; ++slice)
+      wgmma_and_popcount(
+          sums, slice < Rows::kBuilt ? rows[slice] : ones,
+          column_tile(columns + (tile * Rows::kSlices + slice) * kWgmmaColumns * kSliceWords), slice != 0);
+    wgmma_wait(sums);
+#pragma unroll
+    for (int i = 0; i < 4 * Rows::kBuilt; ++i) wgmma_release(rows[i / 4][i % 4]);
+    if constexpr (Rows::kOnes != 0)
+      for (uint32_t& word : ones) wgmma_release(word);
+    offer_passing<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns, first, sums);
+    __syncwarp();
+  }
+}
+
+template <int kWords>
+__global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
+    wgmma_kernel(DeviceSearch search, Candidates candidates, int groups, int tiles, int64_t stretch) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Rows = BitRows<kWords>;
+  constexpr int kMaxQueries = kColumnBytes / (4 * Rows::kRowWords);
+  __shared__ int largest[kMaxQueries];
+  auto* columns = dynamic_shared<uint32_t>();
+  const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * tiles * kWgmmaColumns;
+  const int queries =
+      static_cast<int>(min(static_cast<int64_t>(tiles) * kWgmmaColumns, search.queries.count - first_query));
+  const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+
+  for (int q = threadIdx.x; q < tiles * kWgmmaColumns; q += kBlockThreads<kWords>) largest[q] = -2;  // of no column yet
+  uint32_t sums[kWgmmaSums] = {};
+  for (int64_t piece = begin; piece < end; piece += kPieceCodes<kWords>) {
+    __syncthreads();
+    update_columns<kWords>(search, candidates, first_query, queries, tiles, piece, columns, largest);
+    __syncthreads();
+    const int64_t piece_end = min(piece + kPieceCodes<kWords>, end);
+    // A warpgroup goes on as one, though its last warps may find no code of theirs.
+    for (int64_t first = piece + warp / 4 * kWarpgroupCodes; first < piece_end; first += kRoundCodes<kWords>) {
+      const int64_t own = first + warp % 4 * 16, low = own + lane / 4;
+      uint32_t words[2][Rows::kLaneWords], rows[Rows::kBuilt][4];
+      Rows::load(search.codes, low, piece_end, lane % 4, words[0]);
+      Rows::load(search.codes, low + 8, piece_end, lane % 4, words[1]);
+      Rows::build(words[0], words[1], low < piece_end, low + 8 < piece_end, lane % 4, rows);
+      compare<kWords>(search, candidates, first_query, tiles, columns, rows, own, sums);
+    }
+  }
+#endif
+}
+
+template <int kWords>
+void launch_wgmma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream) {
+  constexpr int64_t kTileBytes = 4 * kTileWords<kWords>;
+  const int64_t all_tiles = ceil_div<int64_t>(search.query_count, kWgmmaColumns);
+  const int64_t groups = ceil_div(all_tiles, kColumnBytes / kTileBytes);
+  const int64_t tiles = ceil_div(all_tiles, groups);
+  const int64_t stretches = std::max<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount) / groups, 1);
+  const int64_t stretch = round_up(ceil_div(search.code_count, stretches), kRoundCodes<kWords>);
+  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads<kWords>, tiles * kTileBytes};
+  launch(wgmma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
+         static_cast<int>(tiles), stretch);
+}
+
+}  // namespace
+
+bool has_hamming_scan_wgmma() {
+  cudaFuncAttributes attributes{};
+  // The empty kernel declares no shared memory.
+  return cudaFuncGetAttributes(&attributes, wgmma_kernel<2>) == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+
+void launch_hamming_scan_wgmma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream) {
+  with_bit_rows(static_cast<int>(ceil_div<int64_t>(search.code_bytes, 4)),
+                [&](auto rows) { launch_wgmma<decltype(rows)::kCodeWords>(search, candidates, stream); });
+}
+
+}  // namespace hashengine

@@ -1,0 +1,106 @@
+// The k nearest on the GPU: which steps, over how many queries at a time, with which scan. The table of what a device can do
+// is scan_of; the kernels are in the files of the steps, which hamming_topk.h names.
+//
+// Small databases are selected from directly. Else a limit is set from a sample, a scan keeps the candidates within it, and
+// the selection takes the k nearest: three launches, which read the codes once. Codes too long for the sample's histogram
+// are ranked by counting.
+
+#include <algorithm>
+#include <cmath>
+
+#include "hamming_topk.h"
+#include "launch.cuh"
+
+namespace hashengine {
+namespace {
+
+constexpr int64_t kSmallDatabase = 8192;          // codes
+constexpr int64_t kMaxSample = 16384;             // of many queries
+constexpr int64_t kFewQueries = 32, kMaxSampleOfFew = 4096;  // a block for each query is slow with a larger one
+constexpr int64_t kMaxCandidateBytes = 512 << 20;
+
+enum class Scan { kPopcount, kMma, kWgmma };
+
+// `mma` pays from two queries on: eight cost it what one does. `wgmma` takes 256 at a time.
+Scan scan_of(const HammingSearch& search) {
+  constexpr int64_t kMmaQueries = 2, kWgmmaQueries = 64;
+  const int64_t major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  const bool has_mma = major == 8 || major == 9;
+  if (search.code_bytes > 4 * kMaxMatrixWords || search.query_count < kMmaQueries || !has_mma) return Scan::kPopcount;
+  const bool has_wgmma = major == 9 && search.query_count >= kWgmmaQueries && has_hamming_scan_wgmma();
+  return has_wgmma ? Scan::kWgmma : Scan::kMma;
+}
+
+int bit_width(int64_t value) {
+  int bits = 0;
+  for (; value > 0; value >>= 1) ++bits;
+  return bits;
+}
+
+// The k nearest of all are expected to be k / codes of the sample, with a variance of that number (Poisson). The rank is so
+// far beyond it that fewer than one query in 10^5 finds too few candidates, and the capacity so far beyond the candidates
+// expected at that rank that as few find too many.
+struct Plan {
+  HammingSample sample{};
+  Keys layout{};
+  int64_t capacity = 0;
+  int64_t batch = 0;  // queries whose candidates are held at once
+
+  Plan(const HammingSearch& search, int64_t k) {
+    layout.position_bits = bit_width(search.code_count - 1);
+    const int64_t most = search.query_count <= kFewQueries ? kMaxSampleOfFew : kMaxSample;
+    sample.count = std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections *
+                   HammingSample::kSections;
+    const double share = double(sample.count) / double(search.code_count), expected = double(k) * share;
+    sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
+    const double beyond = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
+    capacity = std::min<int64_t>(int64_t(std::ceil(beyond / share)), search.code_count);
+    batch = std::clamp<int64_t>(kMaxCandidateBytes / (capacity * 8), 1, std::max<int64_t>(search.query_count, 1));
+  }
+
+  int64_t counts_bytes() const { return round_up(batch * int64_t{sizeof(unsigned)}, 16); }
+  int64_t limits_bytes() const { return round_up(batch * int64_t{sizeof(uint64_t)}, 16); }
+  int64_t bytes() const { return counts_bytes() + limits_bytes() + batch * capacity * int64_t{sizeof(uint64_t)}; }
+
+  Candidates candidates(void* workspace) const {
+    auto* const bytes = static_cast<char*>(workspace);
+    return {reinterpret_cast<uint64_t*>(bytes + counts_bytes() + limits_bytes()), reinterpret_cast<unsigned*>(bytes),
+            reinterpret_cast<uint64_t*>(bytes + counts_bytes()), capacity, layout};
+  }
+};
+
+// `count` of the queries, from `first` on.
+HammingSearch part_of(HammingSearch search, int64_t first, int64_t count) {
+  search.queries += first * search.code_bytes;
+  if (search.filter != nullptr) search.filter += first * search.filter_stride;
+  search.query_count = std::min(count, search.query_count - first);
+  return search;
+}
+
+}  // namespace
+
+int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {
+  if (search.query_count == 0 || search.code_count <= kSmallDatabase) return 0;
+  return Plan(search, k).bytes();
+}
+
+void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
+                         void* workspace, cudaStream_t stream) {
+  if (search.query_count == 0) return;
+  const Plan plan(search, k);
+  if (search.code_count <= kSmallDatabase)
+    return launch_hamming_select(search, nullptr, plan.layout, k, distances, positions, stream);
+  const Candidates candidates = plan.candidates(workspace);
+  for (int64_t first = 0; first < search.query_count; first += plan.batch) {
+    const HammingSearch part = part_of(search, first, plan.batch);
+    launch_hamming_limits(part, plan.sample, candidates, stream);
+    switch (scan_of(part)) {
+      case Scan::kPopcount: launch_hamming_scan_popcount(part, candidates, stream); break;
+      case Scan::kMma: launch_hamming_scan_mma(part, candidates, stream); break;
+      case Scan::kWgmma: launch_hamming_scan_wgmma(part, candidates, stream); break;
+    }
+    launch_hamming_select(part, &candidates, plan.layout, k, distances + first * k, positions + first * k, stream);
+  }
+}
+
+}  // namespace hashengine

@@ -1,0 +1,36 @@
+// The steps of a top-k search on the GPU: limits from a sample, a scan for candidates, the selection among them.
+#pragma once
+
+#include "hamming_candidates.cuh"
+#include "hashengine/hamming_cuda.h"
+
+namespace hashengine {
+
+// How far to look: the limit of a query is the code of this rank among so many, drawn all over the database.
+struct HammingSample {
+  int64_t count;  // a multiple of kSections, at most half of the codes
+  int64_t rank;   // from 1 to count
+
+  static constexpr int kSections = 64;
+  static constexpr int kMaxBins = 8192;  // distances that are told apart: a histogram of them takes 32 KB
+};
+
+// Limits, and counts set to zero.
+void launch_hamming_limits(const HammingSearch& search, const HammingSample& sample, const Candidates& candidates,
+                           cudaStream_t stream);
+
+// Each scan offers every code within its query's limit.
+void launch_hamming_scan_popcount(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream);
+
+// The matrix scans take codes of at most so many 32-bit words.
+constexpr int kMaxMatrixWords = 32;
+void launch_hamming_scan_mma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream);
+void launch_hamming_scan_wgmma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream);
+// Whether this module holds that scan's code for the current device.
+bool has_hamming_scan_wgmma();
+
+// The k nearest of each query's candidates; of all codes, where `candidates` is null or a query's are not the right ones.
+void launch_hamming_select(const HammingSearch& search, const Candidates* candidates, Keys layout, int64_t k,
+                           int32_t* distances, int64_t* positions, cudaStream_t stream);
+
+}  // namespace hashengine
