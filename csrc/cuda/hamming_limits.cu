@@ -106,6 +106,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 
   for (int i = threadIdx.x; i < queries * bins; i += kBlockThreads) histograms[i] = 0;
   for (int i = threadIdx.x; i < queries * kSections; i += kBlockThreads) ties[i / kSections][i % kSections] = 0;
+  for (int i = threadIdx.x; i < queries * Candidates::kSteps; i += kBlockThreads)
+    candidates.nearer[first * Candidates::kSteps + i] = 0;
   __syncthreads();
   visit_sample(search, sample.count, first, queries,
                [&](int q, int64_t, int distance) { atomicAdd(&histograms[q * bins + distance], 1u); });

@@ -8,14 +8,15 @@
 // bits. With 2 to 32 queries that read is the floor and the limit; with many the limit is the matrix unit, or on Hopper,
 // whose `mma` runs below the rate of `wgmma`, that.
 //
-// Launch. 256 threads a block, each block a stretch of the codes and a group of queries. Of a stretch, a piece at a time:
-// before each, limits that were cut inside it or before are lowered, so that ties do not flood the slow path.
+// Launch. 256 threads a block, each block a stretch of the codes and a group of queries. Of a stretch, a piece at a time,
+// each twice as long as the last: before each, columns are brought to what limits have become.
 //
 // Limits. Codes of at most 32 words; compute capability 8.0 to 9.0. For later ones the kernel is empty.
 
 #include <algorithm>
 
 #include "hamming_bit_rows.cuh"
+#include "hamming_hits.cuh"
 #include "hamming_topk.h"
 #include "launch.cuh"
 
@@ -26,7 +27,8 @@ constexpr int kBlockThreads = 256;
 constexpr int kWarps = kBlockThreads / 32;
 constexpr int kColumnBytes = 32 << 10;          // of a group's queries
 constexpr int kBlocksAMultiprocessor = 4;
-[[maybe_unused]] constexpr int64_t kPieceCodes = 32 * 64 * kWarps;  // a multiple of what the block's warps take at once
+// Codes, multiples of what a block's warps take at once.
+[[maybe_unused]] constexpr int64_t kFirstPiece = 4 * 64 * kWarps, kLargestPiece = 64 * 64 * kWarps;
 
 template <int kWords>
 constexpr int kMaxGroup = kColumnBytes / (4 * BitRows<kWords>::kRowWords);  // queries
@@ -76,7 +78,7 @@ __device__ __forceinline__ void update_columns(const DeviceSearch& search, const
                                                uint32_t* columns, int* largest) {
   for (int q = threadIdx.x; q < group; q += kBlockThreads) {
     const int64_t query = first_query + q;
-    const int now = q < queries ? candidates.layout.largest_distance(candidates.limits[query], first) : -1;
+    const int now = q < queries ? candidates.largest_distance(query, first) : -1;
     if (now == largest[q]) continue;
     largest[q] = now;
     const auto column = BitRows<kWords>::column(search.queries, min(query, search.queries.count - 1), now);
@@ -88,11 +90,13 @@ __device__ __forceinline__ void update_columns(const DeviceSearch& search, const
 // Compares the warp's codes, sixteen a tile, with all columns and offers what passes.
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
-                                        int group, const uint32_t* columns, const Rows<kWords>& rows, int64_t first) {
+                                        int group, const uint32_t* columns, const Rows<kWords>& rows, int64_t first,
+                                        HitQueue& queue) {
   constexpr uint32_t kCandidateBit = BitRows<kWords>::kCandidateBit;
   constexpr int kSlices = BitRows<kWords>::kSlices;
   constexpr uint32_t kOnes[4] = {~0u, ~0u, ~0u, ~0u};
   const int lane = static_cast<int>(threadIdx.x % 32);
+  bool is_any = false;
   for (int q = 0; q < group; q += 8) {
     uint32_t sums[kTiles<kWords>][4] = {};
 #pragma unroll
@@ -114,39 +118,45 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     }
     for (; passing != 0; passing &= passing - 1) {
       const int i = __ffs(static_cast<int>(passing)) - 1;
-      candidates.offer(search, first_query + q + column_of_sum(lane, i % 4),
-                       first + i / 4 * 16 + row_of_sum(lane, i % 4));
+      queue.push(search, candidates, first_query + q + column_of_sum(lane, i % 4),
+                 first + i / 4 * 16 + row_of_sum(lane, i % 4));
+      is_any = true;
     }
     __syncwarp();
   }
+  if (__any_sync(kWholeWarp, is_any)) queue.drain(search, candidates, kWarpThreads);
 }
 
 template <int kWords>
-__global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 4 : 2)
+__global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 4 : kWords <= 16 ? 2 : 1)
     mma_kernel(DeviceSearch search, Candidates candidates, int groups, int group, int64_t stretch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
   constexpr int kWarpCodes = 16 * kTiles<kWords>;
   auto* columns = dynamic_shared<uint32_t>();
   __shared__ int largest[kMaxGroup<kWords>];
+  __shared__ HitQueue queues[kWarps];
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * group;
   const int queries = static_cast<int>(min(static_cast<int64_t>(group), search.queries.count - first_query));
   const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
   const int warp = static_cast<int>(threadIdx.x / 32);
 
   for (int q = threadIdx.x; q < group; q += kBlockThreads) largest[q] = -2;  // of no column yet
-  for (int64_t piece = begin; piece < end; piece += kPieceCodes) {
+  if (threadIdx.x % 32 == 0) queues[warp].count = 0;
+  int64_t size = kFirstPiece;
+  for (int64_t piece = begin; piece < end; piece += size, size = min(2 * size, kLargestPiece)) {
     __syncthreads();
     update_columns<kWords>(search, candidates, first_query, queries, group, piece, columns, largest);
     __syncthreads();
-    const int64_t piece_end = min(piece + kPieceCodes, end);
+    const int64_t piece_end = min(piece + size, end);
     LaneWords<kWords> words;
     words.load(search.codes, piece + warp * kWarpCodes, piece_end);
     for (int64_t first = piece + warp * kWarpCodes; first < piece_end; first += kWarps * kWarpCodes) {
       const Rows<kWords> rows(words, first, piece_end);
       words.load(search.codes, first + kWarps * kWarpCodes, piece_end);  // the next ones, while these are compared
-      compare<kWords>(search, candidates, first_query, group, columns, rows, first);
+      compare<kWords>(search, candidates, first_query, group, columns, rows, first, queues[warp]);
     }
   }
+  queues[warp].drain(search, candidates, 1);
 #endif
 }
 

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 4 : 2)
     words[q][word] = word < search.queries.words() ? search.queries.word(first_query + q, word) : 0;
   }
   for (int q = threadIdx.x; q < queries; q += kBlockThreads)
-    largest[q] = candidates.layout.largest_distance(candidates.limits[first_query + q], begin);
+    largest[q] = candidates.largest_distance(first_query + q, begin);
   __syncthreads();
 
   for (int64_t first = begin + threadIdx.x; first < end; first += kCodes<kWords> * kBlockThreads) {

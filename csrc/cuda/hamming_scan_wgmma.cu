@@ -3,21 +3,21 @@
 // Idea. hamming_bit_rows.cuh makes the comparison with a query's limit one bit of a sum. A block keeps the columns of some
 // thousand queries in shared memory and streams its stretch of the codes past them; its warpgroups take turns at the
 // matrix unit, so that it works while the others look at their sums: an OR of three a sum and a half, 68 instructions for
-// 128 sums of a thread. Only where the bit is set the lane looks at sums one by one.
+// 128 sums of a thread. Only where the bit is set the lane looks for the sums that have it.
 //
 // Bounds. Codes of 128 bits or less take one instruction of 128 cycles for 64 x 256 distances, 256 bits two, 512 four,
 // 1024 eight; the ORs take about 150 cycles of the block's four schedulers. The codes are read once for each group of
 // queries, 8 bytes a code at 64 bits: memory is no limit from 64 queries on.
 //
-// Launch. Two or three warpgroups a block, one block a multiprocessor: a stretch of the codes and a group of queries. Of a stretch, a
-// piece at a time: before each, limits that were cut inside it or before are lowered, so that ties do not flood the slow
-// path.
+// Launch. Two or three warpgroups a block, one block a multiprocessor: a stretch of the codes and a group of queries. Of a
+// stretch, a piece at a time, each twice as long as the last: before each, columns are brought to what limits have become.
 //
 // Limits. Codes of at most 32 words; compute capability 9.0, code for 9.0a. Elsewhere the kernel is empty.
 
 #include <algorithm>
 
 #include "hamming_bit_rows.cuh"
+#include "hamming_hits.cuh"
 #include "hamming_topk.h"
 #include "launch.cuh"
 #include "wgmma.cuh"
@@ -37,7 +37,9 @@ constexpr int kBlockThreads = kWarpgroups<kWords> * kWarpgroupThreads;
 template <int kWords>
 constexpr int kRoundCodes = kWarpgroups<kWords> * kWarpgroupCodes;  // that a block compares at a time
 template <int kWords>
-constexpr int64_t kPieceCodes = 32 * kRoundCodes<kWords>;
+constexpr int64_t kFirstPiece = 4 * kRoundCodes<kWords>;
+template <int kWords>
+constexpr int64_t kLargestPiece = 64 * kRoundCodes<kWords>;
 
 template <int kWords>
 constexpr int kTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSliceWords;
@@ -46,12 +48,12 @@ constexpr int kTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSliceWord
 template <int kWords>
 __device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
                                                int64_t first_query, int queries, int tiles, int64_t first,
-                                               uint32_t* columns, int* largest) {
+                                               uint32_t* columns, int16_t* largest) {
   for (int q = threadIdx.x; q < tiles * kWgmmaColumns; q += kBlockThreads<kWords>) {
     const int64_t query = first_query + q;
-    const int now = q < queries ? candidates.layout.largest_distance(candidates.limits[query], first) : -1;
+    const int now = q < queries ? candidates.largest_distance(query, first) : -1;
     if (now == largest[q]) continue;
-    largest[q] = now;
+    largest[q] = static_cast<int16_t>(now);
     const auto column = BitRows<kWords>::column(search.queries, min(query, search.queries.count - 1), now);
     for (int word = 0; word < BitRows<kWords>::kRowWords; ++word) {
       const int slice = q / kWgmmaColumns * BitRows<kWords>::kSlices + word / kSliceWords;
@@ -62,30 +64,43 @@ __device__ __forceinline__ void update_columns(const DeviceSearch& search, const
   publish_to_matrix_unit();
 }
 
-// Offers what the sums of the codes from `first` on and of the queries from `first_query` on tell.
+template <int kCount>
+__device__ __forceinline__ uint32_t or_of(const uint32_t* sums) {
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) any = or3(any, sums[i], sums[i + 1]);
+  return any;
+}
+
+// Queues what the sums of the codes from `first` on and of the queries from `first_query` on tell; true if there was any.
+// From part to group to sum, as most often there is one or none.
 template <uint32_t kCandidateBit>
-__device__ __forceinline__ void offer_passing(const DeviceSearch& search, const Candidates& candidates,
-                                              int64_t first_query, int64_t first, const uint32_t (&sums)[kWgmmaSums]) {
+__device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const Candidates& candidates,
+                                              int64_t first_query, int64_t first, const uint32_t (&sums)[kWgmmaSums],
+                                              HitQueue& queue) {
+  constexpr int kPart = 32, kGroup = 8;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  uint32_t any[kWgmmaSums / 32];
+  uint32_t any[kWgmmaSums / kPart];
 #pragma unroll
-  for (int part = 0; part < kWgmmaSums / 32; ++part) {
-    any[part] = 0;
+  for (int part = 0; part < kWgmmaSums / kPart; ++part) any[part] = or_of<kPart>(sums + kPart * part);
+  if (((any[0] | any[1] | any[2] | any[3]) & kCandidateBit) == 0) return false;
 #pragma unroll
-    for (int i = 0; i < 32; i += 2) any[part] = or3(any[part], sums[32 * part + i], sums[32 * part + i + 1]);
-  }
-  if (((any[0] | any[1] | any[2] | any[3]) & kCandidateBit) == 0) return;
-#pragma unroll
-  for (int part = 0; part < kWgmmaSums / 32; ++part) {
+  for (int part = 0; part < kWgmmaSums / kPart; ++part) {
     if ((any[part] & kCandidateBit) == 0) continue;
     uint32_t passing = 0;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) passing |= ((sums[32 * part + i] & kCandidateBit) != 0 ? 1u : 0u) << i;
+    for (int group = 0; group < kPart; group += kGroup) {
+      if ((or_of<kGroup>(sums + kPart * part + group) & kCandidateBit) == 0) continue;
+#pragma unroll
+      for (int i = group; i < group + kGroup; ++i)
+        passing |= ((sums[kPart * part + i] & kCandidateBit) != 0 ? 1u : 0u) << i;
+    }
     for (; passing != 0; passing &= passing - 1) {
-      const int sum = 32 * part + __ffs(static_cast<int>(passing)) - 1;
-      candidates.offer(search, first_query + column_of_sum(lane, sum), first + row_of_sum(lane, sum));
+      const int sum = kPart * part + __ffs(static_cast<int>(passing)) - 1;
+      queue.push(search, candidates, first_query + column_of_sum(lane, sum), first + row_of_sum(lane, sum));
     }
   }
+  return true;
 }
 
 // Compares a warp's 16 codes from `first` on, its share of the warpgroup's 64, with all columns.
@@ -93,7 +108,7 @@ template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
                                         int tiles, const uint32_t* columns,
                                         uint32_t (&rows)[BitRows<kWords>::kBuilt][4], int64_t first,
-                                        uint32_t (&sums)[kWgmmaSums]) {
+                                        uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
   using Rows = BitRows<kWords>;
   uint32_t ones[4] = {~0u, ~0u, ~0u, ~0u};
   for (int tile = 0; tile < tiles; ++tile) {
@@ -108,8 +123,9 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     for (int i = 0; i < 4 * Rows::kBuilt; ++i) wgmma_release(rows[i / 4][i % 4]);
     if constexpr (Rows::kOnes != 0)
       for (uint32_t& word : ones) wgmma_release(word);
-    offer_passing<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns, first, sums);
-    __syncwarp();
+    const bool is_any = queue_passing<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns,
+                                                           first, sums, queue);
+    if (__any_sync(kWholeWarp, is_any)) queue.drain(search, candidates, kWarpThreads);
   }
 }
 
@@ -119,7 +135,8 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Rows = BitRows<kWords>;
   constexpr int kMaxQueries = kColumnBytes / (4 * Rows::kRowWords);
-  __shared__ int largest[kMaxQueries];
+  __shared__ int16_t largest[kMaxQueries];
+  __shared__ HitQueue queues[kBlockThreads<kWords> / 32];
   auto* columns = dynamic_shared<uint32_t>();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * tiles * kWgmmaColumns;
   const int queries =
@@ -128,12 +145,14 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 
   for (int q = threadIdx.x; q < tiles * kWgmmaColumns; q += kBlockThreads<kWords>) largest[q] = -2;  // of no column yet
+  if (lane == 0) queues[warp].count = 0;
   uint32_t sums[kWgmmaSums] = {};
-  for (int64_t piece = begin; piece < end; piece += kPieceCodes<kWords>) {
+  int64_t size = kFirstPiece<kWords>;
+  for (int64_t piece = begin; piece < end; piece += size, size = min(2 * size, kLargestPiece<kWords>)) {
     __syncthreads();
     update_columns<kWords>(search, candidates, first_query, queries, tiles, piece, columns, largest);
     __syncthreads();
-    const int64_t piece_end = min(piece + kPieceCodes<kWords>, end);
+    const int64_t piece_end = min(piece + size, end);
     // A warpgroup goes on as one, though its last warps may find no code of theirs.
     for (int64_t first = piece + warp / 4 * kWarpgroupCodes; first < piece_end; first += kRoundCodes<kWords>) {
       const int64_t own = first + warp % 4 * 16, low = own + lane / 4;
@@ -141,9 +160,10 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
       Rows::load(search.codes, low, piece_end, lane % 4, words[0]);
       Rows::load(search.codes, low + 8, piece_end, lane % 4, words[1]);
       Rows::build(words[0], words[1], low < piece_end, low + 8 < piece_end, lane % 4, rows);
-      compare<kWords>(search, candidates, first_query, tiles, columns, rows, own, sums);
+      compare<kWords>(search, candidates, first_query, tiles, columns, rows, own, sums, queues[warp]);
     }
   }
+  queues[warp].drain(search, candidates, 1);
 #endif
 }
 

@@ -142,12 +142,11 @@ __device__ __forceinline__ void select(const Source& source, int k, int size, in
 }
 
 __global__ void __launch_bounds__(kManyThreads)
-    select_kernel(DeviceSearch search, Candidates candidates, bool has_candidates, int k, int size, int key_bits,
-                  int32_t* distances, int64_t* positions) {
+    select_kernel(DeviceSearch search, Candidates candidates, bool has_candidates, Keys layout, int k, int size,
+                  int key_bits, int32_t* distances, int64_t* positions) {
   __shared__ SelectScratch scratch;
   auto* keys = dynamic_shared<uint64_t>();  // [size]
   const int64_t query = blockIdx.x;
-  const Keys layout = candidates.layout;
   int64_t count = -1;
   if (has_candidates) {
     const int64_t counted = candidates.counts[query];
@@ -180,7 +179,7 @@ void launch_hamming_select(const HammingSearch& search, const Candidates* candid
   const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
   const LaunchShape shape{search.query_count, is_few ? kManyThreads : kFewThreads, size * int64_t{sizeof(uint64_t)}};
   launch(select_kernel, shape, stream, DeviceSearch(search),
-         candidates != nullptr ? *candidates : Candidates{nullptr, nullptr, nullptr, 0, layout}, candidates != nullptr,
+         candidates != nullptr ? *candidates : Candidates{}, candidates != nullptr, layout,
          static_cast<int>(k), size, key_bits, distances, positions);
 }
 

@@ -58,15 +58,23 @@ struct Plan {
     batch = std::clamp<int64_t>(kMaxCandidateBytes / (capacity * 8), 1, std::max<int64_t>(search.query_count, 1));
   }
 
-  int64_t counts_bytes() const { return round_up(batch * int64_t{sizeof(unsigned)}, 16); }
-  int64_t limits_bytes() const { return round_up(batch * int64_t{sizeof(uint64_t)}, 16); }
-  int64_t bytes() const { return counts_bytes() + limits_bytes() + batch * capacity * int64_t{sizeof(uint64_t)}; }
+  int64_t bytes() const { return keys_bytes() + limits_bytes() + counts_bytes() + nearer_bytes(); }
 
-  Candidates candidates(void* workspace) const {
-    auto* const bytes = static_cast<char*>(workspace);
-    return {reinterpret_cast<uint64_t*>(bytes + counts_bytes() + limits_bytes()), reinterpret_cast<unsigned*>(bytes),
-            reinterpret_cast<uint64_t*>(bytes + counts_bytes()), capacity, layout};
+  Candidates candidates(void* workspace, int64_t k) const {
+    auto* const keys = static_cast<char*>(workspace);
+    char* const limits = keys + keys_bytes();
+    char* const counts = limits + limits_bytes();
+    char* const nearer = counts + counts_bytes();
+    return {reinterpret_cast<uint64_t*>(keys), reinterpret_cast<uint64_t*>(limits), reinterpret_cast<unsigned*>(counts),
+            reinterpret_cast<unsigned*>(nearer), capacity, static_cast<unsigned>(k), layout};
   }
+
+ private:
+  // Each a multiple of 16.
+  int64_t keys_bytes() const { return round_up(batch * capacity * int64_t{sizeof(uint64_t)}, 16); }
+  int64_t limits_bytes() const { return round_up(batch * int64_t{sizeof(uint64_t)}, 16); }
+  int64_t counts_bytes() const { return round_up(batch * int64_t{sizeof(unsigned)}, 16); }
+  int64_t nearer_bytes() const { return batch * Candidates::kSteps * int64_t{sizeof(unsigned)}; }
 };
 
 // `count` of the queries, from `first` on.
@@ -90,7 +98,7 @@ void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distan
   const Plan plan(search, k);
   if (search.code_count <= kSmallDatabase)
     return launch_hamming_select(search, nullptr, plan.layout, k, distances, positions, stream);
-  const Candidates candidates = plan.candidates(workspace);
+  const Candidates candidates = plan.candidates(workspace, k);
   for (int64_t first = 0; first < search.query_count; first += plan.batch) {
     const HammingSearch part = part_of(search, first, plan.batch);
     launch_hamming_limits(part, plan.sample, candidates, stream);

@@ -1,4 +1,4 @@
-#include "hashengine/hamming_cuda.h"
+#include "hamming_topk.h"
 
 using namespace hashengine;
 
@@ -20,6 +20,31 @@ int64_t workspace_bytes_of_hamming_topk(const int64_t* sizes, int64_t k) {
 void hamming_topk(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter, int64_t k,
                   int32_t* distances, int64_t* positions, void* workspace) {
   launch_hamming_topk(search_of(queries, codes, sizes, filter), k, distances, positions, workspace, nullptr);
+}
+
+// The steps alone. The arrays are those of Candidates.
+void hamming_limits(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
+                    int64_t samples, int64_t rank, uint64_t* limits, unsigned* counts, unsigned* nearer,
+                    int64_t position_bits) {
+  launch_hamming_limits(search_of(queries, codes, sizes, filter), {samples, rank},
+                        {nullptr, limits, counts, nearer, 0, 0, {int(position_bits)}}, nullptr);
+}
+
+void hamming_scan(int64_t scan, const uint8_t* queries, const uint8_t* codes, const int64_t* sizes,
+                  const uint8_t* filter, uint64_t* keys, uint64_t* limits, unsigned* counts, unsigned* nearer,
+                  int64_t capacity, int64_t k, int64_t position_bits) {
+  constexpr decltype(&launch_hamming_scan_popcount) kScans[] = {
+      launch_hamming_scan_popcount, launch_hamming_scan_mma, launch_hamming_scan_wgmma};
+  kScans[scan](search_of(queries, codes, sizes, filter),
+               {keys, limits, counts, nearer, capacity, unsigned(k), {int(position_bits)}}, nullptr);
+}
+
+void hamming_select(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
+                    uint64_t* keys, uint64_t* limits, unsigned* counts, int64_t capacity, int64_t k,
+                    int64_t position_bits, int32_t* distances, int64_t* positions) {
+  const Candidates candidates{keys, limits, counts, nullptr, capacity, unsigned(k), {int(position_bits)}};
+  launch_hamming_select(search_of(queries, codes, sizes, filter), keys != nullptr ? &candidates : nullptr,
+                        {int(position_bits)}, k, distances, positions, nullptr);
 }
 
 }  // extern "C"
