@@ -37,46 +37,6 @@ int bit_width(int64_t value) {
   return bits;
 }
 
-// The k nearest of all are expected to be k / codes of the sample, with a variance of that number (Poisson). The rank is so
-// far beyond it that fewer than one query in 10^5 finds too few candidates, and the capacity so far beyond the candidates
-// expected at that rank that as few find too many.
-struct Plan {
-  HammingSample sample{};
-  Keys layout{};
-  int64_t capacity = 0;
-  int64_t batch = 0;  // queries whose candidates are held at once
-
-  Plan(const HammingSearch& search, int64_t k) {
-    layout.position_bits = bit_width(search.code_count - 1);
-    const int64_t most = search.query_count <= kFewQueries ? kMaxSampleOfFew : kMaxSample;
-    sample.count = std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections *
-                   HammingSample::kSections;
-    const double share = double(sample.count) / double(search.code_count), expected = double(k) * share;
-    sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
-    const double beyond = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
-    capacity = std::min<int64_t>(int64_t(std::ceil(beyond / share)), search.code_count);
-    batch = std::clamp<int64_t>(kMaxCandidateBytes / (capacity * 8), 1, std::max<int64_t>(search.query_count, 1));
-  }
-
-  int64_t bytes() const { return keys_bytes() + limits_bytes() + counts_bytes() + nearer_bytes(); }
-
-  Candidates candidates(void* workspace, int64_t k) const {
-    auto* const keys = static_cast<char*>(workspace);
-    char* const limits = keys + keys_bytes();
-    char* const counts = limits + limits_bytes();
-    char* const nearer = counts + counts_bytes();
-    return {reinterpret_cast<uint64_t*>(keys), reinterpret_cast<uint64_t*>(limits), reinterpret_cast<unsigned*>(counts),
-            reinterpret_cast<unsigned*>(nearer), capacity, static_cast<unsigned>(k), layout};
-  }
-
- private:
-  // Each a multiple of 16.
-  int64_t keys_bytes() const { return round_up(batch * capacity * int64_t{sizeof(uint64_t)}, 16); }
-  int64_t limits_bytes() const { return round_up(batch * int64_t{sizeof(uint64_t)}, 16); }
-  int64_t counts_bytes() const { return round_up(batch * int64_t{sizeof(unsigned)}, 16); }
-  int64_t nearer_bytes() const { return batch * Candidates::kSteps * int64_t{sizeof(unsigned)}; }
-};
-
 // `count` of the queries, from `first` on.
 HammingSearch part_of(HammingSearch search, int64_t first, int64_t count) {
   search.queries += first * search.code_bytes;
@@ -87,18 +47,52 @@ HammingSearch part_of(HammingSearch search, int64_t first, int64_t count) {
 
 }  // namespace
 
+HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t k) : k(k) {
+  layout.position_bits = bit_width(search.code_count - 1);
+  const int64_t most = search.query_count <= kFewQueries ? kMaxSampleOfFew : kMaxSample;
+  sample.count = std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections *
+                 HammingSample::kSections;
+  const double share = double(sample.count) / double(search.code_count), expected = double(k) * share;
+  sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
+  const double beyond = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
+  capacity = std::min<int64_t>(int64_t(std::ceil(beyond / share)), search.code_count);
+  batch = std::clamp<int64_t>(kMaxCandidateBytes / (capacity * 8), 1, std::max<int64_t>(search.query_count, 1));
+}
+
+// The arrays, each a multiple of 16 bytes.
+Candidates HammingTopkPlan::candidates(void* workspace, int64_t* bytes) const {
+  int64_t used = 0;
+  const auto take = [&](auto* type, int64_t count) {
+    auto* const array = reinterpret_cast<decltype(type)>(static_cast<char*>(workspace) + used);
+    used += round_up(count * int64_t{sizeof(*type)}, 16);
+    return array;
+  };
+  Candidates candidates{};
+  candidates.keys = take(candidates.keys, batch * capacity);
+  candidates.limits = take(candidates.limits, batch);
+  candidates.counts = take(candidates.counts, batch);
+  candidates.nearer = take(candidates.nearer, batch * Candidates::kSteps);
+  candidates.capacity = capacity;
+  candidates.k = static_cast<unsigned>(k);
+  candidates.layout = layout;
+  if (bytes != nullptr) *bytes = used;
+  return candidates;
+}
+
 int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {
   if (search.query_count == 0 || search.code_count <= kSmallDatabase) return 0;
-  return Plan(search, k).bytes();
+  int64_t bytes = 0;
+  HammingTopkPlan(search, k).candidates(nullptr, &bytes);
+  return bytes;
 }
 
 void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
                          void* workspace, cudaStream_t stream) {
   if (search.query_count == 0) return;
-  const Plan plan(search, k);
+  const HammingTopkPlan plan(search, k);
   if (search.code_count <= kSmallDatabase)
     return launch_hamming_select(search, nullptr, plan.layout, k, distances, positions, stream);
-  const Candidates candidates = plan.candidates(workspace, k);
+  const Candidates candidates = plan.candidates(workspace);
   for (int64_t first = 0; first < search.query_count; first += plan.batch) {
     const HammingSearch part = part_of(search, first, plan.batch);
     launch_hamming_limits(part, plan.sample, candidates, stream);

@@ -15,6 +15,23 @@ struct HammingSample {
   static constexpr int kMaxBins = 8192;  // distances that are told apart: a histogram of them takes 32 KB
 };
 
+// What is looked at, for how many queries at a time.
+//
+// Of the k nearest, `expected` = k samples / codes are expected in the sample, with a variance of as much (Poisson). The rank
+// is so far beyond that fewer than one query in 10^5 finds too few candidates, and the capacity so far beyond the candidates
+// expected at that rank that as few find too many.
+struct HammingTopkPlan {
+  HammingSample sample{};
+  Keys layout{};
+  int64_t k;
+  int64_t capacity;
+  int64_t batch;
+
+  HammingTopkPlan(const HammingSearch& search, int64_t k);
+  // In a workspace of so many `bytes`.
+  Candidates candidates(void* workspace, int64_t* bytes = nullptr) const;
+};
+
 // Limits, and counts set to zero.
 void launch_hamming_limits(const HammingSearch& search, const HammingSample& sample, const Candidates& candidates,
                            cudaStream_t stream);

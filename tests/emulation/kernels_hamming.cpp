@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "hamming_topk.h"
 
 using namespace hashengine;
@@ -20,6 +22,14 @@ int64_t workspace_bytes_of_hamming_topk(const int64_t* sizes, int64_t k) {
 void hamming_topk(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter, int64_t k,
                   int32_t* distances, int64_t* positions, void* workspace) {
   launch_hamming_topk(search_of(queries, codes, sizes, filter), k, distances, positions, workspace, nullptr);
+}
+
+// How many candidates the queries of the last batch had that were in the workspace, and how many fit.
+void hamming_topk_counts(const int64_t* sizes, int64_t k, void* workspace, unsigned* counts, int64_t* capacity) {
+  const HammingSearch search = search_of(nullptr, nullptr, sizes, nullptr);
+  const HammingTopkPlan plan(search, k);
+  std::copy_n(plan.candidates(workspace).counts, std::min(plan.batch, search.query_count), counts);
+  *capacity = plan.capacity;
 }
 
 // The steps alone. The arrays are those of Candidates.

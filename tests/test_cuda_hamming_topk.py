@@ -1,0 +1,318 @@
+"""The top-k search's kernels without a GPU: the emulation of CUDA's execution model runs them on the host.
+
+A scan that lost a candidate would still give the right answer, as the selection looks at all codes where candidates are
+missing; so every step is tested by itself, too, and that the selection had no need to.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from emulation.harness import FORWARD, SCHEDULES, array, load_emulation
+
+from tests.hamming_levels import all_distances, assert_same, make_codes, make_filter, nearest
+
+POPCOUNT, MMA, WGMMA = range(3)
+SCANS = {"popcount": POPCOUNT, "mma": MMA, "wgmma": WGMMA}
+# What a device of each compute capability runs: wgmma from 64 queries on, mma from 2 on, population counts alone.
+CAPABILITIES = [90, 80, 120]
+SECTIONS, STEPS = 64, 16
+POISON = -7
+NO_BOUND = 2**31 - 1  # as k: candidates never are so many that they lower a limit
+
+
+@pytest.fixture(scope="module")
+def emulation():
+    return load_emulation()
+
+
+@dataclass
+class Search:
+    """What the launchers take."""
+
+    queries: np.ndarray
+    codes: np.ndarray
+    filter: np.ndarray | None = None
+    offset: int = 0  # bytes past a 16-byte boundary
+
+    def __post_init__(self) -> None:
+        self.bits = 8 * self.codes.shape[1]
+        self.position_bits = int(len(self.codes) - 1).bit_length()
+        bitmap = None if self.filter is None else np.packbits(self.filter, axis=-1, bitorder="little")
+        stride = bitmap.shape[1] if bitmap is not None and bitmap.ndim == 2 else 0
+        self.sizes = torch.tensor([len(self.queries), *self.codes.shape, stride])
+        self._bitmap = None if bitmap is None else torch.from_numpy(bitmap)
+        self._rows = [self._placed(rows) for rows in (self.queries, self.codes)]
+
+    def _placed(self, rows: np.ndarray) -> torch.Tensor:
+        return array(rows.size, torch.uint8, self.offset).copy_(torch.from_numpy(rows.ravel()))
+
+    @property
+    def arguments(self) -> tuple:
+        return (*self._rows, self.sizes, self._bitmap)
+
+    def keys(self) -> np.ndarray:
+        """uint64 [queries, codes]; the largest number where the filter leaves a code out."""
+        keys = all_distances(self.queries, self.codes).astype(np.uint64) << np.uint64(self.position_bits)
+        keys |= np.arange(len(self.codes), dtype=np.uint64)
+        return keys if self.filter is None else np.where(self.filter, keys, ~np.uint64(0))
+
+    @property
+    def everything(self) -> int:
+        return self.bits << self.position_bits | len(self.codes) - 1
+
+
+def topk(emulation, search: Search, k: int, capability: int = 90, schedule: int = FORWARD):
+    """The answer, and how many queries the selection took from all codes though there were candidates."""
+    queries = len(search.queries)
+    distances = torch.full((queries, k), POISON, dtype=torch.int32)
+    positions = torch.full((queries, k), POISON)
+    workspace = emulation.workspace("hamming_topk", search.sizes, k, capability=capability)
+    arguments = (*search.arguments, k, distances, positions, workspace)
+    emulation.call("hamming_topk", *arguments, capability=capability, schedule=schedule)
+    misled = 0
+    if workspace.numel():
+        counts, capacity = torch.full((queries,), POISON, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+        emulation.call("hamming_topk_counts", search.sizes, k, workspace, counts, capacity)
+        found = len(search.codes) if search.filter is None else torch.from_numpy(np.asarray(search.filter.sum(-1)))
+        enough = torch.as_tensor(found).clamp(max=k)
+        misled = int(((counts > capacity) | (counts < enough)).sum())
+    return (distances.numpy(), positions.numpy()), misled
+
+
+def make_search(kind: str, count: int, bits: int, queries: int, seed: int = 0, **options) -> Search:
+    rng = np.random.default_rng(seed)
+    codes = make_codes(kind, count, bits, rng)
+    own = codes[rng.integers(0, count, queries)]  # every other query is a code
+    drawn = rng.integers(0, 256, own.shape, dtype=np.uint8)
+    return Search(np.where(np.arange(queries)[:, None] % 2, own, drawn), codes, **options)
+
+
+# --- all steps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+@pytest.mark.parametrize("bits", [8, 64, 200])
+@pytest.mark.parametrize("queries", [1, 5, 67])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_topk(emulation, capability, queries, bits, kind):
+    search = make_search(kind, 9001, bits, queries)
+    got, misled = topk(emulation, search, 50, capability)
+    assert_same(got, nearest(search.queries, search.codes, 50))
+    assert misled == 0
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 1000, 8192])
+@pytest.mark.parametrize("bits", [8, 24, 64, 264])
+def test_small_databases(emulation, bits, count):
+    search = make_search("clustered", count, bits, 3)
+    for k in sorted({1, count // 2 + 1, min(count, 4096)}):
+        got, _ = topk(emulation, search, k)
+        assert_same(got, nearest(search.queries, search.codes, k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 1000, 4096])
+@pytest.mark.parametrize("queries", [2, 65])
+def test_k(emulation, queries, k):
+    search = make_search("random", 20011, 64, queries)
+    got, misled = topk(emulation, search, k)
+    assert_same(got, nearest(search.queries, search.codes, k))
+    assert misled == 0
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("share", [0.5, 0.02, 0.001, 0.0])
+@pytest.mark.parametrize("queries", [1, 66])
+def test_filters(emulation, queries, share, own):
+    search = make_search("clustered", 9003, 64, queries)
+    search = Search(search.queries, search.codes, make_filter(np.random.default_rng(1), 9003, queries, share, own))
+    got, misled = topk(emulation, search, 20)
+    assert_same(got, nearest(search.queries, search.codes, 20, search.filter))
+    assert misled == 0
+
+
+@pytest.mark.parametrize("order", ["best first", "best last"])
+@pytest.mark.parametrize("queries", [1, 64])
+def test_adverse_orders(emulation, queries, order):
+    search = make_search("random", 10007, 64, queries)
+    search.queries[:] = search.queries[0]
+    ranks = np.argsort(all_distances(search.queries[:1], search.codes)[0], kind="stable")
+    search = Search(search.queries, search.codes[ranks if order == "best first" else ranks[::-1]])
+    got, misled = topk(emulation, search, 100)
+    assert_same(got, nearest(search.queries, search.codes, 100))
+    assert misled == 0
+
+
+@pytest.mark.parametrize("bits, queries", [(64, 3), (64, 70), (72, 70), (128, 70)])
+def test_rows_that_are_not_aligned(emulation, bits, queries):
+    search = make_search("clustered", 8500, bits, queries, offset=1)
+    got, misled = topk(emulation, search, 10)
+    assert_same(got, nearest(search.queries, search.codes, 10))
+    assert misled == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("queries", [1, 3, 64])
+def test_the_order_of_threads_changes_nothing(emulation, queries, schedule):
+    search = make_search("clustered", 8300, 64, queries)
+    got, _ = topk(emulation, search, 30, schedule=schedule)
+    assert_same(got, nearest(search.queries, search.codes, 30))
+
+
+def test_sparse_codes(emulation):
+    """Fingerprints: few ones, in queries fewer than the distance to their nearest."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (9000, 32), dtype=np.uint8)
+    for _ in range(4):
+        codes &= rng.integers(0, 256, codes.shape, dtype=np.uint8)
+    queries = codes[:70] & rng.integers(0, 256, (70, 32), dtype=np.uint8)
+    queries[0], queries[1] = 0, 255
+    got, misled = topk(emulation, Search(queries, codes), 40)
+    assert_same(got, nearest(queries, codes, 40))
+    assert misled == 0
+
+
+def test_codes_that_the_sample_hides(emulation):
+    """A period of the codes that the sample cannot miss by design, and one query in 64 that finds it misleading."""
+    search = make_search("random", 9000, 64, 4)
+    search.codes[::2] = search.codes[:1]
+    search = Search(search.queries, search.codes)
+    got, misled = topk(emulation, search, 64)
+    assert_same(got, nearest(search.queries, search.codes, 64))
+    assert misled == 0
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def mix(x: int) -> int:
+    mask = 2**64 - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return x ^ x >> 31
+
+
+def sampled_positions(samples: int, count: int) -> np.ndarray:
+    edges = [i * count // samples for i in range(samples + 1)]
+    return np.array([edges[i] + mix(i) % (edges[i + 1] - edges[i]) for i in range(samples)])
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+@pytest.mark.parametrize("queries", [1, 11, 40])
+@pytest.mark.parametrize("share", [None, 0.5, 0.01])
+def test_limits(emulation, share, queries, kind):
+    """A limit is the key of the rank that was asked for, among the sampled codes that may be found."""
+    search = make_search(kind, 5001, 64, queries)
+    if share is not None:
+        search = Search(search.queries, search.codes, make_filter(np.random.default_rng(2), 5001, queries, share, True))
+    samples = 640
+    keys = np.sort(search.keys()[:, sampled_positions(samples, 5001)], axis=1)
+    for rank in (1, 7, 100, samples):
+        limits, counts = array(queries, torch.int64), array(queries, torch.int32)
+        nearer = array(queries * STEPS, torch.int32)
+        arguments = (*search.arguments, samples, rank, limits, counts, nearer, search.position_bits)
+        emulation.call("hamming_limits", *arguments)
+        expected = np.where(keys[:, rank - 1] == ~np.uint64(0), np.uint64(search.everything), keys[:, rank - 1])
+        np.testing.assert_array_equal(limits.numpy().view(np.uint64), expected)
+        assert not counts.any() and not nearer.any()
+
+
+def scan(emulation, name: str, search: Search, limits: np.ndarray, k: int, capacity: int, schedule: int = FORWARD):
+    """The candidates' keys of each query, sorted, and how many there were."""
+    queries = len(search.queries)
+    keys = torch.full((queries, capacity), POISON)
+    counts = torch.zeros(queries, dtype=torch.int32)
+    nearer = array(queries * STEPS, torch.int32).fill_(0)
+    placed = torch.from_numpy(limits.astype(np.uint64).view(np.int64))
+    arguments = (*search.arguments, keys, placed, counts, nearer, capacity, k, search.position_bits)
+    emulation.call("hamming_scan", SCANS[name], *arguments, schedule=schedule)
+    kept = [row[: min(int(count), capacity)] for row, count in zip(keys, counts, strict=True)]
+    return [np.sort(row.numpy().view(np.uint64)) for row in kept], counts.numpy()
+
+
+def draw_limits(search: Search, seed: int = 0) -> np.ndarray:
+    """Keys of all ranks, so that ties are cut at any place; at the ends, no code and all."""
+    rng = np.random.default_rng(seed)
+    keys = np.sort(search.keys(), axis=1)
+    ranks = np.minimum(np.exp(rng.uniform(0, np.log(len(search.codes)), len(keys))).astype(int), keys.shape[1] - 1)
+    limits = keys[np.arange(len(keys)), ranks]
+    limits[0] = search.everything
+    limits[-1] = 0
+    return np.minimum(limits, np.uint64(search.everything))
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+@pytest.mark.parametrize("bits", [8, 32, 40, 64, 72, 128, 200, 256, 512, 1024])
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_takes_what_is_within_the_limit(emulation, name, bits, kind):
+    queries, count = 9, 1501
+    search = make_search(kind, count, bits, queries, seed=bits)
+    limits = draw_limits(search)
+    found, counts = scan(emulation, name, search, limits, NO_BOUND, count)
+    for keys, limit, got, number in zip(search.keys(), limits, found, counts, strict=True):
+        np.testing.assert_array_equal(got, np.sort(keys[keys <= limit]))
+        assert number == len(got)
+
+
+@pytest.mark.parametrize("name, queries", [("popcount", 300), ("mma", 1100), ("wgmma", 600)])
+def test_a_scan_of_many_queries(emulation, name, queries):
+    """More than a block's group, with a filter, and buffers too small for some."""
+    count, capacity = 700, 20
+    search = make_search("clustered", count, 64, queries)
+    search = Search(search.queries, search.codes, make_filter(np.random.default_rng(3), count, queries, 0.5, True))
+    limits = draw_limits(search)
+    found, counts = scan(emulation, name, search, limits, NO_BOUND, capacity)
+    for keys, limit, got, number in zip(search.keys(), limits, found, counts, strict=True):
+        within = keys[keys <= limit]
+        assert number == len(within) and len(got) == min(number, capacity)
+        assert len(np.unique(got)) == len(got) and np.isin(got, within).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+@pytest.mark.parametrize("name", SCANS)
+def test_what_a_scan_has_found_bounds_what_it_looks_for(emulation, name, kind, schedule):
+    """The k nearest are among the candidates, whatever has been left out; and on the way limits do shrink."""
+    queries, count, k = 66, 12_000, 8
+    search = make_search(kind, count, 64, queries)
+    keys = np.sort(search.keys(), axis=1)
+    found, _ = scan(emulation, name, search, keys[:, count // 10], k, count, schedule)
+    for row, got in zip(keys, found, strict=True):
+        assert len(np.unique(got)) == len(got) and (got <= row[count // 10]).all()
+        assert np.isin(row[:k], got).all()
+    if name != "popcount" and kind == "random":
+        assert sum(map(len, found)) < queries * count // 20  # of a tenth of them
+
+
+@pytest.mark.parametrize("k, size", [(1, 1), (1, 900), (7, 7), (64, 900), (700, 900), (900, 900)])
+def test_selection(emulation, k, size):
+    """From candidates in any order: too few of them, too many, or as many as there are."""
+    queries, count = 5, 2000
+    search = make_search("clustered", count, 64, queries)
+    rng = np.random.default_rng(4)
+    keys = np.sort(search.keys(), axis=1)
+    buffer = rng.permuted(keys[:, :size], axis=1)
+    counts = torch.full((queries,), size, dtype=torch.int32)
+    counts[1] = size + 1  # more than fit: what is kept is no use
+    counts[2] = k - 1  # fewer than asked for
+    buffer[1], buffer[2] = 0, 0
+    limits = keys[:, size - 1].copy()
+    placed = [torch.from_numpy(values.view(np.int64).copy()) for values in (buffer, limits)]
+    distances, positions = torch.zeros((queries, k), dtype=torch.int32), torch.zeros((queries, k), dtype=torch.int64)
+    arguments = (*search.arguments, *placed, counts, size, k, search.position_bits, distances, positions)
+    emulation.call("hamming_select", *arguments)
+    assert_same((distances, positions), nearest(search.queries, search.codes, k))
+
+
+def test_selection_of_fewer_than_k(emulation):
+    """Where the limit is everything, few candidates are all that the filter leaves."""
+    search = make_search("random", 3000, 64, 2)
+    search = Search(search.queries, search.codes, np.arange(3000) % 1000 == 5)
+    keys = np.sort(search.keys(), axis=1)[:, :3]
+    placed = torch.from_numpy(keys.view(np.int64).copy())
+    limits = torch.full((2,), search.everything)
+    distances, positions = torch.zeros((2, 9), dtype=torch.int32), torch.zeros((2, 9), dtype=torch.int64)
+    arguments = (*search.arguments, placed, limits, torch.full((2,), 3, dtype=torch.int32), 3, 9)
+    emulation.call("hamming_select", *arguments, search.position_bits, distances, positions)
+    assert_same((distances, positions), nearest(search.queries, search.codes, 9, search.filter))
