@@ -183,6 +183,16 @@ def test_codes_that_the_sample_hides(emulation):
     assert misled == 0
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_batches_of_queries(emulation, own):
+    search = make_search("clustered", 8400, 64, 7)
+    search = Search(search.queries, search.codes, make_filter(np.random.default_rng(5), 8400, 7, 0.5, own))
+    distances, positions = torch.full((7, 12), POISON, dtype=torch.int32), torch.full((7, 12), POISON)
+    workspace = emulation.workspace("hamming_topk", search.sizes, 12)
+    emulation.call("hamming_topk_in_batches", *search.arguments, 12, 3, distances, positions, workspace)
+    assert_same((distances, positions), nearest(search.queries, search.codes, 12, search.filter))
+
+
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 

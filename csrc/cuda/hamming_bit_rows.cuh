@@ -7,11 +7,11 @@
 // and the column [q, ~q, 64 + T ones] the sum is 64 - distance + 64 + T, and its bit 7 is set where distance <= T.
 //
 // Longer codes, padded to W = 4, 8, 16 or 32 words, b = 32 W bits, take 2b bits, with distance = |q| + |d| - 2 |q & d|:
-// the row [d, b/2 - ceil(|d| / 2) ones, b/2 ones] and the column [q, b/2 ones, b/2 - (|q| - T') / 2 ones] give
-// |q & d| - ceil(|d| / 2) - (|q| - T') / 2 + b, and the bit of the value b is set where that is at least b: where
-// distance <= T, and for some codes at T + 1, as T' is T or T + 1, of the parity of |q|. Whoever takes candidates looks at
-// their distance again. The column needs T' <= |q|; else it is all ones, which every code passes. So that this is rare,
-// and sparse codes no exception, codes and queries are first XORed with the same arbitrary bits, which changes no distance.
+// the row [d, b/2 - ceil(|d| / 2) ones, b/2 ones] and the column [q, b/2 ones, b/2 - floor((|q| - T) / 2) ones] give
+// |q & d| - ceil(|d| / 2) - floor((|q| - T) / 2) + b, and the bit of the value b is set where that is at least b: where
+// distance <= T, and for some codes at T + 1, as halves are rounded. Whoever takes candidates looks at their distance again.
+// The column needs T <= |q|; else it is all ones, which every code passes. So that this is rare, and sparse codes no
+// exception, codes and queries are first XORed with the same arbitrary bits, which changes no distance.
 #pragma once
 
 #include "bit_matrix.cuh"
@@ -107,11 +107,10 @@ struct BitRows {
         const uint32_t code = index % 2 < queries.words() ? queries.word(query, index % 2) : 0;
         return index < 2 ? code : ~code;
       } else {
-        const int nearest_even = largest + ((ones - largest) & 1);  // T'
-        if (nearest_even > ones) return ~0u;
+        if (largest > ones) return ~0u;
         if (index < kWords) return scramble(index < queries.words() ? queries.word(query, index) : 0, index);
         if (index < kWords + kWords / 2) return ~0u;
-        return unary(kHalfBits - (ones - nearest_even) / 2, index - kWords - kWords / 2);
+        return unary(kHalfBits - (ones - largest) / 2, index - kWords - kWords / 2);
       }
     }
   };

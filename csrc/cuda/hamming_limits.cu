@@ -5,11 +5,10 @@
 // Its distance comes from a histogram; the position, where several share that distance, from counting those in 64
 // sections of the sample and walking through one of them.
 //
-// Traffic. A sample is read once or twice for up to eight queries, a 32-byte sector a code: with 16,384 codes 64 KB a query
-// from the L2 cache. About ten instructions and an atomic in shared memory a distance, one part in 60 of those of a
-// million codes.
+// Traffic. A sample is read twice for up to eight queries, a 32-byte sector a code: with 16,384 codes 128 KB a query from
+// the L2 cache. About ten instructions and an atomic in shared memory a distance of 64 bits.
 //
-// Launch. 512 threads a block, a block for one to eight queries, as few as keep every multiprocessor busy.
+// Launch. 512 threads a block, a block for one query or up to eight, as few as keep every multiprocessor busy.
 //
 // Limits. Distances below HammingSample::kMaxBins.
 
@@ -23,7 +22,7 @@ namespace hashengine {
 namespace {
 
 constexpr int kBlockThreads = 512;
-constexpr int kMaxQueries = 8;  // a block
+constexpr int kMaxQueries = 8;  // a block of many
 constexpr int kSections = HammingSample::kSections;
 
 __device__ __forceinline__ uint64_t mix(uint64_t x) {  // the finaliser of SplitMix64 (Steele, Lea, Flood, 2014)
@@ -64,14 +63,22 @@ __device__ __forceinline__ Reached reach(const unsigned* counts, int count, int6
   return {count, rank};
 }
 
-// Calls visit(query, sample, position, distance) for each sampled code that the block's queries may find.
-template <typename Visit>
+// Calls visit(query, sample, distance) for each sampled code that the block's queries may find. Their words are in shared
+// memory, [words][kQueries].
+template <int kQueries, typename Visit>
 __device__ __forceinline__ void visit_sample(const DeviceSearch& search, int64_t samples, int64_t first_query,
-                                             int queries, Visit visit) {
+                                             int queries, const uint32_t* query_words, Visit visit) {
   for (int64_t i = threadIdx.x; i < samples; i += kBlockThreads) {
     const int64_t position = sampled_position(i, samples, search.codes.count);
-    for (int q = 0; q < queries; ++q)
-      if (search.may_find(first_query + q, position)) visit(q, i, search.distance(first_query + q, position));
+    int distances[kQueries] = {};
+    for (int word = 0; word < search.codes.words(); ++word) {
+      const uint32_t code = search.codes.word(position, word);
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) distances[q] += __popc(code ^ query_words[word * kQueries + q]);
+    }
+#pragma unroll
+    for (int q = 0; q < kQueries; ++q)
+      if (q < queries && search.may_find(first_query + q, position)) visit(q, i, distances[q]);
   }
 }
 
@@ -94,23 +101,28 @@ __device__ __forceinline__ int64_t find_tie(const DeviceSearch& search, int64_t 
   return search.codes.count - 1;  // not reached: the section holds as many
 }
 
-__global__ void __launch_bounds__(kBlockThreads)
+template <int kQueries>
+__global__ void __launch_bounds__(kBlockThreads, 2)
     limits_kernel(DeviceSearch search, HammingSample sample, Candidates candidates, int queries_a_block) {
-  __shared__ unsigned ties[kMaxQueries][kSections];
-  __shared__ int distances[kMaxQueries];
-  auto* histograms = dynamic_shared<unsigned>();  // [queries_a_block][bins]
+  __shared__ unsigned ties[kQueries][kSections];
+  __shared__ int distances[kQueries];
+  auto* query_words = dynamic_shared<uint32_t>();
+  uint32_t* const histograms = query_words + search.codes.words() * kQueries;  // [queries_a_block][bins]
   const int bins = search.bits() + 1;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * queries_a_block;
   const int queries = static_cast<int>(min(static_cast<int64_t>(queries_a_block), search.queries.count - first));
   const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
 
+  for (int i = threadIdx.x; i < search.codes.words() * kQueries; i += kBlockThreads)
+    query_words[i] = i % kQueries < queries ? search.queries.word(first + i % kQueries, i / kQueries) : 0;
   for (int i = threadIdx.x; i < queries * bins; i += kBlockThreads) histograms[i] = 0;
   for (int i = threadIdx.x; i < queries * kSections; i += kBlockThreads) ties[i / kSections][i % kSections] = 0;
   for (int i = threadIdx.x; i < queries * Candidates::kSteps; i += kBlockThreads)
     candidates.nearer[first * Candidates::kSteps + i] = 0;
   __syncthreads();
-  visit_sample(search, sample.count, first, queries,
-               [&](int q, int64_t, int distance) { atomicAdd(&histograms[q * bins + distance], 1u); });
+  visit_sample<kQueries>(search, sample.count, first, queries, query_words, [&](int q, int64_t, int distance) {
+    atomicAdd(&histograms[q * bins + distance], 1u);
+  });
   __syncthreads();
   Reached nearest{};
   if (warp < queries) {
@@ -118,7 +130,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x % kWarpThreads == 0) distances[warp] = nearest.index;
   }
   __syncthreads();
-  visit_sample(search, sample.count, first, queries, [&](int q, int64_t i, int distance) {
+  visit_sample<kQueries>(search, sample.count, first, queries, query_words, [&](int q, int64_t i, int distance) {
     if (distance == distances[q]) atomicAdd(&ties[q][i * kSections / sample.count], 1u);
   });
   __syncthreads();
@@ -145,9 +157,12 @@ void launch_hamming_limits(const HammingSearch& search, const HammingSample& sam
   const int64_t most = std::min<int64_t>(kMaxQueries, HammingSample::kMaxBins / bins);
   const int64_t busy = ceil_div(search.query_count, device_attribute(cudaDevAttrMultiProcessorCount));
   const int64_t queries_a_block = std::clamp<int64_t>(busy, 1, most);
+  const int64_t unrolled = queries_a_block == 1 ? 1 : kMaxQueries;
+  const int64_t words = ceil_div<int64_t>(search.code_bytes, 4);
   const LaunchShape shape{ceil_div(search.query_count, queries_a_block), kBlockThreads,
-                          queries_a_block * bins * int64_t{sizeof(unsigned)}};
-  launch(limits_kernel, shape, stream, DeviceSearch(search), sample, candidates, static_cast<int>(queries_a_block));
+                          (words * unrolled + queries_a_block * bins) * int64_t{sizeof(uint32_t)}};
+  launch(unrolled == 1 ? limits_kernel<1> : limits_kernel<kMaxQueries>, shape, stream, DeviceSearch(search), sample,
+         candidates, static_cast<int>(queries_a_block));
 }
 
 }  // namespace hashengine

@@ -7,7 +7,8 @@
 // that is the floor: 8 bytes a code at 64 bits, 32 bytes under way a thread. With many, population counts are the limit:
 // 16 a clock and multiprocessor, two for 64 bits.
 //
-// Launch. 256 threads a block: a stretch of the codes and a group of queries. The limits are those of the stretch.
+// Launch. 256 threads a block: a stretch of the codes and a group of queries. Of a stretch, a piece at a time, each twice as
+// long as the last: before each, distances are brought to what limits have become.
 //
 // Limits. Codes of more than 32 words are compared word by word from the caches.
 
@@ -22,6 +23,7 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kMaxGroup = 128;  // queries
 constexpr int kBlocksAMultiprocessor = 8;
+constexpr int64_t kFirstPiece = 16 * kBlockThreads, kLargestPiece = 256 * kBlockThreads;  // codes
 
 template <int kWords>
 constexpr int kCodes = kWords <= 2 ? 4 : kWords <= 4 ? 2 : 1;  // a thread
@@ -79,7 +81,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
 }
 
 template <int kWords>
-__global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 4 : 2)
+__global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 3 : 2)
     popcount_kernel(DeviceSearch search, Candidates candidates, int groups, bool is_vector, int64_t stretch) {
   __shared__ uint32_t words[kMaxGroup][kWords];
   __shared__ int largest[kMaxGroup];
@@ -90,16 +92,20 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 4 : 2)
     const int q = i / kWords, word = i % kWords;
     words[q][word] = word < search.queries.words() ? search.queries.word(first_query + q, word) : 0;
   }
-  for (int q = threadIdx.x; q < queries; q += kBlockThreads)
-    largest[q] = candidates.largest_distance(first_query + q, begin);
-  __syncthreads();
-
-  for (int64_t first = begin + threadIdx.x; first < end; first += kCodes<kWords> * kBlockThreads) {
-    uint32_t codes[kCodes<kWords>][kWords];
+  int64_t size = kFirstPiece;
+  for (int64_t piece = begin; piece < end; piece += size, size = min(2 * size, kLargestPiece)) {
+    __syncthreads();
+    for (int q = threadIdx.x; q < queries; q += kBlockThreads)
+      largest[q] = candidates.largest_distance(first_query + q, piece);
+    __syncthreads();
+    const int64_t piece_end = min(piece + size, end);
+    for (int64_t first = piece + threadIdx.x; first < piece_end; first += kCodes<kWords> * kBlockThreads) {
+      uint32_t codes[kCodes<kWords>][kWords];
 #pragma unroll
-    for (int c = 0; c < kCodes<kWords>; ++c)
-      load_code<kWords>(search.codes, is_vector, min(first + c * kBlockThreads, end - 1), codes[c]);
-    compare<kWords>(search, candidates, first_query, queries, {words, largest}, first, end, codes);
+      for (int c = 0; c < kCodes<kWords>; ++c)
+        load_code<kWords>(search.codes, is_vector, min(first + c * kBlockThreads, piece_end - 1), codes[c]);
+      compare<kWords>(search, candidates, first_query, queries, {words, largest}, first, piece_end, codes);
+    }
   }
 }
 

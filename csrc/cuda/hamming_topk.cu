@@ -86,12 +86,8 @@ int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {
   return bytes;
 }
 
-void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
-                         void* workspace, cudaStream_t stream) {
-  if (search.query_count == 0) return;
-  const HammingTopkPlan plan(search, k);
-  if (search.code_count <= kSmallDatabase)
-    return launch_hamming_select(search, nullptr, plan.layout, k, distances, positions, stream);
+void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& plan, int32_t* distances,
+                         int64_t* positions, void* workspace, cudaStream_t stream) {
   const Candidates candidates = plan.candidates(workspace);
   for (int64_t first = 0; first < search.query_count; first += plan.batch) {
     const HammingSearch part = part_of(search, first, plan.batch);
@@ -101,8 +97,19 @@ void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distan
       case Scan::kMma: launch_hamming_scan_mma(part, candidates, stream); break;
       case Scan::kWgmma: launch_hamming_scan_wgmma(part, candidates, stream); break;
     }
-    launch_hamming_select(part, &candidates, plan.layout, k, distances + first * k, positions + first * k, stream);
+    launch_hamming_select(part, &candidates, plan.layout, plan.k, distances + first * plan.k,
+                          positions + first * plan.k, stream);
   }
+}
+
+void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
+                         void* workspace, cudaStream_t stream) {
+  if (search.query_count == 0) return;
+  const HammingTopkPlan plan(search, k);
+  if (search.code_count <= kSmallDatabase)
+    launch_hamming_select(search, nullptr, plan.layout, k, distances, positions, stream);
+  else
+    launch_hamming_topk(search, plan, distances, positions, workspace, stream);
 }
 
 }  // namespace hashengine

@@ -25,12 +25,16 @@ struct HammingTopkPlan {
   Keys layout{};
   int64_t k;
   int64_t capacity;
-  int64_t batch;
+  int64_t batch;  // queries whose candidates are held at once
 
   HammingTopkPlan(const HammingSearch& search, int64_t k);
   // In a workspace of so many `bytes`.
   Candidates candidates(void* workspace, int64_t* bytes = nullptr) const;
 };
+
+// launch_hamming_topk by this plan, of which `batch` may be set smaller.
+void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& plan, int32_t* distances,
+                         int64_t* positions, void* workspace, cudaStream_t stream);
 
 // Limits, and counts set to zero.
 void launch_hamming_limits(const HammingSearch& search, const HammingSample& sample, const Candidates& candidates,

@@ -24,6 +24,15 @@ void hamming_topk(const uint8_t* queries, const uint8_t* codes, const int64_t* s
   launch_hamming_topk(search_of(queries, codes, sizes, filter), k, distances, positions, workspace, nullptr);
 }
 
+// A few queries at a time; the workspace is that of all.
+void hamming_topk_in_batches(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
+                             int64_t k, int64_t batch, int32_t* distances, int64_t* positions, void* workspace) {
+  const HammingSearch search = search_of(queries, codes, sizes, filter);
+  HammingTopkPlan plan(search, k);
+  plan.batch = batch;
+  launch_hamming_topk(search, plan, distances, positions, workspace, nullptr);
+}
+
 // How many candidates the queries of the last batch had that were in the workspace, and how many fit.
 void hamming_topk_counts(const int64_t* sizes, int64_t k, void* workspace, unsigned* counts, int64_t* capacity) {
   const HammingSearch search = search_of(nullptr, nullptr, sizes, nullptr);
