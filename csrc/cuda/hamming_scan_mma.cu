@@ -113,7 +113,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
       const uint32_t any = or3(or3(sums[tile][0], sums[tile][1], sums[tile][2]), sums[tile][3], 0);
       if (any & kCandidateBit) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) passing |= ((sums[tile][i] & kCandidateBit) != 0 ? 1u : 0u) << (4 * tile + i);
+        for (int i = 0; i < 4; ++i) passing |= static_cast<unsigned>((sums[tile][i] & kCandidateBit) != 0) << (4 * tile + i);
       }
     }
     for (; passing != 0; passing &= passing - 1) {

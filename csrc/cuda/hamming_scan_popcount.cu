@@ -74,7 +74,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     unsigned passing = 0;
 #pragma unroll
     for (int c = 0; c < kCodes<kWords>; ++c)
-      passing |= (distances[c] <= largest && first + c * kBlockThreads < end ? 1u : 0u) << c;
+      passing |= static_cast<unsigned>(distances[c] <= largest && first + c * kBlockThreads < end) << c;
     for (; passing != 0; passing &= passing - 1)
       candidates.offer(search, first_query + q, first + (__ffs(static_cast<int>(passing)) - 1) * kBlockThreads);
   }

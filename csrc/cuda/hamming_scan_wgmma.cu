@@ -93,7 +93,7 @@ __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const 
       if ((or_of<kGroup>(sums + kPart * part + group) & kCandidateBit) == 0) continue;
 #pragma unroll
       for (int i = group; i < group + kGroup; ++i)
-        passing |= ((sums[kPart * part + i] & kCandidateBit) != 0 ? 1u : 0u) << i;
+        passing |= static_cast<uint32_t>((sums[kPart * part + i] & kCandidateBit) != 0) << i;
     }
     for (; passing != 0; passing &= passing - 1) {
       const int sum = kPart * part + __ffs(static_cast<int>(passing)) - 1;
