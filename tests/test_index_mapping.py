@@ -55,7 +55,7 @@ def test_codes_that_are_added_to_a_map_do_not_copy_it(tmp_path):
     assert memory_of_its_own() - before < codes.nbytes // 4
     assert str(file) in Path("/proc/self/maps").read_text()
     codes[7] = codes[0]
-    np.testing.assert_array_equal(index._state.codes, np.concatenate([codes, added]))
+    np.testing.assert_array_equal(index._state.codes[:], np.concatenate([codes, added]))
     del index
     gc.collect()
     assert str(file) not in Path("/proc/self/maps").read_text()

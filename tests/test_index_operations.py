@@ -26,6 +26,10 @@ def distances_of(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return np.unpackbits(queries[:, None] ^ codes, axis=-1).sum(-1, dtype=np.int64)
 
 
+def array(result: np.ndarray | torch.Tensor) -> np.ndarray:
+    return result.cpu().numpy() if isinstance(result, torch.Tensor) else result
+
+
 def few_codes(count: int, seed: int) -> np.ndarray:
     """Codes of few values, so that most distances are ties."""
     return np.random.default_rng(seed).choice(np.array([0, 1, 3, 128, 255], np.uint8), (count, BITS // 8))
@@ -34,14 +38,23 @@ def few_codes(count: int, seed: int) -> np.ndarray:
 class Operations(RuleBasedStateMachine):
     """`codes` and `ids` are what the index must hold, in insertion order."""
 
-    @initialize(own_ids=st.booleans(), level=st.sampled_from(native_levels() or [None]))
-    def start(self, own_ids, level):
+    placements = [{}]  # of the index, as the constructor takes them
+
+    @initialize(own_ids=st.booleans(), level=st.sampled_from(native_levels() or [None]), place=st.integers(0, 9))
+    def start(self, own_ids, level, place):
         self.environment = mock.patch.dict(os.environ, {} if level is None else {"HASHENGINE_SIMD_LEVEL": level})
         self.environment.start()
         self.own_ids, self.next_id = own_ids, 0
-        self.index = HammingIndex(BITS)
+        self.index = HammingIndex(BITS, **self.placement(place))
         self.codes, self.ids = np.zeros((0, BITS // 8), np.uint8), np.zeros(0, np.int64)
         self.folder = tempfile.TemporaryDirectory()
+
+    @staticmethod
+    def as_tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values)
+
+    def placement(self, number: int) -> dict:
+        return self.placements[number % len(self.placements)]
 
     def teardown(self):
         if hasattr(self, "folder"):
@@ -58,7 +71,7 @@ class Operations(RuleBasedStateMachine):
         else:
             ids = np.arange(self.next_id, self.next_id + count)
             self.next_id += count
-            self.index.add(torch.from_numpy(codes))
+            self.index.add(self.as_tensor(codes))
         self.codes, self.ids = np.concatenate([self.codes, codes]), np.concatenate([self.ids, ids])
 
     def some_ids(self, seed) -> np.ndarray:
@@ -76,7 +89,7 @@ class Operations(RuleBasedStateMachine):
     def update(self, seed):
         ids = self.some_ids(seed)
         codes = few_codes(len(ids), seed + 1)
-        self.index.update(torch.from_numpy(ids), codes)
+        self.index.update(self.as_tensor(ids), codes)
         for id, code in zip(ids, codes, strict=True):
             self.codes[self.ids == id] = code
 
@@ -84,12 +97,12 @@ class Operations(RuleBasedStateMachine):
     def compact(self):
         self.index.compact()
 
-    @rule(load=st.sampled_from(["", "read", "mmap"]), folder=st.sampled_from(["a", "b"]))
-    def save(self, load, folder):
+    @rule(load=st.sampled_from(["", "read", "mmap"]), folder=st.sampled_from(["a", "b"]), place=st.integers(0, 9))
+    def save(self, load, folder, place):
         path = Path(self.folder.name, folder)
         self.index.save(path)
         if load:
-            self.index = HammingIndex.load(path, mmap=load == "mmap")
+            self.index = HammingIndex.load(path, mmap=load == "mmap", **self.placement(place))
 
     @rule(seed=st.integers(0, 99))
     def reconstruct(self, seed):
@@ -125,7 +138,7 @@ class Operations(RuleBasedStateMachine):
         if kind.startswith("bitmap"):
             filter = np.packbits(filter, axis=-1, bitorder="little")
             filter[..., -1] |= 0xFF << (count % 8 or 8) & 0xFF  # what lies behind the last code is not read
-        convert = torch.from_numpy if as_torch else np.asarray
+        convert = self.as_tensor if as_torch else np.asarray
         filter = None if filter is None else convert(filter)
         distances = np.where(masks, distances_of(queries, self.codes), BITS + 1)
         order = np.argsort(distances, axis=1, kind="stable")
@@ -133,12 +146,13 @@ class Operations(RuleBasedStateMachine):
         ids = np.where(nearest > BITS, -1, self.ids[order])
 
         k = int(rng.integers(1, count + 1))
-        found = self.index.search(convert(queries), k, filter=filter)
+        found = list(map(array, self.index.search(convert(queries), k, filter=filter)))
         np.testing.assert_array_equal(found[0], nearest[:, :k])
         np.testing.assert_array_equal(found[1], ids[:, :k])
 
         radius, most = int(rng.integers(0, BITS + 1)), rng.choice([None, 1, 5])
         found = self.index.range_search(convert(queries), radius, filter=filter, max_results=most)
+        found = list(map(array, found))
         within = [(nearest[q] <= radius).nonzero()[0][:most] for q in range(3)]
         np.testing.assert_array_equal(found[0], np.cumsum([0, *map(len, within)]))
         np.testing.assert_array_equal(found[1], np.concatenate([nearest[q][w] for q, w in enumerate(within)]))
@@ -153,8 +167,9 @@ class Operations(RuleBasedStateMachine):
         def histogram(chosen) -> list:
             return [np.bincount(distances[q][chosen[q]], minlength=BITS + 2)[: BITS + 1] for q in range(3)]
 
-        np.testing.assert_array_equal(self.index.count(convert(queries), filter=filter), histogram(masks))
-        counts = self.index.count(convert(queries), filter=filter, labels=labels)
+        np.testing.assert_array_equal(array(self.index.count(convert(queries), filter=filter)), histogram(masks))
+        counts = self.index.count(convert(queries), filter=filter, labels=tuple(map(convert, labels)))
+        counts = list(map(array, counts))
         np.testing.assert_array_equal(counts[0], histogram(masks))
         np.testing.assert_array_equal(counts[1], histogram(masks & relevant))
 
@@ -163,7 +178,7 @@ class Operations(RuleBasedStateMachine):
         if hasattr(self, "folder"):
             assert len(self.index) == len(self.ids)
             np.testing.assert_array_equal(self.index.ids(), self.ids)
-            np.testing.assert_array_equal(self.index.codes, self.codes)
+            np.testing.assert_array_equal(array(self.index.codes), self.codes)
 
 
 Operations.TestCase.settings = settings(

@@ -1,4 +1,4 @@
-"""Checks of what a user gives to an index, and its way to tensors on the CPU and back."""
+"""Checks of what a user gives to an index, and its way to tensors and back."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ Array = Tensor | np.ndarray
 
 
 def as_tensor(array: Array) -> Tensor:
-    """``array`` on the CPU."""
+    """``array`` where it is."""
     if isinstance(array, np.ndarray):
         # torch takes neither negative strides nor read-only memory without complaint
         return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
-    return array.detach().cpu()
+    return array.detach()
+
+
+def on_cpu(array: Array) -> Tensor:
+    return as_tensor(array).cpu()
 
 
 def like(model: Array, *results: Tensor) -> tuple[Array, ...]:
     """``results`` in the library of ``model`` and on its device."""
     if isinstance(model, np.ndarray):
-        return tuple(result.numpy() for result in results)
+        return tuple(result.cpu().numpy() for result in results)
     return tuple(result.to(model.device) for result in results)
 
 
@@ -48,7 +52,7 @@ def checked_integer(value: int, name: str, low: int, high: int | None = None, me
 
 
 def checked_codes(codes: Array, name: str, bits: int | None = None) -> Tensor:
-    """uint8 [rows, bits / 8]; of any width where bits is None."""
+    """uint8 [rows, bits / 8], on its device; of any width where bits is None."""
     check_array(codes, name, "uint8")
     if codes.dtype not in (torch.uint8, np.uint8):
         raise TypeError(
@@ -63,12 +67,12 @@ def checked_codes(codes: Array, name: str, bits: int | None = None) -> Tensor:
 
 
 def checked_ids(ids: Array, count: int | None = None, *, unique: bool = True) -> Tensor:
-    """int64 [count], not negative; of any count where it is None."""
+    """int64 [count], on the CPU, not negative; of any count where it is None."""
     if not isinstance(ids, (Tensor, np.ndarray)) or ids.dtype not in (torch.int64, np.int64):
         raise TypeError(f"ids must be a torch tensor or a numpy array of int64, got {getattr(ids, 'dtype', type(ids))}")
     if ids.ndim != 1 or count not in (None, len(ids)):
         raise InputError(f"ids must be [{'rows' if count is None else count}], one a code, got {list(ids.shape)}")
-    tensor = as_tensor(ids)
+    tensor = on_cpu(ids)
     if len(tensor) and int(tensor.min()) < 0:
         raise InputError(f"ids must not be negative, got {int(tensor.min())}")
     if unique:
@@ -78,8 +82,8 @@ def checked_ids(ids: Array, count: int | None = None, *, unique: bool = True) ->
     return tensor
 
 
-def checked_filter(filter: Array, queries: int, count: int) -> np.ndarray:
-    """A mask of ``count`` codes, bool, or its bitmap, uint8: one for all queries or a row a query."""
+def checked_filter(filter: Array, queries: int, count: int) -> Tensor:
+    """A mask of ``count`` codes, bool, or its bitmap, uint8: one for all queries or a row a query, on its device."""
     check_array(filter, "filter", "bool or uint8")
     if filter.dtype not in (torch.bool, torch.uint8, np.bool_, np.uint8):
         raise TypeError(f"filter must be a mask of bool or a bitmap of uint8, got {filter.dtype}")
@@ -91,7 +95,7 @@ def checked_filter(filter: Array, queries: int, count: int) -> np.ndarray:
             f"filter must be [{width}], or [{queries}, {width}] with a row a query, as {kind} of {count} codes, "
             f"got {list(filter.shape)}"
         )
-    return as_tensor(filter).numpy()
+    return as_tensor(filter)
 
 
 def checked_threads(num_threads: int | None) -> int:
@@ -100,7 +104,7 @@ def checked_threads(num_threads: int | None) -> int:
 
 
 def checked_labels(labels: tuple[Array, Array], queries: int, count: int) -> tuple[Tensor, Tensor]:
-    """Labels of queries and codes: int64 [Q] and [N], or bool [Q, L] and [N, L]."""
+    """Labels of queries and codes, on their devices: int64 [Q] and [N], or bool [Q, L] and [N, L]."""
     if not isinstance(labels, (tuple, list)) or len(labels) != 2:
         raise TypeError(f"labels must be (query_labels, code_labels), got {type(labels).__name__}")
     sides = [_label_side(*side) for side in zip(labels, ("query_labels", "code_labels"), (queries, count), strict=True)]
@@ -121,6 +125,8 @@ def _label_side(labels: Array, name: str, rows: int) -> Tensor:
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must be integers where they are [rows], got {tensor.dtype}")
         return tensor.long()
+    if tensor.dtype == torch.bool:
+        return tensor
     ones = tensor == 1
     if not bool((ones | (tensor == 0)).all()):
         raise InputError(f"{name} must be zeros and ones where they are [rows, labels], got other values")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hashengine.errors import InputError
+from hashengine.index._codes import Codes
+from hashengine.index._devices import moved
+from hashengine.index._filters import combined, combined_on_gpu
 from hashengine.index._ids import IdLookup
 
 
@@ -28,21 +32,28 @@ def marked(bitmap: np.ndarray, rows: np.ndarray, value: bool, count: int) -> np.
 class State:
     """Rows in insertion order, removed ones among them.
 
-    Nothing that it refers to is written to again, but for the codes that an update overwrites.
+    Nothing that it refers to is written to again, but for the codes that an update overwrites. Writers work on the CPU;
+    what a search reads lies on the first device of the codes, their home, too.
     """
 
-    codes: Tensor  # uint8 [rows, bits / 8]
-    ids: Tensor | None = None  # int64 [rows]; None: a code's id is its row
+    codes: Codes
+    ids: Tensor | None = None  # int64 [rows], on the CPU; None: a code's id is its row
+    home_ids: Tensor | None = None  # the same on the home device
     lookup: IdLookup = IdLookup()  # of ids
     live: np.ndarray | None = None  # the bitmap of rows that were not removed, uint8 [ceil(rows / 8)]; None: all
     count: int = 0  # of live codes
     next_id: int | None = 0  # of a code that is added without an id; None: codes come with ids
 
     @classmethod
-    def of(cls, codes: Tensor, ids: Tensor | None, live: np.ndarray | None, next_id: int | None) -> State:
+    def of(cls, codes: Codes, ids: Tensor | None, live: np.ndarray | None, next_id: int | None) -> State:
         lookup = IdLookup() if ids is None else IdLookup().extended(ids.numpy())
         count = len(codes) if live is None else int(np.unpackbits(live, count=len(codes), bitorder="little").sum())
-        return cls(codes, ids, lookup, live, count, next_id)
+        return cls(codes, ids, None if ids is None else moved(ids, codes.home), lookup, live, count, next_id)
+
+    @cached_property
+    def home_live(self) -> Tensor | None:
+        """``live`` on the home device; writers see to it that it is there before a search needs it."""
+        return None if self.live is None else moved(torch.from_numpy(self.live), self.codes.home)
 
     def ids_of_new(self, count: int, ids: Tensor | None) -> tuple[Tensor | None, int | None]:
         """The ids of ``count`` codes that come with ``ids``, or without, and ``next_id`` after them."""
@@ -57,19 +68,16 @@ class State:
             raise InputError(f"add: ids must be unique, got {int(taken[0])}, which the index holds already")
         return ids, None
 
-    def extended(self, codes: Tensor, ids: Tensor | None, next_id: int | None) -> State:
+    def extended(self, codes: Codes, ids: Tensor | None, home_ids: Tensor | None, next_id: int | None) -> State:
         """The state with all of ``codes`` and ``ids``, of which this one has the first."""
         old, new = len(self.codes), len(codes)
         lookup = self.lookup if ids is None else self.lookup.extended(ids.numpy())
         live = None if self.live is None else marked(self.live, np.arange(old, new), True, new)
-        return State(codes, ids, lookup, live, self.count + new - old, next_id)
+        return State(codes, ids, home_ids, lookup, live, self.count + new - old, next_id)
 
     def without(self, rows: np.ndarray) -> State:
         live = np.packbits(self.live_mask(), bitorder="little") if self.live is None else self.live
         return replace(self, live=marked(live, rows, False, len(self.codes)), count=self.count - len(rows))
-
-    def compacted(self) -> State:
-        return State.of(self.live_codes(), self.live_ids(), None, self.next_id)
 
     def live_mask(self) -> np.ndarray:
         """bool [rows]."""
@@ -81,45 +89,36 @@ class State:
         return torch.from_numpy(self.live_mask().nonzero()[0])
 
     def live_codes(self) -> Tensor:
-        return self.codes if self.live is None else self.codes[self.live_rows()]
+        """On the codes' device; on the CPU where there are several."""
+        return self.codes.whole() if self.live is None else self.codes.take(self.live_rows())
 
     def live_ids(self) -> Tensor:
         rows = self.live_rows()
         return rows if self.ids is None else self.ids[rows]
 
-    def bitmap(self, filter: np.ndarray | None) -> Tensor | None:
-        """Which rows may be found, for the ops: ``filter`` is a mask or a bitmap of the live codes."""
+    def bitmap(self, filter: Tensor | None) -> Tensor | None:
+        """Which rows may be found, for the ops: ``filter`` is a mask or a bitmap of the live codes, on any device."""
         if filter is None:
-            return None if self.live is None else torch.from_numpy(self.live)
-        if self.live is not None:
-            bitmap = np.empty((*filter.shape[:-1], len(self.live)), np.uint8)
-            live, found = self.live_mask(), np.zeros(len(self.codes), bool)
-            for query in np.ndindex(filter.shape[:-1]):  # one at a time: a mask is eight times as large as its bitmap
-                mask = filter[query]
-                is_mask = mask.dtype == bool
-                found[live] = mask if is_mask else np.unpackbits(mask, count=self.count, bitorder="little")
-                bitmap[query] = np.packbits(found, bitorder="little")
-        elif filter.dtype == bool:
-            bitmap = np.packbits(filter, axis=-1, bitorder="little")
-        else:
-            bitmap = filter.copy()
-            if self.count % 8:  # the ops take zeros behind the last code
-                bitmap[..., -1] &= (1 << self.count % 8) - 1
-        return torch.from_numpy(bitmap)
+            return self.home_live
+        if filter.is_cuda:
+            live = None if self.home_live is None else moved(self.home_live, filter.device)
+            return combined_on_gpu(filter, live, len(self.codes), self.count)
+        return torch.from_numpy(combined(filter.numpy(), self.live, len(self.codes), self.count))
 
     def scattered(self, live_values: Tensor) -> Tensor:
         """A value for each row of a value for each live code; zero for the others."""
         if self.live is None:
             return live_values
         values = live_values.new_zeros((len(self.codes), *live_values.shape[1:]))
-        values[self.live_rows()] = live_values
+        values[moved(self.live_rows(), values.device)] = live_values
         return values
 
     def ids_of(self, rows: Tensor) -> Tensor:
-        """The ids of rows; -1 of -1."""
-        if self.ids is None or rows.numel() == 0:
+        """The ids of rows on any device, on the home device or, where ids are rows, there; -1 of -1."""
+        if self.home_ids is None or rows.numel() == 0:
             return rows
-        return self.ids[rows.clamp(min=0)].masked_fill(rows < 0, -1)
+        rows = moved(rows, self.home_ids.device)
+        return self.home_ids[rows.clamp(min=0)].masked_fill_(rows < 0, -1)
 
     def find(self, ids: Tensor) -> Tensor:
         """The row of each id, -1 where no live code has it."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from hashengine.errors import InputError
-from hashengine.index._arguments import Array, as_tensor, checked_codes
+from hashengine.index._arguments import Array, checked_codes
 from hashengine.index.bit_order import OWN, checked_order, converted
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def write_codes(path: str | os.PathLike, codes: Array, *, bit_order: str) -> Non
         OSError: a folder that is not there or cannot be written to, or a disk that is full.
     """
     path = _checked_path(path, "write_codes")
-    rows = np.ascontiguousarray(converted(as_tensor(checked_codes(codes, "codes")).numpy(), bit_order))
+    rows = np.ascontiguousarray(converted(checked_codes(codes, "codes").cpu().numpy(), bit_order))
     if path.suffix == ".u8bin" and len(rows) >= 1 << 32:
         raise InputError(f"write_codes: .u8bin must hold fewer than {1 << 32} codes, got {len(rows)}; write .npy")
     with _replacing(path) as file:

@@ -59,7 +59,7 @@ def to_faiss(index: HammingIndex, *, bit_order: str) -> faiss.IndexBinaryFlat | 
     with index._rows_lock.reading():  # codes and ids of one state, and no update meanwhile
         state = index._state
         ids = state.live_ids().numpy()
-        codes = np.ascontiguousarray(converted(state.live_codes().numpy(), bit_order))
+        codes = np.ascontiguousarray(converted(state.live_codes().cpu().numpy(), bit_order))
         if np.array_equal(ids, np.arange(len(ids))):
             flat.add(codes)
             return flat

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hashengine.errors import InputError
 from hashengine.index._arguments import Array, as_tensor, check_array, checked_codes, checked_integer, like
+from hashengine.index._devices import moved
 from hashengine.ops import hamming_topk, pack_bits
 
 
@@ -38,7 +39,9 @@ class HammingKNN:
             InputError: a wrong shape, NaN, k out of range, or fewer references than queries that they include.
         """
         query_codes = _packed(query, "query")
-        codes = query_codes if reference is None else _packed(reference, "reference", 8 * query_codes.shape[1])
+        codes = query_codes
+        if reference is not None:
+            codes = moved(_packed(reference, "reference", 8 * query_codes.shape[1]), query_codes.device)
         own = int(ref_includes_query or reference is None)
         if own and len(codes) < len(query_codes):
             raise InputError(
@@ -52,7 +55,7 @@ class HammingKNN:
         k = checked_integer(k, "HammingKNN: k", 1, len(codes) - own, "the number of references but the query itself")
         distances, indices = hamming_topk(query_codes, codes, k + own)
         if own:
-            is_own = indices == torch.arange(len(indices))[:, None]
+            is_own = indices == torch.arange(len(indices), device=indices.device)[:, None]
             is_own[~is_own.any(dim=1), -1] = True  # too many copies of it stand before it: the last goes
             distances, indices = (array[~is_own].view(-1, k) for array in (distances, indices))
         return like(query, distances.float(), indices)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hashengine.errors import InputError
-from hashengine.index._arguments import Array, as_tensor, check_array, like
+from hashengine.index._arguments import Array, check_array, like, on_cpu
 
 _ENTRIES = 1 << 24  # floats held at once: 64 MB
 
@@ -39,7 +39,7 @@ def rerank_vectors(query_vectors: Array, vectors: Array, ids: Array) -> tuple[Ar
         raise InputError(f"ids must be below {len(vectors)}, the number of vectors, got {int(rows.max())}")
 
     def vectors_of(rows: Tensor) -> Tensor:
-        return as_tensor(vectors[rows.numpy() if isinstance(vectors, np.ndarray) else rows.to(vectors.device)]).float()
+        return on_cpu(vectors[rows.numpy() if isinstance(vectors, np.ndarray) else rows.to(vectors.device)]).float()
 
     scores, order = ranked(queries, rows, vectors_of)
     return like(ids, scores, rows.gather(1, order))
@@ -48,7 +48,7 @@ def rerank_vectors(query_vectors: Array, vectors: Array, ids: Array) -> tuple[Ar
 def checked_vectors(vectors: Array, name: str, width: int) -> Tensor:
     """float32 [rows, width]."""
     check_array(vectors, name, "floating point")
-    tensor = as_tensor(vectors)
+    tensor = on_cpu(vectors)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {vectors.dtype}")
     if tensor.dim() != 2 or tensor.shape[1] != width:
@@ -65,7 +65,7 @@ def checked_candidates(ids: Array, queries: int) -> Tensor:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if ids.ndim != 2 or len(ids) != queries:
         raise InputError(f"ids must be [{queries}, k], a row a query, got {list(ids.shape)}")
-    tensor = as_tensor(ids)
+    tensor = on_cpu(ids)
     if tensor.numel() and int(tensor.min()) < -1:
         raise InputError(f"ids must not be below -1, got {int(tensor.min())}")
     return tensor

@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from hashengine.errors import InputError
 from hashengine.index import _manifest
+from hashengine.index._codes import Codes, GrowingCodes, block_rows
+from hashengine.index._devices import CPU, memory_for
 from hashengine.index._manifest import MANIFEST
 from hashengine.index._mapping import map_rows
 from hashengine.index._rows import GrowingRows, empty_rows
@@ -75,29 +77,40 @@ def save(path: Path, bits: int, state: State, saved: Saved | None) -> Saved:
     return Saved(path.resolve(), manifest)
 
 
-def load(path: Path, mmap: bool) -> tuple[int, State, GrowingRows, Saved]:
-    """The length of a code, the state, the memory in which its codes stand, and what they were loaded from."""
+def load(path: Path, mmap: bool, devices: tuple[torch.device, ...]) -> tuple[int, State, GrowingCodes, Saved]:
+    """The length of a code, the state, the memory in which its codes stand, and what they were loaded from.
+
+    Args:
+        devices: where the codes shall lie; the CPU where they are mapped.
+    """
     while True:
         manifest = _manifest.read(path)
         try:
-            return manifest["bits"], *_load(path, manifest, mmap), Saved(path.resolve(), manifest)
+            needed = manifest["count"] * manifest["bits"] // 8 // len(devices)
+            with memory_for("load", devices, needed):
+                state, codes = _load(path, manifest, mmap, devices)
+            return manifest["bits"], state, codes, Saved(path.resolve(), manifest)
         except (InputError, FileNotFoundError):
             if _manifest.read(path) == manifest:  # else another process has saved, and removed what was being read
                 raise
 
 
-def _load(path: Path, manifest: dict[str, Any], mmap: bool) -> tuple[State, GrowingRows]:
+def _load(
+    path: Path, manifest: dict[str, Any], mmap: bool, devices: tuple[torch.device, ...]
+) -> tuple[State, GrowingCodes]:
     count, width = manifest["count"], manifest["bits"] // 8
     if mmap and count:
         file = _checked_file(path, manifest["codes"])
-        rows = GrowingRows(torch.from_numpy(map_rows(file, count, width)))
+        codes = GrowingCodes([GrowingRows(torch.from_numpy(map_rows(file, count, width)))])
+    elif devices == (CPU,):
+        codes = GrowingCodes([GrowingRows(_read(path, manifest["codes"], torch.uint8, (count, width)))])
     else:
-        rows = GrowingRows(_read(path, manifest["codes"], torch.uint8, (count, width)))
+        codes = GrowingCodes.of(_blocks(path, manifest["codes"], count, width), count, width, devices)
     ids = _read(path, manifest["ids"], torch.int64, (count,))
     live = _read(path, manifest["live"], torch.uint8, ((count + 7) // 8,))
-    state = State.of(rows.first(count), ids, None if live is None else live.numpy(), manifest["next_id"])
+    state = State.of(codes.first(count), ids, None if live is None else live.numpy(), manifest["next_id"])
     _check_rows(path, manifest, state)
-    return state, rows
+    return state, codes
 
 
 def _check_rows(path: Path, manifest: dict[str, Any], state: State) -> None:
@@ -147,23 +160,25 @@ def _bytes(rows: Tensor) -> memoryview:
     return memoryview(rows.contiguous().numpy()).cast("B") if rows.numel() else memoryview(b"")
 
 
-def _append(path: Path, kind: str, rows: Tensor | None, base: dict[str, Any] | None) -> dict[str, Any] | None:
+def _append(path: Path, kind: str, rows: Codes | Tensor | None, base: dict[str, Any] | None) -> dict[str, Any] | None:
     """Bring a file to hold ``rows``: append to the file that ``base`` names, or write a new one."""
     if rows is None:
         return None
     entry = base or {"file": f"{kind}-{secrets.token_hex(4)}.bin", "bytes": 0, "crc32": 0}
-    tail = _bytes(rows)[entry["bytes"] :]
-    checksum = entry["crc32"]
+    size, checksum = entry["bytes"], entry["crc32"]
+    row = len(_bytes(rows[:1]))
     with open(path / entry["file"], "r+b" if base else "xb") as file:
-        file.truncate(entry["bytes"])
-        file.seek(entry["bytes"])
-        for start in range(0, len(tail), _CHUNK_BYTES):
-            chunk = tail[start : start + _CHUNK_BYTES]
+        file.truncate(size)
+        file.seek(size)
+        step = max(_CHUNK_BYTES // max(row, 1), 1)
+        for start in range(size // max(row, 1), len(rows), step):
+            chunk = _bytes(rows[start : start + step])
             file.write(chunk)
             checksum = zlib.crc32(chunk, checksum)
+            size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
-    return {"file": entry["file"], "bytes": entry["bytes"] + len(tail), "crc32": checksum}
+    return {"file": entry["file"], "bytes": size, "crc32": checksum}
 
 
 def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -205,16 +220,31 @@ def _checked_file(path: Path, entry: dict[str, Any]) -> Path:
 def _read(path: Path, entry: dict[str, Any] | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
     if entry is None:
         return None
-    file = _checked_file(path, entry)
     rows = empty_rows(shape, dtype)
     target = _bytes(rows)
+    chunks = (target[start : start + _CHUNK_BYTES] for start in range(0, len(target), _CHUNK_BYTES))
+    for _ in _filled(path, entry, chunks):
+        pass
+    return rows
+
+
+def _blocks(path: Path, entry: dict[str, Any], count: int, width: int) -> Iterator[Tensor]:
+    """The codes in a file, uint8 [count, width], a part at a time."""
+    step = block_rows(width)
+    buffers = (memoryview(bytearray(min(step, count - first) * width)) for first in range(0, count, step))
+    for buffer in _filled(path, entry, buffers):
+        yield torch.frombuffer(buffer, dtype=torch.uint8).view(-1, width)
+
+
+def _filled(path: Path, entry: dict[str, Any], buffers: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Each buffer with the next bytes of a file; behind the last one, the checksum of all is looked at."""
+    file = _checked_file(path, entry)
     checksum = 0
     with open(file, "rb") as source:
-        for start in range(0, len(target), _CHUNK_BYTES):
-            chunk = target[start : start + _CHUNK_BYTES]
-            if source.readinto(chunk) != len(chunk):
+        for buffer in buffers:
+            if source.readinto(buffer) != len(buffer):
                 raise InputError(f"load: {file} ended early; it was changed while it was read")
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = zlib.crc32(buffer, checksum)
+            yield buffer
     if checksum != entry["crc32"]:
         raise InputError(f"load: {file} is damaged: its checksum must be {entry['crc32']}, got {checksum}")
-    return rows
