@@ -58,7 +58,7 @@ fuzz: $(READY)  ## SECONDS=60 of a fuzzer on the readers of files, under Address
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
-	$(BIN)/python -m pytest tests/test_cuda.py
+	$(BIN)/python -m pytest tests/test_cuda.py tests/test_cuda_index.py
 
 # Racecheck looks at shared memory, and every access costs a hundred: it takes the small cases only.
 gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck, synccheck

@@ -3,6 +3,7 @@
 No GPU is needed: the same device may be named more than once, and codes can be streamed to the CPU, too.
 """
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -347,6 +348,92 @@ def test_ctrl_c_in_a_search_stops_every_device(placement):
         index.search(few_codes(9, 1), 5, progress=interrupt)
     assert threading.active_count() == threads
     index.update(np.array([0]), few_codes(1, 3))  # no lock is held
+
+
+def test_the_other_devices_of_an_interrupted_search_end_with_the_chunk_that_they_are_at(monkeypatch):
+    index = HammingIndex(BITS, ["cpu", "cpu"], streamed=True)
+    index.add(few_codes(16 * 100, 0))
+    asked, interrupted, topk = [], threading.Event(), _search.hamming_topk
+
+    def waiting(*args, **kwargs):
+        asked.append(threading.current_thread())
+        if len(asked) > 1 and asked[-1] is not threading.main_thread():
+            interrupted.wait(10)
+        return topk(*args, **kwargs)
+
+    def interrupt(done: int, total: int) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_search, "hamming_topk", waiting)
+    with pytest.raises(KeyboardInterrupt):
+        index.search(few_codes(1, 1), 5, progress=interrupt)
+    assert len(asked) < 50  # of 100 chunks
+
+
+def test_chunks_are_staged_in_two_slots_that_nothing_still_reads(monkeypatch):
+    """What a GPU's streams are told, in order: a slot is filled when its last copy and its last search are over."""
+    log = []
+
+    class Stream:
+        def __init__(self, name="copies"):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} wait {event.name}")
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} wait {other.name}")
+
+    class Event(SimpleNamespace):
+        def record(self, stream):
+            log.append(f"{stream.name} record {self.name}")
+
+        def synchronize(self):
+            log.append(f"host wait {self.name}")
+
+    class Slot:
+        def __init__(self, shape, device):
+            self.staging, self.codes = torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8)
+            number = sum(line == "slot" for line in log)
+            log.append("slot")
+            self.copied, self.searched = Event(name=f"copied {number}"), Event(name=f"searched {number}")
+
+    monkeypatch.setattr(_parts, "_Slot", Slot)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("searches"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    codes = torch.from_numpy(few_codes(16 * 3 + 5, 0))
+    index = HammingIndex(BITS, streamed=True)
+    index.add(codes)
+    (lane,) = _parts.lanes(index._state.codes, (torch.device("cpu"),), True)
+    seen = []
+    parts = _parts._staged(lane.codes, lane.shares, lane.device)
+    for _, chunk in parts:
+        log.append("search")
+        seen.append(chunk.clone())
+        if len(seen) == 3:
+            break
+    parts.close()
+    assert torch.equal(torch.cat(seen), codes[:48])
+    assert log[:3] == ["slot", "slot", "copies wait searches"] and log[-1] == "searches wait copies"
+
+    def copy(slot: int) -> list[str]:
+        return [f"host wait copied {slot}", f"copies wait searched {slot}", f"copies record copied {slot}"]
+
+    def search(slot: int) -> list[str]:
+        return [f"searches wait copied {slot}", "search", f"searches record searched {slot}"]
+
+    assert log[3:-1] == [*copy(0), *copy(1), *search(0), *copy(0), *search(1), *copy(1), *search(0)[:2]]
+
+
+def test_a_pickle_holds_the_codes_on_the_cpu_once():
+    index = HammingIndex(BITS, ["cpu"] * 3)
+    index.add(few_codes(200, 0), np.arange(200))
+    index.remove(np.array([3]))
+    state = index.__getstate__()[3]
+    assert [part.shape for part in state.codes.parts] == [(200, BITS // 8)] and state.home_ids is None
+    assert "home_live" not in vars(state)
 
 
 def test_an_error_of_another_device_is_told(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 from hashengine.index import storage
 from hashengine.index._arguments import Array, checked_bits, checked_codes, checked_ids, like
 from hashengine.index._codes import Codes, GrowingCodes
-from hashengine.index._devices import CPU, Devices, checked_devices, memory_for, settle, stop
+from hashengine.index._devices import CPU, Devices, checked_devices, keep, memory_for, settle, stop
 from hashengine.index._lock import ReadersWriterLock
 from hashengine.index._rows import GrowingRows
 from hashengine.index._state import State
@@ -228,6 +228,7 @@ class CodeCollection:
         wanted = checked_ids(ids, unique=False)
         with self._rows_lock.reading():
             state = self._state
+            keep(state.codes.parts)
             codes = state.codes.take(state.rows_of(wanted, "reconstruct"))
         return like(ids, codes)[0]
 
