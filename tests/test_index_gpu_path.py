@@ -126,7 +126,7 @@ def test_a_search_on_a_gpu_stays_there_and_looks_at_no_value(monkeypatch, gpus, 
     devices = tuple(torch.device("cuda", number) for number in range(gpus))
     width = (len(index) + 7) // 8
     monkeypatch.setattr(hamming_index, "keep", lambda tensors: None)
-    monkeypatch.setattr(_parts, "_stream", lambda device: None)
+    monkeypatch.setattr(_parts, "_streams", lambda lanes: [])
     monkeypatch.setattr(_parts, "ThreadPoolExecutor", InThisThread)
     with FakeTensorMode(allow_non_fake_inputs=True):
         queries = torch.empty((5, BITS // 8), dtype=torch.uint8, device=devices[0])

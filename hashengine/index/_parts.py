@@ -101,9 +101,11 @@ class _Slot:
 def answered(lanes: list[Lane], ask: Ask, merge: Merge, told: Told | None) -> Answer:
     """What all parts answer, merged on the first lane's device.
 
-    The other lanes run in threads of their own, since a search may wait for its device. Each thread uses the stream
-    that the caller's uses on that device, so the caller's order of things holds.
+    The other lanes run in threads of their own, since a search may wait for its device. Each thread uses the streams
+    that the caller's uses on all devices, since what it reads may come from any: the caller's order of things holds.
     """
+    if len(lanes) == 1 and not lanes[0].streamed:  # one part: the call and no more, for single queries
+        return ask(lanes[0].shares[0], lanes[0].codes)
     stopped = threading.Event()
 
     def work(lane: Lane, told: Told | None = None) -> list[Answer]:
@@ -119,15 +121,17 @@ def answered(lanes: list[Lane], ask: Ask, merge: Merge, told: Told | None) -> An
                     told(number, len(lane.shares))
         return answers if len(answers) == 1 else [merge(answers)]
 
-    def work_beside(lane: Lane, stream: torch.cuda.Stream | None) -> list[Answer]:
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+    def work_beside(lane: Lane, streams: list[torch.cuda.Stream]) -> list[Answer]:
+        with contextlib.ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(torch.cuda.stream(stream))
             return work(lane)
 
     if len(lanes) == 1:
         return work(lanes[0], told)[0]
     with ThreadPoolExecutor(len(lanes) - 1) as threads:
         try:
-            others = [threads.submit(work_beside, lane, _stream(lane.device)) for lane in lanes[1:]]
+            others = [threads.submit(work_beside, lane, _streams(lanes)) for lane in lanes[1:]]
             answers = work(lanes[0], told)
             for other in others:
                 answers += other.result()
@@ -137,8 +141,10 @@ def answered(lanes: list[Lane], ask: Ask, merge: Merge, told: Told | None) -> An
     return merge([tuple(moved(tensor, lanes[0].device) for tensor in answer) for answer in answers])
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+def _streams(lanes: list[Lane]) -> list[torch.cuda.Stream]:
+    if all(lane.device.type == "cpu" for lane in lanes):
+        return []
+    return [torch.cuda.current_stream(number) for number in range(torch.cuda.device_count())]
 
 
 def merged_topk(answers: list[Answer], k: int, rows: int, bits: int) -> Answer:
