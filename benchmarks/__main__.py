@@ -1,11 +1,13 @@
 """python -m benchmarks: the benchmarks' command line."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks import hamming as hamming_benchmark
+from benchmarks import hamming_gpu as hamming_gpu_benchmark
 from benchmarks import kernels as kernels_benchmark
 from benchmarks import mapped as mapped_benchmark
 from benchmarks import model as model_benchmark
@@ -13,10 +15,11 @@ from benchmarks import profiling
 from benchmarks import report as report_of_kernels
 from benchmarks.cases import DEFAULT_OPS, OPS
 from benchmarks.codes import Data
+from benchmarks.gpu_data import Case
 from benchmarks.kernels import Dtype, Layout
 from benchmarks.model import Attention, Mode
 from benchmarks.shapes import Model
-from benchmarks.systems import Task
+from benchmarks.systems import Task, check_sizes
 from hashengine.cli import command_line
 from hashengine.errors import InputError
 
@@ -35,36 +38,66 @@ def hamming(
     task: Annotated[
         list[Task] | None,
         typer.Option(
-            help="search: the k nearest; filter: of half the codes; range: the radius of about k; map: mean average "
-            "precision over the full ranking. Default: search."
+            help="search: the k nearest; filter: of a share of the codes; range: the radius of about k; map: mean "
+            "average precision over the full ranking. Default: search."
         ),
     ] = None,
     codes: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 1_000_000,
     queries: Annotated[int, typer.Option(min=1, help="Queries in a batch.")] = 1000,
     bits: Annotated[list[int] | None, typer.Option(min=8, help="Code length; may be repeated.")] = None,
     k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Neighbours; may be repeated.")] = None,
+    share: Annotated[float, typer.Option(min=0.001, max=1, help="Of the codes that a filter lets through.")] = 0.5,
     data: Annotated[Data, typer.Option(help="How codes are drawn, or of whose images they are learned.")] = Data.random,
     images: Annotated[Path, typer.Option(help="Folder of the images' archives.")] = IMAGES,
+    device: Device = "cpu",
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system runs once.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="On the CPU; in each of them every system runs once.")] = 5,
     output: Output = None,
 ) -> None:
     """Exact Hamming search on the CPU beside FAISS IndexBinaryFlat, in the better of its two modes, and other peers.
 
-    A bare loop over cached codes and, for a single query, a plain read of the codes are measured in the same rounds.
+    A bare loop over cached codes and, for a single query, a plain read of the codes are measured in the same rounds. On
+    a GPU: beside FAISS's index there, products in torch, and the device's bounds; `hamming-gpu` runs all that matters.
     """
+    tasks, lengths, ks = task or [Task.search], bits or [64, 128, 256], k or [10, 100]
+    if device != "cpu":
+        check_sizes(codes, lengths, ks)
+        steps = [
+            (
+                hamming_gpu_benchmark.SEARCH,
+                Case(codes, length, queries, own_k, each, data, share if each is Task.filter else 1.0),
+            )
+            for length in lengths
+            for each in tasks
+            for own_k in ((None,) if each is Task.map else ks)
+        ]
+        hamming_gpu_benchmark.run(steps, device=device, minutes=math.inf, output=output, images=images)
+        return
     hamming_benchmark.run(
-        tasks=task or [Task.search],
+        tasks=tasks,
         codes=codes,
         queries=queries,
-        bits=bits or [64, 128, 256],
-        ks=k or [10, 100],
+        bits=lengths,
+        ks=ks,
+        share=share,
         data=data,
         images=images,
         threads=threads,
         rounds=rounds,
         output=output,
     )
+
+
+@app.command()
+def hamming_gpu(
+    device: Device = "cuda",
+    minutes: Annotated[float, typer.Option(min=0, help="After which no measurement is begun.")] = 6.0,
+    shrink: Annotated[int, typer.Option(min=1, help="Divides the numbers of codes and queries, to try it.")] = 1,
+    output: Output = None,
+) -> None:
+    """Searches, latencies and additions on a GPU, the important ones first; each row is kept as soon as it is there."""
+    steps = hamming_gpu_benchmark.planned(device, shrink)
+    hamming_gpu_benchmark.run(steps, device=device, minutes=minutes, output=output)
 
 
 @app.command()

@@ -16,9 +16,8 @@ from benchmarks import limits, peers
 from benchmarks.codes import Codes, Data, make_codes
 from benchmarks.harness import append_results, describe_machine, median_ratio, time_in_rounds
 from benchmarks.memory import extra_resident_bytes
-from benchmarks.systems import Task, make_systems
+from benchmarks.systems import Task, check_sizes, make_systems
 from benchmarks.timing import last_level_cache
-from hashengine import InputError
 
 OURS, BARE_LOOP, READ, READ_BEYOND = "hashengine", "bare loop", "read", "read beyond the cache"
 _CACHES = 4  # as many times the last cache, and a read is one of memory
@@ -26,13 +25,13 @@ _CACHES = 4  # as many times the last cache, and a read is one of memory
 Row = dict[str, Any]
 
 
-def measure(task: Task, codes: Codes, k: int, threads: int, rounds: int) -> Row:
+def measure(task: Task, codes: Codes, k: int, share: float, threads: int, rounds: int) -> Row:
     """Seconds of each system in each round, and what follows from them; raises where an answer is wrong.
 
     ``pairs`` are those of a query and a code that a system's call gets through, ``bytes`` those that a read's does; the
     shares are medians of the rounds.
     """
-    calls = make_systems(task, codes, k)
+    calls = make_systems(task, codes, k, share)
     extra_bytes = extra_resident_bytes(calls[OURS])
     asked = len(codes.database) * len(codes.queries)
     pairs, read = dict.fromkeys(calls, asked), {}
@@ -96,19 +95,15 @@ def make_table(rows: list[Row]) -> Table:
 
 
 def run(
-    *, tasks: list[Task], codes: int, queries: int, bits: list[int], ks: list[int], data: Data, images: Path,
-    threads: int | None, rounds: int, output: Path | None,
+    *, tasks: list[Task], codes: int, queries: int, bits: list[int], ks: list[int], share: float, data: Data,
+    images: Path, threads: int | None, rounds: int, output: Path | None,
 ) -> list[Row]:  # fmt: skip
     """Measure, print the table, append to ``output``; returns the rows."""
     try:
         import faiss
     except ImportError:
         raise SystemExit("hamming: needs faiss to compare with: pip install 'hashengine[bench]'") from None
-    for code_bits in bits:
-        if code_bits % 8:
-            raise InputError(f"bits must be a multiple of 8, got {code_bits}")
-    if max(ks) > codes:
-        raise InputError(f"k must be at most the number of codes ({codes}), got {max(ks)}")
+    check_sizes(codes, bits, ks)
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
@@ -134,7 +129,8 @@ def run(
                 machine
                 | {"benchmark": "hamming", "task": task.value, "codes": codes, "queries": queries, "bits": code_bits}
                 | {"k": k, "data": data.value}
-                | measure(task, drawn, k, threads, rounds)
+                | ({"share": share} if task is Task.filter else {})
+                | measure(task, drawn, k, share, threads, rounds)
             )
             progress.update()
     progress.close()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.codes import rare_bits
 from hashengine import InputError
 from hashengine.models import HashNet
 from training.config import FitConfig
@@ -58,14 +59,6 @@ def tile(codes: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Gener
     copies = tiled[len(codes) :]
     copies ^= rare_bits(copies.shape, HALVINGS, rng)
     return tiled, labels[source]
-
-
-def rare_bits(shape: tuple[int, ...], halvings: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 of which each bit is set with probability 2**-halvings: the conjunction of so many random bytes."""
-    bits = rng.integers(0, 256, shape, dtype=np.uint8)
-    for _ in range(halvings - 1):
-        bits &= rng.integers(0, 256, shape, dtype=np.uint8)
-    return bits
 
 
 def _learn(images: LabelledImages, test_images: LabelledImages, bits: int) -> LearnedCodes:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.codes import Codes
-from hashengine import HammingIndex
+from hashengine import HammingIndex, InputError
 from hashengine.metrics import mean_average_precision
 
 VERIFIED_QUERIES = 50
@@ -16,7 +16,7 @@ _VERIFIED_RANKINGS = 3  # whole ones, place by place
 
 class Task(str, enum.Enum):
     search = "search"  # the k nearest
-    filter = "filter"  # the k nearest of a random half of the codes
+    filter = "filter"  # the k nearest of a random share of the codes
     range = "range"  # all within the radius that holds about k
     map = "map"  # mean average precision over the full ranking; no k
 
@@ -25,12 +25,25 @@ Answer = tuple[np.ndarray, ...]
 Systems = dict[str, Callable[[], Any]]  # ours first
 
 
-def make_systems(task: Task, codes: Codes, k: int) -> Systems:
+def check_sizes(codes: int, bits: list[int], ks: list[int]) -> None:
+    for code_bits in bits:
+        if code_bits % 8:
+            raise InputError(f"bits must be a multiple of 8, got {code_bits}")
+    if max(ks) > codes:
+        raise InputError(f"k must be at most the number of codes ({codes}), got {max(ks)}")
+
+
+def draw_mask(count: int, share: float) -> np.ndarray:
+    """bool [count]: what a filter lets through."""
+    return np.random.default_rng(2).random(count) < share
+
+
+def make_systems(task: Task, codes: Codes, k: int, share: float) -> Systems:
     """Each system's answer to all queries; raises where the first ones' are not the same, bit for bit."""
     if task is Task.map:
         _verify_map(codes)
         return {"hashengine": lambda: mean_average_precision(*_arguments(codes))}
-    searches = _make_searches(task, codes.database, codes.queries, k)
+    searches = _make_searches(task, codes.database, codes.queries, k, share)
     mine, *theirs = (in_order(search(codes.queries[:VERIFIED_QUERIES])) for search in searches.values())
     if not all(np.array_equal(a, b) for other in theirs for a, b in zip(mine, other, strict=True)):
         bits = 8 * codes.database.shape[1]
@@ -41,44 +54,53 @@ def make_systems(task: Task, codes: Codes, k: int) -> Systems:
 
 
 def _make_searches(
-    task: Task, codes: np.ndarray, queries: np.ndarray, k: int
+    task: Task, codes: np.ndarray, queries: np.ndarray, k: int, share: float
 ) -> dict[str, Callable[[np.ndarray], Answer]]:
     """Each system's search, of a batch of queries; range searches all give (lims, distances, ids)."""
-    import faiss
-
-    count, bits = len(codes), 8 * codes.shape[1]
-    index = HammingIndex(bits)
+    index = HammingIndex(8 * codes.shape[1])
     index.add(codes)
-    oracle = faiss.IndexBinaryFlat(bits)
-    oracle.add(codes)
+    mask = draw_mask(len(codes), share) if task is Task.filter else None
+    oracle = Oracle(codes, mask)
     if task is Task.range:
-        radius = radius_of(index, queries[:VERIFIED_QUERIES], k)
+        radius = radius_of(index.count(queries[:VERIFIED_QUERIES]), k)
         return {
             "hashengine": lambda batch: index.range_search(batch, radius),
-            "faiss": lambda batch: oracle.range_search(batch, radius + 1),  # exclusive
+            "faiss": lambda batch: oracle.range_search(batch, radius),
         }
-    mask = np.random.default_rng(2).random(count) < 0.5 if task is Task.filter else None
-    parameters = None
-    if mask is not None:
-        bitmap = np.packbits(mask, bitorder="little")
-        parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(count, faiss.swig_ptr(bitmap)))
-        parameters.bitmap = bitmap  # which FAISS only points to
-
-    def search_faiss(batch: np.ndarray, use_heap: bool) -> Answer:
-        oracle.use_heap = use_heap
-        return oracle.search(batch, k, params=parameters)
-
     return {
         "hashengine": lambda batch: index.search(batch, k, filter=mask),
-        "faiss heap": lambda batch: search_faiss(batch, True),
-        "faiss counting": lambda batch: search_faiss(batch, False),
+        "faiss heap": lambda batch: oracle.search(batch, k, use_heap=True),
+        "faiss counting": lambda batch: oracle.search(batch, k, use_heap=False),
     }
 
 
-def radius_of(index: HammingIndex, queries: np.ndarray, k: int) -> int:
-    """The smallest radius that holds k codes of a query, on the average."""
-    within = index.count(queries).cumsum(1).mean(0)
-    return int(np.flatnonzero(within >= k)[0])
+class Oracle:
+    """FAISS IndexBinaryFlat, whose heap mode orders by (distance, position), over the codes that the mask leaves."""
+
+    name = "FAISS IndexBinaryFlat"
+
+    def __init__(self, codes: np.ndarray, mask: np.ndarray | None = None):
+        import faiss
+
+        self._index = faiss.IndexBinaryFlat(8 * codes.shape[1])
+        self._index.add(codes)
+        self._parameters = None
+        if mask is not None:
+            self._bitmap = np.packbits(mask, bitorder="little")  # which FAISS only points to
+            selector = faiss.IDSelectorBitmap(len(mask), faiss.swig_ptr(self._bitmap))
+            self._parameters = faiss.SearchParameters(sel=selector)
+
+    def search(self, queries: np.ndarray, k: int, use_heap: bool = True) -> Answer:
+        self._index.use_heap = use_heap
+        return self._index.search(queries, k, params=self._parameters)
+
+    def range_search(self, queries: np.ndarray, radius: int) -> Answer:
+        return self._index.range_search(queries, radius + 1)  # FAISS's is exclusive
+
+
+def radius_of(counts: np.ndarray, k: int) -> int:
+    """The smallest radius that holds k codes of a query, on the average; counts: [Q, bits + 1], at each distance."""
+    return int(np.flatnonzero(counts.cumsum(1).mean(0) >= k)[0])
 
 
 def in_order(answer: Answer) -> Answer:

@@ -1,6 +1,7 @@
 """Timing of single calls, on CPU and GPU, with a warm and a cold cache, in as many rounds as the time allows."""
 
 import ctypes
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ Call = Callable[[], Any]
 _SETTLE_SECONDS = 0.005  # OpenMP threads of the last system spin a while; compiled code may bring a runtime of its own
 _BURST_SECONDS = 0.05  # about what the calls of one system take in one round
 _MAX_CALLS = 64
+_AHEAD_CYCLES = 1_000_000  # about half a millisecond of a GPU, in which the CPU launches some hundred short calls
 
 
 def keep_freed_memory() -> None:
@@ -37,6 +39,9 @@ class Clock(Protocol):
     def burst(self, call: Call, calls: int, cold: bool) -> list[float]:
         """Seconds of single calls; cold: the caches hold something else before each."""
 
+    def successive(self, call: Call, calls: int) -> list[float]:
+        """Seconds of each of the calls, which follow each other as fast as the device takes them, the cache warm."""
+
 
 class CpuClock:
     def __init__(self) -> None:
@@ -53,6 +58,9 @@ class CpuClock:
             call()
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def successive(self, call: Call, calls: int) -> list[float]:
+        return self.burst(call, calls, cold=False)
 
 
 class CudaClock:
@@ -74,6 +82,16 @@ class CudaClock:
         if cold:
             return self._elapsed([call] * calls, before_each=self._eviction.zero_)
         return [self._elapsed([in_succession])[0] / calls]
+
+    def successive(self, call: Call, calls: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        torch.cuda._sleep(_AHEAD_CYCLES)  # the device waits for the CPU once, and not before each call
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) / 1e3 for start, stop in itertools.pairwise(events)]
 
     def _elapsed(self, calls: list[Call], before_each: Call = lambda: None) -> list[float]:
         pairs = []
