@@ -7,6 +7,8 @@ TORCH ?= torch torchvision
 DATA ?= digits
 # of make fuzz
 SECONDS ?= 60
+# of make gpu-bench-hamming
+MINUTES ?= 6
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -19,7 +21,7 @@ SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048
 GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full fuzz gpu-test gpu-sanitize gpu-bench bench lint clean
+.PHONY: help setup demo test test-full fuzz gpu-test gpu-sanitize gpu-bench gpu-bench-hamming bench lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,7 +71,7 @@ gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck
 bench: $(READY)  ## the pytest-benchmark cases, timed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
-gpu-bench: $(READY)  ## everything measured on a GPU: kernels, networks, search; rows in benchmarks/results
+gpu-bench: gpu-bench-hamming  ## everything measured on a GPU: search, kernels, networks; rows in benchmarks/results
 	$(BIN)/python -m benchmarks kernels --device cuda --layout contiguous --layout channels_last \
 		--output benchmarks/results/kernels-$(GPU).jsonl
 	$(BIN)/python -m benchmarks kernels --device cuda --cuda-graphs --output benchmarks/results/kernels-$(GPU)-graphs.jsonl
@@ -78,7 +80,10 @@ gpu-bench: $(READY)  ## everything measured on a GPU: kernels, networks, search;
 			--layout channels_last --steps 20 --output benchmarks/results/model-$(GPU).jsonl || exit 1; done; done
 	for op in simam triplet_attention greedy_sign pack_bits hamming_topk; do \
 		$(BIN)/python -m benchmarks profile $$op --device cuda --output build/profile || exit 1; done
-	$(BIN)/python -m benchmarks hamming --output benchmarks/results/hamming-$(GPU).jsonl
+	$(BIN)/python -m benchmarks report
+
+gpu-bench-hamming: $(READY)  ## the search alone, for MINUTES=6 at most, the important measurements first
+	$(BIN)/python -m benchmarks hamming-gpu --minutes $(MINUTES) --output benchmarks/results/hamming-gpu-$(GPU).jsonl
 	$(BIN)/python -m benchmarks report
 
 lint: $(READY)  ## ruff

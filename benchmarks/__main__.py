@@ -231,11 +231,16 @@ def model(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of kernels-*.jsonl.")] = report_of_kernels.RESULTS,
+    results: Annotated[
+        Path, typer.Option(help="Folder of kernels-*.jsonl and hamming-gpu-*.jsonl.")
+    ] = report_of_kernels.RESULTS,
     plot: Annotated[Path, typer.Option(help="The roofline plot to write.")] = report_of_kernels.PLOT,
+    search_plot: Annotated[
+        Path, typer.Option(help="The plot of searches on a GPU to write.")
+    ] = report_of_kernels.SEARCH_PLOT,
 ) -> None:
-    """Print the README's tables of kernels and draw the roofline plot, from the kept results alone."""
-    report_of_kernels.run(results, plot)
+    """Print the tables of kernels and of searches on a GPU and draw their plots, from the kept results alone."""
+    report_of_kernels.run(results, plot, search_plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the kept results of `kernels` to the README's tables and the roofline plot: nothing there is typed by hand."""
+"""From the kept results of `kernels` and `hamming-gpu` to the README's tables and plots: nothing is typed by hand."""
 
 import json
 import math
@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import hamming_report
 from benchmarks.cases import FORWARD, FORWARD_BACKWARD
 from hashengine import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "kernels.svg"
+SEARCH_PLOT = ROOT / "docs" / "hamming-gpu.svg"
 REFERENCE_SHAPES = ([32, 64, 56, 56], [65536, 64])  # for which the tables tell the copies that a call costs
 _MEASUREMENT = ("op", "pass", "shape", "dtype", "layout")
 
@@ -166,13 +168,26 @@ def _draw(axis: Any, rows: list[Row]) -> None:
     axis.grid(alpha=0.3)
 
 
-def run(folder: Path, plot_file: Path) -> None:
-    """Print the README's tables and draw the plot."""
-    machines = [read_rows(file) for file in result_files(folder)]
-    if not machines:
-        raise InputError(f"no kernels-*.jsonl in {folder}; run 'python -m benchmarks kernels --output' into it first")
-    print("\n\n".join(map(markdown, machines)))
-    try:
-        plot(machines, plot_file)
-    except ImportError:
-        raise InputError("the plot needs matplotlib: pip install 'hashengine[bench]'") from None
+def run(folder: Path, plot_file: Path, search_plot_file: Path) -> None:
+    """Print the README's tables of kernels, and those of searches on a GPU, and draw the plot of each."""
+    kept = [
+        ([read_rows(file) for file in result_files(folder)], markdown, plot, plot_file),
+        (
+            [hamming_report.read_rows(file) for file in hamming_report.result_files(folder)],
+            hamming_report.markdown,
+            hamming_report.plot,
+            search_plot_file,
+        ),
+    ]
+    if not any(machines for machines, *_ in kept):
+        raise InputError(
+            f"no kernels-*.jsonl in {folder}, nor hamming-gpu-*.jsonl; run 'python -m benchmarks kernels --output' "
+            "into it first"
+        )
+    for machines, tables, draw, file in kept:
+        if machines:
+            print("\n\n".join(map(tables, machines)))
+            try:
+                draw(machines, file)
+            except ImportError:
+                raise InputError("the plot needs matplotlib: pip install 'hashengine[bench]'") from None
