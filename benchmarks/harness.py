@@ -46,12 +46,15 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name such as "cuda:1", if it is here."""
+    """The device of a name such as "cuda:1", if it is here; "cuda" is the first."""
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device must be cpu, cuda or cuda:N, got {name}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device asks for a number
+    if device.index >= torch.cuda.device_count():
         raise InputError(f"device {name} must be there, got {torch.cuda.device_count()} GPUs; see 'hashengine doctor'")
     return device
 

@@ -1,6 +1,11 @@
 """The one exception for a user's mistake, and how a failed validation becomes one."""
 
-from pydantic import ValidationError
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the core needs torch and numpy alone
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_bounds, gpu_latency, gpu_peers, gpu_search, hamming_gpu, hamming_report
+from benchmarks import gpu_bounds, gpu_latency, gpu_peers, gpu_search, hamming_gpu, hamming_report, harness
 from benchmarks.codes import Data, make_codes
 from benchmarks.gpu_bounds import Gpu, Work
 from benchmarks.gpu_data import Case, Database, make_oracle
 from benchmarks.systems import Task
 from benchmarks.timing import make_clock
-from hashengine import ops
+from hashengine import InputError, ops
 from tests.test_benchmarks import invoke, read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -244,8 +244,7 @@ def test_the_suite_asks_for_everything_once_and_shrinks():
 
 
 def test_the_suite_runs_where_only_torch_and_numpy_are_installed(tmp_path):
-    """What else hashengine itself needs aside."""
-    missing = ["rich", "typer", "tqdm", "faiss", "matplotlib", "PIL", "torchvision"]
+    missing = ["pydantic", "rich", "typer", "tqdm", "faiss", "matplotlib", "PIL", "torchvision"]
     code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nfrom benchmarks import hamming_gpu\n"
     code += "hamming_gpu.main()"
     options = ["--device", "cpu", "--minutes", "0", "--output", str(tmp_path / "rows.jsonl")]
@@ -270,3 +269,10 @@ def test_every_kind_of_measurement_works_on_a_gpu(tmp_path):
     assert {json.loads(line)["task"] for line in output.read_text().splitlines()} == {
         "search", "latency", "build", "stream", "filter", "range", "map",
     }  # fmt: skip
+
+
+def test_the_device_has_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(harness.find_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
+    with pytest.raises(InputError, match="device cuda:2 must be there, got 2 GPUs"):
+        harness.find_device("cuda:2")
