@@ -24,15 +24,18 @@ void launch_hamming_count(const HammingSearch& search, const HammingLabels* labe
                           cudaStream_t stream);
 
 // The ranking of the codes within a radius, nearest first, at most `most` a query. Two launches, between which the
-// caller may learn the totals and allocate what they ask for; both need the same workspace.
+// caller may learn the totals and allocate what they ask for; both need the same workspace. The second uses it up.
 struct HammingRanking {
   HammingSearch search;
   int64_t radius;
   int64_t most;
 };
+
+// How many queries to rank at a time: as many as leave the workspace at about 256 MB, whatever the number in `search`.
+int64_t hamming_ranking_batch(const HammingRanking& ranking);
 int64_t hamming_ranking_workspace_bytes(const HammingRanking& ranking);
 
-// totals: [query_count], how many results each query has.
+// totals: [query_count], how many results each query has; null where nobody asks.
 void launch_hamming_ranking_count(const HammingRanking& ranking, int64_t* totals, void* workspace, cudaStream_t stream);
 
 // Query q's results go to [lims[q], lims[q + 1]); without lims to [q * most, (q + 1) * most), where places that no
