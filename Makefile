@@ -14,8 +14,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-# The GPU tests that are short enough for a race detector.
-SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048
+# The tests that need a GPU, and those of them that are short enough for a race detector.
+GPU_TESTS := tests/test_cuda.py tests/test_cuda_hamming.py tests/test_cuda_index.py
+SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))
 
 # The name of the GPU, for the files of results.
 GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
@@ -60,13 +61,13 @@ fuzz: $(READY)  ## SECONDS=60 of a fuzzer on the readers of files, under Address
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
-	$(BIN)/python -m pytest tests/test_cuda.py tests/test_cuda_index.py
+	$(BIN)/python -m pytest $(GPU_TESTS)
 
 # Racecheck looks at shared memory, and every access costs a hundred: it takes the small cases only.
 gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck, synccheck
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -x tests/test_cuda.py -k "not 31"
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -x tests/test_cuda.py -k "$(SMALL)"
-	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m pytest -q -x tests/test_cuda.py -k "$(SMALL)"
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "not 31"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
+	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
 
 bench: $(READY)  ## the pytest-benchmark cases, timed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
