@@ -10,8 +10,8 @@
 // Traffic, N codes of B bytes, Q queries, R results: the codes twice and 12 R. The floor is once: what the first pass
 // finds has no place yet. A warp leaves a segment unread that holds nothing for its query, so that a small radius costs
 // one pass; beyond the last distance that still has places, a vote of the warp passes over 32 codes. The counts add
-// 40 bytes a query, segment and distance. Population counts bound many queries, as in hamming_count.cu; where all codes are
-// results, matching and the scattered stores do.
+// 40 bytes a query, segment and distance. Population counts bound many queries, as in hamming_count.cu; where all codes
+// are results, matching and the scattered stores do.
 //
 // Launch. Counting: 256 threads, a segment and up to eight queries. Sums: a warp a query and distance, then a warp a
 // query. Placing: four warps, a query and segment each; neighbouring warps have the same segment, whose codes come from
