@@ -92,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor> topk_cuda(const at::Tensor& queries, const at
   auto* const to_distances = distances.mutable_data_ptr<int32_t>();
   auto* const to_positions = positions.mutable_data_ptr<int64_t>();
   if (search.query_count == 0) return {distances, positions};
-  if (k <= kHammingMaxSelected) {
+  if (is_hamming_selected(search, k)) {
     const at::Tensor workspace = arguments.empty({hamming_topk_workspace_bytes(search, k)}, at::kByte);
     launch_hamming_topk(search, k, to_distances, to_positions, workspace.mutable_data_ptr(),
                         c10::cuda::getCurrentCUDAStream());

@@ -13,7 +13,7 @@
 //
 // Launch. 256 threads a block, 1024 where blocks are few. 32 KB of shared memory at the largest k.
 //
-// Limits. k <= kHammingMaxSelected, a power of two.
+// Limits. Fewer than 2^32 codes; k keys fit in shared memory.
 
 #include "hamming_topk.h"
 #include "launch.cuh"

@@ -2,8 +2,7 @@
 // is scan_of; the kernels are in the files of the steps, which hamming_topk.h names.
 //
 // Small databases are selected from directly. Else a limit is set from a sample, a scan keeps the candidates within it, and
-// the selection takes the k nearest: three launches, which read the codes once. Codes too long for the sample's histogram
-// are ranked by counting.
+// the selection takes the k nearest: three launches, which read the codes once.
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +13,7 @@
 namespace hashengine {
 namespace {
 
+constexpr int64_t kMaxSelected = 4096;            // of a query: sorted in 32 KB of shared memory
 constexpr int64_t kSmallDatabase = 8192;          // codes
 constexpr int64_t kMaxSample = 16384;             // of many queries
 constexpr int64_t kFewQueries = 32, kMaxSampleOfFew = 4096;  // a block for each query is slow with a larger one
@@ -77,6 +77,11 @@ Candidates HammingTopkPlan::candidates(void* workspace, int64_t* bytes) const {
   candidates.layout = layout;
   if (bytes != nullptr) *bytes = used;
   return candidates;
+}
+
+bool is_hamming_selected(const HammingSearch& search, int64_t k) {
+  const bool is_sampled = 8 * search.code_bytes < HammingSample::kMaxBins && search.code_count < int64_t{1} << 32;
+  return k <= kMaxSelected && (search.code_count <= kSmallDatabase || is_sampled);
 }
 
 int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {

@@ -1,5 +1,4 @@
-// Hamming search on the GPU. Every pointer is one of the device's; nothing waits for the device. At most
-// kHammingMaxDeviceCodes codes, so that 32 bits count them; an index takes more in parts.
+// Hamming search on the GPU. Every pointer is one of the device's; nothing waits for the device.
 #pragma once
 
 #include "hashengine/hamming.h"
@@ -7,15 +6,14 @@
 
 namespace hashengine {
 
-constexpr int64_t kHammingMaxDeviceCodes = (int64_t{1} << 32) - 1;
-
-// The k nearest are selected out of candidates up to this k; beyond it, the ranking is made by counting.
-constexpr int64_t kHammingMaxSelected = 4096;
+// Whether launch_hamming_topk, which selects the k nearest out of candidates, takes this search: k up to 4,096, codes of up
+// to 8,184 bits, or up to 8,192 codes of any length, and below 2^32 codes. For the others there is the ranking.
+bool is_hamming_selected(const HammingSearch& search, int64_t k);
 
 // Scratch of launch_hamming_topk; it need not be cleared.
 int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k);
 
-// As hamming_topk_cpu, for k <= kHammingMaxSelected.
+// As hamming_topk_cpu.
 void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
                          void* workspace, cudaStream_t stream);
 
