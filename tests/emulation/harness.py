@@ -31,7 +31,7 @@ SCHEDULES = (FORWARD, REVERSE, 7, 8)  # the others seed a random order
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
 
 
-EMULATOR = ["emulator.cpp", "synchronisation.cpp", "shared_memory.cpp", "matrix.cpp", "toys.cpp"]
+EMULATOR = ["emulator.cpp", "synchronisation.cpp", "shared_memory.cpp", "matrix.cpp", "toys.cpp", "toys_matrix.cpp"]
 
 
 def compile_once(prefix: str, flags: list[str]) -> Path:

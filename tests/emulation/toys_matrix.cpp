@@ -1,0 +1,78 @@
+// Products of 1-bit matrices with known mistakes, and right ones: what the twins of the instructions must show.
+
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "wgmma.cuh"
+
+using namespace hashengine;
+
+namespace {
+
+constexpr int kRows = 64;  // of a warpgroup
+
+// The words of a row that a lane holds, of a matrix [kRows][kSliceWords].
+__device__ void load_rows(const uint32_t* matrix, uint32_t (&rows)[4]) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  for (int i = 0; i < 4; ++i)
+    rows[i] = matrix[(16 * warp + lane / 4 + 8 * (i % 2)) * kSliceWords + lane % 4 + 4 * (i / 2)];
+}
+
+template <size_t kCount>
+__device__ void store_sums(const uint32_t (&sums)[kCount], int columns, uint32_t* out) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  for (int i = 0; i < static_cast<int>(kCount); ++i)
+    out[(16 * warp + row_of_sum(lane, i)) * columns + column_of_sum(lane, i)] = sums[i];
+}
+
+// 16 rows by 8 columns, both [.][kSliceWords], added to what the sums were.
+__global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t before, uint32_t* out) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  uint32_t own[4], sums[4] = {before, before, before, before};
+  load_rows(rows, own);
+  const uint32_t* const column = columns + lane / 4 * kSliceWords;
+  const uint32_t words[2] = {column[lane % 4], column[lane % 4 + 4]};
+  mma_and_popcount(sums, own, words);
+  store_sums(sums, 8, out);
+}
+
+enum Mistake { kNone, kNoWait, kColumnsOverwritten };
+
+// 64 rows by 256 columns, twice: the first product is kept in the second's sums.
+__global__ void wgmma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t* out, int mistake) {
+  auto* tile = dynamic_shared<uint32_t>();
+  for (int i = threadIdx.x; i < kWgmmaColumns * kSliceWords; i += blockDim.x)
+    tile[column_word(i / kSliceWords, i % kSliceWords)] = columns[i];
+  publish_to_matrix_unit();
+  __syncthreads();
+  uint32_t own[4], sums[kWgmmaSums] = {};
+  load_rows(rows, own);
+  wgmma_begin();
+  wgmma_and_popcount(sums, own, column_tile(tile), false);
+  wgmma_and_popcount(sums, own, column_tile(tile), true);
+  if (mistake == kColumnsOverwritten && threadIdx.x == 0) tile[0] = ~tile[0];
+  if (mistake != kNoWait) wgmma_wait(sums);
+  store_sums(sums, kWgmmaColumns, out);
+}
+
+// Which lanes of the warp have the same value.
+__global__ void match_kernel(const int* values, unsigned* out) {
+  out[threadIdx.x] = __match_any_sync(kWholeWarp, values[threadIdx.x]);
+}
+
+}  // namespace
+
+extern "C" {
+
+void toy_mma(const uint32_t* rows, const uint32_t* columns, int64_t before, uint32_t* out) {
+  launch(mma_kernel, 1, 32, nullptr, rows, columns, uint32_t(before), out);
+}
+
+void toy_wgmma(const uint32_t* rows, const uint32_t* columns, uint32_t* out, int64_t mistake) {
+  launch(wgmma_kernel, LaunchShape{1, kWarpgroupThreads, kColumnTileBytes}, nullptr, rows, columns, out, int(mistake));
+}
+
+void toy_match(const int* values, unsigned* out, int64_t warps) {
+  launch(match_kernel, 1, int(32 * warps), nullptr, values, out);
+}
+
+}  // extern "C"
