@@ -227,7 +227,7 @@ def has_kernel(source: Path) -> bool:
 
 
 # The other architectures take as long again: for make test-full and CI.
-ARCHITECTURES = ("90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "120")))
+ARCHITECTURES = ("90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "100", "120")))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
