@@ -216,14 +216,14 @@ def test_limits(emulation, share, queries, kind):
     search = make_search(kind, 5001, 64, queries)
     if share is not None:
         search = Search(search.queries, search.codes, make_filter(np.random.default_rng(2), 5001, queries, share, True))
-    samples = 640
-    keys = np.sort(search.keys()[:, sampled_positions(samples, 5001)], axis=1)
-    for rank in (1, 7, 100, samples):
+    keys = search.keys()
+    for samples, rank in ((640, 1), (640, 7), (640, 640), (2496, 100)):
         limits, counts = array(queries, torch.int64), array(queries, torch.int32)
         nearer = array(queries * STEPS, torch.int32)
         arguments = (*search.arguments, samples, rank, limits, counts, nearer, search.position_bits)
         emulation.call("hamming_limits", *arguments)
-        expected = np.where(keys[:, rank - 1] == ~np.uint64(0), np.uint64(search.everything), keys[:, rank - 1])
+        sampled = np.sort(keys[:, sampled_positions(samples, 5001)], axis=1)[:, rank - 1]
+        expected = np.where(sampled == ~np.uint64(0), np.uint64(search.everything), sampled)
         np.testing.assert_array_equal(limits.numpy().view(np.uint64), expected)
         assert not counts.any() and not nearer.any()
 

@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 4 : kWords <= 16 
   auto* columns = dynamic_shared<uint32_t>();
   __shared__ int largest[kMaxGroup<kWords>];
   __shared__ HitQueue queues[kWarps];
+  wait_for_last_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * group;
   const int queries = static_cast<int>(min(static_cast<int64_t>(group), search.queries.count - first_query));
   const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
@@ -167,7 +168,7 @@ void launch_mma(const HammingSearch& search, const Candidates& candidates, cudaS
   const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kBlocksAMultiprocessor;
   const int64_t stretch = round_up(ceil_div(search.code_count, std::max<int64_t>(wanted / groups, 1)), 64 * kWarps);
   const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads,
-                          group * BitRows<kWords>::kRowWords * 4};
+                          group * BitRows<kWords>::kRowWords * 4, 1, true};
   launch(mma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
          static_cast<int>(group), stretch);
 }

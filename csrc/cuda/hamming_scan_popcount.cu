@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 3 : 2)
     popcount_kernel(DeviceSearch search, Candidates candidates, int groups, bool is_vector, int64_t stretch) {
   __shared__ uint32_t words[kMaxGroup][kWords];
   __shared__ int largest[kMaxGroup];
+  wait_for_last_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * kMaxGroup;
   const int queries = static_cast<int>(min(static_cast<int64_t>(kMaxGroup), search.queries.count - first_query));
   const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
@@ -112,6 +113,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 16 ? 3 : 2)
 // Codes of any length, a thread a code.
 __global__ void __launch_bounds__(kBlockThreads)
     long_code_kernel(DeviceSearch search, Candidates candidates, int groups, int64_t stretch) {
+  wait_for_last_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * kMaxGroup;
   const int64_t end_query = min(first_query + kMaxGroup, search.queries.count);
   const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
@@ -133,7 +135,7 @@ void launch_hamming_scan_popcount(const HammingSearch& search, const Candidates&
   const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kBlocksAMultiprocessor;
   const int64_t stretch =
       round_up(ceil_div(search.code_count, std::max<int64_t>(wanted / groups, 1)), 4 * kBlockThreads);
-  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads};
+  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads, 0, 1, true};
   const int words = static_cast<int>(ceil_div<int64_t>(search.code_bytes, 4));
   const auto run = [&](auto kernel_words) {
     launch_popcount<decltype(kernel_words)::value>(search, candidates, shape, static_cast<int>(groups), stretch, stream);

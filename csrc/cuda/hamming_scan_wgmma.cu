@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
   __shared__ int16_t largest[kMaxQueries];
   __shared__ HitQueue queues[kBlockThreads<kWords> / 32];
   auto* columns = dynamic_shared<uint32_t>();
+  wait_for_last_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * tiles * kWgmmaColumns;
   const int queries =
       static_cast<int>(min(static_cast<int64_t>(tiles) * kWgmmaColumns, search.queries.count - first_query));
@@ -175,7 +176,8 @@ void launch_wgmma(const HammingSearch& search, const Candidates& candidates, cud
   const int64_t tiles = ceil_div(all_tiles, groups);
   const int64_t stretches = std::max<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount) / groups, 1);
   const int64_t stretch = round_up(ceil_div(search.code_count, stretches), kRoundCodes<kWords>);
-  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads<kWords>, tiles * kTileBytes};
+  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads<kWords>, tiles * kTileBytes,
+                          1, true};
   launch(wgmma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
          static_cast<int>(tiles), stretch);
 }

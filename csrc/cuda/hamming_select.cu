@@ -141,11 +141,12 @@ __device__ __forceinline__ void select(const Source& source, int k, int size, in
   sort_keys(keys, size);
 }
 
-__global__ void __launch_bounds__(kManyThreads)
+__global__ void __launch_bounds__(kManyThreads, 1)
     select_kernel(DeviceSearch search, Candidates candidates, bool has_candidates, Keys layout, int k, int size,
                   int key_bits, int32_t* distances, int64_t* positions) {
   __shared__ SelectScratch scratch;
   auto* keys = dynamic_shared<uint64_t>();  // [size]
+  wait_for_last_kernel();
   const int64_t query = blockIdx.x;
   int64_t count = -1;
   if (has_candidates) {
@@ -177,7 +178,8 @@ void launch_hamming_select(const HammingSearch& search, const Candidates* candid
   const int size = 1 << bit_width(k - 1);
   const int key_bits = layout.position_bits + bit_width(8 * search.code_bytes);
   const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
-  const LaunchShape shape{search.query_count, is_few ? kManyThreads : kFewThreads, size * int64_t{sizeof(uint64_t)}};
+  const LaunchShape shape{search.query_count, is_few ? kManyThreads : kFewThreads, size * int64_t{sizeof(uint64_t)},
+                          1, true};
   launch(select_kernel, shape, stream, DeviceSearch(search),
          candidates != nullptr ? *candidates : Candidates{}, candidates != nullptr, layout,
          static_cast<int>(k), size, key_bits, distances, positions);

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kMaxSelected = 4096;            // of a query: sorted in 32 KB of shared memory
 constexpr int64_t kSmallDatabase = 8192;          // codes
-constexpr int64_t kMaxSample = 16384;             // of many queries
-constexpr int64_t kFewQueries = 32, kMaxSampleOfFew = 4096;  // a block for each query is slow with a larger one
 constexpr int64_t kMaxCandidateBytes = 512 << 20;
 
 enum class Scan { kPopcount, kMma, kWgmma };
@@ -49,7 +47,8 @@ HammingSearch part_of(HammingSearch search, int64_t first, int64_t count) {
 
 HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t k) : k(k) {
   layout.position_bits = bit_width(search.code_count - 1);
-  const int64_t most = search.query_count <= kFewQueries ? kMaxSampleOfFew : kMaxSample;
+  const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t most = is_few ? HammingSample::kMaxCountOfFew : HammingSample::kMaxCount;
   sample.count = std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections *
                  HammingSample::kSections;
   const double share = double(sample.count) / double(search.code_count), expected = double(k) * share;

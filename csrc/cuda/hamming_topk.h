@@ -12,6 +12,8 @@ struct HammingSample {
   int64_t rank;   // from 1 to count
 
   static constexpr int kSections = 64;
+  static constexpr int kMaxCountOfFew = 4096;  // for a query that has a multiprocessor of its own
+  static constexpr int kMaxCount = 16384;
   static constexpr int kMaxBins = 8192;  // distances that are told apart: a histogram of them takes 32 KB
 };
 

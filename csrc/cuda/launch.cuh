@@ -9,13 +9,23 @@
 
 namespace hashengine {
 
-// How many blocks of how many threads, the bytes of dynamic shared memory that each block gets, and how many blocks
-// form a cluster (1: none; from compute capability 9.0 on).
+// A limit of the current device; a query costs well under a microsecond.
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// How many blocks of how many threads, the bytes of dynamic shared memory that each block gets, how many blocks form a
+// cluster (1: none; from compute capability 9.0 on), and whether the kernel's blocks may come before the last kernel of the
+// stream has ended. Such a kernel calls wait_for_last_kernel() before it touches memory.
 struct LaunchShape {
   int64_t blocks;
   int threads;
   int64_t shared_bytes = 0;
   int cluster = 1;
+  bool comes_early = false;
 };
 
 // Through the runtime's function and not through <<<>>>, so that any C++ compiler can read the file: the tests run the
@@ -27,12 +37,19 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (shape.comes_early && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   // Up to 48 KB with what the kernel declares itself are had for nothing, and 8 blocks a cluster.
   constexpr int64_t kFreeSharedBytes = 32 << 10;
   constexpr int kPortableCluster = 8;
@@ -48,6 +65,14 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   launch(kernel, LaunchShape{blocks, threads}, stream, arguments...);
 }
 
+// Lets the next kernel's blocks come, if they come early, and waits until the last kernel has ended and what it wrote is
+// there: so its end, this one's launch and the coming of its blocks overlap.
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -57,14 +82,6 @@ __device__ __forceinline__ T* dynamic_shared() {
   void* const dynamic_shared_memory = emulation::dynamic_shared_memory();
 #endif
   return reinterpret_cast<T*>(dynamic_shared_memory);
-}
-
-// A limit of the current device; a query costs well under a microsecond.
-inline int64_t device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
 }
 
 template <typename T>
