@@ -1,7 +1,5 @@
 """A HammingIndex on a GPU, against one on the CPU; skipped where there is none."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hashengine import HammingIndex, InputError, _native, metrics, ops
 from hashengine.index import HammingKNN, _codes, _filters, _parts, _search
 from tests.test_index_devices import OperationsOnDevices
-from tests.test_index_operations import BITS, few_codes
+from tests.test_index_operations import BITS, MARKS, check_states_beside_a_writer, few_codes
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.build_config().get("build") != "cuda",
@@ -133,42 +131,10 @@ def test_a_search_and_the_packing_before_it_are_captured_in_a_graph(plain):
 
 
 def test_searches_on_other_streams_beside_a_writer_see_one_state_each():
-    """Every state holds the codes 0 .. n-1 once and, at distance 8, marks that an update writes all at once."""
-    index, marks = HammingIndex(16, "cuda"), np.array([[255, 0]] * 64, np.uint8)
-    index.add(marks)
-    stop, failures = threading.Event(), []
-
-    def read():
-        with torch.cuda.stream(torch.cuda.Stream()):
-            query = torch.zeros(1, 2, dtype=torch.uint8, device="cuda")
-            while not stop.is_set():
-                try:
-                    _, distances, ids = (part.cpu() for part in index.range_search(query, 16))
-                    first = distances[ids < 64]
-                    assert len(first) == 64 and bool((first == first[0]).all()), "half an update"
-                    rest = ids[ids >= 64].sort().values
-                    assert len(rest) % 5 == 0 and bool((rest.diff() == 1).all()), "half a batch"
-                except BaseException as error:
-                    failures.append(error)
-                    return
-
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    first = last = 64
-    for step in range(200):
-        index.add(random_codes(5, 16, step))
-        last += 5
-        index.update(np.arange(64), marks ^ np.uint8(255 if step % 2 else 0) if step % 3 else marks & 15)
-        if step % 2:
-            index.remove(np.arange(first, first + 5))
-            first += 5
-        if step % 20 == 0:
-            index.compact()
-    stop.set()
-    for reader in readers:
-        reader.join()
-    assert not failures, failures[0]
+    index = HammingIndex(16, "cuda")
+    index.add(MARKS)
+    query = torch.zeros(1, 2, dtype=torch.uint8, device="cuda")
+    check_states_beside_a_writer(index, query, steps=200, within=lambda: torch.cuda.stream(torch.cuda.Stream()))
 
 
 def test_codes_on_the_gpu_are_searched_where_they_lie():

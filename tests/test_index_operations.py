@@ -5,6 +5,7 @@ import os
 import pickle
 import tempfile
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -243,38 +244,54 @@ def test_a_million_ids_one_batch_after_another():
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_searches_beside_a_writer_see_one_state_each(tmp_path, mapped):
-    """Every state holds the codes 0 .. n-1 once and, at distance 8, marks that an update writes all at once."""
     index = HammingIndex(16)
-    marks = np.array([[255, 0]] * 64, np.uint8)
-    index.add(marks)
+    index.add(MARKS)
     if mapped:
         index.save(tmp_path)
         index = HammingIndex.load(tmp_path, mmap=True)
+    query = np.zeros((1, 2), np.uint8)
+
+    def count():
+        assert index.count(query).sum() % 5 == len(MARKS) % 5
+
+    check_states_beside_a_writer(index, query, steps=400, also=count)
+
+
+MARKS = np.array([[255, 0]] * 64, np.uint8)  # the first codes of an index that check_states_beside_a_writer takes
+
+
+def check_states_beside_a_writer(
+    index: HammingIndex, query: np.ndarray | torch.Tensor, *, steps: int, also=lambda: None, within=nullcontext
+) -> None:
+    """Every state holds the codes 0 .. n-1 once and, at distance 8, marks that an update writes all at once.
+
+    ``query``: of zeros. Each of three threads searches, and calls ``also``, within a context that ``within`` makes.
+    """
     stop, failures = threading.Event(), []
 
     def read():
-        query = np.zeros((1, 2), np.uint8)
-        while not stop.is_set():
-            try:
-                lims, distances, ids = index.range_search(query, 16)
-                first = distances[ids < 64]
-                assert len(first) == 64 and (first == first[0]).all(), "half an update"
-                rest = np.sort(ids[ids >= 64])
-                assert len(rest) % 5 == 0 and (np.diff(rest) == 1).all(), "half a batch"
-                assert index.count(query).sum() % 5 == 64 % 5
-            except BaseException as error:
-                failures.append(error)
-                return
+        with within():
+            while not stop.is_set():
+                try:
+                    _, distances, ids = map(array, index.range_search(query, 16))
+                    first = distances[ids < 64]
+                    assert len(first) == 64 and (first == first[0]).all(), "half an update"
+                    rest = np.sort(ids[ids >= 64])
+                    assert len(rest) % 5 == 0 and (np.diff(rest) == 1).all(), "half a batch"
+                    also()
+                except BaseException as error:
+                    failures.append(error)
+                    return
 
     readers = [threading.Thread(target=read) for _ in range(3)]
     for reader in readers:
         reader.start()
     rng = np.random.default_rng(0)
     first = last = 64
-    for step in range(400):
+    for step in range(steps):
         index.add(rng.integers(0, 256, (5, 2), dtype=np.uint8))
         last += 5
-        index.update(np.arange(64), marks ^ np.uint8(255 if step % 2 else 0) if step % 3 else marks & 15)
+        index.update(np.arange(64), MARKS ^ np.uint8(255 if step % 2 else 0) if step % 3 else MARKS & 15)
         if step % 2:
             index.remove(np.arange(first, first + 5))
             first += 5

@@ -165,12 +165,6 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
 }
 
-int bit_width(int64_t value) {
-  int bits = 0;
-  for (; value > 0; value >>= 1) ++bits;
-  return bits;
-}
-
 }  // namespace
 
 void launch_hamming_select(const HammingSearch& search, const Candidates* candidates, Keys layout, int64_t k,

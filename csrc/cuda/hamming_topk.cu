@@ -29,12 +29,6 @@ Scan scan_of(const HammingSearch& search) {
   return has_wgmma ? Scan::kWgmma : Scan::kMma;
 }
 
-int bit_width(int64_t value) {
-  int bits = 0;
-  for (; value > 0; value >>= 1) ++bits;
-  return bits;
-}
-
 // `count` of the queries, from `first` on.
 HammingSearch part_of(HammingSearch search, int64_t first, int64_t count) {
   search.queries += first * search.code_bytes;

@@ -6,6 +6,12 @@
 
 namespace hashengine {
 
+inline int bit_width(int64_t value) {
+  int bits = 0;
+  for (; value > 0; value >>= 1) ++bits;
+  return bits;
+}
+
 // How far to look: the limit of a query is the code of this rank among so many, drawn all over the database.
 struct HammingSample {
   int64_t count;  // a multiple of kSections, at most half of the codes
