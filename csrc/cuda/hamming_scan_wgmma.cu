@@ -111,7 +111,13 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
                                         uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
   using Rows = BitRows<kWords>;
   uint32_t ones[4] = {~0u, ~0u, ~0u, ~0u};
+  const auto hold_rows = [&] {
+#pragma unroll
+    for (int slice = 0; slice < Rows::kBuilt; ++slice) wgmma_hold(rows[slice]);
+    if constexpr (Rows::kOnes != 0) wgmma_hold(ones);
+  };
   for (int tile = 0; tile < tiles; ++tile) {
+    hold_rows();
     wgmma_begin();
 #pragma unroll
     for (int slice = 0; slice < Rows::kSlices; ++slice)
@@ -119,10 +125,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
           sums, slice < Rows::kBuilt ? rows[slice] : ones,
           column_tile(columns + (tile * Rows::kSlices + slice) * kWgmmaColumns * kSliceWords), slice != 0);
     wgmma_wait(sums);
-#pragma unroll
-    for (int i = 0; i < 4 * Rows::kBuilt; ++i) wgmma_release(rows[i / 4][i % 4]);
-    if constexpr (Rows::kOnes != 0)
-      for (uint32_t& word : ones) wgmma_release(word);
+    hold_rows();
     const bool is_any = queue_passing<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns,
                                                            first, sums, queue);
     if (__any_sync(kWholeWarp, is_any)) queue.drain(search, candidates, kWarpThreads);

@@ -51,8 +51,13 @@ __device__ __forceinline__ void wgmma_wait(uint32_t (&sums)[kWgmmaSums]) {
 #endif
 }
 
-// Keeps a register that the matrix unit reads from other use until here.
-__device__ __forceinline__ void wgmma_release(uint32_t& row) { asm volatile("" : "+r"(row)); }
+// For registers that the matrix unit reads, before wgmma_begin and after wgmma_wait: what was computed is in them, and they
+// have no other use in between. The compiler moves instructions of its own past the two, but not past this.
+template <size_t kCount>
+__device__ __forceinline__ void wgmma_hold(uint32_t (&rows)[kCount]) {
+#pragma unroll
+  for (size_t i = 0; i < kCount; ++i) asm volatile("" : "+r"(rows[i]));
+}
 
 #undef HE_SUMS4
 #undef HE_SUMS16
@@ -66,7 +71,8 @@ __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums],
 }
 __device__ __forceinline__ void wgmma_begin() { emulation::wgmma_begin(); }
 __device__ __forceinline__ void wgmma_wait(uint32_t (&)[kWgmmaSums]) { emulation::wgmma_wait(); }
-__device__ __forceinline__ void wgmma_release(uint32_t&) {}
+template <size_t kCount>
+__device__ __forceinline__ void wgmma_hold(uint32_t (&)[kCount]) {}
 
 #endif
 
