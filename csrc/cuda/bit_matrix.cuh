@@ -37,14 +37,16 @@ HE_HOST_DEVICE int column_word(int column, int word) {
 
 #if defined(__CUDACC__)
 
-// sums += popcount(rows & columns); a column's words t and t + 4 are with its lane 4g + t.
+// sums = before + popcount(rows & columns); a column's words t and t + 4 are with its lane 4g + t.
 __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[4],
-                                                 const uint32_t (&columns)[2]) {
+                                                 const uint32_t (&columns)[2], const uint32_t (&before)[4]) {
 #if __CUDA_ARCH__ < 1000
   asm volatile(
-      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]), "r"(before[0]),
+        "r"(before[1]), "r"(before[2]), "r"(before[3]));
 #endif
 }
 
@@ -58,6 +60,13 @@ __device__ __forceinline__ uint64_t column_tile(const uint32_t* tile) {
 // What threads have stored in shared memory is there for the matrix unit after this and a barrier.
 __device__ __forceinline__ void publish_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// What was computed is in these registers here. The compiler would else compute it again at each use, to need fewer.
+template <size_t kCount>
+__device__ __forceinline__ void hold_registers(uint32_t (&values)[kCount]) {
+#pragma unroll
+  for (size_t i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
+}
+
 __device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;  // one instruction, which the compiler does not find by itself
   asm("lop3.b32 %0, %1, %2, %3, 0xfe;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
@@ -67,11 +76,13 @@ __device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) {
 #else
 
 __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[4],
-                                                 const uint32_t (&columns)[2]) {
-  emulation::mma_and_popcount(sums, rows, columns);
+                                                 const uint32_t (&columns)[2], const uint32_t (&before)[4]) {
+  emulation::mma_and_popcount(sums, rows, columns, before);
 }
 __device__ __forceinline__ const uint32_t* column_tile(const uint32_t* tile) { return tile; }
 __device__ __forceinline__ void publish_to_matrix_unit() {}
+template <size_t kCount>
+__device__ __forceinline__ void hold_registers(uint32_t (&)[kCount]) {}
 __device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) { return a | b | c; }
 
 #endif

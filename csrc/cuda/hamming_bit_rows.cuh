@@ -45,44 +45,53 @@ struct BitRows {
 
   // --- rows: of the 16 codes of a warp, lane 4g + t has words t and t + 4 of each slice of g's and (g + 8)'s ---
 
-  // What the lane reads of a code: words t, t + 4, ..., of two words the one of t's parity; zeros behind the last code.
-  static __device__ __forceinline__ void load(const CodeRows& codes, int64_t position, int64_t end, int t,
-                                              uint32_t (&words)[kLaneWords]) {
+  // What the lane reads of the codes of some tiles of 16, those of g and of g + 8: words t, t + 4, ..., of two words the
+  // one of t's parity. Behind the end the last code stands again, for whoever takes candidates to leave out.
+  template <int kTiles>
+  static __device__ __forceinline__ void load(const CodeRows& codes, int64_t first, int64_t end,
+                                              uint32_t (&words)[kTiles][2][kLaneWords]) {
+    const int lane = static_cast<int>(threadIdx.x % 32), word = lane % (kHasComplement ? 2 : 4);
+    if (codes.has_whole_words && codes.bytes == 4 * kWords && first + 16 * kTiles <= end) {
+      const auto* const from = reinterpret_cast<const uint32_t*>(codes.rows) + (first + lane / 4) * kWords + word;
 #pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) {
-      const int index = kHasComplement ? t % 2 : t + 4 * i;
-      words[i] = position < end && index < codes.words() ? codes.word(position, index) : 0;
+      for (int row = 0; row < 2 * kTiles; ++row)
+#pragma unroll
+        for (int i = 0; i < kLaneWords; ++i) words[row / 2][row % 2][i] = __ldg(from + 8 * row * kWords + 4 * i);
+      return;
+    }
+#pragma unroll
+    for (int row = 0; row < 2 * kTiles; ++row) {
+      const int64_t position = min(first + 8 * row + lane / 4, end - 1);
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i)
+        words[row / 2][row % 2][i] = word + 4 * i < codes.words() ? codes.word(position, word + 4 * i) : 0;
     }
   }
 
-  // The lane's words of the slices that are built; `is_code` tells of both rows whether there is one. Where not, no column
-  // passes.
-  static __device__ __forceinline__ void build(const uint32_t (&low)[kLaneWords], const uint32_t (&high)[kLaneWords],
-                                               bool low_is_code, bool high_is_code, int t,
-                                               uint32_t (&rows)[kBuilt][4]) {
+  // The lane's words of a tile's slices, those that are built.
+  static __device__ __forceinline__ void build(const uint32_t (&words)[2][kLaneWords], uint32_t (&rows)[kBuilt][4]) {
+    const int t = static_cast<int>(threadIdx.x % 4);
     if constexpr (kHasComplement) {
       const uint32_t flip = t < 2 ? 0 : ~0u;
-      rows[0][0] = low_is_code ? low[0] ^ flip : 0;
-      rows[0][1] = high_is_code ? high[0] ^ flip : 0;
-      rows[0][2] = low_is_code ? ~0u : 0;
-      rows[0][3] = high_is_code ? ~0u : 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[0][half] = words[half][0] ^ flip;
+        rows[0][2 + half] = ~0u;
+      }
     } else {
-      int ones[2] = {0, 0};
+      int fill[2];
 #pragma unroll
-      for (int i = 0; i < kLaneWords; ++i) {
-        uint32_t(&slice)[4] = rows[i / 2];
-        slice[i % 2 * 2] = low_is_code ? scramble(low[i], t + 4 * i) : 0;
-        slice[i % 2 * 2 + 1] = high_is_code ? scramble(high[i], t + 4 * i) : 0;
-        ones[0] += __popc(slice[i % 2 * 2]);
-        ones[1] += __popc(slice[i % 2 * 2 + 1]);
-      }
+      for (int half = 0; half < 2; ++half) {
+        int ones = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // the four lanes that share a row
-        ones[half] += __shfl_xor_sync(~0u, ones[half], 1);
-        ones[half] += __shfl_xor_sync(~0u, ones[half], 2);
+        for (int i = 0; i < kLaneWords; ++i) {
+          rows[i / 2][i % 2 * 2 + half] = scramble(words[half][i], t + 4 * i);
+          ones += __popc(rows[i / 2][i % 2 * 2 + half]);
+        }
+        ones += __shfl_xor_sync(~0u, ones, 1);  // of the four lanes that share a row
+        ones += __shfl_xor_sync(~0u, ones, 2);
+        fill[half] = kHalfBits - (ones + 1) / 2;
       }
-      const int fill[2] = {low_is_code ? kHalfBits - (ones[0] + 1) / 2 : 0,
-                           high_is_code ? kHalfBits - (ones[1] + 1) / 2 : 0};
 #pragma unroll
       for (int i = kLaneWords; i < 2 * kBuilt; ++i) {
         const int index = t + 4 * i - kWords;  // in the two fields behind the code, each of half as many words

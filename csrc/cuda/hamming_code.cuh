@@ -26,6 +26,7 @@ struct CodeRows {
     const uint8_t* const from = rows + row * bytes + 4 * word;
     if (has_whole_words) return __ldg(reinterpret_cast<const uint32_t*>(from));
     uint32_t value = 0;
+#pragma unroll 1  // rare, and not worth the registers
     for (int i = 0; i < min(4, bytes - 4 * word); ++i) value |= static_cast<uint32_t>(__ldg(from + i)) << 8 * i;
     return value;
   }

@@ -1,8 +1,8 @@
 // Candidates by `mma`: a warp compares 16 to 64 codes at a time, from registers, with every column of its block's queries.
 //
 // Idea. hamming_bit_rows.cuh makes the comparison with a query's limit one bit of a sum. Queries lie in shared memory in
-// the order in which lanes want them: 8 bytes a lane are eight columns, for all the warp's codes. Four sums a lane are ORed;
-// only where the bit is set the lane looks at them one by one.
+// the order in which lanes want them: 8 bytes a lane are eight columns, for all the warp's codes. A lane's sums of
+// eight columns are ORed; only where the bit is set the lane looks at them one by one.
 //
 // Traffic. The codes are read once for up to 1,024 queries (of 128 bits or less; 32 KB of columns): 8 bytes a code at 64
 // bits. With 2 to 32 queries that read is the floor and the limit; with many the limit is the matrix unit, or on Hopper,
@@ -39,27 +39,18 @@ constexpr int kTiles = kWords <= 4 ? 4 : kWords <= 16 ? 2 : 1;
 
 // What a lane has read of its warp's codes.
 template <int kWords>
-struct LaneWords {
-  uint32_t of[kTiles<kWords>][2][BitRows<kWords>::kLaneWords];
-
-  __device__ __forceinline__ void load(const CodeRows& codes, int64_t first, int64_t end) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles<kWords>; ++i)
-      BitRows<kWords>::load(codes, first + 8 * i + lane / 4, end, lane % 4, of[i / 2][i % 2]);
-  }
-};
+using LaneWords = uint32_t[kTiles<kWords>][2][BitRows<kWords>::kLaneWords];
 
 template <int kWords>
 struct Rows {
   uint32_t tiles[kTiles<kWords>][BitRows<kWords>::kBuilt][4];
 
-  __device__ __forceinline__ Rows(const LaneWords<kWords>& words, int64_t first, int64_t end) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+  explicit __device__ __forceinline__ Rows(const LaneWords<kWords>& words) {
 #pragma unroll
     for (int i = 0; i < kTiles<kWords>; ++i) {
-      const int64_t low = first + 16 * i + lane / 4;
-      BitRows<kWords>::build(words.of[i][0], words.of[i][1], low < end, low + 8 < end, lane % 4, tiles[i]);
+      BitRows<kWords>::build(words[i], tiles[i]);
+#pragma unroll
+      for (int slice = 0; slice < BitRows<kWords>::kBuilt; ++slice) hold_registers(tiles[i][slice]);
     }
   }
 };
@@ -91,7 +82,7 @@ __device__ __forceinline__ void update_columns(const DeviceSearch& search, const
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
                                         int group, const uint32_t* columns, const Rows<kWords>& rows, int64_t first,
-                                        HitQueue& queue) {
+                                        int64_t end, HitQueue& queue) {
   constexpr uint32_t kCandidateBit = BitRows<kWords>::kCandidateBit;
   constexpr int kSlices = BitRows<kWords>::kSlices;
   constexpr uint32_t kOnes[4] = {~0u, ~0u, ~0u, ~0u};
@@ -105,21 +96,23 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
       const uint32_t words[2] = {pair.x, pair.y};
 #pragma unroll
       for (int tile = 0; tile < kTiles<kWords>; ++tile)
-        mma_and_popcount(sums[tile], slice < BitRows<kWords>::kBuilt ? rows.tiles[tile][slice] : kOnes, words);
+        mma_and_popcount(sums[tile], slice < BitRows<kWords>::kBuilt ? rows.tiles[tile][slice] : kOnes, words,
+                         sums[tile]);
     }
+    uint32_t any = 0;
+#pragma unroll
+    for (int tile = 0; tile < kTiles<kWords>; ++tile)
+      any = or3(or3(any, sums[tile][0], sums[tile][1]), sums[tile][2], sums[tile][3]);
     unsigned passing = 0;
+    if (any & kCandidateBit) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles<kWords>; ++tile) {
-      const uint32_t any = or3(or3(sums[tile][0], sums[tile][1], sums[tile][2]), sums[tile][3], 0);
-      if (any & kCandidateBit) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) passing |= static_cast<unsigned>((sums[tile][i] & kCandidateBit) != 0) << (4 * tile + i);
-      }
+      for (int i = 0; i < 4 * kTiles<kWords>; ++i)
+        passing |= static_cast<unsigned>((sums[i / 4][i % 4] & kCandidateBit) != 0) << i;
     }
     for (; passing != 0; passing &= passing - 1) {
       const int i = __ffs(static_cast<int>(passing)) - 1;
-      queue.push(search, candidates, first_query + q + column_of_sum(lane, i % 4),
-                 first + i / 4 * 16 + row_of_sum(lane, i % 4));
+      const int64_t position = first + i / 4 * 16 + row_of_sum(lane, i % 4);
+      if (position < end) queue.push(search, candidates, first_query + q + column_of_sum(lane, i % 4), position);
       is_any = true;
     }
     __syncwarp();
@@ -128,7 +121,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
 }
 
 template <int kWords>
-__global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 4 : kWords <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 3 : kWords <= 16 ? 2 : 1)
     mma_kernel(DeviceSearch search, Candidates candidates, int groups, int group, int64_t stretch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
   constexpr int kWarpCodes = 16 * kTiles<kWords>;
@@ -150,11 +143,12 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 4 : kWords <= 16 
     __syncthreads();
     const int64_t piece_end = min(piece + size, end);
     LaneWords<kWords> words;
-    words.load(search.codes, piece + warp * kWarpCodes, piece_end);
+    BitRows<kWords>::load(search.codes, piece + warp * kWarpCodes, piece_end, words);
     for (int64_t first = piece + warp * kWarpCodes; first < piece_end; first += kWarps * kWarpCodes) {
-      const Rows<kWords> rows(words, first, piece_end);
-      words.load(search.codes, first + kWarps * kWarpCodes, piece_end);  // the next ones, while these are compared
-      compare<kWords>(search, candidates, first_query, group, columns, rows, first, queues[warp]);
+      const Rows<kWords> rows(words);
+      // The next ones come while these are compared.
+      BitRows<kWords>::load(search.codes, first + kWarps * kWarpCodes, piece_end, words);
+      compare<kWords>(search, candidates, first_query, group, columns, rows, first, piece_end, queues[warp]);
     }
   }
   queues[warp].drain(search, candidates, 1);

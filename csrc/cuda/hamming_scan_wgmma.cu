@@ -76,8 +76,8 @@ __device__ __forceinline__ uint32_t or_of(const uint32_t* sums) {
 // From part to group to sum, as most often there is one or none.
 template <uint32_t kCandidateBit>
 __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const Candidates& candidates,
-                                              int64_t first_query, int64_t first, const uint32_t (&sums)[kWgmmaSums],
-                                              HitQueue& queue) {
+                                              int64_t first_query, int64_t first, int64_t end,
+                                              const uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
   constexpr int kPart = 32, kGroup = 8;
   const int lane = static_cast<int>(threadIdx.x % 32);
   uint32_t any[kWgmmaSums / kPart];
@@ -97,7 +97,8 @@ __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const 
     }
     for (; passing != 0; passing &= passing - 1) {
       const int sum = kPart * part + __ffs(static_cast<int>(passing)) - 1;
-      queue.push(search, candidates, first_query + column_of_sum(lane, sum), first + row_of_sum(lane, sum));
+      const int64_t position = first + row_of_sum(lane, sum);
+      if (position < end) queue.push(search, candidates, first_query + column_of_sum(lane, sum), position);
     }
   }
   return true;
@@ -107,14 +108,14 @@ __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const 
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
                                         int tiles, const uint32_t* columns,
-                                        uint32_t (&rows)[BitRows<kWords>::kBuilt][4], int64_t first,
+                                        uint32_t (&rows)[BitRows<kWords>::kBuilt][4], int64_t first, int64_t end,
                                         uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
   using Rows = BitRows<kWords>;
   uint32_t ones[4] = {~0u, ~0u, ~0u, ~0u};
   const auto hold_rows = [&] {
 #pragma unroll
-    for (int slice = 0; slice < Rows::kBuilt; ++slice) wgmma_hold(rows[slice]);
-    if constexpr (Rows::kOnes != 0) wgmma_hold(ones);
+    for (int slice = 0; slice < Rows::kBuilt; ++slice) hold_registers(rows[slice]);
+    if constexpr (Rows::kOnes != 0) hold_registers(ones);
   };
   for (int tile = 0; tile < tiles; ++tile) {
     hold_rows();
@@ -127,7 +128,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     wgmma_wait(sums);
     hold_rows();
     const bool is_any = queue_passing<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns,
-                                                           first, sums, queue);
+                                                           first, end, sums, queue);
     if (__any_sync(kWholeWarp, is_any)) queue.drain(search, candidates, kWarpThreads);
   }
 }
@@ -159,12 +160,12 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
     const int64_t piece_end = min(piece + size, end);
     // A warpgroup goes on as one, though its last warps may find no code of theirs.
     for (int64_t first = piece + warp / 4 * kWarpgroupCodes; first < piece_end; first += kRoundCodes<kWords>) {
-      const int64_t own = first + warp % 4 * 16, low = own + lane / 4;
-      uint32_t words[2][Rows::kLaneWords], rows[Rows::kBuilt][4];
-      Rows::load(search.codes, low, piece_end, lane % 4, words[0]);
-      Rows::load(search.codes, low + 8, piece_end, lane % 4, words[1]);
-      Rows::build(words[0], words[1], low < piece_end, low + 8 < piece_end, lane % 4, rows);
-      compare<kWords>(search, candidates, first_query, tiles, columns, rows, own, sums, queues[warp]);
+      const int64_t own = first + warp % 4 * 16;
+      uint32_t words[1][2][Rows::kLaneWords], rows[Rows::kBuilt][4];
+      Rows::load(search.codes, own, piece_end, words);
+      Rows::build(words[0], rows);
+      compare<kWords>(search, candidates, first_query, tiles, columns, rows, own, piece_end, sums,
+                      queues[warp]);
     }
   }
   queues[warp].drain(search, candidates, 1);

@@ -12,7 +12,8 @@ namespace hashengine {
 #define HE_SUMS64(i) HE_SUMS16(i), HE_SUMS16(i + 16), HE_SUMS16(i + 32), HE_SUMS16(i + 48)
 
 // Begins sums = popcount(rows & columns), or += where they are to be kept. Until wgmma_wait neither sums nor rows may be
-// touched, nor the columns written. All threads of the warpgroup must call.
+// touched, nor the columns written: hold_registers(rows) before wgmma_begin and after wgmma_wait. All threads of the
+// warpgroup must call.
 __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums], const uint32_t (&rows)[4],
                                                    uint64_t columns, bool keep_sums) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -51,13 +52,6 @@ __device__ __forceinline__ void wgmma_wait(uint32_t (&sums)[kWgmmaSums]) {
 #endif
 }
 
-// For registers that the matrix unit reads, before wgmma_begin and after wgmma_wait: what was computed is in them, and they
-// have no other use in between. The compiler moves instructions of its own past the two, but not past this.
-template <size_t kCount>
-__device__ __forceinline__ void wgmma_hold(uint32_t (&rows)[kCount]) {
-#pragma unroll
-  for (size_t i = 0; i < kCount; ++i) asm volatile("" : "+r"(rows[i]));
-}
 
 #undef HE_SUMS4
 #undef HE_SUMS16
@@ -71,8 +65,6 @@ __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums],
 }
 __device__ __forceinline__ void wgmma_begin() { emulation::wgmma_begin(); }
 __device__ __forceinline__ void wgmma_wait(uint32_t (&)[kWgmmaSums]) { emulation::wgmma_wait(); }
-template <size_t kCount>
-__device__ __forceinline__ void wgmma_hold(uint32_t (&)[kCount]) {}
 
 #endif
 

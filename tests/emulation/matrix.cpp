@@ -37,7 +37,7 @@ unsigned column_of(unsigned sum) { return 8 * (sum / 4) + 2 * (lane() % 4) + sum
 
 }  // namespace
 
-void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns) {
+void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns, const uint32_t* before) {
   const Rows own(rows, "mma");
   const Lanes lanes = exchange(kWhole, "mma", columns[0] | uint64_t(columns[1]) << 32);
   for (unsigned sum = 0; sum < 4; ++sum) {
@@ -47,7 +47,7 @@ void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* colu
       column[t] = uint32_t(pair);
       column[t + 4] = uint32_t(pair >> 32);
     }
-    sums[sum] += own.product(sum / 2, column);
+    sums[sum] = before[sum] + own.product(sum / 2, column);
   }
 }
 

@@ -6,8 +6,8 @@
 
 namespace emulation {
 
-// sums[4] += popcounts of rows[4] & columns[2].
-void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns);
+// sums[4] = before[4] + popcounts of rows[4] & columns[2].
+void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns, const uint32_t* before);
 
 void wgmma_begin();
 // sums[count], rows[4]; columns: a tile of 2 * count of them, core matrix by core matrix.

@@ -27,11 +27,12 @@ __device__ void store_sums(const uint32_t (&sums)[kCount], int columns, uint32_t
 // 16 rows by 8 columns, both [.][kSliceWords], added to what the sums were.
 __global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t before, uint32_t* out) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  uint32_t own[4], sums[4] = {before, before, before, before};
+  const uint32_t added[4] = {before, before, before, before};
+  uint32_t own[4], sums[4];
   load_rows(rows, own);
   const uint32_t* const column = columns + lane / 4 * kSliceWords;
   const uint32_t words[2] = {column[lane % 4], column[lane % 4 + 4]};
-  mma_and_popcount(sums, own, words);
+  mma_and_popcount(sums, own, words, added);
   store_sums(sums, 8, out);
 }
 
