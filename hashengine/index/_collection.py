@@ -59,7 +59,7 @@ class CodeCollection:
         self._state = state
 
     def _gpu_memory(self, op: str, needed: int) -> AbstractContextManager:
-        return memory_for(op, self._devices, needed)
+        return memory_for(op, self._devices, needed, self._streamed)
 
     def __len__(self) -> int:
         return self._state.count

@@ -96,20 +96,22 @@ def keep(tensors: Iterable[Tensor | None]) -> None:
 
 
 @contextmanager
-def memory_for(op: str, devices: Sequence[torch.device], needed: int) -> Iterator[None]:
+def memory_for(op: str, devices: Sequence[torch.device], needed: int, streamed: bool = False) -> Iterator[None]:
     """Turns what torch raises when a GPU is full into one line.
 
     Args:
         needed: bytes, a lower bound: of what is kept or handed out, not of what kernels work with.
+        streamed: whether the codes are in host memory already, so that only the results can be made smaller.
     """
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         gpus = dict.fromkeys(device for device in devices if device.type == "cuda")
         free = ", ".join(f"{_size(torch.cuda.mem_get_info(device)[0])} on {device}" for device in gpus)
+        codes_too = "ask for less at once, give several devices, or keep the codes in host memory with streamed=True"
+        advice = "ask for fewer queries or a smaller k at once" if streamed else codes_too
         raise torch.cuda.OutOfMemoryError(
-            f"{op}: the GPU must have at least {_size(needed)} free, got {free or 'none'}; ask for less at once, give "
-            "several devices, or keep the codes in host memory with streamed=True"
+            f"{op}: the GPU must have at least {_size(needed)} free, got {free or 'none'}; {advice}"
         ) from error
 
 
