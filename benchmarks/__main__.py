@@ -96,7 +96,7 @@ def hamming_gpu(
     output: Output = None,
 ) -> None:
     """Searches, latencies and additions on a GPU, the important ones first; each row is kept as soon as it is there."""
-    steps = hamming_gpu_benchmark.planned(device, shrink)
+    steps = hamming_gpu_benchmark.planned(shrink)
     hamming_gpu_benchmark.run(steps, device=device, minutes=minutes, output=output)
 
 

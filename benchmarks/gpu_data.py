@@ -32,10 +32,6 @@ class Case(NamedTuple):
         return what + ("" if self.data is Data.random else f", {self.data.value} data")
 
 
-def make_index(bits: int, device: torch.device) -> HammingIndex:
-    return HammingIndex(bits) if device.type == "cpu" else HammingIndex(bits, device=device)
-
-
 class Database:
     """Codes and queries on the device, and what is made of them once for all searches of them."""
 
@@ -64,7 +60,7 @@ class Database:
 
     @cached_property
     def index(self) -> HammingIndex:
-        index = make_index(self.bits, self.device)
+        index = HammingIndex(self.bits, self.device)
         index.add(self.codes)
         return index
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_data import Case, Database, make_index
+from benchmarks.gpu_data import Case, Database
 from benchmarks.gpu_search import HOST_TO_HOST, OURS, WrongAnswer
 from benchmarks.harness import median_ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Clock, capture_graph
-from hashengine import ops
+from hashengine import HammingIndex, ops
 
 ON_DEVICE, FROM_ACTIVATIONS = " on the device", " from activations"
 FROM_HOST, FROM_DEVICE = " from the host", " from the device"
@@ -51,7 +51,7 @@ def measure_latency(case: Case, database: Database, clock: Clock) -> Row:
     waited[OURS + FROM_ACTIVATIONS + " as a graph"] = on_device[OURS + FROM_ACTIVATIONS + ON_DEVICE]
     if database.faiss is not None:
         waited["faiss"] = lambda: database.faiss.search(queries, case.k)
-    waited = {name: _waiting(call, device) for name, call in waited.items()}
+    waited = {name: waiting(call, device) for name, call in waited.items()}
     waited[OURS + HOST_TO_HOST] = lambda: database.index.search(host, case.k)
     if database.faiss is not None:
         waited["faiss" + HOST_TO_HOST] = lambda: database.faiss.search_host(host, case.k)
@@ -85,7 +85,7 @@ class _captured:
         return self._answers[0]
 
 
-def _waiting(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+def waiting(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     def wait() -> None:
         call()
         if device.type == "cuda":
@@ -129,7 +129,7 @@ def measure_build(case: Case, database: Database) -> Row:
     device, codes = database.device, database.codes
 
     def fill(new: Any) -> Any:
-        index = make_index(case.bits, device)
+        index = HammingIndex(case.bits, device)
         index.add(new)
         return index
 
@@ -140,7 +140,7 @@ def measure_build(case: Case, database: Database) -> Row:
     systems = {OURS + FROM_HOST: lambda: fill(database.host), OURS + FROM_DEVICE: lambda: fill(codes)}
     if database.faiss is not None:
         systems["faiss" + FROM_HOST] = lambda: database.faiss.fill(database.host)
-    systems = {name: _waiting(call, device) for name, call in systems.items()}
+    systems = {name: waiting(call, device) for name, call in systems.items()}
     seconds = {name: [] for name in systems}
     for _ in range(_BUILD_ROUNDS):
         for name, call in systems.items():

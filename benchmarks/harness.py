@@ -6,15 +6,17 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import hashengine
 from hashengine import InputError, _native
+
+Step = TypeVar("Step")
 
 _SETTLE_SECONDS = 0.05  # OpenMP threads of the last system spin a while after their work; the next one must not pay
 _BURST_SECONDS = 0.05  # calls follow each other so long: the first of them wakes threads that have gone to sleep
@@ -43,6 +45,16 @@ def time_in_rounds(systems: Mapping[str, Callable[[], Any]], rounds: int) -> dic
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def begun_within(minutes: float, steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, as long as time is left to begin one; tells how many there was none for."""
+    deadline = time.monotonic() + 60 * minutes
+    for done, step in enumerate(steps):
+        if time.monotonic() > deadline:
+            print(f"stopped after {minutes:g} minutes, without {len(steps) - done} of {len(steps)} measurements")
+            return
+        yield step
 
 
 def find_device(name: str) -> torch.device:

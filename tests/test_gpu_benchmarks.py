@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_bounds, gpu_latency, gpu_peers, gpu_search, hamming_gpu, hamming_report, harness
+from benchmarks import gpu_bounds, gpu_latency, gpu_peers, gpu_search, gpu_stream, hamming_gpu, hamming_report, harness
 from benchmarks.codes import Data, make_codes
 from benchmarks.gpu_bounds import Gpu, Work
 from benchmarks.gpu_data import Case, Database, make_oracle
 from benchmarks.systems import Task
 from benchmarks.timing import make_clock
 from hashengine import InputError, ops
+from hashengine.index import _parts, _search
 from tests.test_benchmarks import invoke, read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +174,20 @@ def test_latencies_are_quantiles_of_verified_calls(monkeypatch):
         gpu_latency.measure_latency(TINY, Database(TINY, CPU), make_clock(CPU))
 
 
+def test_what_is_streamed_is_verified_and_put_beside_the_copy(monkeypatch):
+    monkeypatch.setattr(_parts, "_CHUNK_BYTES", 1000 * TINY.bits // 8)
+    monkeypatch.setattr(harness, "_BURST_SECONDS", 0)
+    row = gpu_stream.measure_stream(TINY, Database(TINY, CPU))
+    assert row["seconds"].keys() == {"hashengine", "copy"}
+    ours, copy = (np.array(row["seconds"][name]) for name in ("hashengine", "copy"))
+    assert row["of_copy"] == np.median(copy / ours)
+    assert row["distances_per_s"] == TINY.codes * TINY.queries / np.median(ours)
+    assert row["host_bytes_per_s"] == TINY.codes * TINY.bits // 8 / np.median(copy)
+    monkeypatch.setattr(_search, "merged_topk", lambda answers, **_: answers[0])
+    with pytest.raises(gpu_search.WrongAnswer, match="before it is timed"):
+        gpu_stream.measure_stream(TINY, Database(TINY, CPU))
+
+
 @pytest.fixture
 def steps():
     cases = (TINY, TINY._replace(queries=1), TINY._replace(codes=2000, queries=1))
@@ -180,6 +195,7 @@ def steps():
         *((hamming_gpu.SEARCH, case) for case in cases),
         (hamming_gpu.LATENCY, TINY),
         (hamming_gpu.BUILD, TINY),
+        (hamming_gpu.STREAM, TINY),
     ]
 
 
@@ -190,10 +206,10 @@ def run(steps, output, minutes=5.0):
 def test_rows_are_kept_as_soon_as_they_are_there(steps, tmp_path, capsys, monkeypatch):
     output = tmp_path / "hamming-gpu-here.jsonl"
     clock = iter([0, 0, 0, 1000, 1000])
-    monkeypatch.setattr(hamming_gpu.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(harness.time, "monotonic", lambda: next(clock))
     run(steps, output)
     printed = capsys.readouterr().out
-    assert "stopped after 5 minutes, without 3 of 5 measurements" in printed
+    assert "stopped after 5 minutes, without 4 of 6 measurements" in printed
     rows = read_lines(output)
     assert [(row["queries"], row["cache"]) for row in rows] == [(8, "warm"), (8, "cold"), (1, "warm"), (1, "cold")]
     for row in rows:
@@ -238,8 +254,8 @@ def test_kept_rows_make_tables(file):
 def test_the_suite_asks_for_everything_once_and_shrinks():
     steps = hamming_gpu.suite()
     assert len(set(steps)) == len(steps) and steps[0] == ("search", Case(1_000_000, 64, 10_000, 10))
-    small = hamming_gpu.planned("cpu", 10_000)
-    assert len(small) == len(steps) - 1
+    small = hamming_gpu.planned(10_000)
+    assert len(small) == len(steps)
     assert all(case.codes <= 100_000 and (case.k or 1) <= case.share * case.codes for _, case in small)
 
 
@@ -250,7 +266,7 @@ def test_the_suite_runs_where_only_torch_and_numpy_are_installed(tmp_path):
     options = ["--device", "cpu", "--minutes", "0", "--output", str(tmp_path / "rows.jsonl")]
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "FAISS missing" in done.stdout and "stopped after 0 minutes, without 41 of 41" in done.stdout
+    assert "FAISS missing" in done.stdout and "stopped after 0 minutes, without 42 of 42" in done.stdout
 
 
 def test_hamming_measures_on_the_device_that_is_named(monkeypatch, tmp_path):
@@ -265,7 +281,7 @@ def test_hamming_measures_on_the_device_that_is_named(monkeypatch, tmp_path):
 @needs_gpu
 def test_every_kind_of_measurement_works_on_a_gpu(tmp_path):
     output = tmp_path / "rows.jsonl"
-    hamming_gpu.run(hamming_gpu.planned("cuda", 1000), device="cuda", minutes=5, output=output, seconds=0)
+    hamming_gpu.run(hamming_gpu.planned(1000), device="cuda", minutes=5, output=output, seconds=0)
     assert {json.loads(line)["task"] for line in output.read_text().splitlines()} == {
         "search", "latency", "build", "stream", "filter", "range", "map",
     }  # fmt: skip
