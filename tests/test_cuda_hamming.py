@@ -1,4 +1,4 @@
-"""The native Hamming ops on a GPU, against the same ops on the CPU, bit for bit; skipped where there is none.
+"""The native Hamming ops on a GPU against those on the CPU, bit for bit, and against FAISS; skipped where there is none.
 
 The kernels' logic is proved without a GPU, in test_cuda_hamming_counting and its neighbours; here stands what only a
 device shows.
@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_peers
+from benchmarks.systems import Oracle, draw_mask, in_order, radius_of
 from hashengine import _native, ops
-from tests.hamming_levels import make_codes
+from tests.hamming_levels import assert_same, make_codes
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.build_config().get("build") != "cuda",
@@ -20,6 +22,7 @@ KINDS = ["random", "clustered", "duplicate"]
 FILTERS = ["none", "shared", "own", "few"]
 # (bytes, codes, queries)
 SIZES = [(1, 1, 1), (3, 70, 3), (8, 20_001, 9), (8, 300_000, 1), (16, 5000, 40), (33, 1000, 5), (128, 3000, 17)]
+FAISS_SIZES = [(8, 20_001, 9), (16, 5000, 300), (128, 9000, 17)]
 MOST_SELECTED = 4096  # beyond this k a ranking is made by counting
 
 
@@ -88,6 +91,37 @@ def test_count_equals_the_cpu(size, kind, filter):
     for columns in (0, 1, 64, 70):
         labels = [torch.rand(rows, columns, generator=random) < 0.05 for rows in (query_count, count)]
         check(ops.hamming_count, queries, codes, filter=bitmap, query_labels=labels[0], labels=labels[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", FAISS_SIZES, ids=str)
+def test_answers_are_those_of_faiss(size, kind):
+    """Ids and distances: its index on the CPU orders by (distance, position), too."""
+    pytest.importorskip("faiss", reason="needs faiss")
+    queries, codes = make(kind, *size)
+    on_gpu, count = (queries.cuda(), codes.cuda()), len(codes)
+    oracle = Oracle(codes.numpy())
+    for k in (1, 100, MOST_SELECTED + 1, count):
+        assert_same([part.cpu() for part in ops.hamming_topk(*on_gpu, k)], oracle.search(queries.numpy(), k))
+    radius = radius_of(ops.hamming_count(*on_gpu)[0].cpu().numpy(), 50)
+    found = [part.cpu() for part in ops.hamming_range(*on_gpu, radius)]
+    assert_same(found, in_order(oracle.range_search(queries.numpy(), radius)))
+    mask = draw_mask(count, 0.3)
+    bitmap = ops.pack_filter(torch.from_numpy(mask)).cuda()
+    found = [part.cpu() for part in ops.hamming_topk(*on_gpu, 100, filter=bitmap)]
+    assert_same(found, Oracle(codes.numpy(), mask).search(queries.numpy(), 100))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", FAISS_SIZES, ids=str)
+def test_distances_are_those_of_faiss_on_the_gpu(size, kind):
+    """And the sets of ids below the last ties, whose order it leaves open."""
+    queries, codes = (rows.cuda() for rows in make(kind, *size))
+    theirs = gpu_peers.add_to_faiss(codes.cpu().numpy(), codes.device)
+    if theirs is None:
+        pytest.skip(f"needs a faiss that knows GPUs, there is {gpu_peers.faiss_version() or 'none'}")
+    for k in (1, 100, gpu_peers.FAISS_MOST):
+        assert gpu_peers.agrees(theirs.search(queries, k), ops.hamming_topk(queries, codes, k))
 
 
 @pytest.mark.parametrize("code_bytes", [145, 577, 1153, 8192])
