@@ -7,7 +7,9 @@ TORCH ?= torch torchvision
 DATA ?= digits
 # of make fuzz
 SECONDS ?= 60
-# of make gpu-bench-hamming
+# of make gpu-soak, gpu-bench-hamming and gpu-bench, after which no measurement is begun. gpu-bench gives half of them to
+# the search, a quarter to the kernels, a tenth to their CUDA graphs, and the rest to whole networks. With the setup, which
+# takes two minutes on 16 cores, and what the last measurements and the starts of the programs take, 6 are less than ten.
 MINUTES ?= 6
 
 BIN := .venv/bin
@@ -21,8 +23,10 @@ SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048 or (
 # The name of the GPU, for the files of results.
 GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
 
+share = $(shell awk 'BEGIN { print $(MINUTES) * $(1) }')
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full fuzz gpu-test gpu-sanitize gpu-bench gpu-bench-hamming bench lint clean
+.PHONY: help setup demo test test-full fuzz gpu-test gpu-soak gpu-sanitize gpu-bench gpu-bench-hamming gpu-profile bench lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,19 +73,27 @@ gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
 	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
 
+gpu-soak: $(READY)  ## MINUTES=6 of random operations on an index on the GPU, each compared with the CPU's, bit for bit
+	$(BIN)/python -m tests.soak --device cuda --minutes $(MINUTES)
+
 bench: $(READY)  ## the pytest-benchmark cases, timed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
-gpu-bench: gpu-bench-hamming  ## everything measured on a GPU: search, kernels, networks; rows in benchmarks/results
-	$(BIN)/python -m benchmarks kernels --device cuda --layout contiguous --layout channels_last \
-		--output benchmarks/results/kernels-$(GPU).jsonl
-	$(BIN)/python -m benchmarks kernels --device cuda --cuda-graphs --output benchmarks/results/kernels-$(GPU)-graphs.jsonl
-	for network in resnet18 resnet50; do for attention in simam triplet; do \
-		$(BIN)/python -m benchmarks model $$network --attention $$attention --device cuda --batch 128 --dtype bfloat16 \
-			--layout channels_last --steps 20 --output benchmarks/results/model-$(GPU).jsonl || exit 1; done; done
+# Networks are not compiled here: each takes a minute until it runs, and `kernels` compiles every layer.
+gpu-bench: $(READY)  ## on a GPU, for MINUTES=6: search, kernels, networks, the important ones first; benchmarks/results
+	$(BIN)/python -m benchmarks hamming-gpu --minutes $(call share,0.5) --output benchmarks/results/hamming-gpu-$(GPU).jsonl
+	$(BIN)/python -m benchmarks kernels --minutes $(call share,0.25) --device cuda --seconds 0.5 \
+		--layout contiguous --layout channels_last --output benchmarks/results/kernels-$(GPU).jsonl
+	$(BIN)/python -m benchmarks kernels --minutes $(call share,0.1) --device cuda --seconds 0.5 --cuda-graphs \
+		--output benchmarks/results/kernels-$(GPU)-graphs.jsonl
+	$(BIN)/python -m benchmarks model resnet50 resnet18 --minutes $(call share,0.15) --device cuda --steps 20 --no-compile \
+		--attention triplet --attention simam --batch 128 --dtype bfloat16 --layout channels_last \
+		--output benchmarks/results/model-$(GPU).jsonl
+	$(BIN)/python -m benchmarks report
+
+gpu-profile: $(READY)  ## on a GPU: where the time of each op goes, kernel by kernel; traces in build/profile
 	for op in simam triplet_attention greedy_sign pack_bits hamming_topk; do \
 		$(BIN)/python -m benchmarks profile $$op --device cuda --output build/profile || exit 1; done
-	$(BIN)/python -m benchmarks report
 
 gpu-bench-hamming: $(READY)  ## the search alone, for MINUTES=6 at most, the important measurements first
 	$(BIN)/python -m benchmarks hamming-gpu --minutes $(MINUTES) --output benchmarks/results/hamming-gpu-$(GPU).jsonl

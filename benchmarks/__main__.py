@@ -29,6 +29,7 @@ app = command_line("Numbers of hashengine beside its peers', measured in the sam
 IMAGES = Path(__file__).parents[2] / "shared" / "data"  # beside the repository
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")]
+Minutes = Annotated[float, typer.Option(min=0, help="After which no measurement is begun.")]
 Output = Annotated[Path | None, typer.Option(help="Append the results to this file, a JSON object a line.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every system; default: all cores.")]
 
@@ -91,7 +92,7 @@ def hamming(
 @app.command()
 def hamming_gpu(
     device: Device = "cuda",
-    minutes: Annotated[float, typer.Option(min=0, help="After which no measurement is begun.")] = 6.0,
+    minutes: Minutes = 6.0,
     shrink: Annotated[int, typer.Option(min=1, help="Divides the numbers of codes and queries, to try it.")] = 1,
     output: Output = None,
 ) -> None:
@@ -144,6 +145,7 @@ def kernels(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile, too.")] = True,
     cuda_graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs: no launch costs, for any system.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="About how long each table row may take.")] = 1.5,
+    minutes: Minutes = math.inf,
     output: Output = None,
 ) -> None:
     """Every op, forward and forward + backward, beside eager torch, torch.compile and a copy of the tensor."""
@@ -164,6 +166,7 @@ def kernels(
         compiled=compiled,
         cuda_graphs=cuda_graphs,
         seconds=min(seconds, 0.2) if quick else seconds,
+        minutes=minutes,
         output=output,
     )
 
@@ -199,8 +202,14 @@ def profile(
 
 @app.command()
 def model(
-    name: Annotated[str, typer.Argument(help="A torchvision model that attention can be attached to.")] = "resnet18",
-    attention: Annotated[Attention, typer.Option(help="What is put into every block.")] = Attention.triplet,
+    name: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models of torchvision that attention can be attached to. Default: resnet18."),
+    ] = None,
+    attention: Annotated[
+        list[Attention] | None,
+        typer.Option(help="What is put into every block; may be repeated. Default: triplet."),
+    ] = None,
     mode: Annotated[list[Mode] | None, typer.Option(help="Default: both.")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     size: Annotated[int, typer.Option(min=32, help="Pixels of a side.")] = 224,
@@ -210,12 +219,13 @@ def model(
     threads: Threads = None,
     steps: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system steps.")] = 5,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile, too.")] = True,
+    minutes: Minutes = math.inf,
     output: Output = None,
 ) -> None:
     """Images a second of a network without attention, and with it: eager, compiled, fused."""
     model_benchmark.run(
-        name=name,
-        attention=attention,
+        names=name or ["resnet18"],
+        attentions=attention or [Attention.triplet],
         modes=mode or list(Mode),
         batch=batch,
         size=size,
@@ -225,6 +235,7 @@ def model(
         threads=threads,
         steps=steps,
         compiled=compiled,
+        minutes=minutes,
         output=output,
     )
 

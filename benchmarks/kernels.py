@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import itertools
 import math
 import os
 import statistics
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.accuracy import inaccuracy
 from benchmarks.cases import FORWARD_BACKWARD, OPS, Op, build, make_call
-from benchmarks.harness import append_results, describe_machine, find_device, median_ratio
+from benchmarks.harness import append_results, begun_within, describe_machine, find_device, median_ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.shapes import Model, Workload, workloads
 from benchmarks.timing import Clock, capture_graph, keep_freed_memory, make_clock, time_calls
@@ -159,9 +160,12 @@ def measure(
 def run(
     *, ops: list[str], models: list[Model] | None, batches: list[int] | None, shape: tuple[int, ...] | None,
     dtypes: list[Dtype], layouts: list[Layout], device: str, threads: int | None, quick: bool, compiled: bool,
-    cuda_graphs: bool, seconds: float, output: Path | None,
+    cuda_graphs: bool, seconds: float, minutes: float, output: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Verify, measure, print the tables, append to ``output`` case by case; ends with what was wrong, or the rows."""
+    """Verify, measure, print the tables, append to ``output`` case by case; ends with what was wrong, or the rows.
+
+    After ``minutes`` no case is begun. The ops take turns, each with its largest batches first.
+    """
     on = find_device(device)
     if cuda_graphs and on.type != "cuda":
         raise InputError(f"cuda-graphs needs --device cuda, got {device}")
@@ -170,19 +174,24 @@ def run(
     clock = make_clock(on)
     if on.type == "cpu":
         keep_freed_memory()
-    plan = [
-        (name, workload, dtype, layout)
+    plans = [
+        [
+            (name, workload, dtype, layout)
+            for workload in _workloads(OPS[name], models, batches, shape, gpu=on.type == "cuda", quick=quick)
+            for dtype in dtypes
+            for layout in (layouts if len(workload.shape) == 4 else layouts[:1])
+        ]
         for name in ops
-        for workload in _workloads(OPS[name], models, batches, shape, gpu=on.type == "cuda", quick=quick)
-        for dtype in dtypes
-        for layout in (layouts if len(workload.shape) == 4 else layouts[:1])
     ]
+    plan = [case for turn in itertools.zip_longest(*plans) for case in turn if case is not None]
     if not plan:
         raise InputError(f"no op of {ops} is put into {[model.value for model in models or []]}; see --model")
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"{report.machine_line(machine)}; each answer verified against float64")
     rows, wrong = [], []
-    for name, workload, dtype, layout in tqdm(plan, unit="case", disable=None, leave=False):
+    for name, workload, dtype, layout in tqdm(
+        begun_within(minutes, plan), total=len(plan), unit="case", disable=None, leave=False
+    ):
         try:
             measured = measure(
                 name, workload, dtype, layout, clock, on, compiled=compiled, cuda_graphs=cuda_graphs, seconds=seconds
@@ -194,6 +203,7 @@ def run(
         rows += measured
         if output is not None:
             append_results(output, measured)
+    rows.sort(key=lambda row: ops.index(row["op"]))
     console.print(_table(rows))
     if any(row["models"] for row in rows):
         console.print(_geometric_table(rows))
@@ -210,7 +220,9 @@ def _workloads(
         return [Workload(shape)]
     chosen = [model for model in op.models if models is None or model in models]
     found = workloads(chosen, batches, gpu=gpu)
-    return sorted(found, key=lambda workload: math.prod(workload.shape))[:1] if quick else found
+    if quick:
+        return sorted(found, key=lambda workload: math.prod(workload.shape))[:1]
+    return sorted(found, key=lambda workload: -workload.shape[0])
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import itertools
 import os
 import statistics
 import sys
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks import eager, report
 from benchmarks.accuracy import inaccuracy
-from benchmarks.harness import append_results, describe_machine, find_device, median_ratio
+from benchmarks.harness import append_results, begun_within, describe_machine, find_device, median_ratio
 from benchmarks.kernels import Dtype, Layout
 from benchmarks.memory import peak_bytes
-from benchmarks.timing import make_clock, time_calls
+from benchmarks.timing import Clock, make_clock, time_calls
 from hashengine import InputError
 from hashengine import nn as fused
 
@@ -119,42 +120,65 @@ def make_step(model: nn.Module, images: Tensor, mode: Mode, dtype: Dtype) -> Cal
 
 
 def run(
-    *, name: str, attention: Attention, modes: list[Mode], batch: int, size: int, dtype: Dtype, layout: Layout,
-    device: str, threads: int | None, steps: int, compiled: bool, output: Path | None,
+    *, names: list[str], attentions: list[Attention], modes: list[Mode], batch: int, size: int, dtype: Dtype,
+    layout: Layout, device: str, threads: int | None, steps: int, compiled: bool, minutes: float, output: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Verify, measure, print the table, append to ``output``; returns the rows."""
+    """Verify, measure, print a table and append to ``output`` mode by mode; returns the rows.
+
+    After ``minutes`` no mode of a network is begun.
+    """
     on = find_device(device)
     if dtype is Dtype.float16:
         raise InputError("dtype must be float32 or bfloat16 (by autocast), got float16")
     torch.set_num_threads(threads or os.cpu_count() or 1)
     memory_format = torch.channels_last if layout is Layout.channels_last else torch.contiguous_format
-    models = {
-        system: model.to(on, memory_format=memory_format)
-        for system, model in make_models(name, attention, compiled=compiled).items()
-    }
     images = torch.randn(batch, 3, size, size, device=on).contiguous(memory_format=memory_format)
-    verify(models, images[:2])
     clock = make_clock(on)
-    machine = describe_machine(on) | {"benchmark": "model", "model": name, "attention": attention.value}
+    machine = describe_machine(on) | {"benchmark": "model"}
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(report.machine_line(machine))
-    table = Table("pass", "system", "images/s", f"% of {PLAIN}", "MB at the peak")
-    table.title = f"{name}, {attention.value}, {batch} x 3 x {size} x {size}, {dtype.value}, {layout.value}"
-    rows = []
-    for mode in modes:
-        calls = {system: make_step(model, images, mode, dtype) for system, model in models.items()}
-        rounds = time_calls(calls, clock, cold=False, seconds=0.0, rounds=(steps, steps))
-        seconds = {system: [statistics.median(burst) for burst in bursts] for system, bursts in rounds.items()}
-        for system, times in seconds.items():
-            row = {"pass": mode.value, "system": system, "batch": batch, "size": size, "dtype": dtype.value}
-            row |= {"layout": layout.value, "seconds": times, "images_per_second": batch / statistics.median(times)}
-            row |= {"of_plain": median_ratio(seconds[PLAIN], times), "peak_bytes": peak_bytes(calls[system], on)}
-            rows.append(machine | row)
-            table.add_row(
-                mode.value, system, f"{row['images_per_second']:,.1f}", f"{100 * row['of_plain']:.0f}",
-                f"{row['peak_bytes'] / 1e6:,.0f}",
-            )  # fmt: skip
-    console.print(table)
-    if output is not None:
-        append_results(output, rows)
+    rows, models, made = [], {}, None
+    for name, attention, mode in begun_within(minutes, list(itertools.product(names, attentions, modes))):
+        if made != (name, attention):
+            models.clear()  # the last network's memory, before the next one takes its own
+            made_here = make_models(name, attention, compiled=compiled)
+            models |= {system: model.to(on, memory_format=memory_format) for system, model in made_here.items()}
+            verify(models, images[:2])
+            made = name, attention
+        of_mode = _measure(models, images, mode, dtype, clock, steps)
+        shape = " x ".join(map(str, images.shape))
+        console.print(f"{name}, {attention.value}, {shape}, {dtype.value}, {layout.value}: {mode.value}")
+        console.print(_table(of_mode))
+        what = machine | {"model": name, "attention": attention.value, "layout": layout.value}
+        of_mode = [what | row for row in of_mode]
+        if output is not None:
+            append_results(output, of_mode)
+        rows += of_mode
     return rows
+
+
+def _measure(
+    models: dict[str, nn.Module], images: Tensor, mode: Mode, dtype: Dtype, clock: Clock, steps: int
+) -> list[dict[str, Any]]:
+    """A row for each system."""
+    calls = {system: make_step(model, images, mode, dtype) for system, model in models.items()}
+    rounds = time_calls(calls, clock, cold=False, seconds=0.0, rounds=(steps, steps))
+    seconds = {system: [statistics.median(burst) for burst in bursts] for system, bursts in rounds.items()}
+    return [
+        {
+            "pass": mode.value, "system": system, "batch": len(images), "size": images.shape[2], "dtype": dtype.value,
+            "seconds": times, "images_per_second": len(images) / statistics.median(times),
+            "of_plain": median_ratio(seconds[PLAIN], times), "peak_bytes": peak_bytes(calls[system], images.device),
+        }
+        for system, times in seconds.items()
+    ]  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("system", "images/s", f"% of {PLAIN}", "MB at the peak")
+    for row in rows:
+        table.add_row(
+            row["system"], f"{row['images_per_second']:,.1f}", f"{100 * row['of_plain']:.0f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+        )  # fmt: skip
+    return table

@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import model, report
+from benchmarks import harness, model, report
 from tests.test_benchmarks import invoke, read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,20 @@ def test_model_counts_images(tmp_path):
         assert each["images_per_second"] == pytest.approx(2 / each["seconds"][0])
         assert each["peak_bytes"] > 0
     assert rows[0]["of_plain"] == 1
+
+
+def test_networks_follow_each_other_as_long_as_there_is_time(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    clock, output = iter([0, 0, 0, 0, 61]), tmp_path / "model.jsonl"
+    monkeypatch.setattr(harness, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(model, "time_calls", lambda calls, *_, **__: dict.fromkeys(calls, [[1.0]]))
+    monkeypatch.setattr(model, "peak_bytes", lambda call, device: 0)
+    options = ["--batch", 2, "--size", 32, "--no-compile", "--minutes", 1, "--output", output]
+    printed = invoke("model", "resnet18", "resnet34", "--attention", "simam", "--attention", "none", *options)
+    assert "stopped after 1 minutes, without 5 of 8 measurements" in printed
+    rows = {(row["model"], row["attention"], row["pass"]): row["layout"] for row in read_lines(output)}
+    measured = [("simam", "training"), ("simam", "inference"), ("none", "training")]
+    assert rows == {("resnet18", *each): "contiguous" for each in measured}
 
 
 def test_a_wrong_network_is_not_timed():

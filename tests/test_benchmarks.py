@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import cases, codes, eager, kernels, memory, shapes, systems, timing
+from benchmarks import cases, codes, eager, harness, kernels, memory, shapes, systems, timing
 from benchmarks.__main__ import app
 from hashengine import ops
 from tests.layouts import feature_map
@@ -139,6 +139,20 @@ def test_kernels_prints_the_tables_and_keeps_every_number(tmp_path, monkeypatch)
         )
         assert row["peak_bytes"]["fused"] >= math.prod(shape) / 8
     assert set(rows[0]["speedup"]) == {"copy", "eager", "compile"}
+
+
+def test_ops_take_turns_with_their_largest_batches_first_as_long_as_there_is_time(monkeypatch):
+    clock, asked = iter([0, 0, 0, 0, 0, 61]), []
+    monkeypatch.setattr(harness, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(kernels, "measure", lambda op, workload, *_, **__: asked.append((op, *workload.shape)) or [])
+    options = ["--op", "simam", "--op", "pack_bits", "--model", "resnet18", "--model", "head", "--minutes", 1]
+    assert "stopped after 1 minutes, without 13 of 17 measurements" in invoke("kernels", *options)
+    assert asked == [
+        ("simam", 32, 64, 56, 56),
+        ("pack_bits", 65536, 16),
+        ("simam", 32, 128, 28, 28),
+        ("pack_bits", 65536, 64),
+    ]
 
 
 @pytest.mark.parametrize(
