@@ -8,8 +8,8 @@ DATA ?= digits
 # of make fuzz
 SECONDS ?= 60
 # of make gpu-soak, gpu-bench-hamming and gpu-bench, after which no measurement is begun. gpu-bench gives half of them to
-# the search, a quarter to the kernels, a tenth to their CUDA graphs, and the rest to whole networks. With the setup, which
-# takes two minutes on 16 cores, and what the last measurements and the starts of the programs take, 6 are less than ten.
+# the search, a quarter to the kernels, a tenth to their CUDA graphs, and the rest to whole networks. 6 are to leave enough
+# of ten minutes for the setup, two on 16 cores, for the starts of five programs, and for the last measurement of each.
 MINUTES ?= 6
 
 BIN := .venv/bin

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from benchmarks.codes import rare_bits
-from hashengine import HammingIndex
+from hashengine import HammingIndex, InputError
 from hashengine.index import _codes, _parts
 from tests.hamming_levels import make_codes
 
@@ -246,7 +246,7 @@ def run(devices: list[str], *, seconds: float, seed: int, most_codes: int = MOST
     """A summary; ends with the seed and the step of the first difference."""
     start, steps, seeds, lengths, most = time.monotonic(), 0, 0, set(), 0
     covered: Counter[str] = Counter()
-    while time.monotonic() < start + seconds:
+    while seeds == 0 or time.monotonic() < start + seconds:
         with tempfile.TemporaryDirectory() as folder:
             life = Life(devices, seed + seeds, most_codes, Path(folder), covered)
             with life.short_parts():
@@ -279,8 +279,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of the first index; default: another each time")
     given = parser.parse_args()
     seed = random.randrange(1 << 31) if given.seed is None else given.seed
+    devices = given.device.split(",")
+    try:
+        HammingIndex(8, devices)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
     print(f"seed {seed}", flush=True)
-    print(run(given.device.split(","), seconds=60 * given.minutes, seed=seed))
+    print(run(devices, seconds=60 * given.minutes, seed=seed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The native Hamming ops on a GPU against those on the CPU, bit for bit, and against FAISS; skipped where there is none.
+"""The native Hamming ops on a GPU, against the CPU's, bit for bit, and against FAISS; skipped where there is none.
 
 The kernels' logic is proved without a GPU, in test_cuda_hamming_counting and its neighbours; here stands what only a
 device shows.

@@ -37,6 +37,15 @@ def test_what_is_wrong_is_told_with_the_seed_that_shows_it_again(monkeypatch, ca
     assert told(int(seed)) == (where, what)
 
 
+def test_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["soak", "--device", "cpu", "--minutes", "0", "--seed", "7"])
+    soak.main()
+    assert capsys.readouterr().out.startswith("seed 7\n1 steps of 1 indexes on cpu in 0 s")
+    monkeypatch.setattr("sys.argv", ["soak", "--device", "tpu9"])
+    with pytest.raises(SystemExit, match="error: device must be 'cpu', .* got 'tpu9'"):
+        soak.main()
+
+
 def test_every_placement_is_named_once():
     assert soak.placements(["cuda"]) == [
         {"device": ["cuda"], "streamed": False},
