@@ -66,6 +66,7 @@ fuzz: $(READY)  ## SECONDS=60 of a fuzzer on the readers of files, under Address
 
 gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
 	$(BIN)/python -m pytest $(GPU_TESTS)
+	$(BIN)/python -m pytest tests/test_cuda_hamming_topk.py -k gpu
 
 # Racecheck looks at shared memory, and every access costs a hundred: it takes the small cases only.
 gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck, synccheck

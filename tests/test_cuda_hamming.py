@@ -22,6 +22,8 @@ KINDS = ["random", "clustered", "duplicate"]
 FILTERS = ["none", "shared", "own", "few"]
 # (bytes, codes, queries)
 SIZES = [(1, 1, 1), (3, 70, 3), (8, 20_001, 9), (8, 300_000, 1), (16, 5000, 40), (33, 1000, 5), (128, 3000, 17)]
+# Beyond what is selected from directly, with as many queries as every scan takes, of every length.
+SCANNED_SIZES = [(8, 30_001, 300), (12, 9001, 70), (32, 20_003, 100), (64, 9001, 70), (128, 9001, 130), (200, 9001, 5)]
 FAISS_SIZES = [(8, 20_001, 9), (16, 5000, 300), (128, 9000, 17)]
 MOST_SELECTED = 4096  # beyond this k a ranking is made by counting
 
@@ -55,7 +57,7 @@ def check(op, *arguments, **options) -> None:
 
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES + SCANNED_SIZES, ids=str)
 def test_topk_equals_the_cpu(size, kind, filter):
     code_bytes, count, query_count = size
     queries, codes = make(kind, *size)

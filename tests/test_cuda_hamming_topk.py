@@ -1,4 +1,4 @@
-"""The top-k search's kernels without a GPU: the emulation of CUDA's execution model runs them on the host.
+"""The top-k search's kernels, in the emulation of CUDA's execution model on the host and, where there is one, on a GPU.
 
 A scan that lost a candidate would still give the right answer, as the selection looks at all codes where candidates are
 missing; so every step is tested by itself, too, and that the selection had no need to.
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from emulation.harness import FORWARD, SCHEDULES, array, load_emulation
+from emulation.harness import FORWARD, SCHEDULES, Host, array, load_emulation
+from emulation.on_gpu import load_on_gpu
 
 from tests.hamming_levels import all_distances, assert_same, make_codes, make_filter, nearest
 
@@ -22,9 +23,9 @@ POISON = -7
 NO_BOUND = 2**31 - 1  # as k: candidates never are so many that they lower a limit
 
 
-@pytest.fixture(scope="module")
-def emulation():
-    return load_emulation()
+@pytest.fixture(scope="module", params=[load_emulation, load_on_gpu], ids=["emulation", "gpu"])
+def machine(request):
+    return request.param()
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Search:
 
     @property
     def arguments(self) -> tuple:
-        return (*self._rows, self.sizes, self._bitmap)
+        return (*self._rows, Host(self.sizes), self._bitmap)
 
     def keys(self) -> np.ndarray:
         """uint64 [queries, codes]; the largest number where the filter leaves a code out."""
@@ -63,18 +64,19 @@ class Search:
         return self.bits << self.position_bits | len(self.codes) - 1
 
 
-def topk(emulation, search: Search, k: int, capability: int = 90, schedule: int = FORWARD):
+def topk(machine, search: Search, k: int, capability: int = 90, schedule: int = FORWARD):
     """The answer, and how many queries the selection took from all codes though there were candidates."""
     queries = len(search.queries)
     distances = torch.full((queries, k), POISON, dtype=torch.int32)
     positions = torch.full((queries, k), POISON)
-    workspace = emulation.workspace("hamming_topk", search.sizes, k, capability=capability)
+    workspace = machine.workspace("hamming_topk", Host(search.sizes), k, capability=capability)
     arguments = (*search.arguments, k, distances, positions, workspace)
-    emulation.call("hamming_topk", *arguments, capability=capability, schedule=schedule)
+    machine.call("hamming_topk", *arguments, capability=capability, schedule=schedule)
     misled = 0
     if workspace.numel():
-        counts, capacity = torch.full((queries,), POISON, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        emulation.call("hamming_topk_counts", search.sizes, k, workspace, counts, capacity)
+        place, capacity = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+        machine.call("hamming_topk_counts", Host(search.sizes), k, Host(place), Host(capacity))
+        counts = workspace[int(place) : int(place) + 4 * queries].view(torch.int32)
         found = len(search.codes) if search.filter is None else torch.from_numpy(np.asarray(search.filter.sum(-1)))
         enough = torch.as_tensor(found).clamp(max=k)
         misled = int(((counts > capacity) | (counts < enough)).sum())
@@ -96,27 +98,27 @@ def make_search(kind: str, count: int, bits: int, queries: int, seed: int = 0, *
 @pytest.mark.parametrize("bits", [8, 64, 200])
 @pytest.mark.parametrize("queries", [1, 5, 67])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_topk(emulation, capability, queries, bits, kind):
+def test_topk(machine, capability, queries, bits, kind):
     search = make_search(kind, 9001, bits, queries)
-    got, misled = topk(emulation, search, 50, capability)
+    got, misled = topk(machine, search, 50, capability)
     assert_same(got, nearest(search.queries, search.codes, 50))
     assert misled == 0
 
 
 @pytest.mark.parametrize("count", [1, 31, 33, 1000, 8192])
 @pytest.mark.parametrize("bits", [8, 24, 64, 264])
-def test_small_databases(emulation, bits, count):
+def test_small_databases(machine, bits, count):
     search = make_search("clustered", count, bits, 3)
     for k in sorted({1, count // 2 + 1, min(count, 4096)}):
-        got, _ = topk(emulation, search, k)
+        got, _ = topk(machine, search, k)
         assert_same(got, nearest(search.queries, search.codes, k))
 
 
 @pytest.mark.parametrize("k", [1, 2, 1000, 4096])
 @pytest.mark.parametrize("queries", [2, 65])
-def test_k(emulation, queries, k):
+def test_k(machine, queries, k):
     search = make_search("random", 20011, 64, queries)
-    got, misled = topk(emulation, search, k)
+    got, misled = topk(machine, search, k)
     assert_same(got, nearest(search.queries, search.codes, k))
     assert misled == 0
 
@@ -124,43 +126,43 @@ def test_k(emulation, queries, k):
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("share", [0.5, 0.02, 0.001, 0.0])
 @pytest.mark.parametrize("queries", [1, 66])
-def test_filters(emulation, queries, share, own):
+def test_filters(machine, queries, share, own):
     search = make_search("clustered", 9003, 64, queries)
     search = Search(search.queries, search.codes, make_filter(np.random.default_rng(1), 9003, queries, share, own))
-    got, misled = topk(emulation, search, 20)
+    got, misled = topk(machine, search, 20)
     assert_same(got, nearest(search.queries, search.codes, 20, search.filter))
     assert misled == 0
 
 
 @pytest.mark.parametrize("order", ["best first", "best last"])
 @pytest.mark.parametrize("queries", [1, 64])
-def test_adverse_orders(emulation, queries, order):
+def test_adverse_orders(machine, queries, order):
     search = make_search("random", 10007, 64, queries)
     search.queries[:] = search.queries[0]
     ranks = np.argsort(all_distances(search.queries[:1], search.codes)[0], kind="stable")
     search = Search(search.queries, search.codes[ranks if order == "best first" else ranks[::-1]])
-    got, misled = topk(emulation, search, 100)
+    got, misled = topk(machine, search, 100)
     assert_same(got, nearest(search.queries, search.codes, 100))
     assert misled == 0
 
 
 @pytest.mark.parametrize("bits, queries", [(64, 3), (64, 70), (72, 70), (128, 70)])
-def test_rows_that_are_not_aligned(emulation, bits, queries):
+def test_rows_that_are_not_aligned(machine, bits, queries):
     search = make_search("clustered", 8500, bits, queries, offset=1)
-    got, misled = topk(emulation, search, 10)
+    got, misled = topk(machine, search, 10)
     assert_same(got, nearest(search.queries, search.codes, 10))
     assert misled == 0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("queries", [1, 3, 64])
-def test_the_order_of_threads_changes_nothing(emulation, queries, schedule):
+def test_the_order_of_threads_changes_nothing(machine, queries, schedule):
     search = make_search("clustered", 8300, 64, queries)
-    got, _ = topk(emulation, search, 30, schedule=schedule)
+    got, _ = topk(machine, search, 30, schedule=schedule)
     assert_same(got, nearest(search.queries, search.codes, 30))
 
 
-def test_sparse_codes(emulation):
+def test_sparse_codes(machine):
     """Fingerprints: few ones, in queries fewer than the distance to their nearest."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (9000, 32), dtype=np.uint8)
@@ -168,28 +170,28 @@ def test_sparse_codes(emulation):
         codes &= rng.integers(0, 256, codes.shape, dtype=np.uint8)
     queries = codes[:70] & rng.integers(0, 256, (70, 32), dtype=np.uint8)
     queries[0], queries[1] = 0, 255
-    got, misled = topk(emulation, Search(queries, codes), 40)
+    got, misled = topk(machine, Search(queries, codes), 40)
     assert_same(got, nearest(queries, codes, 40))
     assert misled == 0
 
 
-def test_codes_that_the_sample_hides(emulation):
+def test_codes_that_the_sample_hides(machine):
     """A period of the codes that the sample cannot miss by design, and one query in 64 that finds it misleading."""
     search = make_search("random", 9000, 64, 4)
     search.codes[::2] = search.codes[:1]
     search = Search(search.queries, search.codes)
-    got, misled = topk(emulation, search, 64)
+    got, misled = topk(machine, search, 64)
     assert_same(got, nearest(search.queries, search.codes, 64))
     assert misled == 0
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-def test_batches_of_queries(emulation, own):
+def test_batches_of_queries(machine, own):
     search = make_search("clustered", 8400, 64, 7)
     search = Search(search.queries, search.codes, make_filter(np.random.default_rng(5), 8400, 7, 0.5, own))
     distances, positions = torch.full((7, 12), POISON, dtype=torch.int32), torch.full((7, 12), POISON)
-    workspace = emulation.workspace("hamming_topk", search.sizes, 12)
-    emulation.call("hamming_topk_in_batches", *search.arguments, 12, 3, distances, positions, workspace)
+    workspace = machine.workspace("hamming_topk", Host(search.sizes), 12)
+    machine.call("hamming_topk_in_batches", *search.arguments, 12, 3, distances, positions, workspace)
     assert_same((distances, positions), nearest(search.queries, search.codes, 12, search.filter))
 
 
@@ -211,7 +213,7 @@ def sampled_positions(samples: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("queries", [1, 11, 40])
 @pytest.mark.parametrize("share", [None, 0.5, 0.01])
-def test_limits(emulation, share, queries, kind):
+def test_limits(machine, share, queries, kind):
     """A limit is the key of the rank that was asked for, among the sampled codes that may be found."""
     search = make_search(kind, 5001, 64, queries)
     if share is not None:
@@ -221,14 +223,14 @@ def test_limits(emulation, share, queries, kind):
         limits, counts = array(queries, torch.int64), array(queries, torch.int32)
         nearer = array(queries * STEPS, torch.int32)
         arguments = (*search.arguments, samples, rank, limits, counts, nearer, search.position_bits)
-        emulation.call("hamming_limits", *arguments)
+        machine.call("hamming_limits", *arguments)
         sampled = np.sort(keys[:, sampled_positions(samples, 5001)], axis=1)[:, rank - 1]
         expected = np.where(sampled == ~np.uint64(0), np.uint64(search.everything), sampled)
         np.testing.assert_array_equal(limits.numpy().view(np.uint64), expected)
         assert not counts.any() and not nearer.any()
 
 
-def scan(emulation, name: str, search: Search, limits: np.ndarray, k: int, capacity: int, schedule: int = FORWARD):
+def scan(machine, name: str, search: Search, limits: np.ndarray, k: int, capacity: int, schedule: int = FORWARD):
     """The candidates' keys of each query, sorted, and how many there were."""
     queries = len(search.queries)
     keys = torch.full((queries, capacity), POISON)
@@ -236,7 +238,7 @@ def scan(emulation, name: str, search: Search, limits: np.ndarray, k: int, capac
     nearer = array(queries * STEPS, torch.int32).fill_(0)
     placed = torch.from_numpy(limits.astype(np.uint64).view(np.int64))
     arguments = (*search.arguments, keys, placed, counts, nearer, capacity, k, search.position_bits)
-    emulation.call("hamming_scan", SCANS[name], *arguments, schedule=schedule)
+    machine.call("hamming_scan", SCANS[name], *arguments, schedule=schedule)
     kept = [row[: min(int(count), capacity)] for row, count in zip(keys, counts, strict=True)]
     return [np.sort(row.numpy().view(np.uint64)) for row in kept], counts.numpy()
 
@@ -255,24 +257,24 @@ def draw_limits(search: Search, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("bits", [8, 32, 40, 64, 72, 128, 200, 256, 512, 1024])
 @pytest.mark.parametrize("name", SCANS)
-def test_a_scan_takes_what_is_within_the_limit(emulation, name, bits, kind):
+def test_a_scan_takes_what_is_within_the_limit(machine, name, bits, kind):
     queries, count = 9, 1501
     search = make_search(kind, count, bits, queries, seed=bits)
     limits = draw_limits(search)
-    found, counts = scan(emulation, name, search, limits, NO_BOUND, count)
+    found, counts = scan(machine, name, search, limits, NO_BOUND, count)
     for keys, limit, got, number in zip(search.keys(), limits, found, counts, strict=True):
         np.testing.assert_array_equal(got, np.sort(keys[keys <= limit]))
         assert number == len(got)
 
 
 @pytest.mark.parametrize("name, queries", [("popcount", 300), ("mma", 1100), ("wgmma", 600)])
-def test_a_scan_of_many_queries(emulation, name, queries):
+def test_a_scan_of_many_queries(machine, name, queries):
     """More than a block's group, with a filter, and buffers too small for some."""
     count, capacity = 700, 20
     search = make_search("clustered", count, 64, queries)
     search = Search(search.queries, search.codes, make_filter(np.random.default_rng(3), count, queries, 0.5, True))
     limits = draw_limits(search)
-    found, counts = scan(emulation, name, search, limits, NO_BOUND, capacity)
+    found, counts = scan(machine, name, search, limits, NO_BOUND, capacity)
     for keys, limit, got, number in zip(search.keys(), limits, found, counts, strict=True):
         within = keys[keys <= limit]
         assert number == len(within) and len(got) == min(number, capacity)
@@ -282,12 +284,12 @@ def test_a_scan_of_many_queries(emulation, name, queries):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("name", SCANS)
-def test_what_a_scan_has_found_bounds_what_it_looks_for(emulation, name, kind, schedule):
+def test_what_a_scan_has_found_bounds_what_it_looks_for(machine, name, kind, schedule):
     """The k nearest are among the candidates, whatever has been left out; and on the way limits do shrink."""
     queries, count, k = 66, 12_000, 8
     search = make_search(kind, count, 64, queries)
     keys = np.sort(search.keys(), axis=1)
-    found, _ = scan(emulation, name, search, keys[:, count // 10], k, count, schedule)
+    found, _ = scan(machine, name, search, keys[:, count // 10], k, count, schedule)
     for row, got in zip(keys, found, strict=True):
         assert len(np.unique(got)) == len(got) and (got <= row[count // 10]).all()
         assert np.isin(row[:k], got).all()
@@ -296,7 +298,7 @@ def test_what_a_scan_has_found_bounds_what_it_looks_for(emulation, name, kind, s
 
 
 @pytest.mark.parametrize("k, size", [(1, 1), (1, 900), (7, 7), (64, 900), (700, 900), (900, 900)])
-def test_selection(emulation, k, size):
+def test_selection(machine, k, size):
     """From candidates in any order: too few of them, too many, or as many as there are."""
     queries, count = 5, 2000
     search = make_search("clustered", count, 64, queries)
@@ -311,11 +313,11 @@ def test_selection(emulation, k, size):
     placed = [torch.from_numpy(values.view(np.int64).copy()) for values in (buffer, limits)]
     distances, positions = torch.zeros((queries, k), dtype=torch.int32), torch.zeros((queries, k), dtype=torch.int64)
     arguments = (*search.arguments, *placed, counts, size, k, search.position_bits, distances, positions)
-    emulation.call("hamming_select", *arguments)
+    machine.call("hamming_select", *arguments)
     assert_same((distances, positions), nearest(search.queries, search.codes, k))
 
 
-def test_selection_of_fewer_than_k(emulation):
+def test_selection_of_fewer_than_k(machine):
     """Where the limit is everything, few candidates are all that the filter leaves."""
     search = make_search("random", 3000, 64, 2)
     search = Search(search.queries, search.codes, np.arange(3000) % 1000 == 5)
@@ -324,5 +326,5 @@ def test_selection_of_fewer_than_k(emulation):
     limits = torch.full((2,), search.everything)
     distances, positions = torch.zeros((2, 9), dtype=torch.int32), torch.zeros((2, 9), dtype=torch.int64)
     arguments = (*search.arguments, placed, limits, torch.full((2,), 3, dtype=torch.int32), 3, 9)
-    emulation.call("hamming_select", *arguments, search.position_bits, distances, positions)
+    machine.call("hamming_select", *arguments, search.position_bits, distances, positions)
     assert_same((distances, positions), nearest(search.queries, search.codes, 9, search.filter))

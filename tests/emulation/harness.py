@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ class Emulation:
         self.library.emulation_set_schedule(schedule)
         self.library.emulation_set_capability(capability)
         self.library.emulation_set_first_block(ctypes.c_uint64(first_block))
-        getattr(self.library, function)(*map(_to_c, arguments))
+        getattr(self.library, function)(*map(to_c, arguments))
         if error := self.library.emulation_take_error().decode():
             raise RuntimeError(error)
 
@@ -95,10 +96,19 @@ class Emulation:
         self.library.emulation_set_capability(capability)
         function = getattr(self.library, f"workspace_bytes_of_{op}")
         function.restype = ctypes.c_int64
-        return array(function(*map(_to_c, arguments)), torch.uint8)
+        return array(function(*map(to_c, arguments)), torch.uint8)
 
 
-def _to_c(argument):
+@dataclass(frozen=True)
+class Host:
+    """Memory that a launcher itself reads or writes, and not its kernels."""
+
+    tensor: torch.Tensor
+
+
+def to_c(argument):
+    if isinstance(argument, Host):
+        argument = argument.tensor
     if argument is None or isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr() if argument is not None else None)
     if isinstance(argument, torch.dtype):

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "hamming_topk.h"
 
 using namespace hashengine;
@@ -33,12 +31,12 @@ void hamming_topk_in_batches(const uint8_t* queries, const uint8_t* codes, const
   launch_hamming_topk(search, plan, distances, positions, workspace, nullptr);
 }
 
-// How many candidates the queries of the last batch had that were in the workspace, and how many fit.
-void hamming_topk_counts(const int64_t* sizes, int64_t k, void* workspace, unsigned* counts, int64_t* capacity) {
-  const HammingSearch search = search_of(nullptr, nullptr, sizes, nullptr);
-  const HammingTopkPlan plan(search, k);
-  std::copy_n(plan.candidates(workspace).counts, std::min(plan.batch, search.query_count), counts);
-  *capacity = plan.capacity;
+// Where in the workspace it stands how many candidates the queries had, and how many fit.
+void hamming_topk_counts(const int64_t* sizes, int64_t k, int64_t* place, int64_t* capacity) {
+  const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k);
+  const Candidates candidates = plan.candidates(nullptr);
+  *place = reinterpret_cast<intptr_t>(candidates.counts);
+  *capacity = candidates.capacity;
 }
 
 // The steps alone. The arrays are those of Candidates.
