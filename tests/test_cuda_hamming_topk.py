@@ -198,16 +198,16 @@ def test_batches_of_queries(machine, own):
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
-def mix(x: int) -> int:
-    mask = 2**64 - 1
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-    return x ^ x >> 31
+def hash32(x: int) -> int:
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
 
 
 def sampled_positions(samples: int, count: int) -> np.ndarray:
-    edges = [i * count // samples for i in range(samples + 1)]
-    return np.array([edges[i] + mix(i) % (edges[i + 1] - edges[i]) for i in range(samples)])
+    length = (count << 30) // samples
+    edges = [i * length >> 30 for i in range(samples + 1)]
+    return np.array([edges[i] + (hash32(i) * (edges[i + 1] - edges[i]) >> 32) for i in range(samples)])
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])

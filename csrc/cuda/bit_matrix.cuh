@@ -54,7 +54,13 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
 // columns, all in units of 16 bytes (PTX, matrix descriptor of wgmma; no swizzle).
 __device__ __forceinline__ uint64_t column_tile(const uint32_t* tile) {
   constexpr uint64_t kSteps = uint64_t{128 / 16} << 16 | uint64_t{256 / 16} << 32;
-  return kSteps | (__cvta_generic_to_shared(tile) & 0x3ffff) >> 4;
+  uint32_t begin = static_cast<uint32_t>(__cvta_generic_to_shared(tile) & 0x3ffff) >> 4;
+  asm volatile("" : "+r"(begin));  // else the compiler works it out again before each instruction
+  return kSteps | begin;
+}
+// The tile that is so many behind.
+__device__ __forceinline__ uint64_t tile_behind(uint64_t tile, int tiles) {
+  return tile + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16);
 }
 
 // What threads have stored in shared memory is there for the matrix unit after this and a barrier.
@@ -80,6 +86,9 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
   emulation::mma_and_popcount(sums, rows, columns, before);
 }
 __device__ __forceinline__ const uint32_t* column_tile(const uint32_t* tile) { return tile; }
+__device__ __forceinline__ const uint32_t* tile_behind(const uint32_t* tile, int tiles) {
+  return tile + tiles * (kColumnTileBytes / 4);
+}
 __device__ __forceinline__ void publish_to_matrix_unit() {}
 template <size_t kCount>
 __device__ __forceinline__ void hold_registers(uint32_t (&)[kCount]) {}

@@ -13,7 +13,7 @@
 // not fit in shared memory, those of codes of more than 9,208 bits or 4,600 with labels, are the result's own, in global
 // memory: there an increment costs little beside the distance.
 //
-// Limits. 2^31 blocks, and 2^32 codes a chunk, which is 2^45 codes.
+// Limits. 2^31 blocks, and 2^31 codes a chunk.
 
 #include <algorithm>
 
@@ -25,6 +25,7 @@ namespace hashengine {
 namespace {
 
 constexpr int64_t kMinChunkCodes = 4096;
+constexpr int64_t kMaxChunkCodes = int64_t{1} << 31;  // all may lie at one distance, whose counter has 32 bits
 constexpr int64_t kEnoughBlocks = 1 << 13;  // several waves on any GPU
 
 __device__ __forceinline__ bool is_relevant(const HammingLabels& labels, int64_t query, int64_t position) {
@@ -88,7 +89,8 @@ void launch_hamming_count(const HammingSearch& search, const HammingLabels* labe
   with_queries_of_a_block(search.query_count, counter_bytes, [&](auto queries) {
     constexpr int kQueries = decltype(queries)::value;
     const int64_t groups = ceil_div<int64_t>(search.query_count, kQueries);
-    const int64_t chunk_codes = std::max(kMinChunkCodes, ceil_div(search.code_count, ceil_div(kEnoughBlocks, groups)));
+    const int64_t chunk_codes = std::clamp(ceil_div(search.code_count, ceil_div(kEnoughBlocks, groups)), kMinChunkCodes,
+                                           kMaxChunkCodes);
     const bool in_shared = kQueries * counter_bytes <= kCounterBytes;
     const LaunchShape shape = {groups * ceil_div(search.code_count, chunk_codes), kCountThreads,
                                QueryBlock<kQueries>::bytes(search.code_bytes) + in_shared * kQueries * counter_bytes};

@@ -6,10 +6,10 @@
 // sections of the sample and walking through one of them.
 //
 // Traffic. A sample is read twice for up to eight queries, a 32-byte sector a code: with 16,384 codes 128 KB a query from
-// the L2 cache. About ten instructions and an atomic in shared memory a distance of 64 bits.
+// the L2 cache. About ten instructions and an atomic in shared memory a distance of 64 bits. A block of one query, which
+// is as fast as memory answers, keeps the distances and reads the sample once, eight codes a thread under way.
 //
-// Launch. 512 threads a block, a block for up to eight queries, as few as keep every multiprocessor busy. Where there are
-// no more queries than multiprocessors, a block for each, with a smaller sample that its threads keep in registers.
+// Launch. 512 threads a block, a block for one query or up to eight, as few as keep every multiprocessor busy.
 //
 // Limits. Distances below HammingSample::kMaxBins.
 
@@ -26,17 +26,27 @@ constexpr int kBlockThreads = 512;
 constexpr int kMaxQueries = 8;  // a block of many
 constexpr int kSections = HammingSample::kSections;
 
-__device__ __forceinline__ uint64_t mix(uint64_t x) {  // the finaliser of SplitMix64 (Steele, Lea, Flood, 2014)
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-  return x ^ x >> 31;
-}
+// The samples, each drawn from a stretch of the codes of its own. Divisions of 64 bits would take longer than the distances
+// do, so the stretches' length is a fixed-point number, `1 << kFraction` a code.
+struct Stretches {
+  static constexpr int kFraction = 30;  // with 2^32 codes or fewer no product overflows
 
-// The code that stands for stretch `index` of `count`; codes * count < 2^62.
-__device__ __forceinline__ int64_t sampled_position(int64_t index, int64_t count, int64_t codes) {
-  const int64_t begin = index * codes / count, end = (index + 1) * codes / count;
-  return begin + static_cast<int64_t>(mix(static_cast<uint64_t>(index)) % static_cast<uint64_t>(end - begin));
-}
+  int count;
+  uint64_t length;
+
+  Stretches(int64_t count, int64_t codes)
+      : count(static_cast<int>(count)), length(static_cast<uint64_t>((codes << kFraction) / count)) {}
+
+  __device__ __forceinline__ int64_t position(int index) const {
+    uint32_t hash = static_cast<uint32_t>(index);  // the finaliser of MurmurHash3 (Appleby)
+    hash = (hash ^ hash >> 16) * 0x85ebca6bu;
+    hash = (hash ^ hash >> 13) * 0xc2b2ae35u;
+    hash ^= hash >> 16;
+    const uint64_t begin = static_cast<uint64_t>(index) * length, end = begin + length;
+    const auto width = static_cast<uint32_t>((end >> kFraction) - (begin >> kFraction));
+    return static_cast<int64_t>((begin >> kFraction) + (static_cast<uint64_t>(hash) * width >> 32));
+  }
+};
 
 // Where the running sum of `counts` reaches `rank`, and what is left of the rank there; a whole warp calls. The index is
 // `count` where the sum does not get so far.
@@ -65,155 +75,145 @@ __device__ __forceinline__ Reached reach(const unsigned* counts, int count, int6
 }
 
 // Calls visit(query, sample, distance) for each sampled code that the block's queries may find. Their words are in shared
-// memory, [words][kMaxQueries].
-template <typename Visit>
-__device__ __forceinline__ void visit_sample(const DeviceSearch& search, int64_t samples, int64_t first_query,
+// memory, [words][kQueries]. Several codes at once, as each is a line of memory of its own.
+template <int kQueries, typename Visit>
+__device__ __forceinline__ void visit_sample(const DeviceSearch& search, const Stretches& stretches, int64_t first_query,
                                              int queries, const uint32_t* query_words, Visit visit) {
-  for (int64_t i = threadIdx.x; i < samples; i += kBlockThreads) {
-    const int64_t position = sampled_position(i, samples, search.codes.count);
-    int distances[kMaxQueries] = {};
-    for (int word = 0; word < search.codes.words(); ++word) {
-      const uint32_t code = search.codes.word(position, word);
+  constexpr int kCodes = kQueries == 1 ? 8 : 2;
+  for (int first = threadIdx.x; first < stretches.count; first += kCodes * kBlockThreads) {
+    int64_t positions[kCodes];
+    int distances[kCodes][kQueries] = {};
 #pragma unroll
-      for (int q = 0; q < kMaxQueries; ++q) distances[q] += __popc(code ^ query_words[word * kMaxQueries + q]);
+    for (int c = 0; c < kCodes; ++c)
+      positions[c] = stretches.position(min(first + c * kBlockThreads, stretches.count - 1));
+    for (int word = 0; word < search.codes.words(); ++word) {
+      uint32_t codes[kCodes];
+      if (search.codes.has_whole_words) {
+#pragma unroll
+        for (int c = 0; c < kCodes; ++c) codes[c] = search.codes.whole_word(positions[c], word);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kCodes; ++c) codes[c] = search.codes.word(positions[c], word);
+      }
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) {
+        const uint32_t of_query = query_words[word * kQueries + q];
+#pragma unroll
+        for (int c = 0; c < kCodes; ++c) distances[c][q] += __popc(codes[c] ^ of_query);
+      }
     }
 #pragma unroll
-    for (int q = 0; q < kMaxQueries; ++q)
-      if (q < queries && search.may_find(first_query + q, position)) visit(q, i, distances[q]);
+    for (int c = 0; c < kCodes; ++c) {
+      const int sample = first + c * kBlockThreads;
+      if (sample >= stretches.count) break;
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q)
+        if (q < queries && search.may_find(first_query + q, positions[c])) visit(q, sample, distances[c][q]);
+    }
   }
 }
 
-// Where the `rank`-th code of that distance in a section is; a whole warp calls.
-__device__ __forceinline__ int64_t find_tie(const DeviceSearch& search, int64_t samples, int64_t query, int section,
-                                            int64_t rank, int distance) {
-  const int64_t size = samples / kSections, begin = section * size;
-  for (int64_t i = begin; i < begin + size; i += kWarpThreads) {
-    const int64_t index = i + threadIdx.x % kWarpThreads;
-    const int64_t position = sampled_position(min(index, begin + size - 1), samples, search.codes.count);
-    unsigned ties = __ballot_sync(kWholeWarp, index < begin + size && search.may_find(query, position) &&
-                                                  search.distance(query, position) == distance);
+// Which sample of a section is the `rank`-th for which is_tie(sample); a whole warp calls.
+template <typename IsTie>
+__device__ __forceinline__ int find_tie(int section, int size, int64_t rank, IsTie is_tie) {
+  const int begin = section * size, end = begin + size;
+  for (int first = begin; first < end; first += kWarpThreads) {
+    const int sample = first + static_cast<int>(threadIdx.x % kWarpThreads);
+    unsigned ties = __ballot_sync(kWholeWarp, sample < end && is_tie(sample));
     if (rank > __popc(ties)) {
       rank -= __popc(ties);
       continue;
     }
     for (; rank > 1; --rank) ties &= ties - 1;
-    return __shfl_sync(kWholeWarp, position, __ffs(static_cast<int>(ties)) - 1);
+    return first + __ffs(static_cast<int>(ties)) - 1;
   }
-  return search.codes.count - 1;  // not reached: the section holds as many
+  return end - 1;  // not reached: the section holds as many
 }
 
-// A query's limit, once its samples have been counted by distance and, at the distance that `nearest` tells, by section; by a
-// whole warp.
-__device__ __forceinline__ void set_limit(const DeviceSearch& search, const HammingSample& sample,
-                                          const Candidates& candidates, int64_t query, const Reached& nearest,
-                                          const unsigned* ties) {
-  uint64_t limit = candidates.layout.key(search.bits(), search.codes.count - 1);  // all codes, if so few may be found
-  if (nearest.index <= search.bits()) {
-    const Reached section = reach(ties, kSections, nearest.rank);
-    const int64_t position = find_tie(search, sample.count, query, section.index, section.rank, nearest.index);
-    limit = candidates.layout.key(nearest.index, position);
-  }
-  const int lane = static_cast<int>(threadIdx.x % kWarpThreads);
-  if (lane < Candidates::kSteps) candidates.nearer[query * Candidates::kSteps + lane] = 0;
-  if (lane == 0) {
-    candidates.limits[query] = limit;
-    candidates.counts[query] = 0;
-  }
-}
+constexpr uint16_t kNotFound = 0xffff;  // in place of a distance
 
+template <int kQueries>
 __global__ void __launch_bounds__(kBlockThreads, 2)
-    limits_kernel(DeviceSearch search, HammingSample sample, Candidates candidates, int queries_a_block) {
-  __shared__ unsigned ties[kMaxQueries][kSections];
-  __shared__ int distances[kMaxQueries];
+    limits_kernel(DeviceSearch search, Stretches stretches, int64_t rank, Candidates candidates, int queries_a_block) {
+  constexpr bool kKeeps = kQueries == 1;  // the distances, so that the sample is read once
+  __shared__ unsigned ties[kQueries][kSections];
+  __shared__ int distances[kQueries];
   auto* query_words = dynamic_shared<uint32_t>();
-  uint32_t* const histograms = query_words + search.codes.words() * kMaxQueries;  // [queries_a_block][bins]
+  uint32_t* const histograms = query_words + search.codes.words() * kQueries;  // [queries_a_block][bins]
   wait_for_last_kernel();  // which lets the scan's blocks come
   const int bins = search.bits() + 1;
+  auto* const kept = reinterpret_cast<uint16_t*>(histograms + queries_a_block * bins);  // [samples]
   const int64_t first = static_cast<int64_t>(blockIdx.x) * queries_a_block;
   const int queries = static_cast<int>(min(static_cast<int64_t>(queries_a_block), search.queries.count - first));
   const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
+  const int section_size = stretches.count / kSections;
 
-  for (int i = threadIdx.x; i < search.codes.words() * kMaxQueries; i += kBlockThreads)
-    query_words[i] = i % kMaxQueries < queries ? search.queries.word(first + i % kMaxQueries, i / kMaxQueries) : 0;
+  for (int i = threadIdx.x; i < search.codes.words() * kQueries; i += kBlockThreads)
+    query_words[i] = i % kQueries < queries ? search.queries.word(first + i % kQueries, i / kQueries) : 0;
   for (int i = threadIdx.x; i < queries * bins; i += kBlockThreads) histograms[i] = 0;
   for (int i = threadIdx.x; i < queries * kSections; i += kBlockThreads) ties[i / kSections][i % kSections] = 0;
+  for (int i = threadIdx.x; i < queries * Candidates::kSteps; i += kBlockThreads)
+    candidates.nearer[first * Candidates::kSteps + i] = 0;
+  if constexpr (kKeeps)
+    for (int i = threadIdx.x; i < stretches.count; i += kBlockThreads) kept[i] = kNotFound;
   __syncthreads();
-  visit_sample(search, sample.count, first, queries, query_words,
-               [&](int q, int64_t, int distance) { atomicAdd(&histograms[q * bins + distance], 1u); });
+  visit_sample<kQueries>(search, stretches, first, queries, query_words, [&](int q, int sample, int distance) {
+    atomicAdd(&histograms[q * bins + distance], 1u);
+    if constexpr (kKeeps) kept[sample] = static_cast<uint16_t>(distance);
+  });
   __syncthreads();
   Reached nearest{};
   if (warp < queries) {
-    nearest = reach(histograms + warp * bins, bins, sample.rank);
+    nearest = reach(histograms + warp * bins, bins, rank);
     if (threadIdx.x % kWarpThreads == 0) distances[warp] = nearest.index;
   }
   __syncthreads();
-  visit_sample(search, sample.count, first, queries, query_words, [&](int q, int64_t i, int distance) {
-    if (distance == distances[q]) atomicAdd(&ties[q][i * kSections / sample.count], 1u);
-  });
+  if constexpr (kKeeps) {
+    for (int i = threadIdx.x; i < stretches.count; i += kBlockThreads)
+      if (kept[i] == distances[0]) atomicAdd(&ties[0][i / section_size], 1u);
+  } else {
+    visit_sample<kQueries>(search, stretches, first, queries, query_words, [&](int q, int sample, int distance) {
+      if (distance == distances[q]) atomicAdd(&ties[q][sample / section_size], 1u);
+    });
+  }
   __syncthreads();
-  if (warp < queries) set_limit(search, sample, candidates, first + warp, nearest, ties[warp]);
-}
+  if (warp >= queries) return;
 
-// A block a query, whose sample each thread reads at once and keeps: a single query waits for memory three times.
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    limit_kernel(DeviceSearch search, HammingSample sample, Candidates candidates) {
-  constexpr int kKept = HammingSample::kMaxCountOfFew / kBlockThreads;
-  __shared__ unsigned ties[kSections];
-  __shared__ int tied_distance;
-  auto* histogram = dynamic_shared<unsigned>();
-  wait_for_last_kernel();
-  const int bins = search.bits() + 1;
-  const int64_t query = blockIdx.x;
-
-  int64_t positions[kKept];
-  int distances[kKept] = {};
-#pragma unroll
-  for (int i = 0; i < kKept; ++i)
-    positions[i] = sampled_position(min(static_cast<int64_t>(i * kBlockThreads + threadIdx.x), sample.count - 1),
-                                    sample.count, search.codes.count);
-  for (int word = 0; word < search.codes.words(); ++word) {
-    const uint32_t query_word = search.queries.word(query, word);
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) distances[i] += __popc(search.codes.word(positions[i], word) ^ query_word);
+  const int64_t query = first + warp;
+  uint64_t limit = candidates.layout.key(search.bits(), search.codes.count - 1);  // all codes, if so few may be found
+  if (nearest.index < bins) {
+    const Reached section = reach(ties[warp], kSections, nearest.rank);
+    const int sample = find_tie(section.index, section_size, section.rank, [&](int sample) {
+      if constexpr (kKeeps) {
+        return kept[sample] == nearest.index;
+      } else {
+        const int64_t position = stretches.position(sample);
+        return search.may_find(query, position) && search.distance(query, position) == nearest.index;
+      }
+    });
+    limit = candidates.layout.key(nearest.index, stretches.position(sample));
   }
-  for (int i = threadIdx.x; i < bins; i += kBlockThreads) histogram[i] = 0;
-  if (threadIdx.x < kSections) ties[threadIdx.x] = 0;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    if (i * kBlockThreads + threadIdx.x >= sample.count || !search.may_find(query, positions[i])) distances[i] = -1;
-    if (distances[i] >= 0) atomicAdd(&histogram[distances[i]], 1u);
+  if (threadIdx.x % kWarpThreads == 0) {
+    candidates.limits[query] = limit;
+    candidates.counts[query] = 0;
   }
-  __syncthreads();
-  Reached nearest{};
-  if (threadIdx.x < kWarpThreads) {
-    nearest = reach(histogram, bins, sample.rank);
-    if (threadIdx.x == 0) tied_distance = nearest.index;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kKept; ++i)
-    if (distances[i] == tied_distance)
-      atomicAdd(&ties[(i * kBlockThreads + threadIdx.x) * kSections / sample.count], 1u);
-  __syncthreads();
-  if (threadIdx.x < kWarpThreads) set_limit(search, sample, candidates, query, nearest, ties);
 }
 
 }  // namespace
 
 void launch_hamming_limits(const HammingSearch& search, const HammingSample& sample, const Candidates& candidates,
                            cudaStream_t stream) {
-  const int64_t bins = 8 * search.code_bytes + 1, words = ceil_div<int64_t>(search.code_bytes, 4);
-  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  if (search.query_count <= multiprocessors && sample.count <= HammingSample::kMaxCountOfFew) {
-    const LaunchShape shape{search.query_count, kBlockThreads, bins * int64_t{sizeof(unsigned)}};
-    return launch(limit_kernel, shape, stream, DeviceSearch(search), sample, candidates);
-  }
+  const int64_t bins = 8 * search.code_bytes + 1;
   const int64_t most = std::min<int64_t>(kMaxQueries, HammingSample::kMaxBins / bins);
-  const int64_t queries_a_block = std::clamp<int64_t>(search.query_count / multiprocessors, 1, most);
+  const int64_t busy = ceil_div(search.query_count, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t queries_a_block = std::clamp<int64_t>(busy, 1, most);
+  const int64_t unrolled = queries_a_block == 1 ? 1 : kMaxQueries;
+  const int64_t words = ceil_div<int64_t>(search.code_bytes, 4);
   const LaunchShape shape{ceil_div(search.query_count, queries_a_block), kBlockThreads,
-                          (words * kMaxQueries + queries_a_block * bins) * int64_t{sizeof(uint32_t)}};
-  launch(limits_kernel, shape, stream, DeviceSearch(search), sample, candidates, static_cast<int>(queries_a_block));
+                          (words * unrolled + queries_a_block * bins) * int64_t{sizeof(uint32_t)} +
+                              (unrolled == 1 ? sample.count * int64_t{sizeof(uint16_t)} : 0)};
+  launch(unrolled == 1 ? limits_kernel<1> : limits_kernel<kMaxQueries>, shape, stream, DeviceSearch(search),
+         Stretches(sample.count, search.code_count), sample.rank, candidates, static_cast<int>(queries_a_block));
 }
 
 }  // namespace hashengine

@@ -27,6 +27,8 @@ namespace {
 
 constexpr int kWarpgroupCodes = 64;
 constexpr int64_t kColumnBytes = 192 << 10;  // of a group's queries, their distances beside them
+// Core matrices of 128 bytes begin at multiples of that: PTX promises no more for other places than for these.
+constexpr int64_t kColumnAlignment = 128;
 
 // Rows of four slices and more take more registers than a third of the multiprocessor's has beside 128 sums; and as many
 // instructions to a sum keep the matrix unit busy with two warpgroups.
@@ -44,21 +46,36 @@ constexpr int64_t kLargestPiece = 64 * kRoundCodes<kWords>;
 template <int kWords>
 constexpr int kTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSliceWords;
 
-// Brings the columns to the limits of codes from `first` on.
+// Brings the columns to the limits of codes from `first` on. A thread asks for the limits of several queries at once, as
+// each answer takes as long as a warpgroup's comparison of 256 queries.
 template <int kWords>
 __device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
                                                int64_t first_query, int queries, int tiles, int64_t first,
                                                uint32_t* columns, int16_t* largest) {
-  for (int q = threadIdx.x; q < tiles * kWgmmaColumns; q += kBlockThreads<kWords>) {
-    const int64_t query = first_query + q;
-    const int now = q < queries ? candidates.largest_distance(query, first) : -1;
-    if (now == largest[q]) continue;
-    largest[q] = static_cast<int16_t>(now);
-    const auto column = BitRows<kWords>::column(search.queries, min(query, search.queries.count - 1), now);
-    for (int word = 0; word < BitRows<kWords>::kRowWords; ++word) {
-      const int slice = q / kWgmmaColumns * BitRows<kWords>::kSlices + word / kSliceWords;
-      columns[slice * kWgmmaColumns * kSliceWords + column_word(q % kWgmmaColumns, word % kSliceWords)] =
-          column.word(search.queries, query, word);
+  constexpr int kAtOnce = 4, kThreads = kBlockThreads<kWords>;
+  const int places = tiles * kWgmmaColumns;
+  for (int begin = threadIdx.x; begin < places; begin += kAtOnce * kThreads) {
+    int now[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int q = begin + i * kThreads;
+      now[i] = candidates.largest_distance(first_query + min(q, queries - 1), first);
+      if (q >= queries) now[i] = -1;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int q = begin + i * kThreads;
+      if (q >= places) break;
+      const int of_query = i == 0 ? now[0] : i == 1 ? now[1] : i == 2 ? now[2] : now[3];
+      if (of_query == largest[q]) continue;
+      largest[q] = static_cast<int16_t>(of_query);
+      const int64_t query = first_query + min(q, queries - 1);
+      const auto column = BitRows<kWords>::column(search.queries, query, of_query);
+      for (int word = 0; word < BitRows<kWords>::kRowWords; ++word) {
+        const int slice = q / kWgmmaColumns * BitRows<kWords>::kSlices + word / kSliceWords;
+        columns[slice * kWgmmaColumns * kSliceWords + column_word(q % kWgmmaColumns, word % kSliceWords)] =
+            column.word(search.queries, query, word);
+      }
     }
   }
   publish_to_matrix_unit();
@@ -105,9 +122,9 @@ __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const 
 }
 
 // Compares a warp's 16 codes from `first` on, its share of the warpgroup's 64, with all columns.
-template <int kWords>
+template <int kWords, typename Tile>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
-                                        int tiles, const uint32_t* columns,
+                                        int tiles, Tile first_tile,
                                         uint32_t (&rows)[BitRows<kWords>::kBuilt][4], int64_t first, int64_t end,
                                         uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
   using Rows = BitRows<kWords>;
@@ -122,9 +139,8 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     wgmma_begin();
 #pragma unroll
     for (int slice = 0; slice < Rows::kSlices; ++slice)
-      wgmma_and_popcount(
-          sums, slice < Rows::kBuilt ? rows[slice] : ones,
-          column_tile(columns + (tile * Rows::kSlices + slice) * kWgmmaColumns * kSliceWords), slice != 0);
+      wgmma_and_popcount(sums, slice < Rows::kBuilt ? rows[slice] : ones,
+                         tile_behind(first_tile, tile * Rows::kSlices + slice), slice != 0);
     wgmma_wait(sums);
     hold_rows();
     const bool is_any = queue_passing<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns,
@@ -141,7 +157,9 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
   constexpr int kMaxQueries = kColumnBytes / (4 * Rows::kRowWords);
   __shared__ int16_t largest[kMaxQueries];
   __shared__ HitQueue queues[kBlockThreads<kWords> / 32];
+  static_assert(sizeof(largest) + sizeof(queues) <= kMostDeclaredBytes);
   auto* columns = dynamic_shared<uint32_t>();
+  columns += -reinterpret_cast<uintptr_t>(columns) % kColumnAlignment / sizeof(uint32_t);
   wait_for_last_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * tiles * kWgmmaColumns;
   const int queries =
@@ -151,7 +169,7 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
 
   for (int q = threadIdx.x; q < tiles * kWgmmaColumns; q += kBlockThreads<kWords>) largest[q] = -2;  // of no column yet
   if (lane == 0) queues[warp].count = 0;
-  uint32_t sums[kWgmmaSums] = {};
+  const auto first_tile = column_tile(columns);
   int64_t size = kFirstPiece<kWords>;
   for (int64_t piece = begin; piece < end; piece += size, size = min(2 * size, kLargestPiece<kWords>)) {
     __syncthreads();
@@ -159,13 +177,14 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
     __syncthreads();
     const int64_t piece_end = min(piece + size, end);
     // A warpgroup goes on as one, though its last warps may find no code of theirs.
+    uint32_t words[1][2][Rows::kLaneWords], sums[kWgmmaSums] = {};
+    Rows::load(search.codes, piece + warp / 4 * kWarpgroupCodes + warp % 4 * 16, piece_end, words);
     for (int64_t first = piece + warp / 4 * kWarpgroupCodes; first < piece_end; first += kRoundCodes<kWords>) {
       const int64_t own = first + warp % 4 * 16;
-      uint32_t words[1][2][Rows::kLaneWords], rows[Rows::kBuilt][4];
-      Rows::load(search.codes, own, piece_end, words);
+      uint32_t rows[Rows::kBuilt][4];
       Rows::build(words[0], rows);
-      compare<kWords>(search, candidates, first_query, tiles, columns, rows, own, piece_end, sums,
-                      queues[warp]);
+      Rows::load(search.codes, own + kRoundCodes<kWords>, piece_end, words);  // the next ones, while these are compared
+      compare<kWords>(search, candidates, first_query, tiles, first_tile, rows, own, piece_end, sums, queues[warp]);
     }
   }
   queues[warp].drain(search, candidates, 1);
@@ -180,8 +199,8 @@ void launch_wgmma(const HammingSearch& search, const Candidates& candidates, cud
   const int64_t tiles = ceil_div(all_tiles, groups);
   const int64_t stretches = std::max<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount) / groups, 1);
   const int64_t stretch = round_up(ceil_div(search.code_count, stretches), kRoundCodes<kWords>);
-  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads<kWords>, tiles * kTileBytes,
-                          1, true};
+  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads<kWords>,
+                          tiles * kTileBytes + kColumnAlignment, 1, true};
   launch(wgmma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
          static_cast<int>(tiles), stretch);
 }

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kMaxSelected = 4096;            // of a query: sorted in 32 KB of shared memory
 constexpr int64_t kSmallDatabase = 8192;          // codes
+constexpr int64_t kSmallK = 256;
 constexpr int64_t kMaxCandidateBytes = 512 << 20;
 
 enum class Scan { kPopcount, kMma, kWgmma };
@@ -42,14 +43,18 @@ HammingSearch part_of(HammingSearch search, int64_t first, int64_t count) {
 HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t k) : k(k) {
   layout.position_bits = bit_width(search.code_count - 1);
   const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t most = is_few ? HammingSample::kMaxCountOfFew : HammingSample::kMaxCount;
+  const int64_t most = is_few         ? HammingSample::kMaxCountOfFew
+                       : k <= kSmallK ? HammingSample::kMaxCountForSmallK
+                                      : HammingSample::kMaxCount;
   sample.count = std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections *
                  HammingSample::kSections;
   const double share = double(sample.count) / double(search.code_count), expected = double(k) * share;
   sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
   const double beyond = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
   capacity = std::min<int64_t>(int64_t(std::ceil(beyond / share)), search.code_count);
-  batch = std::clamp<int64_t>(kMaxCandidateBytes / (capacity * 8), 1, std::max<int64_t>(search.query_count, 1));
+  const int64_t queries = std::max<int64_t>(search.query_count, 1);
+  const int64_t most_at_once = std::max<int64_t>(kMaxCandidateBytes / (capacity * 8), 1);
+  batch = ceil_div(queries, ceil_div(queries, most_at_once));  // alike, as a few that are left over take long for so few
 }
 
 // The arrays, each a multiple of 16 bytes.

@@ -19,7 +19,9 @@ struct HammingSample {
 
   static constexpr int kSections = 64;
   static constexpr int kMaxCountOfFew = 4096;  // for a query that has a multiprocessor of its own
-  static constexpr int kMaxCount = 16384;
+  // For a small k a larger sample takes longer than it saves the scan, whose limits move anyway; for a large one it saves
+  // candidates, and the memory for them.
+  static constexpr int kMaxCountForSmallK = 8192, kMaxCount = 16384;
   static constexpr int kMaxBins = 8192;  // distances that are told apart: a histogram of them takes 32 KB
 };
 

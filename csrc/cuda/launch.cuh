@@ -28,6 +28,10 @@ struct LaunchShape {
   bool comes_early = false;
 };
 
+// A block gets 48 KB for nothing, and the kernel's own declarations count among them: of dynamic shared memory so much is
+// had without asking, beside 24 KB that a kernel may declare.
+constexpr int64_t kFreeSharedBytes = 24 << 10, kMostDeclaredBytes = 24 << 10;
+
 // Through the runtime's function and not through <<<>>>, so that any C++ compiler can read the file: the tests run the
 // kernels on the host (tests/emulation). A failure stays in cudaGetLastError for the binding to find.
 template <typename... Parameters, typename... Arguments>
@@ -50,9 +54,7 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
   }
-  // Up to 48 KB with what the kernel declares itself are had for nothing, and 8 blocks a cluster.
-  constexpr int64_t kFreeSharedBytes = 32 << 10;
-  constexpr int kPortableCluster = 8;
+  constexpr int kPortableCluster = 8;  // blocks, had without asking
   if (shape.shared_bytes > kFreeSharedBytes)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
   if (shape.cluster > kPortableCluster)
