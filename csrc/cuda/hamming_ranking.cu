@@ -34,6 +34,7 @@ constexpr int64_t kMinSegmentCodes = 1024;
 constexpr int64_t kBatchSegmentCodes = 8192;   // short enough for any number of queries
 constexpr int64_t kEnoughSegments = 1 << 15;   // over all queries: several waves of warps on any GPU
 constexpr int kSumWarps = 8, kPlaceWarps = 4;  // a block
+constexpr int kPlaceBlocks = 8;                // a multiprocessor
 constexpr int kFillThreads = 256;
 constexpr int64_t kFilledPlaces = 1 << 15;  // a block
 
@@ -209,7 +210,7 @@ struct NextPlaces {
 };
 
 template <bool kInShared>
-__global__ void __launch_bounds__(kPlaceWarps* kWarpThreads)
+__global__ void __launch_bounds__(kPlaceWarps* kWarpThreads, kPlaceBlocks)
     place_kernel(DeviceSearch search, Shares shares, const int64_t* lims, Results results) {
   constexpr int kCodes = kCodesAtOnce<1>;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kPlaceWarps + threadIdx.x / kWarpThreads;
