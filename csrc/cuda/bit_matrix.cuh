@@ -50,6 +50,18 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
 #endif
 }
 
+// The same of half as many bits, words t alone.
+__device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[2],
+                                                 const uint32_t (&columns)[1], const uint32_t (&before)[4]) {
+#if __CUDA_ARCH__ < 1000
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(columns[0]), "r"(before[0]), "r"(before[1]), "r"(before[2]), "r"(before[3]));
+#endif
+}
+
 // Bits 0-13: where the tile begins, 16-29: from one core matrix to the next along a column, 32-45: to the next eight
 // columns, all in units of 16 bytes (PTX, matrix descriptor of wgmma; no swizzle).
 __device__ __forceinline__ uint64_t column_tile(const uint32_t* tile) {
@@ -84,6 +96,11 @@ __device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) {
 __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[4],
                                                  const uint32_t (&columns)[2], const uint32_t (&before)[4]) {
   emulation::mma_and_popcount(sums, rows, columns, before);
+}
+__device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[2],
+                                                 const uint32_t (&columns)[1], const uint32_t (&before)[4]) {
+  const uint32_t whole_rows[4] = {rows[0], rows[1], 0, 0}, whole_columns[2] = {columns[0], 0};
+  emulation::mma_and_popcount(sums, whole_rows, whole_columns, before);
 }
 __device__ __forceinline__ const uint32_t* column_tile(const uint32_t* tile) { return tile; }
 __device__ __forceinline__ const uint32_t* tile_behind(const uint32_t* tile, int tiles) {

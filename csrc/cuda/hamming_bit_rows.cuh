@@ -1,7 +1,8 @@
-// Codes as rows and queries as columns of the 1-bit matrix instructions, so that one bit of a sum tells a candidate.
+// Codes as rows and queries as columns of `wgmma`, so that one bit of a sum tells a candidate.
 //
-// The instructions count bits of ANDs; a distance has to be made of those, and compared with each query's own limit T. Both
-// is done by bits that are multiplied along, in unary: n ones, then zeros.
+// The instruction counts bits of ANDs; a distance has to be made of those, and compared with each query's own limit T. Both
+// is done by bits that are multiplied along, in unary: n ones, then zeros. (Sums that begin with a number of the query's, as
+// those of `mma` do, would do without; here they would take a move each, as long as half of all that is done with them.)
 //
 // Codes of one or two words, 64 bits with their zeros, fit beside their complement in 256 bits: with the row [d, ~d, ones]
 // and the column [q, ~q, 64 + T ones] the sum is 64 - distance + 64 + T, and its bit 7 is set where distance <= T.

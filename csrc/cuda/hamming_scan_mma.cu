@@ -1,15 +1,17 @@
 // Candidates by `mma`: a warp compares 16 to 64 codes at a time, from registers, with every column of its block's queries.
 //
-// Idea. hamming_bit_rows.cuh makes the comparison with a query's limit one bit of a sum. Queries lie in shared memory in
-// the order in which lanes want them: 8 bytes a lane are eight columns, for all the warp's codes. A lane's sums of
-// eight columns are ORed; only where the bit is set the lane looks at them one by one.
+// Idea. With the row [d, ~d] and the column [q, ~q] of b bits each, zeros behind a code included, a sum counts what agrees:
+// b - distance. It begins with b + T, T the largest distance at which the query has candidates, so that the bit of the value
+// 2b is set where distance <= T. A limit that moves changes that beginning and nothing else. Of a column the lanes load q
+// and make ~q themselves. A lane's sums of eight columns are ORed; only where the bit is set the lane looks at them one by
+// one.
 //
-// Traffic. The codes are read once for up to 1,024 queries (of 128 bits or less; 32 KB of columns): 8 bytes a code at 64
-// bits. With 2 to 32 queries that read is the floor and the limit; with many the limit is the matrix unit, or on Hopper,
-// whose `mma` runs below the rate of `wgmma`, that.
+// Traffic. The codes are read once for up to 2,048 queries of 64 bits (16 KB of columns), 8 bytes a code. With 2 to 32
+// queries that read is the floor; for 32 queries of 64 bits about 120 instructions for 64 codes come near it. With many the
+// matrix unit is the limit, or on Hopper, whose `mma` runs below the rate of `wgmma`, that.
 //
 // Launch. 256 threads a block, each block a stretch of the codes and a group of queries. Of a stretch, a piece at a time,
-// each twice as long as the last: before each, columns are brought to what limits have become.
+// each twice as long as the last: before each, sums' beginnings are brought to what limits have become.
 //
 // Limits. Codes of at most 32 words; compute capability 8.0 to 9.0. For later ones the kernel is empty.
 
@@ -25,13 +27,18 @@ namespace {
 
 constexpr int kBlockThreads = 256;
 constexpr int kWarps = kBlockThreads / 32;
-constexpr int kColumnBytes = 32 << 10;          // of a group's queries
+constexpr int kColumnBytes = 16 << 10;  // of a group's queries
 constexpr int kBlocksAMultiprocessor = 4;
 // Codes, multiples of what a block's warps take at once.
 [[maybe_unused]] constexpr int64_t kFirstPiece = 4 * 64 * kWarps, kLargestPiece = 64 * 64 * kWarps;
 
+// A slice is what one instruction takes: four words of a code and their complements, or two of each.
 template <int kWords>
-constexpr int kMaxGroup = kColumnBytes / (4 * BitRows<kWords>::kRowWords);  // queries
+constexpr int kSlices = kWords == 2 ? 1 : kWords / 4;
+template <int kWords>
+constexpr int kSliceRows = kWords == 2 ? 2 : 4;  // words of a row pair that a lane holds
+template <int kWords>
+constexpr int kMaxGroup = kColumnBytes / (16 * kSlices<kWords>);  // queries
 
 // Tiles of 16 codes that a warp has in registers at once: as many as keep enough loads under way.
 template <int kWords>
@@ -43,76 +50,71 @@ using LaneWords = uint32_t[kTiles<kWords>][2][BitRows<kWords>::kLaneWords];
 
 template <int kWords>
 struct Rows {
-  uint32_t tiles[kTiles<kWords>][BitRows<kWords>::kBuilt][4];
+  uint32_t tiles[kTiles<kWords>][kSlices<kWords>][kSliceRows<kWords>];
 
   explicit __device__ __forceinline__ Rows(const LaneWords<kWords>& words) {
+    const uint32_t flip = kWords == 2 && threadIdx.x % 4 >= 2 ? ~0u : 0;  // of two words, lanes 2 and 3 have complements
 #pragma unroll
-    for (int i = 0; i < kTiles<kWords>; ++i) {
-      BitRows<kWords>::build(words[i], tiles[i]);
+    for (int tile = 0; tile < kTiles<kWords>; ++tile) {
 #pragma unroll
-      for (int slice = 0; slice < BitRows<kWords>::kBuilt; ++slice) hold_registers(tiles[i][slice]);
+      for (int slice = 0; slice < kSlices<kWords>; ++slice) {
+#pragma unroll
+        for (int i = 0; i < kSliceRows<kWords>; ++i)
+          tiles[tile][slice][i] = i < 2 ? words[tile][i][slice] ^ flip : ~words[tile][i - 2][slice];
+        hold_registers(tiles[tile][slice]);
+      }
     }
   }
 };
 
-// Columns of eight, slice by slice: lane 4g + t finds words t and t + 4 of column g side by side.
+// Columns of eight, slice by slice: lane 4g + t finds word t of column g.
 template <int kWords>
-__device__ __forceinline__ int word_place(int query, int word) {
-  const int slice = word / kSliceWords, lane = query % 8 * 4 + word % 4;
-  return ((query / 8 * BitRows<kWords>::kSlices + slice) * 32 + lane) * 2 + word % kSliceWords / 4;
-}
-
-// Brings the columns to the limits of codes from `first` on.
-template <int kWords>
-__device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
-                                               int64_t first_query, int queries, int group, int64_t first,
-                                               uint32_t* columns, int* largest) {
-  for (int q = threadIdx.x; q < group; q += kBlockThreads) {
-    const int64_t query = first_query + q;
-    const int now = q < queries ? candidates.largest_distance(query, first) : -1;
-    if (now == largest[q]) continue;
-    largest[q] = now;
-    const auto column = BitRows<kWords>::column(search.queries, min(query, search.queries.count - 1), now);
-    for (int word = 0; word < BitRows<kWords>::kRowWords; ++word)
-      columns[word_place<kWords>(q, word)] = column.word(search.queries, query, word);
+__device__ __forceinline__ void write_columns(const CodeRows& queries, int64_t first_query, int group,
+                                              uint32_t* columns) {
+  for (int i = threadIdx.x; i < group * kSlices<kWords> * 4; i += kBlockThreads) {
+    const int t = i % 4, q = i / 4 % 8 + i / (32 * kSlices<kWords>) * 8, slice = i / 32 % kSlices<kWords>;
+    const int word = kWords == 2 ? t % 2 : 4 * slice + t;
+    const int64_t query = min(first_query + q, queries.count - 1);
+    const uint32_t code = word < queries.words() ? queries.word(query, word) : 0;
+    columns[i] = kWords == 2 && t >= 2 ? ~code : code;
   }
 }
 
-// Compares the warp's codes, sixteen a tile, with all columns and offers what passes.
+// Compares the warp's codes, sixteen a tile, with all columns and queues what passes.
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
-                                        int group, const uint32_t* columns, const Rows<kWords>& rows, int64_t first,
-                                        int64_t end, HitQueue& queue) {
-  constexpr uint32_t kCandidateBit = BitRows<kWords>::kCandidateBit;
-  constexpr int kSlices = BitRows<kWords>::kSlices;
-  constexpr uint32_t kOnes[4] = {~0u, ~0u, ~0u, ~0u};
+                                        int group, const uint32_t* columns, const uint32_t* begin,
+                                        const Rows<kWords>& rows, int64_t first, int64_t end, HitQueue& queue) {
+  constexpr uint32_t kCandidateBit = 64 * kWords;
   const int lane = static_cast<int>(threadIdx.x % 32);
   bool is_any = false;
   for (int q = 0; q < group; q += 8) {
-    uint32_t sums[kTiles<kWords>][4] = {};
+    const uint2 pair = *reinterpret_cast<const uint2*>(begin + q + 2 * (lane % 4));
+    uint32_t begins[4] = {pair.x, pair.y, pair.x, pair.y}, sums[kTiles<kWords>][4];
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      const uint2 pair = *reinterpret_cast<const uint2*>(columns + ((q / 8 * kSlices + slice) * 32 + lane) * 2);
-      const uint32_t words[2] = {pair.x, pair.y};
+    for (int slice = 0; slice < kSlices<kWords>; ++slice) {
+      const uint32_t word = columns[(q / 8 * kSlices<kWords> + slice) * 32 + lane];
+      uint32_t column[kSliceRows<kWords> / 2];
+#pragma unroll
+      for (int i = 0; i < kSliceRows<kWords> / 2; ++i) column[i] = i == 0 ? word : ~word;
 #pragma unroll
       for (int tile = 0; tile < kTiles<kWords>; ++tile)
-        mma_and_popcount(sums[tile], slice < BitRows<kWords>::kBuilt ? rows.tiles[tile][slice] : kOnes, words,
-                         sums[tile]);
+        mma_and_popcount(sums[tile], rows.tiles[tile][slice], column, slice == 0 ? begins : sums[tile]);
     }
     uint32_t any = 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles<kWords>; ++tile)
       any = or3(or3(any, sums[tile][0], sums[tile][1]), sums[tile][2], sums[tile][3]);
-    unsigned passing = 0;
     if (any & kCandidateBit) {
+      unsigned passing = 0;
 #pragma unroll
       for (int i = 0; i < 4 * kTiles<kWords>; ++i)
         passing |= static_cast<unsigned>((sums[i / 4][i % 4] & kCandidateBit) != 0) << i;
-    }
-    for (; passing != 0; passing &= passing - 1) {
-      const int i = __ffs(static_cast<int>(passing)) - 1;
-      const int64_t position = first + i / 4 * 16 + row_of_sum(lane, i % 4);
-      if (position < end) queue.push(search, candidates, first_query + q + column_of_sum(lane, i % 4), position);
+      for (; passing != 0; passing &= passing - 1) {
+        const int i = __ffs(static_cast<int>(passing)) - 1;
+        const int64_t position = first + i / 4 * 16 + row_of_sum(lane, i % 4);
+        if (position < end) queue.push(search, candidates, first_query + q + column_of_sum(lane, i % 4), position);
+      }
       is_any = true;
     }
     __syncwarp();
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 3 : kWords <= 16 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
   constexpr int kWarpCodes = 16 * kTiles<kWords>;
   auto* columns = dynamic_shared<uint32_t>();
-  __shared__ int largest[kMaxGroup<kWords>];
+  __shared__ uint32_t begin_of[kMaxGroup<kWords>];  // of the sums of each query
   __shared__ HitQueue queues[kWarps];
   wait_for_last_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * group;
@@ -134,12 +136,13 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 3 : kWords <= 16 
   const int64_t begin = blockIdx.x / groups * stretch, end = min(begin + stretch, search.codes.count);
   const int warp = static_cast<int>(threadIdx.x / 32);
 
-  for (int q = threadIdx.x; q < group; q += kBlockThreads) largest[q] = -2;  // of no column yet
+  write_columns<kWords>(search.queries, first_query, group, columns);
   if (threadIdx.x % 32 == 0) queues[warp].count = 0;
   int64_t size = kFirstPiece;
   for (int64_t piece = begin; piece < end; piece += size, size = min(2 * size, kLargestPiece)) {
     __syncthreads();
-    update_columns<kWords>(search, candidates, first_query, queries, group, piece, columns, largest);
+    for (int q = threadIdx.x; q < group; q += kBlockThreads)
+      begin_of[q] = q < queries ? 32 * kWords + candidates.largest_distance(first_query + q, piece) : 0;
     __syncthreads();
     const int64_t piece_end = min(piece + size, end);
     LaneWords<kWords> words;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 3 : kWords <= 16 
       const Rows<kWords> rows(words);
       // The next ones come while these are compared.
       BitRows<kWords>::load(search.codes, first + kWarps * kWarpCodes, piece_end, words);
-      compare<kWords>(search, candidates, first_query, group, columns, rows, first, piece_end, queues[warp]);
+      compare<kWords>(search, candidates, first_query, group, columns, begin_of, rows, first, piece_end, queues[warp]);
     }
   }
   queues[warp].drain(search, candidates, 1);
@@ -162,7 +165,7 @@ void launch_mma(const HammingSearch& search, const Candidates& candidates, cudaS
   const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kBlocksAMultiprocessor;
   const int64_t stretch = round_up(ceil_div(search.code_count, std::max<int64_t>(wanted / groups, 1)), 64 * kWarps);
   const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads,
-                          group * BitRows<kWords>::kRowWords * 4, 1, true};
+                          group * kSlices<kWords> * 16, 1, true};
   launch(mma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
          static_cast<int>(group), stretch);
 }

@@ -55,8 +55,13 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
     early.val.programmaticStreamSerializationAllowed = 1;
   }
   constexpr int kPortableCluster = 8;  // blocks, had without asking
-  if (shape.shared_bytes > kFreeSharedBytes)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  if (shape.shared_bytes > kFreeSharedBytes) {
+    // All that there is, and not what this launch needs: another thread may be launching the same kernel with more.
+    cudaFuncAttributes declared{};
+    cudaFuncGetAttributes(&declared, kernel);
+    const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int64_t(declared.sharedSizeBytes);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+  }
   if (shape.cluster > kPortableCluster)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchKernelEx(&config, kernel, arguments...);
