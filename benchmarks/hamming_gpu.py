@@ -46,6 +46,7 @@ def suite() -> list[Step]:
     filtered = [Case(_M, 64, 10_000, 100, Task.filter, share=share) for share in (0.01, 0.5)]
     others = [Case(_M, 64, 10_000, 100, Task.range), Case(_M, 64, 10_000, None, Task.map)]
     hard = [Case(_M, 64, 10_000, 100, data=data) for data in (Data.equal, Data.best_last, Data.best_first)]
+    hard += [Case(1000, 64, 10_000, 10)]
     return [
         *((SEARCH, case) for case in (*large, *few)),
         *((LATENCY, case) for case in waits),

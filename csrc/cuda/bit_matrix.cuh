@@ -1,11 +1,11 @@
 // The 1-bit matrix instructions: popcounts of the ANDs of rows and columns of 256 bits (eight 32-bit words).
 //
-// A warp holds 16 rows: its lane 4g + t has words t and t + 4 of rows g and g + 8. With `mma` a warp holds 8 columns, too,
-// with `wgmma` four warps share 256 columns in shared memory. Either way lane 4g + t gets sums 4j .. 4j + 3 for rows g, g,
-// g + 8, g + 8 and columns 8j + 2t, 8j + 2t + 1, 8j + 2t, 8j + 2t + 1.
+// A warp holds 16 rows: its lane 4g + t has words t and t + 4 of rows g and g + 8. With `mma` a warp holds 8 columns,
+// too, with `wgmma` four warps share 256 columns in shared memory. Either way lane 4g + t gets sums 4j .. 4j + 3 for
+// rows g, g, g + 8, g + 8 and columns 8j + 2t, 8j + 2t + 1, 8j + 2t, 8j + 2t + 1.
 //
-// mma is native from 8.0 to 9.0, wgmma on 9.0a alone; later architectures have neither in hardware. XOR is native up to 8.9
-// only, hence AND. Outside nvcc the twins in tests/emulation stand in for the instructions.
+// mma is native from 8.0 to 9.0, wgmma on 9.0a alone; later architectures have neither in hardware. XOR is native up to
+// 8.9 only, hence AND. Outside nvcc the twins in tests/emulation stand in for the instructions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,8 +29,8 @@ constexpr int kColumnTileBytes = kWgmmaColumns * kSliceWords * 4;
 HE_HOST_DEVICE int row_of_sum(int lane, int sum) { return lane / 4 + 8 * (sum / 2 % 2); }
 HE_HOST_DEVICE int column_of_sum(int lane, int sum) { return 8 * (sum / 4) + 2 * (lane % 4) + sum % 2; }
 
-// Where word `word` of a column lies in a tile of columns in shared memory, in words. The unit is the core matrix, eight
-// columns by 16 bytes, back to back; the two of the same columns follow each other.
+// Where word `word` of a column lies in a tile of columns in shared memory, in words. The unit is the core matrix,
+// eight columns by 16 bytes, back to back; the two of the same columns follow each other.
 HE_HOST_DEVICE int column_word(int column, int word) {
   return (2 * (column / 8) + word / 4) * 32 + column % 8 * 4 + word % 4;
 }
@@ -76,7 +76,9 @@ __device__ __forceinline__ uint64_t tile_behind(uint64_t tile, int tiles) {
 }
 
 // What threads have stored in shared memory is there for the matrix unit after this and a barrier.
-__device__ __forceinline__ void publish_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void publish_to_matrix_unit() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // What was computed is in these registers here. The compiler would else compute it again at each use, to need fewer.
 template <size_t kCount>

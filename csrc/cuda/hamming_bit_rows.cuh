@@ -1,18 +1,20 @@
 // Codes as rows and queries as columns of `wgmma`, so that one bit of a sum tells a candidate.
 //
-// The instruction counts bits of ANDs; a distance has to be made of those, and compared with each query's own limit T. Both
-// is done by bits that are multiplied along, in unary: n ones, then zeros. (Sums that begin with a number of the query's, as
-// those of `mma` do, would do without; here they would take a move each, as long as half of all that is done with them.)
+// The instruction counts bits of ANDs; a distance has to be made of those, and compared with each query's own limit T.
+// Both is done by bits that are multiplied along, in unary: n ones, then zeros. (Sums that begin with a number of the
+// query's, as those of `mma` do, would do without; here they would take a move each, as long as half of all that is
+// done with them.)
 //
-// Codes of one or two words, 64 bits with their zeros, fit beside their complement in 256 bits: with the row [d, ~d, ones]
-// and the column [q, ~q, 64 + T ones] the sum is 64 - distance + 64 + T, and its bit 7 is set where distance <= T.
+// Codes of one or two words, 64 bits with their zeros, fit beside their complement in 256 bits: with the row [d, ~d,
+// ones] and the column [q, ~q, 64 + T ones] the sum is 64 - distance + 64 + T, and its bit 7 is set where distance <=
+// T.
 //
 // Longer codes, padded to W = 4, 8, 16 or 32 words, b = 32 W bits, take 2b bits, with distance = |q| + |d| - 2 |q & d|:
-// the row [d, b/2 - ceil(|d| / 2) ones, b/2 ones] and the column [q, b/2 ones, b/2 - floor((|q| - T) / 2) ones] give
-// |q & d| - ceil(|d| / 2) - floor((|q| - T) / 2) + b, and the bit of the value b is set where that is at least b: where
-// distance <= T, and for some codes at T + 1, as halves are rounded. Whoever takes candidates looks at their distance again.
-// The column needs T <= |q|; else it is all ones, which every code passes. So that this is rare, and sparse codes no
-// exception, codes and queries are first XORed with the same arbitrary bits, which changes no distance.
+// the row [d, b/2 - ceil(|d| / 2) ones, b/2 ones] and the column [q, b/2 ones, b/2 - floor((|q| - T) / 2) ones] give |q
+// & d| - ceil(|d| / 2) - floor((|q| - T) / 2) + b, and the bit of the value b is set where that is at least b: where
+// distance <= T, and for some codes at T + 1, as halves are rounded. Whoever takes candidates looks at their distance
+// again. The column needs T <= |q|; else it is all ones, which every code passes. So that this is rare, and sparse
+// codes no exception, codes and queries are first XORed with the same arbitrary bits, which changes no distance.
 #pragma once
 
 #include "bit_matrix.cuh"
@@ -27,9 +29,9 @@ struct BitRows {
   static constexpr bool kHasComplement = kWords == 2;
   static constexpr int kRowWords = kHasComplement ? kSliceWords : 2 * kWords;
   static constexpr int kSlices = kRowWords / kSliceWords;
-  static constexpr int kOnes = kHasComplement ? 0 : kWords / 2 / kSliceWords;  // whole slices of ones, the last of a row
-  static constexpr int kBuilt = kSlices - kOnes;                               // those that depend on the code
-  static constexpr int kHalfBits = 16 * kWords;               // b / 2
+  static constexpr int kOnes = kHasComplement ? 0 : kWords / 2 / kSliceWords;  // slices of ones alone, a row's last
+  static constexpr int kBuilt = kSlices - kOnes;  // those that depend on the code
+  static constexpr int kHalfBits = 16 * kWords;   // b / 2
   static constexpr int kCandidateBit = kHasComplement ? 128 : 32 * kWords;
   static constexpr int kLaneWords = kHasComplement ? 1 : kWords / 4;  // of a code, that a lane holds
 
@@ -46,8 +48,8 @@ struct BitRows {
 
   // --- rows: of the 16 codes of a warp, lane 4g + t has words t and t + 4 of each slice of g's and (g + 8)'s ---
 
-  // What the lane reads of the codes of some tiles of 16, those of g and of g + 8: words t, t + 4, ..., of two words the
-  // one of t's parity. Behind the end the last code stands again, for whoever takes candidates to leave out.
+  // What the lane reads of the codes of some tiles of 16, those of g and of g + 8: words t, t + 4, ..., of two words
+  // the one of t's parity. Behind the end the last code stands again, for whoever takes candidates to leave out.
   template <int kTiles>
   static __device__ __forceinline__ void load(const CodeRows& codes, int64_t first, int64_t end,
                                               uint32_t (&words)[kTiles][2][kLaneWords]) {

@@ -1,11 +1,11 @@
 // Candidates of a top-k search: what a scan of the codes leaves of each query for the selection.
 //
-// A key is (distance, position) in one number, so that the order of results is the order of keys. A query's limit is a key,
-// too: the code at that place of the order or a little beyond the k-th. Ties at the limit's distance are cut by position,
-// so that a million equal codes are no more candidates than others. A limit is a guess from a sample: the selection finds
-// out where it left too few or too many, and looks at all codes then. The candidates that a scan has taken tell more than
-// the sample did, so it asks again how far it has to look; a sum of counts that are read while others add to them may be too
-// small, never too large.
+// A key is (distance, position) in one number, so that the order of results is the order of keys. A query's limit is a
+// key, too: the code at that place of the order or a little beyond the k-th. Ties at the limit's distance are cut by
+// position, so that a million equal codes are no more candidates than others. A limit is a guess from a sample: the
+// selection finds out where it left too few or too many, and looks at all codes then. The candidates that a scan has
+// taken tell more than the sample did, so it asks again how far it has to look; a sum of counts that are read while
+// others add to them may be too small, never too large.
 #pragma once
 
 #include "hamming_code.cuh"

@@ -21,7 +21,8 @@ struct CodeRows {
 
   HE_HOST_DEVICE int words() const { return ceil_div(bytes, 4); }
 
-  // Where has_whole_words. Apart from word(), so that loads that follow each other are not kept apart by the bytes' way.
+  // Where has_whole_words. Apart from word(), so that loads that follow each other are not kept apart by the bytes'
+  // way.
   __device__ __forceinline__ uint32_t whole_word(int64_t row, int word) const {
     return __ldg(reinterpret_cast<const uint32_t*>(rows + row * bytes + 4 * word));
   }

@@ -5,13 +5,13 @@
 // counter. Its counts are then added to the result, one atomic a counter that is not zero; integers, so any order gives
 // the same sums. With labels a distance has two counters, for codes that are relevant and for those that are not.
 //
-// Work, N codes of B bytes and Q queries. A population count per 4 bytes of a pair, 16 a clock and multiprocessor, which
-// is the bound from about eight queries on; below, memory: NB bytes, the floor. More queries read NB once for each
-// eight, mostly from the L2: blocks of the same codes are neighbours. The counts are 8 (8B + 1) bytes a query.
+// Work, N codes of B bytes and Q queries. A population count per 4 bytes of a pair, 16 a clock and multiprocessor,
+// which is the bound from about eight queries on; below, memory: NB bytes, the floor. More queries read NB once for
+// each eight, mostly from the L2: blocks of the same codes are neighbours. The counts are 8 (8B + 1) bytes a query.
 //
-// Launch. 256 threads a block, codes in chunks of at least 4,096, longer where there are blocks enough. Counters that do
-// not fit in shared memory, those of codes of more than 9,208 bits or 4,600 with labels, are the result's own, in global
-// memory: there an increment costs little beside the distance.
+// Launch. 256 threads a block, codes in chunks of at least 4,096, longer where there are blocks enough. Counters that
+// do not fit in shared memory, those of codes of more than 9,208 bits or 4,600 with labels, are the result's own, in
+// global memory: there an increment costs little beside the distance.
 //
 // Limits. 2^31 blocks, and 2^31 codes a chunk.
 

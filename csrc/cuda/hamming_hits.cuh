@@ -1,5 +1,5 @@
-// What a warp's matrix sums tell may be candidates. To look at one takes as long as to look at 32, half a thousand cycles
-// until memory has answered, so they wait in shared memory until there are as many.
+// What a warp's matrix sums tell may be candidates. To look at one takes as long as to look at 32, half a thousand
+// cycles until memory has answered, so they wait in shared memory until there are as many.
 #pragma once
 
 #include "hamming_candidates.cuh"

@@ -1,13 +1,13 @@
 // How far the nearest codes of a query may be: a guess from a sample of the database.
 //
-// Idea. The sample has a code from each of `count` equal stretches of the database, at a place that a hash draws, so that
-// neither order nor period of the codes bends it. The code of a given rank in it, by (distance, position), is the limit.
-// Its distance comes from a histogram; the position, where several share that distance, from counting those in 64
-// sections of the sample and walking through one of them.
+// Idea. The sample has a code from each of `count` equal stretches of the database, at a place that a hash draws, so
+// that neither order nor period of the codes bends it. The code of a given rank in it, by (distance, position), is the
+// limit. Its distance comes from a histogram; the position, where several share that distance, from counting those in
+// 64 sections of the sample and walking through one of them.
 //
-// Traffic. A sample is read twice for up to eight queries, a 32-byte sector a code: with 16,384 codes 128 KB a query from
-// the L2 cache. About ten instructions and an atomic in shared memory a distance of 64 bits. A block of one query, which
-// is as fast as memory answers, keeps the distances and reads the sample once, eight codes a thread under way.
+// Traffic. A sample is read twice for up to eight queries, a 32-byte sector a code: with 16,384 codes 128 KB a query
+// from the L2 cache. About ten instructions and an atomic in shared memory a distance of 64 bits. A block of one query,
+// which is as fast as memory answers, keeps the distances and reads the sample once, eight codes a thread under way.
 //
 // Launch. 512 threads a block, a block for one query or up to eight, as few as keep every multiprocessor busy.
 //
@@ -26,8 +26,8 @@ constexpr int kBlockThreads = 512;
 constexpr int kMaxQueries = 8;  // a block of many
 constexpr int kSections = HammingSample::kSections;
 
-// The samples, each drawn from a stretch of the codes of its own. Divisions of 64 bits would take longer than the distances
-// do, so the stretches' length is a fixed-point number, `1 << kFraction` a code.
+// The samples, each drawn from a stretch of the codes of its own. Divisions of 64 bits would take longer than the
+// distances do, so the stretches' length is a fixed-point number, `1 << kFraction` a code.
 struct Stretches {
   static constexpr int kFraction = 30;  // with 2^32 codes or fewer no product overflows
 
@@ -48,8 +48,8 @@ struct Stretches {
   }
 };
 
-// Where the running sum of `counts` reaches `rank`, and what is left of the rank there; a whole warp calls. The index is
-// `count` where the sum does not get so far.
+// Where the running sum of `counts` reaches `rank`, and what is left of the rank there; a whole warp calls. The index
+// is `count` where the sum does not get so far.
 struct Reached {
   int index;
   int64_t rank;
@@ -74,11 +74,12 @@ __device__ __forceinline__ Reached reach(const unsigned* counts, int count, int6
   return {count, rank};
 }
 
-// Calls visit(query, sample, distance) for each sampled code that the block's queries may find. Their words are in shared
-// memory, [words][kQueries]. Several codes at once, as each is a line of memory of its own.
+// Calls visit(query, sample, distance) for each sampled code that the block's queries may find. Their words are in
+// shared memory, [words][kQueries]. Several codes at once, as each is a line of memory of its own.
 template <int kQueries, typename Visit>
-__device__ __forceinline__ void visit_sample(const DeviceSearch& search, const Stretches& stretches, int64_t first_query,
-                                             int queries, const uint32_t* query_words, Visit visit) {
+__device__ __forceinline__ void visit_sample(const DeviceSearch& search, const Stretches& stretches,
+                                             int64_t first_query, int queries, const uint32_t* query_words,
+                                             Visit visit) {
   constexpr int kCodes = kQueries == 1 ? 8 : 2;
   for (int first = threadIdx.x; first < stretches.count; first += kCodes * kBlockThreads) {
     int64_t positions[kCodes];

@@ -78,7 +78,7 @@ Shares cut(const HammingRanking& ranking, void* workspace) {
   return shares;
 }
 
-// --- counting ---------------------------------------------------------------------------------------------------------
+// --- counting --------------------------------------------------------------------------------------------------------
 
 template <int kQueries>
 __global__ void __launch_bounds__(kCountThreads, kCountBlocks)
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocks)
     shares.row(first_query, i)[segment] = counters[i];  // the next query's rows follow
 }
 
-// --- sums -------------------------------------------------------------------------------------------------------------
+// --- sums ------------------------------------------------------------------------------------------------------------
 
-// A warp: sums[i] is the sum of the values before i, for i up to `count`, of values that lie `stride` apart. They may be
-// the values themselves, stride 1. Returns the sum of all.
+// A warp: sums[i] is the sum of the values before i, for i up to `count`, of values that lie `stride` apart. They may
+// be the values themselves, stride 1. Returns the sum of all.
 __device__ __forceinline__ Count sum_before(const Count* values, int64_t stride, int64_t count, Count* sums) {
   constexpr int kLoads = 4;  // under way at a time
   const int lane = threadIdx.x % kWarpThreads;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarpThreads)
   if (totals != nullptr && threadIdx.x % kWarpThreads == 0) totals[query] = min(static_cast<int64_t>(found), most);
 }
 
-// --- placing ----------------------------------------------------------------------------------------------------------
+// --- placing ---------------------------------------------------------------------------------------------------------
 
 // Where the results of a query go.
 struct Results {

@@ -1,17 +1,18 @@
-// Candidates by `mma`: a warp compares 16 to 64 codes at a time, from registers, with every column of its block's queries.
+// Candidates by `mma`: a warp compares 16 to 64 codes at a time, from registers, with every column of its block's
+// queries.
 //
-// Idea. With the row [d, ~d] and the column [q, ~q] of b bits each, zeros behind a code included, a sum counts what agrees:
-// b - distance. It begins with b + T, T the largest distance at which the query has candidates, so that the bit of the value
-// 2b is set where distance <= T. A limit that moves changes that beginning and nothing else. Of a column the lanes load q
-// and make ~q themselves. A lane's sums of eight columns are ORed; only where the bit is set the lane looks at them one by
-// one.
+// Idea. With the row [d, ~d] and the column [q, ~q] of b bits each, zeros behind a code included, a sum counts what
+// agrees: b - distance. It begins with b + T, T the largest distance at which the query has candidates, so that the bit
+// of the value 2b is set where distance <= T. A limit that moves changes that beginning and nothing else. Of a column
+// the lanes load q and make ~q themselves. A lane's sums of eight columns are ORed; only where the bit is set the lane
+// looks at them one by one.
 //
 // Traffic. The codes are read once for up to 2,048 queries of 64 bits (16 KB of columns), 8 bytes a code. With 2 to 32
-// queries that read is the floor; for 32 queries of 64 bits about 120 instructions for 64 codes come near it. With many the
-// matrix unit is the limit, or on Hopper, whose `mma` runs below the rate of `wgmma`, that.
+// queries that read is the floor; for 32 queries of 64 bits about 120 instructions for 64 codes come near it. With many
+// the matrix unit is the limit, or on Hopper, whose `mma` runs below the rate of `wgmma`, that.
 //
-// Launch. 256 threads a block, each block a stretch of the codes and a group of queries. Of a stretch, a piece at a time,
-// each twice as long as the last: before each, sums' beginnings are brought to what limits have become.
+// Launch. 256 threads a block, each block a stretch of the codes and a group of queries. Of a stretch, a piece at a
+// time, each twice as long as the last: before each, sums' beginnings are brought to what limits have become.
 //
 // Limits. Codes of at most 32 words; compute capability 8.0 to 9.0. For later ones the kernel is empty.
 
@@ -53,7 +54,8 @@ struct Rows {
   uint32_t tiles[kTiles<kWords>][kSlices<kWords>][kSliceRows<kWords>];
 
   explicit __device__ __forceinline__ Rows(const LaneWords<kWords>& words) {
-    const uint32_t flip = kWords == 2 && threadIdx.x % 4 >= 2 ? ~0u : 0;  // of two words, lanes 2 and 3 have complements
+    // Of two words, the lanes 4g + 2 and 4g + 3 have the complements.
+    const uint32_t flip = kWords == 2 && threadIdx.x % 4 >= 2 ? ~0u : 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles<kWords>; ++tile) {
 #pragma unroll

@@ -1,15 +1,15 @@
 // Candidates by XOR and population count: the scan of a single query, and of every architecture without 1-bit matrices.
 //
-// Idea. A thread keeps some codes in registers and goes through its block's queries, whose words come from shared memory,
-// one broadcast for all its codes. The nearest of its codes decides whether it looks at them one by one.
+// Idea. A thread keeps some codes in registers and goes through its block's queries, whose words come from shared
+// memory, one broadcast for all its codes. The nearest of its codes decides whether it looks at them one by one.
 //
-// Traffic. The codes are read once for each group of up to 128 queries, in pieces as wide as a code allows. With one query
-// that is the floor: 8 bytes a code at 64 bits, 64 bytes under way a thread, 64 KB a multiprocessor. With many, population
-// counts are the limit: 16 a clock and multiprocessor, two for 64 bits.
+// Traffic. The codes are read once for each group of up to 128 queries, in pieces as wide as a code allows. With one
+// query that is the floor: 8 bytes a code at 64 bits, 64 bytes under way a thread, 64 KB a multiprocessor. With many,
+// population counts are the limit: 16 a clock and multiprocessor, two for 64 bits.
 //
-// Launch. 256 threads a block: a stretch of the codes and a group of queries. Of a stretch, a piece at a time, each twice as
-// long as the last: before each, distances are brought to what limits have become. Two waves of as many blocks as a
-// multiprocessor has registers for.
+// Launch. 256 threads a block: a stretch of the codes and a group of queries. Of a stretch, a piece at a time, each
+// twice as long as the last: before each, distances are brought to what limits have become. Two waves of as many blocks
+// as a multiprocessor has registers for.
 //
 // Limits. Codes of more than 32 words are compared word by word from the caches.
 
@@ -32,8 +32,9 @@ constexpr int kCodes = kWords <= 2 ? 8 : kWords <= 8 ? 16 / kWords : 1;
 template <int kWords>
 constexpr int kBlocks = kWords == 1 ? 4 : kWords <= 16 ? 3 : 2;  // that a multiprocessor holds
 
-// A code's words, as many at once as it has and memory delivers; zeros behind its end. The other way, byte by byte where
-// it must be, is many times as long, and among the loads of a thread it would keep them from following each other.
+// A code's words, as many at once as it has and memory delivers; zeros behind its end. The other way, byte by byte
+// where it must be, is many times as long, and among the loads of a thread it would keep them from following each
+// other.
 template <int kWords, bool kIsVector>
 __device__ __forceinline__ void load_code(const CodeRows& codes, int64_t position, uint32_t (&words)[kWords]) {
   constexpr int kWidth = kWords < 4 ? kWords : 4;

@@ -1,16 +1,18 @@
-// Candidates by Hopper's `wgmma`: a warpgroup compares 64 codes at a time, from registers, with 256 queries an instruction.
+// Candidates by Hopper's `wgmma`: a warpgroup compares 64 codes at a time, from registers, with 256 queries an
+// instruction.
 //
-// Idea. hamming_bit_rows.cuh makes the comparison with a query's limit one bit of a sum. A block keeps the columns of some
-// thousand queries in shared memory and streams its stretch of the codes past them; its warpgroups take turns at the
-// matrix unit, so that it works while the others look at their sums: an OR of three a sum and a half, 68 instructions for
-// 128 sums of a thread. Only where the bit is set the lane looks for the sums that have it.
+// Idea. hamming_bit_rows.cuh makes the comparison with a query's limit one bit of a sum. A block keeps the columns of
+// some thousand queries in shared memory and streams its stretch of the codes past them; its warpgroups take turns at
+// the matrix unit, so that it works while the others look at their sums: an OR of three a sum and a half, 68
+// instructions for 128 sums of a thread. Only where the bit is set the lane looks for the sums that have it.
 //
 // Bounds. Codes of 128 bits or less take one instruction of 128 cycles for 64 x 256 distances, 256 bits two, 512 four,
 // 1024 eight; the ORs take about 150 cycles of the block's four schedulers. The codes are read once for each group of
 // queries, 8 bytes a code at 64 bits: memory is no limit from 64 queries on.
 //
-// Launch. Two or three warpgroups a block, one block a multiprocessor: a stretch of the codes and a group of queries. Of a
-// stretch, a piece at a time, each twice as long as the last: before each, columns are brought to what limits have become.
+// Launch. Two or three warpgroups a block, one block a multiprocessor: a stretch of the codes and a group of queries.
+// Of a stretch, a piece at a time, each twice as long as the last: before each, columns are brought to what limits have
+// become.
 //
 // Limits. Codes of at most 32 words; compute capability 9.0, code for 9.0a. Elsewhere the kernel is empty.
 
@@ -30,8 +32,8 @@ constexpr int64_t kColumnBytes = 192 << 10;  // of a group's queries, their dist
 // Core matrices of 128 bytes begin at multiples of that: PTX promises no more for other places than for these.
 constexpr int64_t kColumnAlignment = 128;
 
-// Rows of four slices and more take more registers than a third of the multiprocessor's has beside 128 sums; and as many
-// instructions to a sum keep the matrix unit busy with two warpgroups.
+// Rows of four slices and more take more registers than a third of the multiprocessor's has beside 128 sums; and as
+// many instructions to a sum keep the matrix unit busy with two warpgroups.
 template <int kWords>
 constexpr int kWarpgroups = kWords <= 8 ? 3 : 2;
 template <int kWords>
@@ -46,8 +48,8 @@ constexpr int64_t kLargestPiece = 64 * kRoundCodes<kWords>;
 template <int kWords>
 constexpr int kTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSliceWords;
 
-// Brings the columns to the limits of codes from `first` on. A thread asks for the limits of several queries at once, as
-// each answer takes as long as a warpgroup's comparison of 256 queries.
+// Brings the columns to the limits of codes from `first` on. A thread asks for the limits of several queries at once,
+// as each answer takes as long as a warpgroup's comparison of 256 queries.
 template <int kWords>
 __device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
                                                int64_t first_query, int queries, int tiles, int64_t first,
@@ -89,8 +91,8 @@ __device__ __forceinline__ uint32_t or_of(const uint32_t* sums) {
   return any;
 }
 
-// Queues what the sums of the codes from `first` on and of the queries from `first_query` on tell; true if there was any.
-// From part to group to sum, as most often there is one or none.
+// Queues what the sums of the codes from `first` on and of the queries from `first_query` on tell; true if there was
+// any. From part to group to sum, as most often there is one or none.
 template <uint32_t kCandidateBit>
 __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const Candidates& candidates,
                                               int64_t first_query, int64_t first, int64_t end,

@@ -1,12 +1,12 @@
 // The k nearest of a query out of its candidates, in order.
 //
-// Idea. A block a query. The k-th smallest key is found digit by digit, from the most significant on: a histogram of the
-// digit among the keys that share the digits before it. What is not beyond that key is gathered in shared memory and
-// sorted there (bitonic). Keys are unique, so the result does not depend on the order in which candidates came.
+// Idea. A block a query. The k-th smallest key is found digit by digit, from the most significant on: a histogram of
+// the digit among the keys that share the digits before it. What is not beyond that key is gathered in shared memory
+// and sorted there (bitonic). Keys are unique, so the result does not depend on the order in which candidates came.
 //
-// Where the sample that set the limit misled it, so that too few or too many candidates came, the same steps run over all
-// codes: right, if slow (a query takes as long as some passes of one multiprocessor over the database). The limits are
-// chosen so that this happens to less than one query in 100,000. For small databases it is the only step of all.
+// Where the sample that set the limit misled it, so that too few or too many candidates came, the same steps run over
+// all codes: right, if slow (a query takes as long as some passes of one multiprocessor over the database). The limits
+// are chosen so that this happens to less than one query in 100,000. For small databases it is the only step of all.
 //
 // Traffic. 8 bytes a candidate and digit, three digits for a million codes of 64 bits, from the caches: about 2,500
 // candidates a query at k = 1,000. 12 bytes a result are written.
@@ -54,8 +54,8 @@ struct SelectScratch {
   unsigned taken;
 };
 
-// Finds the digit at which the running sum reaches `rank` (from 1); where none does, here is 0. Each thread sums up as many
-// digits as there are for it.
+// Finds the digit at which the running sum reaches `rank` (from 1); where none does, here is 0. Each thread sums up as
+// many digits as there are for it.
 __device__ __forceinline__ void find_digit(SelectScratch& scratch, unsigned rank) {
   const unsigned lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const unsigned share = kDigits / blockDim.x;

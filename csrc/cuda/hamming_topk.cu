@@ -1,8 +1,8 @@
-// The k nearest on the GPU: which steps, over how many queries at a time, with which scan. The table of what a device can do
-// is scan_of; the kernels are in the files of the steps, which hamming_topk.h names.
+// The k nearest on the GPU: which steps, over how many queries at a time, with which scan. The table of what a device
+// can do is scan_of; the kernels are in the files of the steps, which hamming_topk.h names.
 //
-// Small databases are selected from directly. Else a limit is set from a sample, a scan keeps the candidates within it, and
-// the selection takes the k nearest: three launches, which read the codes once.
+// Small databases are selected from directly. Else a limit is set from a sample, a scan keeps the candidates within it,
+// and the selection takes the k nearest: three launches, which read the codes once.
 
 #include <algorithm>
 #include <cmath>
@@ -54,7 +54,7 @@ HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t k) : k(k) 
   capacity = std::min<int64_t>(int64_t(std::ceil(beyond / share)), search.code_count);
   const int64_t queries = std::max<int64_t>(search.query_count, 1);
   const int64_t most_at_once = std::max<int64_t>(kMaxCandidateBytes / (capacity * 8), 1);
-  batch = ceil_div(queries, ceil_div(queries, most_at_once));  // alike, as a few that are left over take long for so few
+  batch = ceil_div(queries, ceil_div(queries, most_at_once));  // alike: a few that are left over would take long
 }
 
 // The arrays, each a multiple of 16 bytes.

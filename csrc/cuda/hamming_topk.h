@@ -19,17 +19,17 @@ struct HammingSample {
 
   static constexpr int kSections = 64;
   static constexpr int kMaxCountOfFew = 4096;  // for a query that has a multiprocessor of its own
-  // For a small k a larger sample takes longer than it saves the scan, whose limits move anyway; for a large one it saves
-  // candidates, and the memory for them.
+  // For a small k a larger sample takes longer than it saves the scan, whose limits move anyway; for a large one it
+  // saves candidates, and the memory for them.
   static constexpr int kMaxCountForSmallK = 8192, kMaxCount = 16384;
   static constexpr int kMaxBins = 8192;  // distances that are told apart: a histogram of them takes 32 KB
 };
 
 // What is looked at, for how many queries at a time.
 //
-// Of the k nearest, `expected` = k samples / codes are expected in the sample, with a variance of as much (Poisson). The rank
-// is so far beyond that fewer than one query in 10^5 finds too few candidates, and the capacity so far beyond the candidates
-// expected at that rank that as few find too many.
+// Of the k nearest, `expected` = k samples / codes are expected in the sample, with a variance of as much (Poisson).
+// The rank is so far beyond that fewer than one query in 10^5 finds too few candidates, and the capacity so far beyond
+// the candidates expected at that rank that as few find too many.
 struct HammingTopkPlan {
   HammingSample sample{};
   Keys layout{};
@@ -60,7 +60,8 @@ void launch_hamming_scan_wgmma(const HammingSearch& search, const Candidates& ca
 // Whether this module holds that scan's code for the current device.
 bool has_hamming_scan_wgmma();
 
-// The k nearest of each query's candidates; of all codes, where `candidates` is null or a query's are not the right ones.
+// The k nearest of each query's candidates; of all codes, where `candidates` is null or a query's are not the right
+// ones.
 void launch_hamming_select(const HammingSearch& search, const Candidates* candidates, Keys layout, int64_t k,
                            int32_t* distances, int64_t* positions, cudaStream_t stream);
 

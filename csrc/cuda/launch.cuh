@@ -18,8 +18,8 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
 }
 
 // How many blocks of how many threads, the bytes of dynamic shared memory that each block gets, how many blocks form a
-// cluster (1: none; from compute capability 9.0 on), and whether the kernel's blocks may come before the last kernel of the
-// stream has ended. Such a kernel calls wait_for_last_kernel() before it touches memory.
+// cluster (1: none; from compute capability 9.0 on), and whether the kernel's blocks may come before the last kernel of
+// the stream has ended. Such a kernel calls wait_for_last_kernel() before it touches memory.
 struct LaunchShape {
   int64_t blocks;
   int threads;
@@ -28,8 +28,8 @@ struct LaunchShape {
   bool comes_early = false;
 };
 
-// A block gets 48 KB for nothing, and the kernel's own declarations count among them: of dynamic shared memory so much is
-// had without asking, beside 24 KB that a kernel may declare.
+// A block gets 48 KB for nothing, and the kernel's own declarations count among them: of dynamic shared memory so much
+// is had without asking, beside 24 KB that a kernel may declare.
 constexpr int64_t kFreeSharedBytes = 24 << 10, kMostDeclaredBytes = 24 << 10;
 
 // Through the runtime's function and not through <<<>>>, so that any C++ compiler can read the file: the tests run the
@@ -72,8 +72,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   launch(kernel, LaunchShape{blocks, threads}, stream, arguments...);
 }
 
-// Lets the next kernel's blocks come, if they come early, and waits until the last kernel has ended and what it wrote is
-// there: so its end, this one's launch and the coming of its blocks overlap.
+// Lets the next kernel's blocks come, if they come early, and waits until the last kernel has ended and what it wrote
+// is there: so its end, this one's launch and the coming of its blocks overlap.
 __device__ __forceinline__ void wait_for_last_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");

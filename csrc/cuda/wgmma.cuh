@@ -1,4 +1,5 @@
-// Hopper's matrix instruction of a warpgroup: 64 rows from registers, 256 columns from shared memory. See bit_matrix.cuh.
+// Hopper's matrix instruction of a warpgroup: 64 rows from registers, 256 columns from shared memory. See
+// bit_matrix.cuh.
 #pragma once
 
 #include "bit_matrix.cuh"
@@ -11,8 +12,8 @@ namespace hashengine {
 #define HE_SUMS16(i) HE_SUMS4(i), HE_SUMS4(i + 4), HE_SUMS4(i + 8), HE_SUMS4(i + 12)
 #define HE_SUMS64(i) HE_SUMS16(i), HE_SUMS16(i + 16), HE_SUMS16(i + 32), HE_SUMS16(i + 48)
 
-// Begins sums = popcount(rows & columns), or += where they are to be kept. Until wgmma_wait neither sums nor rows may be
-// touched, nor the columns written: hold_registers(rows) before wgmma_begin and after wgmma_wait. All threads of the
+// Begins sums = popcount(rows & columns), or += where they are to be kept. Until wgmma_wait neither sums nor rows may
+// be touched, nor the columns written: hold_registers(rows) before wgmma_begin and after wgmma_wait. All threads of the
 // warpgroup must call.
 __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums], const uint32_t (&rows)[4],
                                                    uint64_t columns, bool keep_sums) {

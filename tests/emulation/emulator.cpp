@@ -25,7 +25,8 @@ namespace {
 
 constexpr unsigned kMaxSlots = 2 * kMaxClusterBlocks;
 constexpr size_t kStackBytes = 128 << 10;
-// More must be asked for. A block gets 48 KB without asking, but what its kernel declares, which is not known here, is part.
+// More must be asked for. A block gets 48 KB without asking, but what its kernel declares, which is not known here, is
+// part.
 constexpr size_t kDefaultSharedBytes = 24 << 10;
 
 // The ready fiber with the least priority runs. Any other schedule seeds random priorities; there an atomic also puts

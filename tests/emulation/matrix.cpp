@@ -1,4 +1,5 @@
-// Matrix instructions: what a warp's lanes hold of rows and columns is exchanged, then each lane sums up its own products.
+// Matrix instructions: what a warp's lanes hold of rows and columns is exchanged, then each lane sums up its own
+// products.
 
 #include "matrix_twins.h"
 

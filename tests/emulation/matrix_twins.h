@@ -1,5 +1,6 @@
-// The 1-bit matrix instructions of csrc/cuda/bit_matrix.cuh, in their registers' layout. What wgmma begins is done when its
-// thread waits for it: until then the sums hold nonsense, and columns that are overwritten too early make them wrong.
+// The 1-bit matrix instructions of csrc/cuda/bit_matrix.cuh, in their registers' layout. What wgmma begins is done when
+// its thread waits for it: until then the sums hold nonsense, and columns that are overwritten too early make them
+// wrong.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -6,8 +6,8 @@
 
 namespace hashengine {
 
-// Whether launch_hamming_topk, which selects the k nearest out of candidates, takes this search: k up to 4,096, codes of up
-// to 8,184 bits, or up to 8,192 codes of any length, and below 2^32 codes. For the others there is the ranking.
+// Whether launch_hamming_topk, which selects the k nearest out of candidates, takes this search: k up to 4,096, codes
+// of up to 8,184 bits, or up to 8,192 codes of any length, and below 2^32 codes. For the others there is the ranking.
 bool is_hamming_selected(const HammingSearch& search, int64_t k);
 
 // Scratch of launch_hamming_topk; it need not be cleared.
