@@ -17,6 +17,21 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Whether the code that runs on this device can wait for the last kernel: code for 8.x, which later devices may have
+// to do with, cannot.
+inline bool can_come_early() {
+#if defined(__CUDA_ARCH_LIST__)
+  constexpr int kCompiledFor[] = {__CUDA_ARCH_LIST__};
+#else
+  constexpr int kCompiledFor[] = {900};
+#endif
+  const int64_t device = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+                         10 * device_attribute(cudaDevAttrComputeCapabilityMinor);
+  for (const int architecture : kCompiledFor)
+    if (900 <= architecture && architecture <= device) return true;
+  return false;
+}
+
 // How many blocks of how many threads, the bytes of dynamic shared memory that each block gets, how many blocks form a
 // cluster (1: none; from compute capability 9.0 on), and whether the kernel's blocks may come before the last kernel of
 // the stream has ended. Such a kernel calls wait_for_last_kernel() before it touches memory.
@@ -49,7 +64,7 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
     cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
-  if (shape.comes_early && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (shape.comes_early && can_come_early()) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
