@@ -267,12 +267,13 @@ def test_a_scan_takes_what_is_within_the_limit(machine, name, bits, kind):
         assert number == len(got)
 
 
-@pytest.mark.parametrize("name, queries", [("popcount", 300), ("mma", 1100), ("wgmma", 600)])
-def test_a_scan_of_many_queries(machine, name, queries):
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("name, queries", [("popcount", 300), ("mma", 2100), ("wgmma", 600)])
+def test_a_scan_of_many_queries(machine, name, queries, own):
     """More than a block's group, with a filter, and buffers too small for some."""
     count, capacity = 700, 20
     search = make_search("clustered", count, 64, queries)
-    search = Search(search.queries, search.codes, make_filter(np.random.default_rng(3), count, queries, 0.5, True))
+    search = Search(search.queries, search.codes, make_filter(np.random.default_rng(3), count, queries, 0.5, own))
     limits = draw_limits(search)
     found, counts = scan(machine, name, search, limits, NO_BOUND, capacity)
     for keys, limit, got, number in zip(search.keys(), limits, found, counts, strict=True):

@@ -105,6 +105,23 @@ struct BitRows {
     }
   }
 
+  // Clears the rows of codes that the filter which all queries share leaves out: no column passes them, but in `mma`
+  // those that every distance passes. `slices` hold words of g's row and of (g + 8)'s by turns, of the tile from
+  // `first` on.
+  template <int kSlicesOfRow, int kHeld>
+  static __device__ __forceinline__ void leave_out(const DeviceSearch& search, int64_t first, int64_t end,
+                                                   uint32_t (&slices)[kSlicesOfRow][kHeld]) {
+    if (search.filter == nullptr || search.filter_stride != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (search.may_find(0, min(first + threadIdx.x % 32 / 4 + 8 * half, end - 1))) continue;
+#pragma unroll
+      for (int slice = 0; slice < kSlicesOfRow; ++slice)
+#pragma unroll
+        for (int i = half; i < kHeld; i += 2) slices[slice][i] = 0;
+    }
+  }
+
   // --- columns ---
 
   // Word `index` of the column of a query, whose candidates are at most `largest` away; -1: it has none.

@@ -53,7 +53,8 @@ template <int kWords>
 struct Rows {
   uint32_t tiles[kTiles<kWords>][kSlices<kWords>][kSliceRows<kWords>];
 
-  explicit __device__ __forceinline__ Rows(const LaneWords<kWords>& words) {
+  __device__ __forceinline__ Rows(const DeviceSearch& search, const LaneWords<kWords>& words, int64_t first,
+                                  int64_t end) {
     // Of two words, the lanes 4g + 2 and 4g + 3 have the complements.
     const uint32_t flip = kWords == 2 && threadIdx.x % 4 >= 2 ? ~0u : 0;
 #pragma unroll
@@ -63,8 +64,10 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kSliceRows<kWords>; ++i)
           tiles[tile][slice][i] = i < 2 ? words[tile][i][slice] ^ flip : ~words[tile][i - 2][slice];
-        hold_registers(tiles[tile][slice]);
       }
+      BitRows<kWords>::leave_out(search, first + 16 * tile, end, tiles[tile]);
+#pragma unroll
+      for (int slice = 0; slice < kSlices<kWords>; ++slice) hold_registers(tiles[tile][slice]);
     }
   }
 };
@@ -114,8 +117,9 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
         passing |= static_cast<unsigned>((sums[i / 4][i % 4] & kCandidateBit) != 0) << i;
       for (; passing != 0; passing &= passing - 1) {
         const int i = __ffs(static_cast<int>(passing)) - 1;
+        const int64_t query = first_query + q + column_of_sum(lane, i % 4);
         const int64_t position = first + i / 4 * 16 + row_of_sum(lane, i % 4);
-        if (position < end) queue.push(search, candidates, first_query + q + column_of_sum(lane, i % 4), position);
+        if (position < end && search.may_find(query, position)) queue.push(search, candidates, query, position);
       }
       is_any = true;
     }
@@ -150,7 +154,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 3 : kWords <= 16 
     LaneWords<kWords> words;
     BitRows<kWords>::load(search.codes, piece + warp * kWarpCodes, piece_end, words);
     for (int64_t first = piece + warp * kWarpCodes; first < piece_end; first += kWarps * kWarpCodes) {
-      const Rows<kWords> rows(words);
+      const Rows<kWords> rows(search, words, first, piece_end);
       // The next ones come while these are compared.
       BitRows<kWords>::load(search.codes, first + kWarps * kWarpCodes, piece_end, words);
       compare<kWords>(search, candidates, first_query, group, columns, begin_of, rows, first, piece_end, queues[warp]);

@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
       const int64_t own = first + warp % 4 * 16;
       uint32_t rows[Rows::kBuilt][4];
       Rows::build(words[0], rows);
+      Rows::leave_out(search, own, piece_end, rows);
       Rows::load(search.codes, own + kRoundCodes<kWords>, piece_end, words);  // the next ones, while these are compared
       compare<kWords>(search, candidates, first_query, tiles, first_tile, rows, own, piece_end, sums, queues[warp]);
     }
