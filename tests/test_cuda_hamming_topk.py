@@ -282,6 +282,19 @@ def test_a_scan_of_many_queries(machine, name, queries, own):
         assert len(np.unique(got)) == len(got) and np.isin(got, within).all()
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_codes_that_a_shared_filter_leaves_out_are_rows_of_zeros(machine, own):
+    """Only time shows it else: a candidate is asked for its filter again."""
+    search = make_search("random", 16, 64, 1)
+    mask = np.arange(16) % 3 == 0
+    search = Search(search.queries, search.codes, mask[None] if own else mask)
+    out = array(32 * 4, torch.int32)
+    machine.call("hamming_rows", *search.arguments, out)
+    halves = out.numpy().reshape(8, 4, 2, 2)  # g, t, word t or t + 4, row g or g + 8
+    is_there = halves.any(axis=(1, 2)).T.ravel()
+    np.testing.assert_array_equal(is_there, np.ones(16, bool) if own else mask)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("name", SCANS)

@@ -7,9 +7,9 @@
 // the lanes load q and make ~q themselves. A lane's sums of eight columns are ORed; only where the bit is set the lane
 // looks at them one by one.
 //
-// Traffic. The codes are read once for up to 2,048 queries of 64 bits (16 KB of columns), 8 bytes a code. With 2 to 32
-// queries that read is the floor; for 32 queries of 64 bits about 120 instructions for 64 codes come near it. With many
-// the matrix unit is the limit, or on Hopper, whose `mma` runs below the rate of `wgmma`, that.
+// Traffic. The codes are read once for up to 2,048 queries of 64 bits (16 KB of columns), 8 bytes a code. That read is
+// the floor of 2 to 32 queries; eight queries of 64 bits take a warp about 40 instructions for 64 codes, so that with
+// 32 of them instructions are the limit. With many it is the matrix unit.
 //
 // Launch. 256 threads a block, each block a stretch of the codes and a group of queries. Of a stretch, a piece at a
 // time, each twice as long as the last: before each, sums' beginnings are brought to what limits have become.

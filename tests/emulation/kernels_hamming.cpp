@@ -1,4 +1,6 @@
+#include "hamming_bit_rows.cuh"
 #include "hamming_topk.h"
+#include "launch.cuh"
 
 using namespace hashengine;
 
@@ -8,9 +10,23 @@ HammingSearch search_of(const uint8_t* queries, const uint8_t* codes, const int6
   return {queries, codes, sizes[0], sizes[1], sizes[2], filter, sizes[3]};
 }
 
+// What each lane holds of the rows of the first 16 codes, [lane][4].
+__global__ void rows_kernel(DeviceSearch search, uint32_t* out) {
+  uint32_t words[1][2][1], rows[1][4];
+  BitRows<2>::load(search.codes, 0, search.codes.count, words);
+  BitRows<2>::build(words[0], rows);
+  BitRows<2>::leave_out(search, 0, search.codes.count, rows);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = rows[0][i];
+}
+
 }  // namespace
 
 extern "C" {
+
+void hamming_rows(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
+                  uint32_t* out) {
+  launch(rows_kernel, 1, 32, nullptr, DeviceSearch(search_of(queries, codes, sizes, filter)), out);
+}
 
 // sizes: queries, codes, bytes of a code, bytes from one query's bitmap to the next.
 int64_t workspace_bytes_of_hamming_topk(const int64_t* sizes, int64_t k) {
