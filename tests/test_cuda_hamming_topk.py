@@ -4,6 +4,7 @@ A scan that lost a candidate would still give the right answer, as the selection
 missing; so every step is tested by itself, too, and that the selection had no need to.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,6 +197,24 @@ def test_batches_of_queries(machine, own):
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def poisson_tail(mean: float, least: int) -> float:
+    """The probability of `least` or more."""
+    return sum(math.exp(i * math.log(mean) - mean - math.lgamma(i + 1)) for i in range(least, least + 400))
+
+
+@pytest.mark.parametrize("queries", [1, 100])
+@pytest.mark.parametrize("count", [8193, 100_000, 1_000_000, 100_000_000, 2**32 - 1])
+@pytest.mark.parametrize("k", [1, 10, 100, 256, 257, 1000, 4096])
+def test_a_sample_misleads_less_than_one_query_in_100_000(machine, k, count, queries):
+    """The sample has as many of the k nearest as its rank, or too few of as many codes as there is room for."""
+    plan = torch.zeros(3, dtype=torch.int64)
+    machine.call("hamming_topk_plan", Host(torch.tensor([queries, count, 8, 0])), k, Host(plan))
+    samples, rank, capacity = plan.tolist()
+    share = samples / count
+    assert poisson_tail(k * share, rank) < 1e-5
+    assert capacity == count or 1 - poisson_tail(capacity * share, rank) < 1e-5
 
 
 def hash32(x: int) -> int:

@@ -38,6 +38,14 @@ void hamming_topk(const uint8_t* queries, const uint8_t* codes, const int64_t* s
   launch_hamming_topk(search_of(queries, codes, sizes, filter), k, distances, positions, workspace, nullptr);
 }
 
+// samples, rank, capacity.
+void hamming_topk_plan(const int64_t* sizes, int64_t k, int64_t* plan) {
+  const HammingTopkPlan made(search_of(nullptr, nullptr, sizes, nullptr), k);
+  plan[0] = made.sample.count;
+  plan[1] = made.sample.rank;
+  plan[2] = made.capacity;
+}
+
 // A few queries at a time; the workspace is that of all.
 void hamming_topk_in_batches(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
                              int64_t k, int64_t batch, int32_t* distances, int64_t* positions, void* workspace) {
