@@ -17,7 +17,7 @@ READY := .venv/.ready
 SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
 # The tests that need a GPU, and those of them that are short enough for a race detector.
-GPU_TESTS := tests/test_cuda.py tests/test_cuda_hamming.py tests/test_cuda_index.py
+GPU_TESTS := tests/gpu
 SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))
 
 # The name of the GPU, for the files of results.
@@ -66,7 +66,7 @@ fuzz: $(READY)  ## SECONDS=60 of a fuzzer on the readers of files, under Address
 
 gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
 	$(BIN)/python -m pytest $(GPU_TESTS)
-	$(BIN)/python -m pytest tests/test_cuda_hamming_topk.py -k gpu
+	$(BIN)/python -m pytest tests/cuda/test_hamming_topk.py -k gpu
 
 # Racecheck looks at shared memory, and every access costs a hundred: it takes the small cases only.
 gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck, synccheck

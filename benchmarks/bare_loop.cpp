@@ -1,5 +1,5 @@
-// What the processor can do at most, for benchmarks/limits.py, which compiles this for the machine that it runs on: a bare
-// loop over codes that are in the first cache, and a plain read of memory. Neither keeps what it finds.
+// What the processor can do at most, for benchmarks/limits.py, which compiles this for the machine that it runs on: a
+// bare loop over codes that are in the first cache, and a plain read of memory. Neither keeps what it finds.
 
 #include <algorithm>
 #include <cstddef>
@@ -40,7 +40,8 @@ Vector broadcast(std::uint64_t word) { return _mm256_set1_epi64x(word); }
 Vector zero() { return _mm256_setzero_si256(); }
 // The sums are of bytes: a code has at most 16 words here, and so a byte at most 128.
 Vector add_distance(Vector sum, Vector a, Vector b) {
-  const Vector nibble_counts = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const Vector nibble_counts =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const Vector low = _mm256_set1_epi8(15);
   const Vector x = _mm256_xor_si256(a, b);
   const Vector lower = _mm256_shuffle_epi8(nibble_counts, _mm256_and_si256(x, low));

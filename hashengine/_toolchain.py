@@ -71,7 +71,7 @@ def first_error(output: str) -> str:
 
 
 def ask_nvcc(program: str) -> Nvcc | None:
-    """nvcc knows best where it lives: what PATH finds is often a link, or a script that starts the real one."""
+    """Nvcc knows best where it lives: what PATH finds is often a link, or a script that starts the real one."""
     here = re.search(r"_HERE_=(.+)", run([program, "--dryrun", "-v", "any.cu"])[1])
     release = re.search(r"release (\d+\.\d+)", run([program, "--version"])[1])
     if not here or not release:

@@ -1,3 +1,3 @@
 """Fixtures that several test files share."""
 
-from tests.hamming_levels import level, level_library  # noqa: F401
+from tests.helpers.hamming_levels import level, level_library  # noqa: F401

@@ -25,7 +25,7 @@ import torch
 from benchmarks.codes import rare_bits
 from hashengine import HammingIndex, InputError
 from hashengine.index import _codes, _parts
-from tests.hamming_levels import make_codes
+from tests.helpers.hamming_levels import make_codes
 
 MOST_CODES = 200_000
 MOST_QUERIES = 300

@@ -101,8 +101,8 @@ struct GreedySign : torch::autograd::Function<GreedySign> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&, double)>(
-        "greedy_sign_backward");
+    static const auto op =
+        find_op<Tensor(const OptionalTensor&, const OptionalTensor&, const Tensor&, double)>("greedy_sign_backward");
     const auto used = [](const Tensor& grad) { return grad.defined() ? OptionalTensor(grad) : std::nullopt; };
     if (!grads[0].defined() && !grads[1].defined()) return {Tensor(), Tensor()};
     const Tensor u = ctx->get_saved_variables()[0];
@@ -121,11 +121,11 @@ GreedySignOutputs greedy_sign(const Tensor& u, double alpha) {
 
 using TripletOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-TripletOutputs triplet_below_autograd(const Tensor& x, TensorList conv_weight, TensorList bn_weight,
-                                      TensorList bn_bias, TensorList running_mean, TensorList running_var,
-                                      bool training, double eps) {
-  static const auto op = find_op<TripletOutputs(const Tensor&, TensorList, TensorList, TensorList, TensorList,
-                                                TensorList, bool, double)>("triplet_attention");
+TripletOutputs triplet_below_autograd(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
+                                      TensorList running_mean, TensorList running_var, bool training, double eps) {
+  static const auto op =
+      find_op<TripletOutputs(const Tensor&, TensorList, TensorList, TensorList, TensorList, TensorList, bool, double)>(
+          "triplet_attention");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
 }
@@ -148,10 +148,9 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op =
-        find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-            const Tensor&, const Tensor&, TensorList, TensorList, TensorList, const Tensor&, const Tensor&,
-            const Tensor&, const Tensor&, const Tensor&, bool, double)>("triplet_attention_backward");
+    static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
+        const Tensor&, const Tensor&, bool, double)>("triplet_attention_backward");
     const variable_list saved = ctx->get_saved_variables();
     const size_t branches = (saved.size() - kMaps) / 3;
     // x, three lists of parameters, two lists of running statistics, training, eps
@@ -189,8 +188,9 @@ TripletOutputs triplet_attention(const Tensor& x, TensorList conv_weight, Tensor
 
 Tensor inference_below_autograd(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                 TensorList running_mean, TensorList running_var, double eps) {
-  static const auto op = find_op<Tensor(const Tensor&, TensorList, TensorList, TensorList, TensorList, TensorList,
-                                        double)>("triplet_attention_inference");
+  static const auto op =
+      find_op<Tensor(const Tensor&, TensorList, TensorList, TensorList, TensorList, TensorList, double)>(
+          "triplet_attention_inference");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
 }
@@ -202,8 +202,9 @@ struct TripletInference : torch::autograd::Function<TripletInference> {
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "triplet_attention_inference: expected no gradient to be asked of this op, got a backward "
-                       "through it; it has no derivative here: call triplet_attention");
+    TORCH_CHECK(false,
+                "triplet_attention_inference: expected no gradient to be asked of this op, got a backward "
+                "through it; it has no derivative here: call triplet_attention");
   }
 };
 

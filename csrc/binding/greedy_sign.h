@@ -30,10 +30,10 @@ at::Tensor greedy_sign_backward(const std::optional<at::Tensor>& grad_b, const s
   at::Tensor grad_u = at::empty_like(u_dense);
   at::Tensor grad_b_dense;
   if (grad_b) {
-    TORCH_CHECK_VALUE(grad_b->sizes() == u.sizes() && grad_b->scalar_type() == u.scalar_type() &&
-                          grad_b->device() == u.device(),
-                      "greedy_sign_backward: grad_b must match u (", u.scalar_type(), u.sizes(), " on ", u.device(),
-                      "), got ", grad_b->scalar_type(), grad_b->sizes(), " on ", grad_b->device());
+    TORCH_CHECK_VALUE(
+        grad_b->sizes() == u.sizes() && grad_b->scalar_type() == u.scalar_type() && grad_b->device() == u.device(),
+        "greedy_sign_backward: grad_b must match u (", u.scalar_type(), u.sizes(), " on ", u.device(), "), got ",
+        grad_b->scalar_type(), grad_b->sizes(), " on ", grad_b->device());
     grad_b_dense = like_layout_of(u_dense, *grad_b);
   }
   if (grad_penalty) {

@@ -30,8 +30,13 @@ struct HammingArguments {
                       query_rows.device(), " and ", code_rows.device());
     queries = query_rows.contiguous();
     codes = code_rows.contiguous();
-    search = {queries.const_data_ptr<uint8_t>(), codes.const_data_ptr<uint8_t>(), queries.size(0), codes.size(0),
-              codes.size(1), nullptr, 0};
+    search = {queries.const_data_ptr<uint8_t>(),
+              codes.const_data_ptr<uint8_t>(),
+              queries.size(0),
+              codes.size(0),
+              codes.size(1),
+              nullptr,
+              0};
     if (!bitmap) return;
     check_filter(op, *bitmap);
     filter = bitmap->contiguous();
@@ -56,8 +61,8 @@ struct HammingArguments {
     TORCH_CHECK_TYPE(bitmap.scalar_type() == at::kByte, op, ": filter must be a bitmap of uint8, got ",
                      bitmap.scalar_type(), "; pack a mask with pack_filter");
     const int64_t width = ceil_div<int64_t>(codes.size(0), 8);
-    const bool fits = (bitmap.dim() == 1 || (bitmap.dim() == 2 && bitmap.size(0) == queries.size(0))) &&
-                      bitmap.size(-1) == width;
+    const bool fits =
+        (bitmap.dim() == 1 || (bitmap.dim() == 2 && bitmap.size(0) == queries.size(0))) && bitmap.size(-1) == width;
     TORCH_CHECK_VALUE(fits, op, ": filter must be [", width, "], or [", queries.size(0), ", ", width,
                       "] with a row a query, for ", codes.size(0), " codes, got ", bitmap.sizes());
     TORCH_CHECK_VALUE(bitmap.device() == codes.device(), op, ": filter must be on the codes' device, ", codes.device(),
@@ -90,10 +95,9 @@ inline void check_labels(const HammingArguments& arguments, const std::optional<
                     "hamming_count: query_labels and labels must come together, got one of them");
   if (!labels) return;
   const auto check = [](const char* name, const at::Tensor& rows, const at::Tensor& of) {
-    TORCH_CHECK_TYPE((rows.dim() == 1 && rows.scalar_type() == at::kLong) ||
-                         (rows.dim() == 2 && rows.scalar_type() == at::kBool),
-                     "hamming_count: ", name, " must be int64 [N] or bool [N, L], got ", rows.scalar_type(), " ",
-                     rows.sizes());
+    TORCH_CHECK_TYPE(
+        (rows.dim() == 1 && rows.scalar_type() == at::kLong) || (rows.dim() == 2 && rows.scalar_type() == at::kBool),
+        "hamming_count: ", name, " must be int64 [N] or bool [N, L], got ", rows.scalar_type(), " ", rows.sizes());
     TORCH_CHECK_VALUE(rows.size(0) == of.size(0) && rows.device() == of.device(), "hamming_count: ", name,
                       " must be a row for each of ", of.size(0), " on ", of.device(), ", got ", rows.sizes(), " on ",
                       rows.device());
@@ -101,8 +105,8 @@ inline void check_labels(const HammingArguments& arguments, const std::optional<
   check("query_labels", *query_labels, arguments.queries);
   check("labels", *labels, arguments.codes);
   TORCH_CHECK_VALUE(query_labels->sizes().slice(1) == labels->sizes().slice(1),
-                    "hamming_count: query_labels and labels must be of one kind and width, got ",
-                    query_labels->sizes(), " and ", labels->sizes());
+                    "hamming_count: query_labels and labels must be of one kind and width, got ", query_labels->sizes(),
+                    " and ", labels->sizes());
 }
 
 // Of a row of labels: the label itself, or a bit for each.

@@ -1,11 +1,10 @@
-#include "hamming.h"
-
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <tuple>
 
+#include "hamming.h"
 #include "hashengine/huge_pages.h"
 
 namespace hashengine::binding {
@@ -54,9 +53,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_cpu(const at::Tensor& queri
                                                          std::optional<int64_t> max_results, int64_t num_threads) {
   const HammingArguments arguments("hamming_range", queries, codes, filter);
   const int64_t most = most_results(arguments, radius, max_results);
-  HammingRangeResult result =
-      hamming_range_cpu(arguments.search, radius, std::max<int64_t>(most, 1), simd_level(),
-                        thread_pool("hamming_range", num_threads));
+  HammingRangeResult result = hamming_range_cpu(arguments.search, radius, std::max<int64_t>(most, 1), simd_level(),
+                                                thread_pool("hamming_range", num_threads));
   const at::Tensor lims = at::empty({int64_t(result.lims.size())}, at::TensorOptions(at::kLong));
   std::copy(result.lims.begin(), result.lims.end(), lims.mutable_data_ptr<int64_t>());
   const int64_t count = result.count();

@@ -1,4 +1,4 @@
-#include "hamming.h"
+#include "hashengine/hamming_cuda.h"
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/cumsum.h>
@@ -11,7 +11,7 @@
 
 #include <tuple>
 
-#include "hashengine/hamming_cuda.h"
+#include "hamming.h"
 #include "hashengine/pack_bits.h"
 
 namespace hashengine::binding {

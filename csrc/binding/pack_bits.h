@@ -11,8 +11,8 @@ namespace hashengine::binding {
 template <typename Launch>
 at::Tensor pack_bits(const at::Tensor& u, Launch launch) {
   const Dtype dtype = u.scalar_type() == at::kBool ? Dtype::kBool : floating_dtype(u, "pack_bits", "u");
-  TORCH_CHECK_VALUE(u.dim() >= 1 && u.size(-1) % 8 == 0, "pack_bits: u must be [..., bits] with bits a multiple of 8, got ",
-                    u.sizes());
+  TORCH_CHECK_VALUE(u.dim() >= 1 && u.size(-1) % 8 == 0,
+                    "pack_bits: u must be [..., bits] with bits a multiple of 8, got ", u.sizes());
   const at::Tensor rows = u.contiguous();
   std::vector<int64_t> sizes = u.sizes().vec();
   sizes.back() /= 8;

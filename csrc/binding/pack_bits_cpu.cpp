@@ -1,6 +1,6 @@
-#include "pack_bits.h"
-
 #include <torch/library.h>
+
+#include "pack_bits.h"
 
 namespace hashengine::binding {
 namespace {

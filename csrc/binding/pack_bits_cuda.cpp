@@ -1,9 +1,9 @@
-#include "pack_bits.h"
-
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+
+#include "pack_bits.h"
 
 namespace hashengine::binding {
 namespace {

@@ -33,8 +33,8 @@ std::tuple<at::Tensor, at::Tensor> simam_forward(const at::Tensor& x, double lam
   at::Tensor stats = at::empty({x.size(0), x.size(1), 2}, x.options().dtype(sum_dtype(x.scalar_type())));
   if (x.numel() == 0) return {y, stats.zero_()};
   const at::Tensor native_x = in_layout(x, *layout);
-  launch({native_x.const_data_ptr(), y.mutable_data_ptr(), stats.mutable_data_ptr(), simam_shape(x, *layout, dtype),
-          lam});
+  launch(
+      {native_x.const_data_ptr(), y.mutable_data_ptr(), stats.mutable_data_ptr(), simam_shape(x, *layout, dtype), lam});
   return {y, stats};
 }
 

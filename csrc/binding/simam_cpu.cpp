@@ -6,9 +6,8 @@ namespace hashengine::binding {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, double lam) {
-  return simam_forward(x, lam, [](const SimamForward& params) {
-    simam_forward_cpu(params, chosen_simd_level(), torch_thread_pool());
-  });
+  return simam_forward(
+      x, lam, [](const SimamForward& params) { simam_forward_cpu(params, chosen_simd_level(), torch_thread_pool()); });
 }
 
 at::Tensor backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& stats, double lam) {

@@ -10,7 +10,9 @@ namespace hashengine::binding {
 namespace {
 
 // Freed before the kernels have run: the allocator hands it out again in this stream's order only.
-at::Tensor workspace_like(const at::Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+at::Tensor workspace_like(const at::Tensor& x, int64_t bytes) {
+  return at::empty({bytes}, x.options().dtype(at::kByte));
+}
 
 std::tuple<at::Tensor, at::Tensor> forward_cuda(const at::Tensor& x, double lam) {
   const c10::cuda::CUDAGuard device_guard(x.device());

@@ -46,17 +46,23 @@ inline TripletShape triplet_shape(const char* op, const at::Tensor& x, at::Tenso
                     ": conv_weight must hold 2 or 3 tensors, got ", conv_weight.size());
   for (size_t i = 0; i < conv_weight.size(); ++i) {
     const at::Tensor& weight = conv_weight[i];
-    TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == 2 &&
-                          weight.size(2) == weight.size(3),
-                      op, ": conv_weight[", i, "] must be [1, 2, K, K], got ", weight.sizes());
+    TORCH_CHECK_VALUE(
+        weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == 2 && weight.size(2) == weight.size(3), op,
+        ": conv_weight[", i, "] must be [1, 2, K, K], got ", weight.sizes());
     TORCH_CHECK_VALUE(weight.size(2) % 2 == 1, op, ": conv_weight[", i, "] must have an odd kernel size, got ",
                       weight.size(2));
     TORCH_CHECK_VALUE(weight.size(2) == conv_weight[0].size(2), op, ": conv_weight[", i,
                       "] must have the kernel size of conv_weight[0], ", conv_weight[0].size(2), ", got ",
                       weight.size(2));
   }
-  const TripletShape shape{x.size(0), x.size(1), x.size(2), x.size(3), int(conv_weight.size()),
-                           int(conv_weight[0].size(2)), FeatureLayout::kContiguous, dtype};
+  const TripletShape shape{x.size(0),
+                           x.size(1),
+                           x.size(2),
+                           x.size(3),
+                           int(conv_weight.size()),
+                           int(conv_weight[0].size(2)),
+                           FeatureLayout::kContiguous,
+                           dtype};
   constexpr const char* names[] = {"cw", "hc", "hw"};
   for (int branch = 0; branch < shape.branches && training; ++branch)
     TORCH_CHECK_VALUE(shape.map_numel(branch) > 1, op,
@@ -76,10 +82,8 @@ struct TripletForwardParameters {
         bn_bias(op, "bn_bias", bn_bias, conv_weight.size(), x),
         running_mean(op, "running_mean", running_mean, conv_weight.size(), x),
         running_var(op, "running_var", running_var, conv_weight.size(), x) {
-    const std::pair<const char*, at::TensorList> scalars[] = {{"bn_weight", bn_weight},
-                                                              {"bn_bias", bn_bias},
-                                                              {"running_mean", running_mean},
-                                                              {"running_var", running_var}};
+    const std::pair<const char*, at::TensorList> scalars[] = {
+        {"bn_weight", bn_weight}, {"bn_bias", bn_bias}, {"running_mean", running_mean}, {"running_var", running_var}};
     for (const auto& [name, tensors] : scalars)
       for (size_t i = 0; i < tensors.size(); ++i)
         TORCH_CHECK_VALUE(tensors[i].sizes() == at::IntArrayRef{1}, op, ": ", name, "[", i, "] must be [1], got ",
@@ -144,8 +148,8 @@ at::Tensor triplet_inference(const at::Tensor& x, at::TensorList conv_weight, at
   at::Tensor y = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(y);
   if (!layout)
-    return y.copy_(triplet_inference(x.contiguous(), conv_weight, bn_weight, bn_bias, running_mean, running_var, eps,
-                                     launch));
+    return y.copy_(
+        triplet_inference(x.contiguous(), conv_weight, bn_weight, bn_bias, running_mean, running_var, eps, launch));
   if (x.numel() == 0) return y;
   const at::Tensor native_x = in_layout(x, *layout);
   parameters.put(params, eps);

@@ -26,41 +26,34 @@ void run(const char* op, const Tensor& x, const TripletShape& shape, int64_t wor
 TripletOutputs forward_cuda(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                             TensorList running_mean, TensorList running_var, bool training, double eps) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  return triplet_forward(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps,
-                         [&](const TripletForward& params) {
-                           run("triplet_attention", x, params.shape, triplet_forward_workspace_bytes(params.shape),
-                               [&](void* workspace, cudaStream_t stream) {
-                                 launch_triplet_forward(params, workspace, stream);
-                               });
-                         });
+  return triplet_forward(
+      x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps, [&](const TripletForward& params) {
+        run("triplet_attention", x, params.shape, triplet_forward_workspace_bytes(params.shape),
+            [&](void* workspace, cudaStream_t stream) { launch_triplet_forward(params, workspace, stream); });
+      });
 }
 
 Tensor inference_cuda(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                       TensorList running_mean, TensorList running_var, double eps) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  return triplet_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps,
-                           [&](const TripletInference& params) {
-                             run("triplet_attention_inference", x, params.shape,
-                                 triplet_inference_workspace_bytes(params.shape),
-                                 [&](void* workspace, cudaStream_t stream) {
-                                   launch_triplet_inference(params, workspace, stream);
-                                 });
-                           });
+  return triplet_inference(
+      x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps, [&](const TripletInference& params) {
+        run("triplet_attention_inference", x, params.shape, triplet_inference_workspace_bytes(params.shape),
+            [&](void* workspace, cudaStream_t stream) { launch_triplet_inference(params, workspace, stream); });
+      });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_y, const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
-    const Tensor& mean, const Tensor& var, const Tensor& pooled, const Tensor& index, const Tensor& response,
-    bool training, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_y, const Tensor& x, TensorList conv_weight,
+                                                         TensorList bn_weight, TensorList bn_bias, const Tensor& mean,
+                                                         const Tensor& var, const Tensor& pooled, const Tensor& index,
+                                                         const Tensor& response, bool training, double eps) {
   const c10::cuda::CUDAGuard device_guard(x.device());
-  return triplet_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps,
-                          [&](const TripletBackward& params) {
-                            run("triplet_attention_backward", x, params.shape,
-                                triplet_backward_workspace_bytes(params.shape),
-                                [&](void* workspace, cudaStream_t stream) {
-                                  launch_triplet_backward(params, workspace, stream);
-                                });
-                          });
+  return triplet_backward(
+      grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps,
+      [&](const TripletBackward& params) {
+        run("triplet_attention_backward", x, params.shape, triplet_backward_workspace_bytes(params.shape),
+            [&](void* workspace, cudaStream_t stream) { launch_triplet_backward(params, workspace, stream); });
+      });
 }
 
 TORCH_LIBRARY_IMPL(hashengine, CUDA, library) {

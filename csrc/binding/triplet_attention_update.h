@@ -49,8 +49,8 @@ void triplet_attention_update(const at::Tensor& mean, const at::Tensor& var, at:
   check_length(num_batches_tracked.size(), "num_batches_tracked");
   check_length(counts.size(), "counts");
   TORCH_CHECK_VALUE(momentum.value_or(0) >= 0, op, ": momentum must not be negative, got ", *momentum);
-  TripletUpdate params{mean.const_data_ptr(), var.const_data_ptr(), {}, {}, {}, {}, int(branches),
-                       momentum.value_or(-1), dtype};
+  TripletUpdate params{mean.const_data_ptr(), var.const_data_ptr(),  {},   {}, {}, {},
+                       int(branches),         momentum.value_or(-1), dtype};
   std::vector<InPlace> in_place;
   const auto use = [&](const at::Tensor& tensor, const char* name, size_t i, at::ScalarType type) {
     TORCH_CHECK_VALUE(tensor.numel() == 1 && tensor.device() == mean.device(), op, ": ", name, "[", i,
@@ -62,7 +62,8 @@ void triplet_attention_update(const at::Tensor& mean, const at::Tensor& var, at:
     params.unbiased[i] = double(counts[i]) / double(counts[i] - 1);
     params.running_mean[i] = use(running_mean[i], "running_mean", i, mean.scalar_type());
     params.running_var[i] = use(running_var[i], "running_var", i, mean.scalar_type());
-    params.num_batches_tracked[i] = static_cast<int64_t*>(use(num_batches_tracked[i], "num_batches_tracked", i, at::kLong));
+    params.num_batches_tracked[i] =
+        static_cast<int64_t*>(use(num_batches_tracked[i], "num_batches_tracked", i, at::kLong));
   }
   launch(params);
   for (InPlace& tensor : in_place) tensor.finish();

@@ -1,9 +1,9 @@
-#include "triplet_attention_update.h"
-
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+
+#include "triplet_attention_update.h"
 
 namespace hashengine::binding {
 namespace {

@@ -1,7 +1,7 @@
 // greedy_sign on the CPU.
 //
-// Forward reads u once and writes b once (2 * numel * s bytes, the floor); backward reads grad_b and u and writes grad_u
-// (3 * numel * s, the floor). Neither branches on a sign, which no branch predictor can know.
+// Forward reads u once and writes b once (2 * numel * s bytes, the floor); backward reads grad_b and u and writes
+// grad_u (3 * numel * s, the floor). Neither branches on a sign, which no branch predictor can know.
 //
 // The penalty is summed over fixed chunks, each in lanes of its own, and the chunks' sums are added in order in double:
 // the same bits for every number of threads.
@@ -17,7 +17,7 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kChunk = 2048;  // elements a partial sum: 256 additions are chained
+constexpr int64_t kChunk = 2048;   // elements a partial sum: 256 additions are chained
 constexpr int64_t kGrain = 32768;  // fewer elements are not worth a second thread
 
 // step(i, the eight lanes from u[i] on, how many of them are there).
@@ -117,8 +117,9 @@ void backward_range(const GreedySignBackward& p, SimdLevel level, const ThreadPo
 
 template <typename Element>
 void backward(const GreedySignBackward& p, SimdLevel level, const ThreadPool& pool) {
-  const auto run = p.grad_b ? (p.grad_penalty ? backward_range<Element, true, true> : backward_range<Element, true, false>)
-                            : (p.grad_penalty ? backward_range<Element, false, true> : backward_range<Element, false, false>);
+  const auto run =
+      p.grad_b ? (p.grad_penalty ? backward_range<Element, true, true> : backward_range<Element, true, false>)
+               : (p.grad_penalty ? backward_range<Element, false, true> : backward_range<Element, false, false>);
   run(p, level, pool);
 }
 

@@ -1,9 +1,9 @@
 // Hamming search with AVX2, which has no population count: a table of one query nibble's sixteen distances stands in.
 //
-// A tile is laid out in groups of 32 codes, and a group in planes: plane j holds nibble j of every code, a byte each. For
-// a query, vpshufb looks up the 32 distances of a plane in the table of the query's nibble j. A distance of 0 to 4 needs
-// half a byte, so that a table serves two queries at once, and three planes add up before the halves are taken apart:
-// 10 instructions for 12 bits of 32 codes and two queries, bits / 77 a distance.
+// A tile is laid out in groups of 32 codes, and a group in planes: plane j holds nibble j of every code, a byte each.
+// For a query, vpshufb looks up the 32 distances of a plane in the table of the query's nibble j. A distance of 0 to 4
+// needs half a byte, so that a table serves two queries at once, and three planes add up before the halves are taken
+// apart: 10 instructions for 12 bits of 32 codes and two queries, bits / 77 a distance.
 //
 // Distances lie in bytes, so one comparison tests 32 of them against the bound. A byte holds the sum of 63 planes. Of
 // longer codes each such block is added to a byte that saturates, and before each but the first a share of the bound is
@@ -19,19 +19,17 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kGroup = 32;   // codes in a vector of bytes
-constexpr int64_t kGroups = 4;   // groups that share the loading of a table
+constexpr int64_t kGroup = 32;  // codes in a vector of bytes
+constexpr int64_t kGroups = 4;  // groups that share the loading of a table
 constexpr int64_t kBatch = kGroup * kGroups;
-constexpr int64_t kBlock = 63;   // planes whose distances a byte can sum: 63 * 4 < 256
+constexpr int64_t kBlock = 63;              // planes whose distances a byte can sum: 63 * 4 < 256
 constexpr int64_t kEvenBlock = kBlock - 3;  // on the average of blocks that differ by less than a triple
 static_assert(kBatch == kTileCodesMultiple);
 
 using Vector = __m256i;
 
 int64_t tile_bytes(int64_t codes, int64_t code_bytes) { return round_up(codes, kBatch) * 2 * code_bytes; }
-int64_t tile_codes(int64_t code_bytes) {
-  return std::max(kTileBytes / (2 * code_bytes) / kBatch * kBatch, kBatch);
-}
+int64_t tile_codes(int64_t code_bytes) { return std::max(kTileBytes / (2 * code_bytes) / kBatch * kBatch, kBatch); }
 int64_t query_bytes(int64_t code_bytes) { return 2 * code_bytes * 16; }
 
 // One table of 16 bytes a nibble of two queries: entry n is popcount(n ^ nibble), of the first query in the lower half
@@ -58,7 +56,8 @@ HE_INLINE long long load_word(const uint8_t* bytes) {
   return word;
 }
 
-// Eight bytes of each of 32 codes, the first at `source`, to eight vectors: the j-th holds byte j of every code in order.
+// Eight bytes of each of 32 codes, the first at `source`, to eight vectors: the j-th holds byte j of every code in
+// order.
 HE_TARGET_AVX2 HE_INLINE void transpose_words(const uint8_t* source, int64_t stride, Vector bytes[8]) {
   Vector x[8];
 #pragma GCC unroll 8
@@ -211,7 +210,9 @@ HE_TARGET_AVX2 void scan_pair(const HammingTile& tile, const uint8_t* tables, co
   const int64_t group_planes = kPlanes ? kPlanes : 2 * tile.code_bytes;
   const int64_t blocks = kPlanes ? 1 : (group_planes + kEvenBlock - 1) / kEvenBlock;
   // Blocks are as even as whole triples allow: a short one would not make up for its share.
-  const auto border = [&](int64_t block) { return block == blocks ? group_planes : block * group_planes / blocks / 3 * 3; };
+  const auto border = [&](int64_t block) {
+    return block == blocks ? group_planes : block * group_planes / blocks / 3 * 3;
+  };
   const auto* planes = reinterpret_cast<const Vector*>(tile.rows);
   ByteBound bounds[kQueries];
   for (int q = 0; q < kQueries; ++q) bounds[q] = ByteBound::of(selectors[q].bound(), blocks);
@@ -279,9 +280,9 @@ HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queri
 
 }  // namespace
 
-const HammingKernel kHammingAvx2 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
-                                    prepare_queries, scan,       measure,     1024,  // longer codes are no slower counted
-                                    0,               0};
+const HammingKernel kHammingAvx2 = {tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries,
+                                    scan,       measure,    1024,  // longer codes are no slower counted
+                                    0,          0};
 
 }  // namespace hashengine
 

@@ -15,8 +15,8 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kGroup = 8;    // codes in a vector of words
-constexpr int kQueries = 8;      // queries that share the loading of a vector
+constexpr int64_t kGroup = 8;  // codes in a vector of words
+constexpr int kQueries = 8;    // queries that share the loading of a vector
 
 int64_t words_of(int64_t code_bytes) { return (code_bytes + 7) / 8; }
 int64_t groups_of(int64_t codes) { return (codes + kGroup - 1) / kGroup; }
@@ -49,8 +49,7 @@ void prepare_tile(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8
 __attribute__((noinline)) void offer_group(const int64_t distances[kGroup], const HammingTile& tile, int64_t first_code,
                                            Selector& selector) {
   const int64_t present = std::min(kGroup, tile.count - first_code);
-  for (int64_t i = 0; i < present; ++i)
-    selector.offer(uint32_t(distances[i]), tile.position_of(first_code + i));
+  for (int64_t i = 0; i < present; ++i) selector.offer(uint32_t(distances[i]), tile.position_of(first_code + i));
 }
 
 // The whole tile against kQueries queries. kWords is the number of words of a code where it is known, else 0.
@@ -65,7 +64,8 @@ HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* queri
     __m512i sums[kQueries];
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q)
-      sums[q] = _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_load_si512(vectors), _mm512_set1_epi64(queries[q * words])));
+      sums[q] =
+          _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_load_si512(vectors), _mm512_set1_epi64(queries[q * words])));
 #pragma GCC unroll 4
     for (int64_t w = 1; w < words; ++w) {
       const __m512i codes = _mm512_load_si512(vectors + w);
@@ -131,8 +131,8 @@ HE_TARGET_AVX512 void measure(const HammingTile& tile, const HammingQueries& que
 
 }  // namespace
 
-const HammingKernel kHammingAvx512 = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
-                                      prepare_queries, scan,       measure,     INT64_MAX, 0, 0};
+const HammingKernel kHammingAvx512 = {
+    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, measure, INT64_MAX, 0, 0};
 
 }  // namespace hashengine
 

@@ -11,15 +11,15 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kMinQueryBlock = 32;                 // fewer queries do not pay for laying out a tile
+constexpr int64_t kMinQueryBlock = 32;  // fewer queries do not pay for laying out a tile
 constexpr int64_t kMaxQueryBlock = 256;
-constexpr int64_t kQueryBytes = 1 << 17;               // laid-out queries of a block pass through the second level
-constexpr int64_t kLeastBlockCodes = 4096;             // fewer do not pay for a block's tables
-constexpr int64_t kItemsPerThread = 2;                 // so that a slow core does not hold up the others
-constexpr int64_t kSerialBytes = 1 << 20;              // query-code bytes below which waking threads costs more
+constexpr int64_t kQueryBytes = 1 << 17;    // laid-out queries of a block pass through the second level
+constexpr int64_t kLeastBlockCodes = 4096;  // fewer do not pay for a block's tables
+constexpr int64_t kItemsPerThread = 2;      // so that a slow core does not hold up the others
+constexpr int64_t kSerialBytes = 1 << 20;   // query-code bytes below which waking threads costs more
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kLongBytes = int64_t(1) << 30;       // query-code bytes that take some milliseconds
-constexpr int64_t kHugeBytes = 192 << 10;              // 48 pages: a first-level TLB has about 64 entries
+constexpr int64_t kLongBytes = int64_t(1) << 30;  // query-code bytes that take some milliseconds
+constexpr int64_t kHugeBytes = 192 << 10;         // 48 pages: a first-level TLB has about 64 entries
 
 }  // namespace
 
@@ -66,8 +66,8 @@ HammingPlan::HammingPlan(const HammingKernel& kernel, const HammingSearch& searc
     query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
   }
   query_blocks = ceil_div(search.query_count, query_block);
-  // Enough chunks to keep every thread busy, where blocks of queries alone do not, and nine tenths of the time to the end.
-  // More cost candidates: each chunk looks for the nearest by itself.
+  // Enough chunks to keep every thread busy, where blocks of queries alone do not, and nine tenths of the time to the
+  // end. More cost candidates: each chunk looks for the nearest by itself.
   int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
   while (9 * round_up(query_blocks * wanted, threads) > 10 * query_blocks * wanted) ++wanted;
   const int64_t useful = std::max<int64_t>(search.code_count / least_chunk, 1);

@@ -1,7 +1,7 @@
 // How the CPU's Hamming searches are cut into items, a block of queries times a chunk of the database, that the threads
-// take one after another. An item lays its queries out once, then goes through its chunk tile by tile. So codes are read
-// from memory once a block of queries and stay in the first-level cache meanwhile; for a large batch the arithmetic of
-// the scan is the limit, for one query the memory.
+// take one after another. An item lays its queries out once, then goes through its chunk tile by tile. So codes are
+// read from memory once a block of queries and stay in the first-level cache meanwhile; for a large batch the
+// arithmetic of the scan is the limit, for one query the memory.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@
 
 namespace hashengine {
 
-constexpr int64_t kHammingMaxChunk = int64_t(1) << 31;              // codes, whose positions have 32 bits
+constexpr int64_t kHammingMaxChunk = int64_t(1) << 31;      // codes, whose positions have 32 bits
 constexpr int64_t kHammingThreadBytes = int64_t(24) << 20;  // of a thread's memory, above one query's
 
 // The level's kernel for any number of queries.
@@ -35,8 +35,8 @@ struct HammingPlan {
   bool is_long = false;  // so that clearing megabytes for it does not matter
 };
 
-// A thread's memory. Of much of it, in a long search, the pages are huge ones: small ones cost a fault each, and more of
-// them than a first-level TLB holds slow a scan down.
+// A thread's memory. Of much of it, in a long search, the pages are huge ones: small ones cost a fault each, and more
+// of them than a first-level TLB holds slow a scan down.
 class ThreadMemory {
  public:
   ThreadMemory() = default;

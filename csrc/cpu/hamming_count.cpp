@@ -1,7 +1,7 @@
 // Counts of Hamming distances on the CPU, and rankings made from them.
 //
-// A distance costs its share of a tile's measuring and one increment. Neighbouring codes often have one distance, and an
-// increment would wait for the one before it: four counters a distance take turns.
+// A distance costs its share of a tile's measuring and one increment. Neighbouring codes often have one distance, and
+// an increment would wait for the one before it: four counters a distance take turns.
 
 #include <mutex>
 #include <utility>

@@ -61,7 +61,7 @@ extern const HammingKernel kHammingNeon;
 extern const HammingKernel kHammingSlicedNeon;
 #endif
 
-constexpr int64_t kTileBytes = 16384;     // half of a first-level cache of 32 KB
+constexpr int64_t kTileBytes = 16384;        // half of a first-level cache of 32 KB
 constexpr int64_t kTileCodesMultiple = 128;  // what `distances` of measure is rounded up to
 
 inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {

@@ -23,8 +23,8 @@
 namespace hashengine {
 namespace {
 
-constexpr int kSums = 16;      // vectors of counts, which the registers hold beside what they are made of
-constexpr int kQueries = 4;    // that share the loading of codes
+constexpr int kSums = 16;    // vectors of counts, which the registers hold beside what they are made of
+constexpr int kQueries = 4;  // that share the loading of codes
 constexpr int64_t kVector = 16;
 constexpr int64_t kBlock = 31 * kVector;  // bytes of a code whose counts a byte can sum: 31 * 8 < 256
 
@@ -244,9 +244,9 @@ void measure(const HammingTile& tile, const HammingQueries& queries, int64_t que
 
 }  // namespace
 
-const HammingKernel kHammingNeon = {tile_codes,      tile_bytes, query_bytes, prepare_tile,
-                                    prepare_queries, scan,       measure,     8191,  // whose bits 16 bits can count
-                                    0,               0};
+const HammingKernel kHammingNeon = {tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries,
+                                    scan,       measure,    8191,  // whose bits 16 bits can count
+                                    0,          0};
 
 }  // namespace hashengine
 

@@ -1,6 +1,6 @@
-// Hamming search for a few queries on x86: laying a tile out for AVX2 costs what scanning it for several queries does, so
-// codes are read as they lie, and counted with the scalar population count, which every CPU with AVX2 has. Codes of 64 bits
-// are counted by a table of nibbles instead, four in 11 instructions.
+// Hamming search for a few queries on x86: laying a tile out for AVX2 costs what scanning it for several queries does,
+// so codes are read as they lie, and counted with the scalar population count, which every CPU with AVX2 has. Codes of
+// 64 bits are counted by a table of nibbles instead, four in 11 instructions.
 
 #include "hamming_kernel.h"
 

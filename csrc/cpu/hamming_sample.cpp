@@ -1,6 +1,6 @@
-// A candidate is taken to cost 20 cycles and a sampled code 3, of which only the ratio matters, and little. Where a sample
-// should show h of the k nearest of N codes, it takes h N / k codes, and about k (1 + 4 / sqrt(h)) candidates pass a bound
-// that lies four deviations above h. Their cost together is least at h = (13 k^2 / N)^(2/3).
+// A candidate is taken to cost 20 cycles and a sampled code 3, of which only the ratio matters, and little. Where a
+// sample should show h of the k nearest of N codes, it takes h N / k codes, and about k (1 + 4 / sqrt(h)) candidates
+// pass a bound that lies four deviations above h. Their cost together is least at h = (13 k^2 / N)^(2/3).
 
 #include "hamming_sample.h"
 

@@ -10,7 +10,8 @@ int64_t query_bytes(int64_t) { return 0; }
 
 void scan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors) {
   for (int64_t q = 0; q < queries.count; ++q)
-    for (int64_t i = 0; i < tile.count; ++i) selectors[q].offer(hamming_distance(tile, i, queries, q), tile.position_of(i));
+    for (int64_t i = 0; i < tile.count; ++i)
+      selectors[q].offer(hamming_distance(tile, i, queries, q), tile.position_of(i));
 }
 
 void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query, uint32_t* distances) {

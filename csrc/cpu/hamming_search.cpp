@@ -2,8 +2,8 @@
 //
 // Each query's selector knows, after every candidate, the distance that the next must stay below; a scan only has to
 // compare a vector of distances with it, and over N codes in random order about k * (1 + ln(N / k)) pass. For a large k
-// a sample of the codes tells a bound to begin with (hamming_sample.cpp), so that only a few k pass. Each chunk yields a
-// list for each query, and what the lists of a query hold is sorted by counting.
+// a sample of the codes tells a bound to begin with (hamming_sample.cpp), so that only a few k pass. Each chunk yields
+// a list for each query, and what the lists of a query hold is sorted by counting.
 
 #include <deque>
 #include <utility>
@@ -16,12 +16,12 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kMinChunkCodes = 1 << 16;              // less is not worth a list
-constexpr int64_t kLeastRoom = 512;                      // candidates of a query that a thread has room for
-constexpr int64_t kRankedShare = 8;                      // of the codes; a longer ranking is made by counting
-constexpr int64_t kLongSort = 16;                        // candidates of each distance that pay for several counts
+constexpr int64_t kMinChunkCodes = 1 << 16;  // less is not worth a list
+constexpr int64_t kLeastRoom = 512;          // candidates of a query that a thread has room for
+constexpr int64_t kRankedShare = 8;          // of the codes; a longer ranking is made by counting
+constexpr int64_t kLongSort = 16;            // candidates of each distance that pay for several counts
 constexpr uint32_t kUnbounded = UINT32_MAX;
-constexpr int64_t kListBytes = int64_t(10) << 20;        // of the lists of the queries that are searched together
+constexpr int64_t kListBytes = int64_t(10) << 20;  // of the lists of the queries that are searched together
 
 // A part of a search's queries, and the kernel for it.
 struct Batch {
@@ -80,7 +80,8 @@ class Lists {
         int64_t expected, const ThreadPool& pool, Memory& memory)
       : format_(batch.search.code_bytes),
         plan_(*batch.kernel, batch.search, per_query, least_chunk, pool.threads, format_.positions()),
-        parts_(size_t(plan_.items())), code_bytes_(batch.search.code_bytes) {
+        parts_(size_t(plan_.items())),
+        code_bytes_(batch.search.code_bytes) {
     const int64_t chunks = std::max<int64_t>(plan_.chunks, 1);  // of no codes there is none
     const int64_t room = std::min(2 * ceil_div(expected, chunks) + kLeastRoom, plan_.chunk_codes);
     while (memory.parts.size() < parts_.size()) memory.parts.emplace_back();
@@ -168,8 +169,7 @@ class Lists {
     for (int64_t i = 0; i < length; ++i)
 #pragma GCC unroll 4
       for (int64_t stream = 0; stream < kStreams; ++stream) visit(stream, list.begin[stream * length + i]);
-    for (const uint32_t* rest = list.begin + kStreams * length; rest != list.end; ++rest)
-      visit(kStreams - 1, *rest);
+    for (const uint32_t* rest = list.begin + kStreams * length; rest != list.end; ++rest) visit(kStreams - 1, *rest);
   }
 
   int64_t bins() const { return 8 * code_bytes_ + 1; }  // distances that there are
@@ -178,8 +178,8 @@ class Lists {
     return reinterpret_cast<uint32_t*>(memory.reserve(candidates * int64_t(sizeof(uint32_t)), plan_.is_long));
   }
 
-  // What the chunks that are done leave for a query of the item to find: where one has as many as are wanted, only what is
-  // nearer than the last of these, or as near and stands before it.
+  // What the chunks that are done leave for a query of the item to find: where one has as many as are wanted, only what
+  // is nearer than the last of these, or as near and stands before it.
   uint32_t bound_of(const HammingItem& item, int64_t query, uint32_t bound) const {
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const Part& part = part_at(item.first_query, chunk);
@@ -196,8 +196,7 @@ class Lists {
   List list_of(int64_t query, int64_t chunk) const {
     const Part& part = part_at(query, chunk);
     const auto row = size_t(query % plan_.query_block);
-    return {part.candidates + part.begins[row], part.candidates + part.begins[row + 1],
-            chunk * plan_.chunk_codes};
+    return {part.candidates + part.begins[row], part.candidates + part.begins[row + 1], chunk * plan_.chunk_codes};
   }
 
   const HammingCandidates format_;
@@ -242,7 +241,8 @@ void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances
     // To what a sample told too little; these lists take the memory of the batch's, which are sorted.
     for (int64_t q = 0; q < batch.search.query_count; ++q) {
       if (bounds[size_t(q)] == most_bound || lists.found(q) >= k) continue;
-      const Batch astray = {part_of(batch.search, q, 1), first + q, &hamming_kernel(level, part_of(batch.search, q, 1))};
+      const Batch astray = {part_of(batch.search, q, 1), first + q,
+                            &hamming_kernel(level, part_of(batch.search, q, 1))};
       find(astray, {most_bound}).sort(0, k, distances + (first + q) * k, positions + (first + q) * k);
     }
     first += batch.search.query_count;
@@ -270,7 +270,7 @@ HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius
       for (int64_t q = begin; q < end; ++q) {
         const int64_t at = result.lims[size_t(first + q)];
         lists.sort(q, result.lims[size_t(first + q) + 1] - at, result.distances.get() + at,
-                    result.positions.get() + at);
+                   result.positions.get() + at);
       }
     });
     first += batch.search.query_count;

@@ -1,6 +1,6 @@
 // The k smallest (distance, position) of a stream of candidates that comes in order of position. Distances are small
-// integers, so counting replaces the heap: a histogram of what was accepted gives, after each candidate, the exact bound
-// that the next one must stay below. They are put in order of distance by who has all of a query's.
+// integers, so counting replaces the heap: a histogram of what was accepted gives, after each candidate, the exact
+// bound that the next one must stay below. They are put in order of distance by who has all of a query's.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +37,8 @@ class Selector {
     return int64_t(sizeof(uint32_t)) * (bits + 2 + capacity(k, length));
   }
 
-  // Only candidates below `bound` are wanted, and only those that pass the filter. `memory` has room for the first of them; where that is all taken,
-  // they move.
+  // Only candidates below `bound` are wanted, and only those that pass the filter. `memory` has room for the first of
+  // them; where that is all taken, they move.
   void reset(HammingCandidates format, int64_t k, int64_t length, uint32_t bound, const uint8_t* filter,
              uint32_t* memory, int64_t room) {
     format_ = format;
@@ -121,8 +121,8 @@ class Selector {
     while (below_ >= k_) below_ -= histogram_[--bound_];
   }
 
-  // Leaves out what is farther than the bound, and of those at the bound all but the first that are still needed. Returns
-  // how many are left. Without branches, which would be guessed.
+  // Leaves out what is farther than the bound, and of those at the bound all but the first that are still needed.
+  // Returns how many are left. Without branches, which would be guessed.
   size_t pick(uint32_t* out) const {
     const uint32_t bound = bound_;  // which writing through `out` might change, for all that the compiler knows
     uint64_t ties = k_ - below_;

@@ -1,14 +1,15 @@
 // Hamming search for many queries, bit-sliced: vectors whose bit q belongs to query q, a block of 128 to 512 queries.
 //
-// A code is taken a field of three, six or seven bits at a time. A table, laid out once a block, holds for each value of a
-// field its distances from all queries, 0 to 7 in three slices (0 to 3 in two). Full adders sum the slices of a code's fields;
-// they start from what each query's bound leaves to a power of two, so that the last carry tells who is too far. A field of
-// seven takes three loads and about three adders, of 5 instructions with AVX2, 2 with AVX-512, 3 with NEON: at 64 bits
-// 28 loads and 27 adders, 163 instructions of AVX2, for 256 distances. Codes are read as they lie.
+// A code is taken a field of three, six or seven bits at a time. A table, laid out once a block, holds for each value
+// of a field its distances from all queries, 0 to 7 in three slices (0 to 3 in two). Full adders sum the slices of a
+// code's fields; they start from what each query's bound leaves to a power of two, so that the last carry tells who is
+// too far. A field of seven takes three loads and about three adders, of 5 instructions with AVX2, 2 with AVX-512, 3
+// with NEON: at 64 bits 28 loads and 27 adders, 163 instructions of AVX2, for 256 distances. Codes are read as they
+// lie.
 //
-// The limit beside arithmetic is what the first-level cache takes from the second: a cache line every other cycle, and an
-// entry is two lines (one, of two slices). Fields of seven bits need 12 KB of tables each with AVX2, 108 KB a word; longer
-// codes have narrower fields, so that all their tables, of 65 to 344 KB, stay in the second level.
+// The limit beside arithmetic is what the first-level cache takes from the second: a cache line every other cycle, and
+// an entry is two lines (one, of two slices). Fields of seven bits need 12 KB of tables each with AVX2, 108 KB a word;
+// longer codes have narrower fields, so that all their tables, of 65 to 344 KB, stay in the second level.
 #pragma once
 
 #include "hamming_kernel.h"
@@ -23,7 +24,7 @@ constexpr int64_t kMaxSlicedWords = 32;  // of 64 bits; of longer codes the tabl
 constexpr int kMaxWeights = 12;          // of counters up to 2048
 constexpr int64_t kMaxNear = 512;        // codes that somebody is near to, until they are offered; a multiple of 64
 static_assert(kMaxNear <= Selector::kMostTogether, "a query may be near to all of them");
-constexpr int64_t kMaxStep = 128;        // codes between two looks at their number
+constexpr int64_t kMaxStep = 128;  // codes between two looks at their number
 
 // A word of a code in fields of kBits, and what is left of it.
 template <int kBits>
@@ -84,7 +85,8 @@ struct SlicedCounter {
   Vector overflow{};
 };
 
-// One block of queries against one tile. Level: Vector; full_add(sum, b, c), which returns the carry; has_zero(v), a bit.
+// One block of queries against one tile. Level: Vector; full_add(sum, b, c), which returns the carry; has_zero(v), a
+// bit.
 template <typename Level>
 class SlicedScan {
  public:
@@ -117,7 +119,10 @@ class SlicedScan {
   }
 
   HE_SLICES SlicedScan(const HammingTile& tile, const HammingQueries& queries, Selector* selectors)
-      : tile_(tile), queries_(queries), selectors_(selectors), tables_(reinterpret_cast<const Vector*>(queries.prepared)) {}
+      : tile_(tile),
+        queries_(queries),
+        selectors_(selectors),
+        tables_(reinterpret_cast<const Vector*>(queries.prepared)) {}
 
   HE_SLICES void run() {
     switch (tile_.code_bytes) {
@@ -258,8 +263,8 @@ class SlicedScan {
     return reinterpret_cast<const Vector*>(reinterpret_cast<const uint8_t*>(table) + offset);
   }
 
-  // Offers the listed codes, to one query after another: there a bit's row is a code and its column a query, which changes
-  // places for 64 at a time, so that of each query the hits stand together.
+  // Offers the listed codes, to one query after another: there a bit's row is a code and its column a query, which
+  // changes places for 64 at a time, so that of each query the hits stand together.
   template <int kWeights, int64_t kBytes>
   HE_SLICES void offer_near() {
     const int64_t groups = (near_count_ + 63) / 64;

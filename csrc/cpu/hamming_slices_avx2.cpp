@@ -39,9 +39,9 @@ HE_TARGET_AVX2 void measure(const HammingTile& tile, const HammingQueries& queri
 
 }  // namespace
 
-const HammingKernel kHammingSlicedAvx2 = {Scan::tile_codes, no_layout_bytes, Scan::query_bytes, no_layout,
-                                          prepare_queries,  scan,            measure,           8 * kMaxSlicedWords,
-                                          Scan::kQueries,   kLeastQueries};
+const HammingKernel kHammingSlicedAvx2 = {
+    Scan::tile_codes, no_layout_bytes,     Scan::query_bytes, no_layout,    prepare_queries, scan,
+    measure,          8 * kMaxSlicedWords, Scan::kQueries,    kLeastQueries};
 
 }  // namespace hashengine
 

@@ -50,9 +50,9 @@ HE_TARGET_AVX512 void measure(const HammingTile& tile, const HammingQueries& que
 
 }  // namespace
 
-const HammingKernel kHammingSlicedAvx512 = {Scan::tile_codes, no_layout_bytes, Scan::query_bytes, no_layout,
-                                            prepare_queries,  scan,            measure,           8 * kMaxSlicedWords,
-                                            Scan::kQueries,   kLeastQueries};
+const HammingKernel kHammingSlicedAvx512 = {
+    Scan::tile_codes, no_layout_bytes,     Scan::query_bytes, no_layout,    prepare_queries, scan,
+    measure,          8 * kMaxSlicedWords, Scan::kQueries,    kLeastQueries};
 
 }  // namespace hashengine
 

@@ -31,16 +31,15 @@ void scan(const HammingTile& tile, const HammingQueries& queries, Selector* sele
   Scan(tile, queries, selectors).run();
 }
 
-void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query,
-             uint32_t* distances) {
+void measure(const HammingTile& tile, const HammingQueries& queries, int64_t query, uint32_t* distances) {
   measure_as_they_lie(tile, queries, query, distances);
 }
 
 }  // namespace
 
-const HammingKernel kHammingSlicedNeon = {Scan::tile_codes, no_layout_bytes, Scan::query_bytes, no_layout,
-                                          prepare_queries,  scan,            measure,           8 * kMaxSlicedWords,
-                                          Scan::kQueries,   kLeastQueries};
+const HammingKernel kHammingSlicedNeon = {
+    Scan::tile_codes, no_layout_bytes,     Scan::query_bytes, no_layout,    prepare_queries, scan,
+    measure,          8 * kMaxSlicedWords, Scan::kQueries,    kLeastQueries};
 
 }  // namespace hashengine
 

@@ -12,7 +12,7 @@ constexpr int64_t kPlanes = 64;
 
 // Cuts a map into groups of planes, and packs them position by position, padded with zeros to whole vectors.
 struct Groups {
-  int64_t planes;           // of all samples
+  int64_t planes;  // of all samples
   int64_t positions;
   int64_t width;            // planes of a group
   int64_t position_stride;  // in the feature map

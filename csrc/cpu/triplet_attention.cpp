@@ -25,7 +25,11 @@ class ForwardMaps {
  protected:
   // Saves nothing where p.saved.mean is null.
   ForwardMaps(const TripletForward& p, SimdLevel level, const ThreadPool& pool)
-      : p_(p), layout_(p.shape), strip_sizes_(layout_, p.shape.kernel_size), level_(level), pool_(pool),
+      : p_(p),
+        layout_(p.shape),
+        strip_sizes_(layout_, p.shape.kernel_size),
+        level_(level),
+        pool_(pool),
         moments_(size_t(layout_.samples * layout_.parts * kTripletBranches)) {}
 
   // A share of a sample, and its scratch memory.
@@ -42,7 +46,7 @@ class ForwardMaps {
           result(scratch.take<T>(layout.parts * forward.strip_sizes_.result)),
           gates(layout, scratch),
           maps(forward.p_.saved.mean ? SampleMaps<T>(layout, forward.p_.saved, sample)
-                                       : SampleMaps<T>(layout, scratch)),
+                                     : SampleMaps<T>(layout, scratch)),
           bytes(scratch.used()) {}
 
     int64_t sample;
@@ -150,10 +154,10 @@ template <typename Element>
 class Forward : ForwardMaps<typename Arithmetic<Element>::Type> {
   using T = typename Arithmetic<Element>::Type;
   using Maps = ForwardMaps<T>;
-  using typename Maps::Task;
   using Maps::layout_;
   using Maps::p_;
   using Maps::pool_;
+  using typename Maps::Task;
 
  public:
   Forward(const TripletForward& p, SimdLevel level, const ThreadPool& pool) : Maps(p, level, pool) {}

@@ -23,8 +23,12 @@ template <typename T>
 class BackwardMaps {
  protected:
   BackwardMaps(const TripletBackward& p, SimdLevel level, const ThreadPool& pool)
-      : p_(p), layout_(p.shape), taps_(p.shape.kernel_size * p.shape.kernel_size),
-        strip_sizes_(layout_, p.shape.kernel_size), level_(level), pool_(pool),
+      : p_(p),
+        layout_(p.shape),
+        taps_(p.shape.kernel_size * p.shape.kernel_size),
+        strip_sizes_(layout_, p.shape.kernel_size),
+        level_(level),
+        pool_(pool),
         gradients_((layout_.samples * layout_.padded_numel + kLanes) * int64_t(sizeof(T))),  // vectors are read whole
         affine_sums_(size_t(layout_.samples * layout_.parts * kTripletBranches)),
         weight_sums_(size_t(layout_.samples * layout_.parts * layout_.branches * 2 * taps_)) {
@@ -222,10 +226,10 @@ template <typename Element>
 class Backward : BackwardMaps<typename Arithmetic<Element>::Type> {
   using T = typename Arithmetic<Element>::Type;
   using Maps = BackwardMaps<T>;
-  using typename Maps::Task;
   using Maps::layout_;
   using Maps::p_;
   using Maps::pool_;
+  using typename Maps::Task;
 
  public:
   Backward(const TripletBackward& p, SimdLevel level, const ThreadPool& pool) : Maps(p, level, pool) {}
@@ -261,8 +265,8 @@ class Backward : BackwardMaps<typename Arithmetic<Element>::Type> {
   HE_INLINE void route_gradient(const Task& task) const {
     Element* const grad_x = static_cast<Element*>(p_.grad_x) + task.sample * layout_.sample_numel();
     route_part<true>(grad_y(task), grad_x, layout_, task.planes,
-               Routing<T>{task.gate.over_axes(layout_), task.even.over_axes(layout_), task.peak.over_axes(layout_),
-                          task.index.over_axes(layout_)});
+                     Routing<T>{task.gate.over_axes(layout_), task.even.over_axes(layout_),
+                                task.peak.over_axes(layout_), task.index.over_axes(layout_)});
   }
 };
 

@@ -1,7 +1,7 @@
 // The convolution of triplet attention, 2 -> 1 planes of a small map, and its two gradients.
 //
-// A map is worked through in tiles, copied between zero or neighbouring values so that no tap asks where it lies: a tile
-// of a map of any shape stays in the first-level cache. Eight rows of eight columns are computed at a time, one
+// A map is worked through in tiles, copied between zero or neighbouring values so that no tap asks where it lies: a
+// tile of a map of any shape stays in the first-level cache. Eight rows of eight columns are computed at a time, one
 // accumulator a row, so that a weight is loaded once for all of them: nine loads for eight multiplications and
 // additions, which is what bounds it. Work: 2 K^2 operations a value of the map forward, 4 K^2 backward; the bytes do
 // not count.
@@ -33,7 +33,9 @@ struct TripletTiles {
   int64_t down;
 
   TripletTiles(const TripletMap& map, int64_t parts)
-      : map_rows(map.rows), map_columns(map.columns), columns(std::min(map.pitch(), kMostColumns)),
+      : map_rows(map.rows),
+        map_columns(map.columns),
+        columns(std::min(map.pitch(), kMostColumns)),
         across(ceil_div(map.columns, columns)) {
     const int64_t for_each_part = parts == 1 ? map.rows : ceil_div(map.rows * across, parts);
     rows = round_up(std::min({map.rows, for_each_part, kValues / columns, kMostRows}), kLanes);
@@ -63,8 +65,11 @@ struct TripletStrip {
   int64_t column_tile = -1;
 
   TripletStrip(T* memory, const TripletTiles& tiles, int kernel_size, int planes)
-      : values(memory), margin(kernel_size / 2), pitch(round_up(tiles.columns + kernel_size - 1, kLanes)),
-        plane((tiles.rows + kernel_size - 1) * pitch), numel(planes * plane) {}
+      : values(memory),
+        margin(kernel_size / 2),
+        pitch(round_up(tiles.columns + kernel_size - 1, kLanes)),
+        plane((tiles.rows + kernel_size - 1) * pitch),
+        numel(planes * plane) {}
 
   // Before a tile is filled in: what fill does not write is zero.
   HE_INLINE void prepare(const Tile& tile) {
@@ -116,8 +121,8 @@ HE_INLINE void fill_strip(const TripletStrip<T>& strip, int plane, const Triplet
 // to[row][column] = sum over planes and taps of strip[plane][row + ky][column + kx] * weight[plane][ky][kx], for the
 // tile's rows and columns rounded up to eight.
 template <int kKernel, typename T>
-HE_INLINE void convolve_strip(const TripletStrip<T>& strip, int planes, const T* weight, int kernel_size, const Tile& tile,
-                              T* to, int64_t to_pitch) {
+HE_INLINE void convolve_strip(const TripletStrip<T>& strip, int planes, const T* weight, int kernel_size,
+                              const Tile& tile, T* to, int64_t to_pitch) {
   const int kernel = kKernel ? kKernel : kernel_size;
   const int64_t pitch = strip.pitch, plane_numel = strip.plane, rows = tile.height(), columns = tile.width();
   for (int64_t row = 0; row < rows; row += kLanes)

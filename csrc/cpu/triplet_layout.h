@@ -37,9 +37,9 @@ struct TripletLayout {
   int64_t length[3];  // A0, A1, A2
   int64_t pitch;      // of a row along A2, in whole vectors
   int branches;
-  int branch[3];      // which branch pools the axis; kTripletBranches where none does
-  bool axis0_is_turned;     // whether the map that pools A0, [A1, A2] in x's order, lies as [A2, A1]
-  bool axis2_is_turned;     // the same for the map that pools A2, [A0, A1]
+  int branch[3];                     // which branch pools the axis; kTripletBranches where none does
+  bool axis0_is_turned;              // whether the map that pools A0, [A1, A2] in x's order, lies as [A2, A1]
+  bool axis2_is_turned;              // the same for the map that pools A2, [A0, A1]
   int64_t axis2_stride[2] = {0, 0};  // of A0 and A1 in the padded map that pools A2; a single zero stands for none
   TripletMap map[kTripletBranches];
   int64_t numel;         // of all maps of a sample
@@ -71,8 +71,9 @@ struct TripletLayout {
       axis2_stride[axis2_is_turned] = map_of(2).pitch();
       axis2_stride[!axis2_is_turned] = 1;
     }
-    parts = samples >= kEnoughTasks ? 1 : std::min(ceil_div(kEnoughTasks, std::max<int64_t>(samples, 1)),
-                                                   ceil_div(length[0], kLeastPlanes));
+    parts = samples >= kEnoughTasks
+                ? 1
+                : std::min(ceil_div(kEnoughTasks, std::max<int64_t>(samples, 1)), ceil_div(length[0], kLeastPlanes));
   }
 
   bool has(int axis) const { return branch[axis] < kTripletBranches; }

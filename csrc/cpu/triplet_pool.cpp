@@ -78,11 +78,9 @@ void backward(const TripletPoolBackward& p, SimdLevel level, const ThreadPool& p
     const Buffers from(layout, Scratch(memory));
     Element* const grad_x = static_cast<Element*>(p.grad_x) + sample * layout.sample_numel();
     run_at_level<T>(level, [&]() HE_INLINE_LAMBDA {
-      route_part<false, Element, T>(nullptr, grad_x, layout, layout.share(layout.length[0], 1, part),
-                                    {{},
-                                     from.even.over_axes(layout),
-                                     from.peak.over_axes(layout),
-                                     from.index.over_axes(layout)});
+      route_part<false, Element, T>(
+          nullptr, grad_x, layout, layout.share(layout.length[0], 1, part),
+          {{}, from.even.over_axes(layout), from.peak.over_axes(layout), from.index.over_axes(layout)});
     });
   };
   run_phases(pool, layout, Buffers(layout, Scratch()).bytes, false, spreading, routing);

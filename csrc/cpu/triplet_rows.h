@@ -144,8 +144,8 @@ HE_INLINE void transpose_lanes(Vector (&rows)[kLanes]) {
 // Rows from `from` to `to`. Where the rows of `to` are whole rows, one after another, what is written too much is
 // written again by the next; else nothing is.
 template <typename From, typename To>
-HE_INLINE void copy_rows(const From* from, int64_t from_pitch, int64_t rows, int64_t columns, To* to,
-                         int64_t to_pitch, bool whole_rows = true) {
+HE_INLINE void copy_rows(const From* from, int64_t from_pitch, int64_t rows, int64_t columns, To* to, int64_t to_pitch,
+                         bool whole_rows = true) {
   for (int64_t row = 0; row < rows; ++row)
     for_row(columns, whole_rows ? rows - row : 0, [&](int64_t column, auto part) HE_INLINE_LAMBDA {
       store(to + row * to_pitch + column, load(from + row * from_pitch + column), part);

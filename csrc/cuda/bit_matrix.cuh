@@ -19,9 +19,9 @@
 
 namespace hashengine {
 
-constexpr int kSliceWords = 8;    // of a row: 256 bits, what one instruction takes
+constexpr int kSliceWords = 8;  // of a row: 256 bits, what one instruction takes
 constexpr int kWgmmaColumns = 256;
-constexpr int kWgmmaSums = 128;   // a thread
+constexpr int kWgmmaSums = 128;  // a thread
 constexpr int kWarpgroupThreads = 128;
 constexpr int kColumnTileBytes = kWgmmaColumns * kSliceWords * 4;
 

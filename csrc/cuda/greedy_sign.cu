@@ -19,10 +19,9 @@
 //
 // Limits. numel <= 2^31 * 4096, the largest grid.
 
-#include "hashengine/greedy_sign.h"
-
 #include <algorithm>
 
+#include "hashengine/greedy_sign.h"
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"

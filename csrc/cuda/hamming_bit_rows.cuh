@@ -30,8 +30,8 @@ struct BitRows {
   static constexpr int kRowWords = kHasComplement ? kSliceWords : 2 * kWords;
   static constexpr int kSlices = kRowWords / kSliceWords;
   static constexpr int kOnes = kHasComplement ? 0 : kWords / 2 / kSliceWords;  // slices of ones alone, a row's last
-  static constexpr int kBuilt = kSlices - kOnes;  // those that depend on the code
-  static constexpr int kHalfBits = 16 * kWords;   // b / 2
+  static constexpr int kBuilt = kSlices - kOnes;                               // those that depend on the code
+  static constexpr int kHalfBits = 16 * kWords;                                // b / 2
   static constexpr int kCandidateBit = kHasComplement ? 128 : 32 * kWords;
   static constexpr int kLaneWords = kHasComplement ? 1 : kWords / 4;  // of a code, that a lane holds
 

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kMinChunkCodes = 4096;
 constexpr int64_t kMaxChunkCodes = int64_t{1} << 31;  // all may lie at one distance, whose counter has 32 bits
-constexpr int64_t kEnoughBlocks = 1 << 13;  // several waves on any GPU
+constexpr int64_t kEnoughBlocks = 1 << 13;            // several waves on any GPU
 
 __device__ __forceinline__ bool is_relevant(const HammingLabels& labels, int64_t query, int64_t position) {
   for (int64_t i = 0; i < labels.words; ++i) {
@@ -89,8 +89,8 @@ void launch_hamming_count(const HammingSearch& search, const HammingLabels* labe
   with_queries_of_a_block(search.query_count, counter_bytes, [&](auto queries) {
     constexpr int kQueries = decltype(queries)::value;
     const int64_t groups = ceil_div<int64_t>(search.query_count, kQueries);
-    const int64_t chunk_codes = std::clamp(ceil_div(search.code_count, ceil_div(kEnoughBlocks, groups)), kMinChunkCodes,
-                                           kMaxChunkCodes);
+    const int64_t chunk_codes =
+        std::clamp(ceil_div(search.code_count, ceil_div(kEnoughBlocks, groups)), kMinChunkCodes, kMaxChunkCodes);
     const bool in_shared = kQueries * counter_bytes <= kCounterBytes;
     const LaunchShape shape = {groups * ceil_div(search.code_count, chunk_codes), kCountThreads,
                                QueryBlock<kQueries>::bytes(search.code_bytes) + in_shared * kQueries * counter_bytes};

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   __shared__ int distances[kQueries];
   auto* query_words = dynamic_shared<uint32_t>();
   uint32_t* const histograms = query_words + search.codes.words() * kQueries;  // [queries_a_block][bins]
-  wait_for_last_kernel();  // which lets the scan's blocks come
+  wait_for_last_kernel();                                                      // which lets the scan's blocks come
   const int bins = search.bits() + 1;
   auto* const kept = reinterpret_cast<uint16_t*>(histograms + queries_a_block * bins);  // [samples]
   const int64_t first = static_cast<int64_t>(blockIdx.x) * queries_a_block;

@@ -241,8 +241,7 @@ __global__ void __launch_bounds__(kPlaceWarps* kWarpThreads, kPlaceBlocks)
 }
 
 // The places that no result takes.
-__global__ void __launch_bounds__(kFillThreads)
-    fill_kernel(Shares shares, int64_t parts, int absent, Results results) {
+__global__ void __launch_bounds__(kFillThreads) fill_kernel(Shares shares, int64_t parts, int absent, Results results) {
   const int64_t query = blockIdx.x / parts, part = blockIdx.x - query * parts;
   const int64_t found = shares.places[query * (shares.distances + 1) + shares.distances];
   const int64_t end = min((part + 1) * kFilledPlaces, results.most);
@@ -279,8 +278,8 @@ void launch_hamming_ranking_count(const HammingRanking& ranking, int64_t* totals
         QueryBlock<kQueries>::bytes(ranking.search.code_bytes) + in_shared * kQueries * counter_bytes};
     launch(count_kernel<kQueries>, shape, stream, DeviceSearch(ranking.search), shares, groups, in_shared);
   });
-  launch(sum_segments_kernel, ceil_div<int64_t>(shares.queries * shares.distances, kSumWarps),
-         kSumWarps * kWarpThreads, stream, shares);
+  launch(sum_segments_kernel, ceil_div<int64_t>(shares.queries * shares.distances, kSumWarps), kSumWarps * kWarpThreads,
+         stream, shares);
   launch(sum_distances_kernel, ceil_div<int64_t>(shares.queries, kSumWarps), kSumWarps * kWarpThreads, stream, shares,
          ranking.most, totals);
 }

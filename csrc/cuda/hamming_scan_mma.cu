@@ -43,7 +43,9 @@ constexpr int kMaxGroup = kColumnBytes / (16 * kSlices<kWords>);  // queries
 
 // Tiles of 16 codes that a warp has in registers at once: as many as keep enough loads under way.
 template <int kWords>
-constexpr int kTiles = kWords <= 4 ? 4 : kWords <= 16 ? 2 : 1;
+constexpr int kTiles = kWords <= 4    ? 4
+                       : kWords <= 16 ? 2
+                                      : 1;
 
 // What a lane has read of its warp's codes.
 template <int kWords>
@@ -77,7 +79,7 @@ template <int kWords>
 __device__ __forceinline__ void write_columns(const CodeRows& queries, int64_t first_query, int group,
                                               uint32_t* columns) {
   for (int i = threadIdx.x; i < group * kSlices<kWords> * 4; i += kBlockThreads) {
-    const int t = i % 4, q = i / 4 % 8 + i / (32 * kSlices<kWords>) * 8, slice = i / 32 % kSlices<kWords>;
+    const int t = i % 4, q = i / 4 % 8 + i / (32 * kSlices<kWords>)*8, slice = i / 32 % kSlices<kWords>;
     const int word = kWords == 2 ? t % 2 : 4 * slice + t;
     const int64_t query = min(first_query + q, queries.count - 1);
     const uint32_t code = word < queries.words() ? queries.word(query, word) : 0;
@@ -129,7 +131,9 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
 }
 
 template <int kWords>
-__global__ void __launch_bounds__(kBlockThreads, kWords <= 8 ? 3 : kWords <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(kBlockThreads, kWords <= 8    ? 3
+                                                 : kWords <= 16 ? 2
+                                                                : 1)
     mma_kernel(DeviceSearch search, Candidates candidates, int groups, int group, int64_t stretch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
   constexpr int kWarpCodes = 16 * kTiles<kWords>;
@@ -170,8 +174,8 @@ void launch_mma(const HammingSearch& search, const Candidates& candidates, cudaS
   const int64_t group = round_up(ceil_div(search.query_count, groups), 8);
   const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kBlocksAMultiprocessor;
   const int64_t stretch = round_up(ceil_div(search.code_count, std::max<int64_t>(wanted / groups, 1)), 64 * kWarps);
-  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads,
-                          group * kSlices<kWords> * 16, 1, true};
+  const LaunchShape shape{ceil_div(search.code_count, stretch) * groups, kBlockThreads, group * kSlices<kWords> * 16, 1,
+                          true};
   launch(mma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
          static_cast<int>(group), stretch);
 }

@@ -22,15 +22,19 @@ namespace hashengine {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kMaxGroup = 128;  // queries
-constexpr int kLongCodeBlocks = 8;  // a multiprocessor
+constexpr int kMaxGroup = 128;                                                            // queries
+constexpr int kLongCodeBlocks = 8;                                                        // a multiprocessor
 constexpr int64_t kFirstPiece = 16 * kBlockThreads, kLargestPiece = 256 * kBlockThreads;  // codes
 
 // That a thread has at once: 64 bytes, or as many codes as there are registers for the distances of.
 template <int kWords>
-constexpr int kCodes = kWords <= 2 ? 8 : kWords <= 8 ? 16 / kWords : 1;
+constexpr int kCodes = kWords <= 2   ? 8
+                       : kWords <= 8 ? 16 / kWords
+                                     : 1;
 template <int kWords>
-constexpr int kBlocks = kWords == 1 ? 4 : kWords <= 16 ? 3 : 2;  // that a multiprocessor holds
+constexpr int kBlocks = kWords == 1    ? 4
+                        : kWords <= 16 ? 3
+                                       : 2;  // that a multiprocessor holds
 
 // A code's words, as many at once as it has and memory delivers; zeros behind its end. The other way, byte by byte
 // where it must be, is many times as long, and among the loads of a thread it would keep them from following each

@@ -126,9 +126,8 @@ __device__ __forceinline__ bool queue_passing(const DeviceSearch& search, const 
 // Compares a warp's 16 codes from `first` on, its share of the warpgroup's 64, with all columns.
 template <int kWords, typename Tile>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
-                                        int tiles, Tile first_tile,
-                                        uint32_t (&rows)[BitRows<kWords>::kBuilt][4], int64_t first, int64_t end,
-                                        uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
+                                        int tiles, Tile first_tile, uint32_t (&rows)[BitRows<kWords>::kBuilt][4],
+                                        int64_t first, int64_t end, uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
   using Rows = BitRows<kWords>;
   uint32_t ones[4] = {~0u, ~0u, ~0u, ~0u};
   const auto hold_rows = [&] {

@@ -172,11 +172,10 @@ void launch_hamming_select(const HammingSearch& search, const Candidates* candid
   const int size = 1 << bit_width(k - 1);
   const int key_bits = layout.position_bits + bit_width(8 * search.code_bytes);
   const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
-  const LaunchShape shape{search.query_count, is_few ? kManyThreads : kFewThreads, size * int64_t{sizeof(uint64_t)},
-                          1, true};
-  launch(select_kernel, shape, stream, DeviceSearch(search),
-         candidates != nullptr ? *candidates : Candidates{}, candidates != nullptr, layout,
-         static_cast<int>(k), size, key_bits, distances, positions);
+  const LaunchShape shape{search.query_count, is_few ? kManyThreads : kFewThreads, size * int64_t{sizeof(uint64_t)}, 1,
+                          true};
+  launch(select_kernel, shape, stream, DeviceSearch(search), candidates != nullptr ? *candidates : Candidates{},
+         candidates != nullptr, layout, static_cast<int>(k), size, key_bits, distances, positions);
 }
 
 }  // namespace hashengine

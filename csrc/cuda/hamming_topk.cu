@@ -13,8 +13,8 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kMaxSelected = 4096;            // of a query: sorted in 32 KB of shared memory
-constexpr int64_t kSmallDatabase = 8192;          // codes
+constexpr int64_t kMaxSelected = 4096;    // of a query: sorted in 32 KB of shared memory
+constexpr int64_t kSmallDatabase = 8192;  // codes
 constexpr int64_t kSmallK = 256;
 constexpr int64_t kMaxCandidateBytes = 512 << 20;
 
@@ -46,8 +46,8 @@ HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t k) : k(k) 
   const int64_t most = is_few         ? HammingSample::kMaxCountOfFew
                        : k <= kSmallK ? HammingSample::kMaxCountForSmallK
                                       : HammingSample::kMaxCount;
-  sample.count = std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections *
-                 HammingSample::kSections;
+  sample.count =
+      std::clamp<int64_t>(search.code_count / 32, 1024, most) / HammingSample::kSections * HammingSample::kSections;
   const double share = double(sample.count) / double(search.code_count), expected = double(k) * share;
   sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
   const double beyond = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;

@@ -77,8 +77,7 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
     const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int64_t(declared.sharedSizeBytes);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
   }
-  if (shape.cluster > kPortableCluster)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (shape.cluster > kPortableCluster) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -14,10 +14,9 @@
 //
 // Limits. At most 2^31 blocks of 256 bytes. NaN packs as 0; nobody looks for it.
 
-#include "hashengine/pack_bits.h"
-
 #include <algorithm>
 
+#include "hashengine/pack_bits.h"
 #include "launch.cuh"
 #include "vec.cuh"
 
@@ -108,8 +107,7 @@ void launch_pack(const PackBits& params, cudaStream_t stream) {
 void launch_pack_bits(const PackBits& params, cudaStream_t stream) {
   if (params.bytes == 0) return;
   if (params.dtype == Dtype::kBool) return launch_pack<uint8_t>(params, stream);
-  with_floating_type(params.dtype,
-                     [&](auto tag) { launch_pack<typename decltype(tag)::Type>(params, stream); });
+  with_floating_type(params.dtype, [&](auto tag) { launch_pack<typename decltype(tag)::Type>(params, stream); });
 }
 
 void launch_unpack_bits(const UnpackBits& params, cudaStream_t stream) {

@@ -7,10 +7,9 @@
 // All of them hold x in registers, take the mean first and the squares around it, and work in float32 (float64 for
 // float64) in an order that depends on the shape alone. A NaN spoils its plane and no other.
 
-#include "hashengine/simam.h"
-
 #include <algorithm>
 
+#include "hashengine/simam.h"
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "simam_launch.h"
@@ -59,8 +58,8 @@ bool fits_in_warp(const SimamShape& shape, int width) {
 SimamSmall small(const SimamShape& shape, int width) {
   const int64_t vectors = shape.positions / width;
   // Two lanes at least read a sector together.
-  const int64_t lanes = std::max(ceil_div<int64_t>(vectors, held_vectors(shape, width)),
-                                 std::min<int64_t>(vectors, width > 1 ? 2 : 1));
+  const int64_t lanes =
+      std::max(ceil_div<int64_t>(vectors, held_vectors(shape, width)), std::min<int64_t>(vectors, width > 1 ? 2 : 1));
   return {shape.samples * shape.channels, ceil_log2(lanes), width == 1 && full_width(shape.dtype) > 1};
 }
 

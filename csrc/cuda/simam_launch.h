@@ -16,7 +16,7 @@ constexpr int simam_block_threads(FeatureLayout layout, int width) {
 // NCHW planes that one warp can hold: simam_small.cu.
 struct SimamSmall {
   int64_t planes;
-  int team_log2;  // lanes a plane
+  int team_log2;   // lanes a plane
   bool is_staged;  // through shared memory, element by element
 };
 void launch_simam_small_forward(const SimamForward& params, const SimamSmall& small, cudaStream_t stream);
@@ -30,14 +30,14 @@ struct SimamSlabs {
   int64_t sample_stride;  // elements, as all strides
   int64_t slab_stride;    // within a sample
   int64_t row_stride;
-  int64_t rows;           // of a slab
-  int64_t channels;       // of a sample
-  unsigned per_sample;    // slabs
-  unsigned parts;         // of a slab
+  int64_t rows;         // of a slab
+  int64_t channels;     // of a sample
+  unsigned per_sample;  // slabs
+  unsigned parts;       // of a slab
   int part_rows;
-  int columns_log2;       // vectors in a row: a power of two, some of which may lie beyond the last channel
-  int threads;            // of a block: whole warps and whole rows
-  int width;              // elements of a vector
+  int columns_log2;  // vectors in a row: a power of two, some of which may lie beyond the last channel
+  int threads;       // of a block: whole warps and whole rows
+  int width;         // elements of a vector
   int slab_channels;
 
   int64_t blocks() const { return count * parts; }

@@ -10,8 +10,8 @@
 namespace hashengine {
 
 // One block of 512 threads, or two of 256, leave each thread 128 registers.
-#define HE_SLAB_BOUNDS(Held)                                              \
-  __launch_bounds__(simam_block_threads(Held::kLayout, Held::kWidth),     \
+#define HE_SLAB_BOUNDS(Held)                                          \
+  __launch_bounds__(simam_block_threads(Held::kLayout, Held::kWidth), \
                     512 / simam_block_threads(Held::kLayout, Held::kWidth))
 
 // NCHW has one column, known to the compiler.

@@ -55,8 +55,9 @@ struct MapRun {
     const auto prepared = apply.template prepare<kAxis>();
     for (int i = threadIdx.x; i < lines * width; i += kTripletThreads) {
       const int at = first_at + i;
-      apply.template load<kAxis>(prepared, brick.sample, line + i / width, column + i % width,
-                                 [&](int f, Real value) { field(f)[at] = value; }, index()[at]);
+      apply.template load<kAxis>(
+          prepared, brick.sample, line + i / width, column + i % width,
+          [&](int f, Real value) { field(f)[at] = value; }, index()[at]);
     }
   }
   template <int kAxis>
@@ -84,9 +85,10 @@ __device__ __forceinline__ void load_positions(const MapRun<Apply>& run, const T
     const int first = k * kTripletThreads * kWidth;
     const int count = min(mine.vectors * kWidth - first, kTripletThreads * kWidth);
     for (int i = threadIdx.x; i < count; i += kTripletThreads)
-      run.apply.template load<0>(prepared, run.brick.sample, run.brick.begin[1] + (first + i) / run.columns,
-                                 run.brick.begin[2] + (first + i) % run.columns,
-                                 [&](int f, typename Apply::Real value) { run.field(f)[i] = value; }, run.index()[i]);
+      run.apply.template load<0>(
+          prepared, run.brick.sample, run.brick.begin[1] + (first + i) / run.columns,
+          run.brick.begin[2] + (first + i) % run.columns,
+          [&](int f, typename Apply::Real value) { run.field(f)[i] = value; }, run.index()[i]);
     __syncthreads();
     if (mine.has(k)) {
 #pragma unroll

@@ -1,7 +1,7 @@
-// triplet_attention_update on the GPU: nine values, one launch, a thread a branch. In plain torch it is a dozen launches.
+// triplet_attention_update on the GPU: nine values, one launch, a thread a branch. In plain torch it is a dozen
+// launches.
 
 #include "hashengine/triplet_attention_update.h"
-
 #include "launch.cuh"
 #include "reduce.cuh"
 
@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kWarpThreads) update_kernel(TripletUpdate para
 }  // namespace
 
 void launch_triplet_update(const TripletUpdate& params, cudaStream_t stream) {
-  launch(params.dtype == Dtype::kFloat64 ? update_kernel<double> : update_kernel<float>, 1, kWarpThreads, stream, params);
+  launch(params.dtype == Dtype::kFloat64 ? update_kernel<double> : update_kernel<float>, 1, kWarpThreads, stream,
+         params);
 }
 
 }  // namespace hashengine

@@ -79,8 +79,7 @@ void launch_triplet_gate(const void* x, void* y, const GateMaps<Real>& maps, con
     const auto* in = static_cast<const T*>(x);
     auto* out = static_cast<T*>(y);
     if (index) {
-      const TripletGate<T, true> gate{in,     out,   maps,
-                                      pooled, index, {true, cut.is_shared(1), cut.is_shared(2)}};
+      const TripletGate<T, true> gate{in, out, maps, pooled, index, {true, cut.is_shared(1), cut.is_shared(2)}};
       launch_triplet_apply(gate, geometry, cut, stream);
     } else {
       launch_triplet_apply(TripletGate<T, false>{in, out, maps, nullptr, nullptr, {}}, geometry, cut, stream);

@@ -59,8 +59,9 @@ struct GateMaps {
     GateMaps maps{};
     for (int a = 0; a < 3; ++a) {
       const TripletAxis& axis = geometry.axis[a];
-      maps.axis[a] = {axis.branch, axis.begin, axis.numel, axis.turned ? 1 : axis.inner_size,
-                      axis.turned ? axis.outer_size : 1, nullptr, nullptr};
+      maps.axis[a] = {
+          axis.branch, axis.begin, axis.numel, axis.turned ? 1 : axis.inner_size, axis.turned ? axis.outer_size : 1,
+          nullptr,     nullptr};
       if (axis.branch < 0) continue;
       maps.axis[a].bn_weight = static_cast<const Real*>(parameters.bn_weight[axis.branch]);
       maps.axis[a].bn_bias = static_cast<const Real*>(parameters.bn_bias[axis.branch]);

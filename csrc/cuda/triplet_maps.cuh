@@ -35,8 +35,8 @@ struct AxisMaps {
   __device__ __forceinline__ void store(int a, const Brick& brick, int outer, int inner, Real largest, Real sum) const {
     const AxisMap<Real>& map = axis[a];
     const int64_t row = brick.begin[a == 0 ? 1 : 0] + outer, column = brick.begin[a == 2 ? 1 : 2] + inner;
-    Real* at = map.data + brick.part[a] * map.part_stride + brick.sample * map.sample_stride + row * map.outer_stride +
-               column;
+    Real* at =
+        map.data + brick.part[a] * map.part_stride + brick.sample * map.sample_stride + row * map.outer_stride + column;
     if constexpr (kHasMaximum) {
       at[0] = largest;
       at += map.channel_stride;

@@ -30,8 +30,8 @@ void launch_triplet_pool(const void* x, Dtype dtype, const TripletGeometry& geom
   });
 }
 
-template void launch_triplet_pool(const void*, Dtype, const TripletGeometry&, const TripletCut&,
-                                  const AxisMaps<float>&, cudaStream_t);
+template void launch_triplet_pool(const void*, Dtype, const TripletGeometry&, const TripletCut&, const AxisMaps<float>&,
+                                  cudaStream_t);
 template void launch_triplet_pool(const void*, Dtype, const TripletGeometry&, const TripletCut&,
                                   const AxisMaps<double>&, cudaStream_t);
 

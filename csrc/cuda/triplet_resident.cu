@@ -18,11 +18,10 @@
 //
 // Limits. From compute capability 9.0 on; no float64. A sample with its maps within 8 blocks' shared memory.
 
-#include "triplet_resident.h"
-
 #include "staging.cuh"
 #include "triplet_reduce.cuh"
 #include "triplet_resident.cuh"
+#include "triplet_resident.h"
 
 namespace hashengine {
 namespace {
@@ -91,8 +90,8 @@ __device__ __forceinline__ void pool(const ResidentBlock<T>& block, Emit emit) {
 
   for (int first = warp * warp_lines; first < lines; first += warps * warp_lines) {
     const int line = first + (kAxis == 2 ? lane / lanes : lane % warp_lines);
-    const int begin = kAxis == 1 ? line / row_vectors * slice_vectors + line % row_vectors
-                                 : line * (kAxis == 2 ? row_vectors : 1);
+    const int begin =
+        kAxis == 1 ? line / row_vectors * slice_vectors + line % row_vectors : line * (kAxis == 2 ? row_vectors : 1);
     Running<PoolTraits<T>, kWidth> running;
     const int end = line < lines ? length : 0;
 #pragma unroll 4
@@ -275,15 +274,19 @@ void launch_triplet_resident(const TripletInference& params, int width, cudaStre
   const Residence plan = Residence::of(params.shape);
   with_element<float>(params.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    Resident<T> resident{static_cast<const T*>(params.x), static_cast<T*>(params.y),          plan, {},
-                         params.parameters.eps,           1.0f / static_cast<float>(geometry.branches)};
+    Resident<T> resident{static_cast<const T*>(params.x),
+                         static_cast<T*>(params.y),
+                         plan,
+                         {},
+                         params.parameters.eps,
+                         1.0f / static_cast<float>(geometry.branches)};
     for (int a = 0; a < 3; ++a) {
       const int branch = geometry.axis[a].branch;
       if (branch < 0) continue;
       const auto floats = [&](const void* const* list) { return static_cast<const float*>(list[branch]); };
-      resident.axis[a] = {floats(params.parameters.conv_weight), floats(params.parameters.bn_weight),
-                          floats(params.parameters.bn_bias),     floats(params.running_mean),
-                          floats(params.running_var),            geometry.axis[a].turned};
+      resident.axis[a] = {
+          floats(params.parameters.conv_weight), floats(params.parameters.bn_weight), floats(params.parameters.bn_bias),
+          floats(params.running_mean),           floats(params.running_var),          geometry.axis[a].turned};
     }
     with_vector_width<T>(width, [&](auto vector) {
       constexpr int kWidth = decltype(vector)::value;

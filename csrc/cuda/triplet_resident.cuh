@@ -68,8 +68,8 @@ struct Residence {
   // measured.
   bool is_worthwhile(int64_t samples, int64_t sample_bytes, int64_t neighbours) const {
     constexpr int64_t kFewestBytes = 48 << 10;  // of x in a multiprocessor
-    return neighbours > 0 && (samples * cluster <= kMultiprocessors * neighbours ||
-                              sample_bytes / cluster * neighbours >= kFewestBytes);
+    return neighbours > 0 &&
+           (samples * cluster <= kMultiprocessors * neighbours || sample_bytes / cluster * neighbours >= kFewestBytes);
   }
 
   static Residence cut(const TripletGeometry& geometry, int kernel_size, int64_t element_bytes, int cluster) {

@@ -159,13 +159,11 @@ __device__ __forceinline__ void share_weights_of_7(const MapTiling& tiling, cons
 #pragma unroll
       for (int y = 0; y < kSize; ++y) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          sums[y] += gradient[r * pitch] * window[(r + y) * pitch];
+        for (int r = 0; r < kRows; ++r) sums[y] += gradient[r * pitch] * window[(r + y) * pitch];
       }
     }
 #pragma unroll
-    for (int y = 0; y < kSize; ++y)
-      scratch[group * kColumns * kSize + (channel * kSize + y) * kSize + x] = sums[y];
+    for (int y = 0; y < kSize; ++y) scratch[group * kColumns * kSize + (channel * kSize + y) * kSize + x] = sums[y];
   }
   __syncthreads();
   for (int weight = threadIdx.x; weight < kColumns * kSize; weight += kThreads) {

@@ -25,12 +25,12 @@ constexpr int triplet_apply_vectors(int width) { return width == 1 ? 2 : 1; }
 
 // The map of the branch that pools this axis away; it lies over the two others, "outer" and "inner" in memory's order.
 struct TripletAxis {
-  int branch;           // or -1: no branch pools it
-  int64_t begin;        // of the branch in the flat response and index
-  int64_t numel;        // of a sample's map
+  int branch;          // or -1: no branch pools it
+  int64_t begin;       // of the branch in the flat response and index
+  int64_t numel;       // of a sample's map
   int64_t outer_size;  // of the two axes that stay
   int64_t inner_size;
-  bool turned;          // the saved map has inner rows and outer columns
+  bool turned;  // the saved map has inner rows and outer columns
 };
 
 struct TripletGeometry {

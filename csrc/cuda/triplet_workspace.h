@@ -38,8 +38,8 @@ AxisMaps<Real> partial_maps(const TripletGeometry& geometry, const TripletTiling
     const TripletAxis& axis = geometry.axis[a];
     if (axis.branch < 0) continue;
     const int64_t sample = channels * axis.numel, part = geometry.samples * sample, parts = tiling.parts[a];
-    maps.axis[a] = {arena.take<Real>(parts * part), static_cast<int>(parts), part, sample, axis.numel, axis.inner_size,
-                    Real(1)};
+    maps.axis[a] = {
+        arena.take<Real>(parts * part), static_cast<int>(parts), part, sample, axis.numel, axis.inner_size, Real(1)};
   }
   return maps;
 }

@@ -53,7 +53,6 @@ __device__ __forceinline__ void wgmma_wait(uint32_t (&sums)[kWgmmaSums]) {
 #endif
 }
 
-
 #undef HE_SUMS4
 #undef HE_SUMS16
 #undef HE_SUMS64

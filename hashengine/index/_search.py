@@ -40,7 +40,7 @@ class Search:
         return 8 * self.queries.shape[1]
 
     def topk(self, k: int, ids_of: Callable[[Tensor], Tensor]) -> Answer:
-        """distances int32 [Q, k] and ids int64 [Q, k]."""
+        """Distances int32 [Q, k] and ids int64 [Q, k]."""
 
         def ask(block: slice, share: Share, codes: Tensor) -> Answer:
             found = self._call(hamming_topk, block, share, codes, min(k, len(codes)))
@@ -50,7 +50,7 @@ class Search:
         return self._joined((block, (distances, ids_of(rows))) for block, (distances, rows) in blocks)
 
     def within(self, radius: int, max_results: int | None, ids_of: Callable[[Tensor], Tensor]) -> Answer:
-        """lims int64 [Q + 1], distances int32 and ids int64."""
+        """Lims int64 [Q + 1], distances int32 and ids int64."""
 
         def ask(block: slice, share: Share, codes: Tensor) -> Answer:
             found = self._call(hamming_range, block, share, codes, radius, max_results=max_results)
@@ -67,7 +67,7 @@ class Search:
         return moved(counts.cumsum(0), target), torch.cat(distances), torch.cat(ids)
 
     def counted(self, query_labels: Tensor | None, labels: Tensor | None) -> Answer:
-        """counts and relevant counts int64 [Q, bits + 1]; labels on any device, those of codes a row each."""
+        """Counts and relevant counts int64 [Q, bits + 1]; labels on any device, those of codes a row each."""
 
         def ask(block: slice, share: Share, codes: Tensor) -> Answer:
             if labels is None:

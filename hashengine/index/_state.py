@@ -80,7 +80,7 @@ class State:
         return replace(self, live=marked(live, rows, False, len(self.codes)), count=self.count - len(rows))
 
     def live_mask(self) -> np.ndarray:
-        """bool [rows]."""
+        """Bool [rows]."""
         if self.live is None:
             return np.ones(len(self.codes), bool)
         return np.unpackbits(self.live, count=len(self.codes), bitorder="little").view(bool)

@@ -26,7 +26,7 @@ def _to_map(reduced: Tensor, branch: str) -> Tensor:
 
 
 def sum_over(x: Tensor, branch: str) -> Tensor:
-    """x [N, C, H, W] summed over the branch's pooled axis: a map."""
+    """X [N, C, H, W] summed over the branch's pooled axis: a map."""
     return _to_map(x.sum(_POOLED_AXIS[branch]), branch)
 
 

@@ -3,9 +3,9 @@
 // This folder stands in for the toolkit's include folder: the .cu files, compiled by a plain C++ compiler, find here
 // the names that they use. A thread is a fiber that runs until it waits (a barrier, a shuffle, an atomic); then the
 // schedule picks another, of the same block or of another that is resident; the blocks of a cluster are resident
-// together. Shared memory holds NaN until it is written, and the target of an asynchronous copy until the copy is waited
-// for. Schedules differ in the order only, so a result that changes with the schedule, or a NaN, is a missing barrier
-// or wait.
+// together. Shared memory holds NaN until it is written, and the target of an asynchronous copy until the copy is
+// waited for. Schedules differ in the order only, so a result that changes with the schedule, or a NaN, is a missing
+// barrier or wait.
 //
 // Not modelled: the reordering of memory operations (a missing __threadfence goes unseen), bank conflicts and time.
 #pragma once
@@ -220,7 +220,8 @@ T atomicMax(T* address, T value) {
   return emulation::atomic(address, [=](T old) { return value > old ? value : old; });
 }
 
-// --- bits, loads and stores with a hint for the caches, and the fast functions, which are better here than on a GPU ---
+// --- bits, loads and stores with a hint for the caches, and the fast functions, which are better here than on a GPU
+// ---
 
 template <typename T>
 T __ldg(const T* address) {

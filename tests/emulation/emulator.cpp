@@ -47,8 +47,7 @@ const std::function<void()>* kernel_body;
 bool is_random() { return schedule != kForward && schedule != kReverse; }
 
 char* stack_of(unsigned id) {
-  static char* stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads * kMaxSlots,
-                                                PROT_READ | PROT_WRITE,
+  static char* stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads * kMaxSlots, PROT_READ | PROT_WRITE,
                                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   return stacks + kStackBytes * id;
 }

@@ -68,7 +68,8 @@ bool is_right(const State& state, SimdLevel level) {
               std::equal(distances.begin(), distances.end(), within.distances.get()) &&
               std::equal(positions.begin(), positions.end(), within.positions.get());
   for (size_t i = 0; i < many_positions.size(); ++i)
-    same &= many_positions[i] == positions[i % positions.size()] && many_distances[i] == distances[i % distances.size()];
+    same &=
+        many_positions[i] == positions[i % positions.size()] && many_distances[i] == distances[i % distances.size()];
   for (int64_t q = 0; q < kQueries; ++q) {
     std::vector<int64_t> of_code(size_t(state.count)), expected_counts(size_t(bins), 0), order(of_code.size());
     for (int64_t code = 0; code < state.count; ++code) {

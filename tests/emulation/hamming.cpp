@@ -37,7 +37,8 @@ void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_
   kernel.prepare_queries(search.queries, search.query_count, search.code_bytes, prepared);
   std::vector<Selector> selectors(size_t(kernel.block_queries));
   for (Selector& selector : selectors)
-    selector.reset(HammingCandidates(search.code_bytes), search.code_count + 1, search.code_count, uint32_t(radius + 1), nullptr, nullptr, 0);
+    selector.reset(HammingCandidates(search.code_bytes), search.code_count + 1, search.code_count, uint32_t(radius + 1),
+                   nullptr, nullptr, 0);
   // Places of the block that no query takes find zeros.
   std::vector<uint8_t> rows(size_t(kernel.block_queries * search.code_bytes));
   std::copy_n(stand_ins, search.query_count * search.code_bytes, rows.begin());
@@ -50,8 +51,8 @@ void count_offered(const HammingSearch& search, const uint8_t* stand_ins, int64_
 }  // namespace
 
 // numbers: function, level, threads, queries, codes, code_bytes, filter_stride, and two that are the function's own.
-// buffers: queries, codes, filter, labels of the queries (or stand-ins for these) and of the codes, and up to three that
-// the function fills.
+// buffers: queries, codes, filter, labels of the queries (or stand-ins for these) and of the codes, and up to three
+// that the function fills.
 extern "C" void hamming_call(const int64_t* numbers, void* const* buffers) {
   const auto in = [&](int i) { return static_cast<const uint8_t*>(buffers[i]); };
   const auto out = [&](int i) { return static_cast<int64_t*>(buffers[i]); };

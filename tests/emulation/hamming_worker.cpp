@@ -41,8 +41,7 @@ int main(int argc, char**) {
       buffers[i] = contents.back().empty() ? nullptr : contents.back().data();
     }
     hamming_call(numbers.data(), buffers);
-    for (size_t i = kFirstOutput; i < kBuffers; ++i)
-      std::fwrite(contents[i].data(), 1, contents[i].size(), stdout);
+    for (size_t i = kFirstOutput; i < kBuffers; ++i) std::fwrite(contents[i].data(), 1, contents[i].size(), stdout);
     std::fflush(stdout);
   }
 }

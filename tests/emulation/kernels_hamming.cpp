@@ -74,8 +74,8 @@ void hamming_limits(const uint8_t* queries, const uint8_t* codes, const int64_t*
 void hamming_scan(int64_t scan, const uint8_t* queries, const uint8_t* codes, const int64_t* sizes,
                   const uint8_t* filter, uint64_t* keys, uint64_t* limits, unsigned* counts, unsigned* nearer,
                   int64_t capacity, int64_t k, int64_t position_bits) {
-  constexpr decltype(&launch_hamming_scan_popcount) kScans[] = {
-      launch_hamming_scan_popcount, launch_hamming_scan_mma, launch_hamming_scan_wgmma};
+  constexpr decltype(&launch_hamming_scan_popcount) kScans[] = {launch_hamming_scan_popcount, launch_hamming_scan_mma,
+                                                                launch_hamming_scan_wgmma};
   kScans[scan](search_of(queries, codes, sizes, filter),
                {keys, limits, counts, nearer, capacity, unsigned(k), {int(position_bits)}}, nullptr);
 }

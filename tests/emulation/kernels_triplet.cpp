@@ -6,8 +6,8 @@ using namespace hashengine;
 namespace {
 
 TripletShape shape_of(const int64_t* shape) {
-  return {shape[0],      shape[1],      shape[2],                shape[3],
-          int(shape[4]), int(shape[5]), FeatureLayout(shape[6]), Dtype(shape[7])};
+  return {shape[0],       shape[1], shape[2], shape[3], int(shape[4]), int(shape[5]), FeatureLayout(shape[6]),
+          Dtype(shape[7])};
 }
 
 // conv_weight, bn_weight, bn_bias, running_mean, running_var: a list of as many pointers as there are branches each.
@@ -73,8 +73,8 @@ void triplet_backward(const int64_t* shape, const void* grad_y, const void* x, c
   const TripletShape sizes = shape_of(shape);
   const TripletParameters parameters = parameters_of(lists, sizes.branches, eps);
   launch_triplet_backward(
-      {grad_y, x, parameters, saved_of(saved), grad_x, grads[0], grads[1], grads[2], training, sizes},
-      workspace, nullptr);
+      {grad_y, x, parameters, saved_of(saved), grad_x, grads[0], grads[1], grads[2], training, sizes}, workspace,
+      nullptr);
 }
 
 }  // extern "C"

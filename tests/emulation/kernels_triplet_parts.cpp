@@ -7,8 +7,8 @@ using namespace hashengine;
 namespace {
 
 TripletShape shape_of(const int64_t* shape) {
-  return {shape[0],      shape[1],      shape[2],                shape[3],
-          int(shape[4]), int(shape[5]), FeatureLayout(shape[6]), Dtype(shape[7])};
+  return {shape[0],       shape[1], shape[2], shape[3], int(shape[4]), int(shape[5]), FeatureLayout(shape[6]),
+          Dtype(shape[7])};
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
 // Matrix instructions: what a warp's lanes hold of rows and columns is exchanged, then each lane sums up its own
 // products.
 
-#include "matrix_twins.h"
-
 #include "emulator.h"
+#include "matrix_twins.h"
 
 namespace emulation {
 namespace {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation.harness import CSRC, EMULATION, FORWARD, KERNELS, array, to_c
 
 from hashengine import _toolchain
+from tests.emulation.harness import CSRC, EMULATION, FORWARD, KERNELS, array, to_c
 
 
 class OnGpu:

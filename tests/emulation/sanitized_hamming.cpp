@@ -19,7 +19,7 @@ void run_one(int capability, int64_t queries, int64_t codes, int64_t code_bytes,
   std::srand(1);
   for (int64_t i = 0; i < queries * code_bytes; ++i) query_rows.get<uint8_t>()[i] = uint8_t(std::rand());
   for (int64_t i = 0; i < codes * code_bytes; ++i) code_rows.get<uint8_t>()[i] = uint8_t(std::rand());
-  const HammingSearch search{query_rows.get<uint8_t>(), code_rows.get<uint8_t>(), queries, codes, code_bytes,
+  const HammingSearch search{query_rows.get<uint8_t>(), code_rows.get<uint8_t>(),     queries, codes, code_bytes,
                              filter.get<uint8_t>(),     own_filter ? filter_bytes : 0};
   Array workspace(hamming_topk_workspace_bytes(search, k), 0);
   Array distances(4 * queries * k, 0), positions(8 * queries * k, 0);

@@ -13,7 +13,7 @@ void run_one(int64_t queries, int64_t codes, int64_t code_bytes, int64_t offset,
   const int64_t filter_bytes = ceil_div<int64_t>(codes, 8), bins = 8 * code_bytes + 1;
   Array query_rows(queries * code_bytes, offset, 0x11), code_rows(codes * code_bytes, offset, 0);
   Array filter((own_filter ? queries : 1) * filter_bytes, 0);
-  const HammingSearch search = {query_rows.get<uint8_t>(), code_rows.get<uint8_t>(), queries, codes, code_bytes,
+  const HammingSearch search = {query_rows.get<uint8_t>(), code_rows.get<uint8_t>(),     queries, codes, code_bytes,
                                 filter.get<uint8_t>(),     own_filter ? filter_bytes : 0};
 
   Array query_labels(8 * queries * words, 0, 1), labels(8 * codes * words, 0, 1);

@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
+
 CORPUS = Path(__file__).parent / "corpus"
 KEPT = ROOT / "build" / "fuzz"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g"]
@@ -83,7 +84,7 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["hashengine.index", "numpy.lib._format_impl"]):
         from tests.fuzz import inputs, readers
-    from tests.hamming_levels import LevelLibrary, assert_same, native_levels, nearest
+    from tests.helpers.hamming_levels import LevelLibrary, assert_same, native_levels, nearest
 
     folder = Path(os.environ[_FOLDER])
     library, heap = LevelLibrary(folder, SANITIZERS), Heap(folder)

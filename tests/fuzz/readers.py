@@ -18,7 +18,7 @@ import torch
 from hashengine import HammingIndex, InputError
 from hashengine.index import read_codes
 from tests.fuzz.inputs import LSB_FIRST, MMAP, files_of
-from tests.hamming_levels import assert_same, nearest
+from tests.helpers.hamming_levels import assert_same, nearest
 
 Search = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # queries, codes, which of them are live
 Measured = Callable[[Callable[[], Any], int], Any]  # what to call, and the size of the files that it reads

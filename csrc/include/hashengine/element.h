@@ -1,4 +1,5 @@
-// Half-precision elements as the host sees them, with no torch and no CUDA header: two bytes and their value in float32.
+// Half-precision elements as the host sees them, with no torch and no CUDA header: two bytes and their value in
+// float32.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
-// Hamming search over packed codes: d(q, x) = popcount(q ^ x). Results stand in order of (distance, position).
+// Hamming search over packed codes: d(q, x) = popcount(q ^ x). Results are ordered by (distance, position).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -12,15 +13,27 @@ namespace hashengine {
 
 constexpr int64_t kHammingMaxBytes = 8192;  // of a code: a distance leaves room for positions in 32 bits
 
-// Queries, codes, and which of them count for whom.
+// The queries, the codes, and an optional filter that says which codes may be found.
 struct HammingSearch {
   const uint8_t* queries;  // [query_count, code_bytes]
   const uint8_t* codes;    // [code_count, code_bytes]
   int64_t query_count;
   int64_t code_count;
   int64_t code_bytes;
-  const uint8_t* filter;  // a bitmap over the positions, the least significant bit first; null: all codes count
-  int64_t filter_stride;  // bytes from one query's bitmap to the next; 0: all queries share one
+  const uint8_t* filter;  // bitmap over the positions, least significant bit first; null: every code may be found
+  int64_t filter_stride;  // bytes from one query's bitmap to the next; 0: all queries share one bitmap
+
+  // The number of different distances: 0 to the number of bits.
+  int64_t distance_count() const { return 8 * code_bytes + 1; }
+
+  // The same search for at most `count` queries, starting with query `first`.
+  HammingSearch slice(int64_t first, int64_t count) const {
+    HammingSearch part = *this;
+    part.queries += first * code_bytes;
+    if (filter != nullptr) part.filter += first * filter_stride;
+    part.query_count = std::min(count, query_count - first);
+    return part;
+  }
 };
 
 // distances, positions: [query_count, k], 1 <= k <= code_count. Where the filter leaves fewer than k codes, the rest is

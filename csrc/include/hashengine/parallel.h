@@ -18,8 +18,7 @@ void parallel_for(const ThreadPool& pool, int64_t count, int64_t grain, Body bod
   if (count <= 0) return;
   pool.run(
       count, std::max(grain, (count + pool.threads - 1) / pool.threads),  // no more ranges than threads
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-      &body);
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
 }  // namespace hashengine

@@ -48,7 +48,8 @@ void launch_simam_backward(const SimamBackward& params, void* workspace, cudaStr
 // The formulas of one plane, for host and device. T is float, or double for float64.
 //
 // With d = x - m, e = d^2 / (4 (v + lam)) + 1/2 and g = sigmoid(e), the gradient of a plane is
-//   dx = dy g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),   q = dy x g (1 - g) d^2,   s = dy x g (1 - g) d / (2 (v + lam)):
+//   dx = dy g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),   q = dy x g (1 - g) d^2,   s = dy x g (1 - g) d / (2 (v
+//   + lam)):
 // through x itself, through d directly, through m, and through v (where sum(d) = 0 leaves no term through m).
 template <typename T>
 struct SimamPlane {

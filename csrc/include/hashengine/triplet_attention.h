@@ -40,8 +40,8 @@ struct TripletShape {
   }
 };
 
-// The learned parameters, a pointer a branch: conv_weight [2, kernel_size, kernel_size] (for the maximum, for the mean),
-// bn_weight and bn_bias [1]. Real.
+// The learned parameters, a pointer a branch: conv_weight [2, kernel_size, kernel_size] (for the maximum, for the
+// mean), bn_weight and bn_bias [1]. Real.
 struct TripletParameters {
   const void* conv_weight[kTripletBranches];
   const void* bn_weight[kTripletBranches];
@@ -49,9 +49,9 @@ struct TripletParameters {
   double eps;
 };
 
-// What backward needs. pooled: flat, a branch [N, 2, rows, columns], the maximum before the mean. index: flat, where the
-// maximum lies on the pooled axis, the lowest of equals. response: flat, the convolution's result.
-// mean, var: [branches], the statistics that normalise (var divides by the number of values).
+// What backward needs. pooled: flat, a branch [N, 2, rows, columns], the maximum before the mean. index: flat, where
+// the maximum lies on the pooled axis, the lowest of equals. response: flat, the convolution's result. mean, var:
+// [branches], the statistics that normalise (var divides by the number of values).
 struct TripletSaved {
   void* pooled;
   int32_t* index;

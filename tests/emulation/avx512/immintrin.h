@@ -1,5 +1,5 @@
-// Stands in for the compiler's <immintrin.h> when the AVX-512 kernels are tested on a CPU without AVX-512: the same names
-// for eight 64-bit lanes in plain C++, one operation each, as the instruction's description has it.
+// Stands in for the compiler's <immintrin.h> when the AVX-512 kernels are tested on a CPU without AVX-512: the same
+// names for eight 64-bit lanes in plain C++, one operation each, as the instruction's description has it.
 #pragma once
 
 #include <cstdint>

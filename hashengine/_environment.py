@@ -1,0 +1,103 @@
+"""What this machine and this installation are: processor, GPUs, versions, instruction sets.
+
+`doctor`, reports, training records and benchmarks all describe the machine with these functions.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hashengine._version import __version__
+
+
+def processor() -> str:
+    """The processor's name, with family and model where Linux reports them: "AMD EPYC family 25 model 1"."""
+    fields = _cpuinfo()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return name + (f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else "")
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction set extensions that the processor reports, in Linux's names, such as "avx512f"."""
+    return frozenset(_cpuinfo().get("flags", "").split())
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first logical processor; empty where /proc/cpuinfo cannot be read."""
+    try:
+        block = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def logical_cpus() -> int:
+    """The logical processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def device_name(device: Any) -> str:
+    """A torch.device for a reader: the GPU's name, or "cpu, 2 threads"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python, hashengine, torch, numpy and `packages`; a package that is not installed is left out."""
+    found = {"python": platform.python_version(), "hashengine": __version__}
+    for package in ("torch", "numpy", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_machine() -> dict[str, str]:
+    """The machine and the versions behind a figure, as a report prints them."""
+    return {
+        "processor": f"{processor()}, {logical_cpus()} threads",
+        "GPU": ", ".join(gpu_names()) or "none",
+        "system": f"{platform.system()} {platform.machine()}",
+        **versions(),
+    }
+
+
+def describe_gpu(device: Any) -> dict[str, str]:
+    """Name, compute capability, driver and CUDA version of a torch.device of type "cuda"."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    driver = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": driver.stdout.strip() if driver else "unknown",
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def simd_level() -> str:
+    """The instruction set that the native CPU kernels use, or "none" where there is no native module."""
+    from hashengine import _native
+
+    if not _native.available():
+        return "none"
+    from hashengine import _C
+
+    return _C.simd_level()

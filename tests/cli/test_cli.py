@@ -1,0 +1,240 @@
+"""The command line: what it prints, where it prints it, and how it tells a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hashengine.cli import app
+from hashengine.retrieval import demo as demo_module
+from tests.helpers.tiny_images import make_images, make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, images, and everything that the commands make of them."""
+    folder = tmp_path_factory.mktemp("commands")
+    make_model(folder / "model")
+    make_images(folder / "images" / "database", per_class=5)
+    make_images(folder / "images" / "query", per_class=2, seed=1)
+    for name in ("database", "query"):
+        succeed("encode", folder / "images" / name, "--model", folder / "model", "--output", folder / name)
+    succeed("index", folder / "database", "--output", folder / "index")
+    succeed("search", folder / "index", folder / "query", "-k", 3, "--output", folder / "results.json")
+    succeed("evaluate", folder / "index", folder / "query", "--output", folder / "evaluation.json")
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refuse(*arguments) -> str:
+    """The one line of a mistake: nothing on stdout, exit code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", ["encode", "index", "search", "evaluate", "report", "demo", "doctor"])
+def test_every_command_has_help(command):
+    assert command in succeed("--help").stdout
+    assert "Usage:" in succeed(command, "--help").stdout
+
+
+def test_one_image_gives_tab_separated_neighbours(folder):
+    image = folder / "images" / "database" / "dots" / "3.png"
+    result = succeed("search", folder / "index", image, "-k", 15)
+    header, *rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert header == ["rank", "distance", "path", "label"]
+    assert [row[0] for row in rows] == [str(rank) for rank in range(1, 16)]
+    assert [int(row[1]) for row in rows] == sorted(int(row[1]) for row in rows)
+    assert rows[0][1] == "0"
+    assert str(image) in [row[2] for row in rows if row[1] == "0"]
+    assert all(Path(row[2]).parent.name == row[3] for row in rows)
+    assert "1 query among 15 codes of 32 bits, k = 15" in result.stderr
+
+
+def test_paths_below_the_working_folder_are_shortened(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    result = succeed("search", "index", "images/query/bars/0.png", "-k", 1)
+    assert result.stdout.splitlines()[1].split("\t")[2].startswith("images/database/")
+
+
+def test_a_folder_of_images_is_searched_like_its_codes(folder, tmp_path):
+    succeed("search", folder / "index", folder / "images" / "query", "-k", 3, "--output", tmp_path / "results.json")
+    here, there = (json.loads((place / "results.json").read_text()) for place in (tmp_path, folder))
+    assert here["queries"] == there["queries"]
+    assert len(here["queries"]) == 6 and all(len(query["hits"]) == 3 for query in here["queries"])
+
+
+def test_evaluation_prints_what_it_writes(folder):
+    lines = succeed("evaluate", folder / "index", folder / "query").stdout.splitlines()
+    written = json.loads((folder / "evaluation.json").read_text())["mean_average_precision"]
+    assert lines[1].split("\t") == ["mAP", *(f"{written[name]:.4f}" for name in ("expected", "minimum", "maximum"))]
+
+
+def test_map_at_a_depth_says_so(folder):
+    assert "mAP@2\t" in succeed("evaluate", folder / "index", folder / "query", "--at", 2).stdout
+
+
+def test_index_append_adds_behind(folder, tmp_path):
+    succeed("index", folder / "query", "--output", tmp_path / "index")
+    assert (
+        "15 codes added, 21 in the index"
+        in succeed("index", folder / "database", "--output", tmp_path / "index", "--append").stderr
+    )
+
+
+def test_report_command(folder, tmp_path):
+    succeed(
+        "report", "--index", folder / "index", "--results", folder / "results.json",
+        "--evaluation", folder / "evaluation.json", "--output", tmp_path / "report.html",
+    )  # fmt: skip
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert json.loads((tmp_path / "report.json").read_text())["queries"] == 6
+
+
+def test_unreadable_images_cost_a_line_each(folder, tmp_path):
+    images = make_images(tmp_path / "images", per_class=1)
+    (images / "bars" / "broken.jpg").write_bytes(b"not a picture")
+    result = succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
+    assert "3 images, 1 skipped" in result.stderr
+    assert "broken.jpg" in json.loads((tmp_path / "codes" / "encode.json").read_text())["errors"][0]["path"]
+
+
+def test_mistakes_in_encode(folder, tmp_path):
+    model, output = ("--model", folder / "model"), ("--output", tmp_path / "codes")
+    images = folder / "images" / "query"
+    assert "missing" in refuse("encode", tmp_path / "nowhere", *model, *output)
+    (tmp_path / "empty").mkdir()
+    assert "expected images" in refuse("encode", tmp_path / "empty", *model, *output)
+    (tmp_path / "empty" / "a.png").write_bytes(b"")
+    result = invoke("encode", tmp_path / "empty", *model, *output)
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(
+        "error: folder: expected a readable image"
+    )
+    assert "model: expected a model folder" in refuse("encode", images, "--model", tmp_path, *output)
+    assert "batch_size: expected at least 1, got 0" in refuse("encode", images, *model, *output, "--batch-size", 0)
+    assert "output: expected a new folder" in refuse("encode", images, *model, "--output", folder / "model")
+    assert not (tmp_path / "codes").exists()
+
+
+def test_mistakes_in_index(folder, tmp_path):
+    assert "codes: expected a codes folder" in refuse("index", folder / "model", "--output", tmp_path / "index")
+    assert "index: expected an index" in refuse("index", folder / "query", "--output", tmp_path / "i", "--append")
+    succeed(
+        "encode", folder / "images" / "query", "--model", make_model(tmp_path / "m", 16), "--output", tmp_path / "c"
+    )
+    assert "expected codes of 32 bits" in refuse("index", tmp_path / "c", "--output", folder / "index", "--append")
+
+
+def test_mistakes_in_search(folder, tmp_path):
+    index, query = folder / "index", folder / "images" / "query" / "bars" / "0.png"
+    assert "index: expected an index" in refuse("search", tmp_path, query)
+    assert "query: expected an image" in refuse("search", index, tmp_path / "none.png")
+    assert "output: expected a file" in refuse("search", index, folder / "query")
+    assert "k: expected 1 to 15" in refuse("search", index, query, "-k", 0)
+    assert "k: expected 1 to 15" in refuse("search", index, query, "-k", 16)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    assert "broken.png" in refuse("search", index, tmp_path / "broken.png")
+    assert "expected codes of 32 bits" in refuse("search", index, query, "--model", make_model(tmp_path / "m16", 16))
+    assert "another one" in refuse("search", index, query, "--model", make_model(tmp_path / "m1", seed=1))
+
+
+@pytest.mark.parametrize("damage", ["codes", "items", "record", "model"])
+def test_a_damaged_index_is_refused(folder, tmp_path, damage):
+    index = tmp_path / "index"
+    succeed("index", folder / "database", "--output", index)
+    if damage == "codes":
+        (file,) = (index / "codes").glob("codes-*.bin")
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        name = {"items": "items.csv", "record": "index.json", "model": "model/model.safetensors"}[damage]
+        (index / name).write_bytes((index / name).read_bytes()[:40])
+    refuse("search", index, folder / "images" / "query" / "bars" / "0.png", "-k", 1)
+
+
+def test_mistakes_in_evaluate_and_report(folder, tmp_path):
+    assert "queries: expected a codes folder" in refuse("evaluate", folder / "index", folder / "images")
+    report = ("report", "--index", folder / "index", "--output", tmp_path / "report.html", "--results")
+    assert "results: expected a file written by 'hashengine search'" in refuse(*report, tmp_path / "none.json")
+    assert "results: expected a file" in refuse(*report, folder / "evaluation.json")
+    assert "ends in .html" in refuse(
+        "report", "--index", folder / "index", "--results", folder / "results.json", "--output", tmp_path / "report"
+    )
+
+
+def test_the_demo_empties_only_its_own_folder(tmp_path):
+    (tmp_path / "thesis.txt").write_text("almost done")
+    assert "output: expected a new folder or an earlier demo's" in refuse("demo", "--output", tmp_path)
+    data = make_images(tmp_path / "out" / "data", per_class=1)
+    assert "output: expected a folder without the data" in refuse("demo", "--data", data, "--output", tmp_path / "out")
+    assert (tmp_path / "thesis.txt").exists() and (data / "dots" / "0.png").exists()
+
+
+def test_the_demo_stops_at_the_first_failing_step_and_starts_over(tmp_path, monkeypatch, capfd):
+    ran = []
+    monkeypatch.setattr(demo_module, "run", lambda command: ran.append(command) or (3 if "fit" in command else 0))
+    for _ in range(2):
+        ran.clear()
+        assert demo_module.run_demo("digits", tmp_path / "demo", 32) == 3
+        assert [command[3] for command in ran] == ["prepare", "fit"]
+        printed = capfd.readouterr().out
+        assert printed.count("\n$ python -m training ") == 2
+        (tmp_path / "demo" / "left-over").write_text("from the first run")
+    demo_module.start_over(tmp_path / "demo", "digits")
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER]
+
+
+def test_the_demo_mirrors_photographs_only():
+    for data, mirrors in (("digits", False), ("fashion-mnist", False), ("cifar10", True), ("photos/", True)):
+        (fit,) = [command for command in demo_module.commands(data, Path("demo"), 32) if "fit" in command]
+        assert ("--flip" in fit) == mirrors
+
+
+def test_the_module_is_the_command(folder):
+    result = subprocess.run(
+        [sys.executable, "-m", "hashengine", "search", "nowhere", "x.png"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: index: expected an index")
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupt_ends_with_130_and_no_traceback(folder, tmp_path):
+    # The first image is a pipe without a writer: the command is inside its own work, waiting, when the signal comes.
+    images = tmp_path / "images"
+    images.mkdir()
+    os.mkfifo(images / "a.png")
+    command = [
+        sys.executable,
+        "-m",
+        "hashengine",
+        "encode",
+        images,
+        "--model",
+        folder / "model",
+        "--output",
+        tmp_path / "c",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(images / "a.png", "wb"):  # returns when the command has opened the other end
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not (tmp_path / "c").exists()

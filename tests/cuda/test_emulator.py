@@ -1,0 +1,215 @@
+"""The emulation of CUDA's execution model (tests/emulation) sees the mistakes that it is there for, and no others."""
+
+import contextlib
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from tests.emulation.harness import FORWARD, REVERSE, SCHEDULES, array, load_emulation, random_array
+
+
+@pytest.fixture(scope="module")
+def emulation():
+    return load_emulation()
+
+
+def run_toy(emulation, name: str, right: bool, schedule: int, blocks: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    threads = 96
+    values = random_array(blocks * threads, torch.float32)
+    out = array(blocks * threads, torch.float32)
+    extra = []
+    if name == "toy_last_block":
+        extra = [array(blocks, torch.float32), torch.zeros(1, dtype=torch.int32)]
+    emulation.call(name, values, out, blocks, right, *extra, schedule=schedule)
+    v = values.numpy().reshape(blocks, threads)
+    expected = {
+        "toy_reverse": lambda: v[:, ::-1].ravel(),
+        "toy_broadcast_twice": lambda: np.full(blocks * threads, v[0, 0] + v[0, 1]),
+        "toy_last_block": lambda: np.add.accumulate(v[0, :blocks])[-1:],
+    }[name]()
+    return out.numpy()[: expected.size], expected
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["toy_reverse", "toy_broadcast_twice", "toy_last_block"])
+def test_right_synchronisation_passes_under_every_schedule(emulation, name, schedule):
+    got, expected = run_toy(emulation, name, True, schedule)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "name, caught_in",
+    [
+        ("toy_reverse", {"forward", "reverse", "random"}),
+        ("toy_broadcast_twice", {"forward", "random"}),  # each order has its blind spots
+        ("toy_last_block", {"random"}),
+    ],
+)
+def test_a_missing_barrier_changes_the_result(emulation, name, caught_in):
+    orders = {"forward": [FORWARD], "reverse": [REVERSE], "random": range(2, 22)}
+    wrong_in = set()
+    for order, schedules in orders.items():
+        runs = [run_toy(emulation, name, False, schedule) for schedule in schedules]
+        if any(not np.array_equal(got, expected) for got, expected in runs):
+            wrong_in.add(order)
+    assert wrong_in == caught_in
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_votes_and_shuffles(emulation, schedule):
+    blocks, lanes = 3, np.arange(32)
+    out = array(blocks * 32 * 8, torch.int32)
+    emulation.call("toy_warp", out, blocks, schedule=schedule)
+    every_third = sum(1 << lane for lane in range(0, 32, 3))
+    low = lanes < 16
+    expected = np.stack(
+        [
+            np.full(32, every_third),
+            np.where(lanes + 5 < 32, lanes + 5, lanes),
+            np.full(32, 7),
+            low,
+            ~low,
+            lanes ^ 3,
+            np.full(32, lanes.sum()),
+        ],
+        axis=1,
+    )
+    got = out.numpy().reshape(blocks, 32, 8)
+    np.testing.assert_array_equal(got[:, :, :7], np.broadcast_to(expected, (blocks, 32, 7)))
+    np.testing.assert_array_equal(got[:, :, 7], np.repeat(np.arange(blocks), 32).reshape(blocks, 32))
+
+
+@pytest.mark.parametrize(
+    "name, complaint",
+    [
+        ("toy_foreign_mask", "lane 1 is not in its own mask 00000001"),
+        ("toy_absent_lane", "lane 0 reads lane 20, which takes no part"),
+        ("toy_divergent", "deadlock in block 0: 63 of 64 threads at a barrier, a warp at __syncwarp"),
+        ("toy_mixed_operations", "different operations: __syncwarp and __ballot_sync"),
+        ("toy_too_many_threads", "invalid launch configuration"),
+    ],
+)
+def test_mistakes_are_reported(emulation, name, complaint):
+    with pytest.raises(RuntimeError, match=complaint):
+        emulation.call(name)
+    got, expected = run_toy(emulation, "toy_reverse", True, FORWARD)  # and the next launch is not harmed
+    np.testing.assert_array_equal(got, expected)
+
+
+# --- dynamic shared memory, clusters and asynchronous copies ----------------------------------------------------------
+
+THREADS = 96
+OUT = object()  # stands for an array
+RIGHT, NOT_COMMITTED, NOT_WAITED, TOO_FEW_WAITED, NO_BARRIER_AFTER_WAIT, NO_BARRIER_BEFORE_REUSE = range(6)
+
+
+def reverse_clusters(emulation, cluster: int, arrives: bool, stays: bool, schedule: int):
+    blocks = 2 * cluster
+    values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
+    emulation.call("toy_cluster_reverse", values, out, blocks, cluster, arrives, stays, schedule=schedule)
+    return out.numpy(), 2 * values.numpy().reshape(2, -1)[:, ::-1].ravel()
+
+
+def gather_clusters(emulation, cluster: int, arrives: bool, schedule: int):
+    blocks = 3 * cluster
+    values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
+    emulation.call("toy_cluster_gather", values, out, blocks, cluster, arrives, schedule=schedule)
+    first = values.numpy().reshape(3, cluster, THREADS)[:, :, 0]
+    return out.numpy().reshape(3, cluster, THREADS)[:, :, :cluster], np.stack([first] * cluster, axis=1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cluster", [1, 2, 8, 16])
+def test_right_clusters_pass_under_every_schedule(emulation, cluster, schedule):
+    np.testing.assert_array_equal(*reverse_clusters(emulation, cluster, True, True, schedule))
+    np.testing.assert_array_equal(*gather_clusters(emulation, cluster, True, schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_missing_cluster_barrier_changes_the_result(emulation, schedule):
+    got, expected = reverse_clusters(emulation, 2, False, True, schedule)
+    assert not np.array_equal(got, expected)
+    got, expected = gather_clusters(emulation, 8, False, schedule)
+    assert not np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_block_that_leaves_its_cluster_early_is_caught(emulation, schedule):
+    with contextlib.suppress(RuntimeError):  # if a peer asks where its memory lies only after the exit
+        got, expected = reverse_clusters(emulation, 8, True, False, schedule)
+        assert not np.array_equal(got, expected)
+    out = torch.zeros(1)
+    emulation.call("toy_exited_peer", out, False, schedule=schedule)
+    assert out.isnan().all()
+    with pytest.raises(RuntimeError, match="block 1 of the cluster has exited"):
+        emulation.call("toy_exited_peer", out, True, schedule=schedule)
+
+
+def run_pipeline(emulation, copies: int, schedule: int) -> bool:
+    blocks, rounds = 2, 4
+    values, out = random_array(rounds * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
+    emulation.call("toy_pipeline", values, out, blocks, rounds, copies, schedule=schedule)
+    rows = values.numpy().reshape(rounds, THREADS)[:, ::-1]
+    expected = np.add.accumulate(rows)[-1]
+    return np.array_equal(out.numpy().reshape(blocks, THREADS), np.broadcast_to(expected, (blocks, THREADS)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_asynchronous_copies(emulation, schedule):
+    assert run_pipeline(emulation, RIGHT, schedule)
+    values, out = random_array(128, torch.float32), array(128, torch.float32)
+    emulation.call("toy_zero_fill", values, out, schedule=schedule)
+    values.view(32, 4)[:, 3] = 0
+    assert torch.equal(out, values)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mistake", range(NOT_COMMITTED, NO_BARRIER_BEFORE_REUSE + 1))
+def test_a_mistake_with_a_copy_changes_the_result(emulation, mistake, schedule):
+    assert not run_pipeline(emulation, mistake, schedule)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, capability, complaint",
+    [
+        ("toy_copy", (OUT, 3), 90, "3 bytes with 0 zeros; 4, 8 or 16 can be copied"),
+        ("toy_copy", (OUT, 4), 90, "the target is not in this block's shared memory"),
+        ("toy_copy_unaligned", (), 90, "an address is not a multiple of 16"),
+        ("toy_cluster_reverse", (OUT, 2, 2, True, True), 80, "clusters need compute capability 9.0"),
+        ("toy_cluster_reverse", (OUT, 3, 2, True, True), 90, "no whole number of clusters of 2"),
+        ("toy_cluster_reverse", (OUT, 32, 32, True, True), 90, "32 blocks a cluster"),
+        ("toy_dynamic_shared", (228 << 10,), 90, "233472 bytes of dynamic shared memory"),
+        ("toy_dynamic_shared", (164 << 10,), 80, "167936 bytes of dynamic shared memory"),
+        ("toy_shared_not_asked_for", (), 90, "65536 bytes of dynamic shared memory that were not asked for"),
+    ],
+)
+def test_what_a_launch_or_copy_must_keep_to(emulation, name, arguments, capability, complaint):
+    values, out = array(32 * THREADS, torch.float32), array(32 * THREADS, torch.float32)
+    arguments = [out if argument is OUT else argument for argument in arguments]
+    if name != "toy_dynamic_shared":
+        arguments.insert(0, values)
+    with pytest.raises(RuntimeError, match=complaint):
+        emulation.call(name, *arguments, capability=capability)
+
+
+def test_half_precision_conversions(emulation):
+    library = emulation.library
+    library.from_half.restype = ctypes.c_float
+    library.to_half.restype = library.to_bfloat16.restype = ctypes.c_uint16
+    bits = np.arange(65536, dtype=np.uint16)
+    halves = bits.view(np.float16)
+    widened = np.array([library.from_half(int(b)) for b in bits], np.float32)
+    np.testing.assert_array_equal(widened, halves.astype(np.float32))
+
+    finite = np.sort(halves[np.isfinite(halves)].astype(np.float32))
+    midpoints = (finite[1:] + finite[:-1]) / 2  # the ties
+    candidates = np.concatenate([finite, midpoints, np.nextafter(midpoints, np.float32(np.inf))])
+    candidates = np.concatenate([candidates, np.array([65519.9, 65520.0, 1e30, -1e30, np.inf, -np.inf], np.float32)])
+    narrow = np.array([library.to_half(ctypes.c_float(x)) for x in candidates], np.uint16)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(narrow, candidates.astype(np.float16).view(np.uint16))
+    brain = np.array([library.to_bfloat16(ctypes.c_float(x)) for x in candidates], np.uint16)
+    np.testing.assert_array_equal(brain, torch.from_numpy(candidates).bfloat16().view(torch.uint16).numpy())
+    assert np.isnan(np.array([library.to_half(ctypes.c_float(np.nan))], np.uint16).view(np.float16)).all()

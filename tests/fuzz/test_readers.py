@@ -1,0 +1,43 @@
+"""The readers of files against what the fuzzer of tests/fuzz starts from, and what it found once."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hashengine.index import _manifest, storage
+from tests.fuzz import inputs, readers
+from tests.helpers.paths import ROOT
+
+FOUND = {file.name: file.read_bytes() for file in sorted((ROOT / "tests" / "fuzz" / "corpus").iterdir())}
+SEEDS = inputs.seeds()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("name", [*SEEDS, *FOUND])
+def test_files_are_what_they_say_or_one_line_tells(tmp_path, name, mmap):
+    data = bytearray((SEEDS | FOUND)[name])
+    data[1] |= inputs.MMAP if mmap else 0
+    readers.check(bytes(data), tmp_path / "files")
+
+
+@pytest.mark.parametrize(
+    ("module", "check", "missed"),
+    [
+        (storage, "_check_rows", "ids_twice"),
+        (_manifest, "_check", "file_name_newline"),
+        (_manifest, "_check", "bytes_not_an_integer"),
+    ],
+)
+def test_a_check_that_is_missing_is_noticed(tmp_path, monkeypatch, module, check, missed):
+    monkeypatch.setattr(module, check, lambda *args: None)
+    with pytest.raises((AssertionError, TypeError)):
+        readers.check(FOUND[missed], tmp_path / "files")
+
+
+@pytest.mark.slow
+def test_the_fuzzer_finds_nothing_in_ten_seconds():
+    pytest.importorskip("atheris", reason="atheris has wheels for Linux on x86-64 with Python 3.11 to 3.14")
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", "10", "--seed", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "Done " in run.stderr, run.stderr[-4000:]

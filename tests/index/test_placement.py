@@ -1,0 +1,197 @@
+"""Where an index lies: `device`, `streamed` and `to`, devices that are not there, and GPUs that are full."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hashengine import HammingIndex, InputError
+from hashengine.index import _codes, _devices, _rows, _search, storage
+from tests.index.test_devices import PLACEMENTS, short_parts  # noqa: F401
+from tests.index.test_index import assert_same_index, codes_of, index_of
+from tests.index.test_operations import BITS, few_codes
+
+
+def test_to_changes_the_place_and_nothing_else(tmp_path):
+    index = index_of(100, bits=BITS, ids=True)
+    index.remove(np.array([30, 990]))
+    index.save(tmp_path)
+    assert index.to() is index.to("cpu") is index.to(torch.device("cpu"), streamed=False) is index
+    for placement in PLACEMENTS[1:]:
+        other = index.to(**placement)
+        devices = (torch.device("cpu"),) * len(placement["device"])
+        assert other.device == (devices[0] if len(devices) == 1 else devices)
+        assert other.streamed == placement["streamed"]
+        assert other.to(**placement) is other
+        assert_same_index(other, index)
+        inode = {file.stat().st_ino for file in tmp_path.glob("codes-*.bin")}
+        other.add(codes_of(1, BITS), np.array([7]))
+        other.save(tmp_path)  # appends to what is there
+        assert {file.stat().st_ino for file in tmp_path.glob("codes-*.bin")} == inode
+        other.remove(np.array([7]))
+        other.update(np.array([0]), codes_of(1, BITS, seed=5))
+        assert len(index) == 98 and (index.reconstruct(np.array([0])) == codes_of(100, BITS)[99]).all()
+        index.save(tmp_path)
+    assert str(index) == "HammingIndex(bits=16, codes=98)"
+    assert str(index.to(["cpu"] * 2, streamed=True)) == "HammingIndex(bits=16, codes=98, device=cpu, cpu, streamed)"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_load_places_the_codes(tmp_path, placement, mmap):
+    index = index_of(100, bits=BITS, ids=True)
+    index.remove(np.array([30, 990]))
+    index.save(tmp_path)
+    loaded = HammingIndex.load(tmp_path, mmap=mmap, **placement)
+    assert_same_index(loaded, index)
+    assert loaded.streamed == (placement["streamed"] or (mmap and len(placement["device"]) > 1))
+    loaded.add(codes_of(9, BITS), np.arange(9) + 1)
+    loaded.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path), loaded)
+    (file,) = tmp_path.glob("codes-*.bin")
+    damaged = bytearray(file.read_bytes())
+    damaged[40] ^= 1
+    file.write_bytes(damaged)
+    if not mmap:
+        with pytest.raises(InputError, match="codes-.* is damaged: its checksum must be"):
+            HammingIndex.load(tmp_path, **placement)
+
+
+def test_codes_added_in_inference_mode_can_be_changed_outside_of_it():
+    for placement in PLACEMENTS:
+        with torch.inference_mode():
+            index = HammingIndex(BITS, **placement)
+            index.add(torch.from_numpy(few_codes(50, 0)))
+        index.update(np.array([3, 40]), few_codes(2, 1))
+        index.add(few_codes(50, 2))
+        index.remove(np.array([5]))
+        assert len(index.search(few_codes(1, 0), 99)[0][0]) == 99
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("gpu", InputError, "device must be 'cpu', 'cuda', 'cuda:1' or the like, .*, got 'gpu'"),
+        ("meta", InputError, "got 'meta'"),
+        (0, TypeError, "got int"),
+        ([], InputError, "got an empty list"),
+        (["cpu", None], TypeError, "got NoneType"),
+    ],
+)
+def test_no_such_device(device, error, message):
+    for call in (lambda: HammingIndex(8, device), lambda: HammingIndex(8).to(device)):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_that_is_not_there_or_too_old(monkeypatch):
+    gpus = SimpleNamespace(count=0, capability=(9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus.count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus.count)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: gpus.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
+    with pytest.raises(InputError, match="must be 'cpu', for torch finds no GPU, got 'cuda:1'; 'hashengine doctor'"):
+        HammingIndex(64, "cuda:1")
+    gpus.count = 2
+    with pytest.raises(InputError, match="must be one of 2 GPUs, 'cuda:0' to 'cuda:1', got 'cuda:2'"):
+        HammingIndex(64, ["cuda:0", "cuda:2"])
+    assert _devices.checked_devices(["cuda", torch.device("cuda", 0)]) == (
+        torch.device("cuda:1"),
+        torch.device("cuda:0"),
+    )
+    gpus.capability = (7, 5)
+    with pytest.raises(InputError, match=r"of compute capability 8.0 or more, got 'cuda:0' \(Tesla V100\) of 7.5"):
+        HammingIndex(64).to("cuda:0")
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+
+
+def no_memory_for_rows(shape, dtype, device=None):
+    return torch.empty(shape, dtype=dtype) if shape[0] == 0 else out_of_memory()
+
+
+FULL = "{}: the GPU must have at least .* free, got .*; {}"
+ADVICE = {False: "ask for less at once, .* with streamed=True", True: "ask for fewer queries or a smaller k at once$"}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("own_ids", [False, True])
+def test_a_full_gpu_leaves_the_index_as_it_was(monkeypatch, tmp_path, placement, own_ids):
+    def ids(first: int, count: int) -> np.ndarray | None:
+        return np.arange(first, first + count) if own_ids else None
+
+    index = HammingIndex(BITS, **placement)
+    index.add(few_codes(50, 0), ids(0, 50))
+    index.remove(np.array([3]))
+    index.save(tmp_path)
+    before = index.to(["cpu"])
+    calls = {
+        "add": lambda: index.add(few_codes(90, 1), ids(50, 90)),
+        "compact": index.compact,
+        "load": lambda: HammingIndex.load(tmp_path, **placement),
+        "to": lambda: index.to(["cpu"] * 5),
+        "update": lambda: index.update(np.array([1]), few_codes(1, 1)),
+        "search": lambda: index.search(few_codes(1, 1), 2),
+        "range_search": lambda: index.range_search(few_codes(1, 1), 2),
+        "count": lambda: index.count(few_codes(1, 1)),
+    }
+    for op, call in calls.items():
+        ops = {"search": "hamming_topk", "range_search": "hamming_range", "count": "hamming_count"}
+        with monkeypatch.context() as patch:
+            if op in ops:
+                patch.setattr(_search, ops[op], out_of_memory)
+            elif op == "update":
+                patch.setattr(_codes, "moved", out_of_memory)
+            else:
+                for module in (_rows, _codes, storage):
+                    patch.setattr(module, "empty_rows", no_memory_for_rows)
+            streamed = placement["streamed"] and op != "load"  # which fills no GPU then
+            with pytest.raises(torch.cuda.OutOfMemoryError, match=FULL.format(op, ADVICE[streamed])) as caught:
+                call()
+        assert "\n" not in str(caught.value)
+        assert_same_index(index, before)
+    index.add(few_codes(90, 1), ids(50, 90))
+    assert index.ids().tolist() == [*range(3), *range(4, 140)]
+
+
+def test_a_growing_index_takes_the_exact_size_where_twice_is_not_to_be_had(monkeypatch):
+    index = HammingIndex(BITS)
+    index.add(few_codes(50, 0))
+    sizes, empty_rows = [], _rows.empty_rows
+
+    def nearly_full(shape, *args):
+        sizes.append(shape[0])
+        return out_of_memory() if shape[0] > 60 else empty_rows(shape, *args)
+
+    monkeypatch.setattr(_rows, "empty_rows", nearly_full)
+    index.add(few_codes(2, 1))
+    assert sizes == [100, 52] and len(index) == 52
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        index.add(few_codes(70, 1))
+    assert len(index) == 52
+
+
+def test_the_error_says_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 80 << 30))
+    gpus = (torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cuda:0"))
+    with (
+        pytest.raises(
+            torch.cuda.OutOfMemoryError, match="add: the GPU must have at least 5 GiB free, got 3 GiB on cuda:0,"
+        ),
+        _devices.memory_for("add", gpus, 5 << 30),
+    ):
+        out_of_memory()
+
+
+def test_a_pickle_holds_the_codes_on_the_cpu_once():
+    index = HammingIndex(BITS, ["cpu"] * 3)
+    index.add(few_codes(200, 0), np.arange(200))
+    index.remove(np.array([3]))
+    state = index.__getstate__()[3]
+    assert [part.shape for part in state.codes.parts] == [(200, BITS // 8)] and state.home_ids is None
+    assert "home_live" not in vars(state)

@@ -1,0 +1,225 @@
+"""The layers inside whole networks: built by timm, compiled, exported, distributed, in mixed precision, end to end."""
+
+import copy
+import itertools
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import hashengine as he
+from hashengine.nn import SimAM, TripletAttention
+from tests.helpers.networks import images, small_resnet, small_vgg
+from tests.helpers.numerics import assert_as_accurate_as_eager
+from tests.helpers.official import OfficialSimAM, OfficialTriplet, randomise
+
+NETWORKS = {
+    "torchvision": partial(small_resnet, depth=1),
+    "timm": partial(small_resnet, "timm", "Bottleneck", depth=1),
+    "vgg": small_vgg,
+}
+LAYERS = ("simam", "triplet")
+everywhere = pytest.mark.parametrize(("network", "layer"), list(itertools.product(NETWORKS, LAYERS)))
+
+
+def with_attention(network: str, layer: str) -> nn.Module:
+    model = NETWORKS[network]()
+    he.nn.attach(model, layer)
+    return randomise(model, seed=1)
+
+
+def train_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and running statistics."""
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    parameters = dict(model.named_parameters())
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], weights)
+    results = {"y": y.detach(), "x.grad": gradients[0]}
+    results |= {f"{name}.grad": grad for name, grad in zip(parameters, gradients[1:], strict=True)}
+    return results | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("layer", [SimAM, TripletAttention])
+def test_timm_takes_the_layers_as_attn_layer(layer):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("resnet18", block_args={"attn_layer": layer})
+    assert sum(isinstance(module, layer) for module in model.modules()) == 8
+    model, expected = small_resnet("timm", attn_layer=layer), small_resnet("timm")
+    for block in (*expected.layer1, *expected.layer2):
+        block.se = layer()
+    expected.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images()), expected(images()))
+
+
+@everywhere
+def test_compiled_whole(network, layer):
+    """One graph, forward and backward."""
+    model = with_attention(network, layer)
+    expected = train_step(copy.deepcopy(model), images())
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    actual = {name.replace("_orig_mod.", ""): tensor for name, tensor in train_step(compiled, images()).items()}
+    torch.testing.assert_close(actual, expected)
+    for function in (partial(he.nn.attach, layer="simam"), he.nn.detach, he.nn.fuse):
+        with pytest.raises(ValueError, match="model must not be compiled yet"):
+            function(compiled)
+
+
+@everywhere
+def test_exported(network, layer):
+    model = with_attention(network, layer).eval()
+    x = images()
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert set(exported.state_dict) <= set(model.state_dict())
+    other = torch.cat((x, images(seed=1)))
+    torch.testing.assert_close(exported.module()(other), model(other))
+
+
+@everywhere
+def test_converted_to_sync_batch_norm(network, layer):
+    """With one process a SyncBatchNorm is a BatchNorm, and the layer's separate ops compute what the fused one does."""
+    model = with_attention(network, layer).double()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+    x = images(dtype=torch.float64)
+    torch.testing.assert_close(train_step(converted, x), train_step(model, x))
+    torch.testing.assert_close(converted.eval()(x), model.eval()(x))
+
+
+@everywhere
+def test_channels_last(network, layer):
+    model = with_attention(network, layer).double()
+    x = images(dtype=torch.float64)
+    expected = train_step(copy.deepcopy(model), x)
+    layouts = []
+    for module in model.modules():
+        if isinstance(module, (SimAM, TripletAttention)):
+            module.register_forward_hook(lambda _, args, y: layouts.append((args[0], y)))
+    actual = train_step(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected)
+    assert len(layouts) >= 2
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for pair in layouts for tensor in pair)
+
+
+@pytest.mark.parametrize(("layer", "official"), [(SimAM, OfficialSimAM), (TripletAttention, OfficialTriplet)])
+def test_mixed_precision(layer, official):
+    """Under autocast the layers run in bfloat16 what comes in bfloat16, as accurately as the official ones."""
+    eager = randomise(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), official(), nn.BatchNorm2d(16)))
+    fused = copy.deepcopy(eager)
+    he.nn.fuse(fused)
+    assert isinstance(fused[1], layer)
+    seen = []
+    fused[1].register_forward_hook(lambda _, args, y: seen.append((args[0].dtype, y.dtype)))
+    exact = train_step(copy.deepcopy(eager).double(), images(dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [train_step(model, images()) for model in (fused, eager)]
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    for name in ("y", "x.grad", "0.weight.grad"):
+        assert_as_accurate_as_eager(*(result[name] for result in results), exact[name])
+    assert all(parameter.dtype == torch.float32 for parameter in fused.parameters())
+
+
+def train_in_processes(rank: int, network: str, layer: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(with_attention(network, layer).double())
+    model(images(dtype=torch.float64, seed=rank)).square().sum().backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in model.module.parameters()], f"{folder}/gradients")
+    with pytest.raises(ValueError, match="must not be wrapped in DistributedDataParallel yet"):
+        he.nn.detach(model)
+    dist.destroy_process_group()
+
+
+def test_distributed(tmp_path):
+    """Two processes end with the mean of the gradients that each would have alone."""
+    torch.multiprocessing.spawn(train_in_processes, ("torchvision", "triplet", str(tmp_path)), nprocs=2)
+    alone = []
+    for seed in range(2):
+        model = with_attention("torchvision", "triplet").double()
+        model(images(dtype=torch.float64, seed=seed)).square().sum().backward()
+        alone.append([parameter.grad for parameter in model.parameters()])
+    expected = [sum(gradients) / 2 for gradients in zip(*alone, strict=True)]
+    torch.testing.assert_close(torch.load(tmp_path / "gradients"), expected)
+
+
+def resnet18() -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    torch.manual_seed(0)
+    model = models.resnet18()
+    model.avgpool = model.fc = nn.Identity()  # all of the last feature map is compared
+    return model
+
+
+def vgg16() -> nn.Module:
+    vgg = pytest.importorskip("torchvision.models.vgg")
+    torch.manual_seed(0)
+    features = vgg.make_layers(vgg.cfgs["D"])
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(features)
+
+
+def pair(build, layer: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The network with the official layer and with ours: the same weights, where `attach` puts ours."""
+    eager = build()
+    report = he.nn.attach(eager, {"simam": SimAM, "triplet": TripletAttention}[layer])
+    for insertion in report.insertions:
+        host = eager.get_submodule(insertion.name.rpartition(".")[0])
+        host.attention = {"simam": OfficialSimAM, "triplet": OfficialTriplet}[layer]()
+    eager = randomise(eager).to(dtype)
+    fused = copy.deepcopy(eager)
+    assert len(he.nn.fuse(fused).fused) == len(report.insertions) == {resnet18: 8, vgg16: 5}[build]
+    return fused, eager
+
+
+end_to_end = pytest.mark.parametrize("build", [resnet18, vgg16])
+
+
+@end_to_end
+@pytest.mark.parametrize("layer", LAYERS)
+def test_networks_compute_in_float64_what_eager_ones_do(build, layer):
+    fused, eager = pair(build, layer, torch.float64)
+    x = images(64, torch.float64)
+    actual, expected = train_step(fused, x), train_step(eager, x)
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().clamp(min=1e-30)
+        torch.testing.assert_close(actual[name] / scale, tensor / scale, rtol=0, atol=1e-9, msg=name)
+    torch.testing.assert_close(fused.eval()(x), eager.eval()(x))
+
+
+@end_to_end
+@pytest.mark.parametrize("layer", LAYERS)
+def test_networks_are_as_accurate_in_float32_as_eager_ones(build, layer):
+    """The network's result, and each layer's on the activations and gradients that the exact network has there.
+
+    Gradients are judged layer by layer: through a whole network a rounding may move one activation over a kink, or
+    make another value the maximum, and then errors measure luck.
+    """
+    networks = pair(build, layer, torch.float32)
+    exact = copy.deepcopy(networks[1]).double()
+    x = images(64, torch.float64)
+    places = [name for name, module in networks[0].named_modules() if isinstance(module, (SimAM, TripletAttention))]
+    traffic = {}
+
+    def keep(module: nn.Module, arguments: tuple[Tensor], y: Tensor, name: str) -> None:
+        y.register_hook(lambda grad_y: traffic.update({name: (arguments[0], grad_y)}))
+
+    handles = [exact.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in places]
+    y = train_step(exact, x)["y"]
+    for handle in handles:
+        handle.remove()
+    assert_as_accurate_as_eager(*(network(x.float()).detach() for network in networks), y)
+    for name in places:
+        x_there, grad_there = (tensor.detach().float() for tensor in traffic[name])
+        results = []
+        for network, dtype in ((networks[0], torch.float32), (networks[1], torch.float32), (exact, torch.float64)):
+            leaf = x_there.to(dtype).requires_grad_()
+            y = network.get_submodule(name)(leaf)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, grad_there.to(dtype))))
+        for fused, eager, true in zip(*results, strict=True):
+            assert_as_accurate_as_eager(fused, eager, true)

@@ -1,0 +1,199 @@
+"""`fuse`: the official modules are found by structure, prove themselves, and run the fused ops as they are."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hashengine as he
+from hashengine.nn import SimAM, TripletAttention
+from tests.helpers.layouts import feature_map
+from tests.helpers.official import LONG_TRIPLET, OfficialSimAM, OfficialTriplet, randomise
+
+OFFICIAL = {
+    "short": OfficialTriplet,
+    "long": LONG_TRIPLET,
+    "no spatial": lambda: OfficialTriplet(no_spatial=True),
+    "kernel of 3": lambda: LONG_TRIPLET(kernel_size=3),
+    "simam": OfficialSimAM,
+    "simam for ImageNet": lambda: OfficialSimAM(e_lambda=0.1),
+}
+official = pytest.mark.parametrize("build", OFFICIAL.values(), ids=OFFICIAL)
+
+
+@official
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_modules_compute_the_same(build, training):
+    torch.manual_seed(0)
+    theirs = randomise(nn.Sequential(build(), nn.Conv2d(4, 2, 1), build())).double().train(training)
+    ours = copy.deepcopy(theirs)
+    report = he.nn.fuse(ours)
+    assert report.fused == ("0", "2") and not report.left
+    assert all(isinstance(ours[i], (SimAM, TripletAttention)) for i in (0, 2))
+    x = feature_map("channels_last", torch.float64)
+    results = []
+    for model in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        gradients = torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])
+        results.append([y, *gradients, *model.state_dict().values()])
+    torch.testing.assert_close(*results)
+
+
+@official
+def test_state_dict_keeps_its_keys_and_tensors(build):
+    model = build()
+    before = dict(model.state_dict(keep_vars=True))
+    he.nn.fuse(model)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[key] is tensor for key, tensor in before.items())
+    model.load_state_dict(randomise(build()).state_dict())
+
+
+def test_everything_else_about_a_module_stays():
+    calls = []
+    model = nn.Sequential(OfficialTriplet(), OfficialSimAM()).bfloat16().eval()
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    modules = list(model.modules())
+    he.nn.fuse(model)
+    assert list(model.modules()) == modules  # the same objects
+    assert not any(module.training for module in modules) and model[0].cw.conv.conv.weight.dtype == torch.bfloat16
+    y = model(feature_map("contiguous", torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and calls == ["hook"]
+    model[1].e_lambda = 0.1  # still the one that counts
+    x = feature_map("contiguous")
+    torch.testing.assert_close(model[1](x), OfficialSimAM(e_lambda=0.1)(x))
+
+
+@official
+def test_fused_modules_copy_pickle_and_convert(build):
+    model = randomise(build()).eval()
+    he.nn.fuse(model)
+    x = feature_map("contiguous")
+    expected = model(x)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)),
+    ):
+        torch.testing.assert_close(other(x), expected)
+
+
+def test_converted_modules_are_fused_too():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(randomise(OfficialTriplet()).eval())
+    x = feature_map("contiguous")
+    expected = model(x)
+    assert he.nn.fuse(model).fused == ("",) and isinstance(model.cw.conv.bn, nn.SyncBatchNorm)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_candidates_prove_themselves_without_a_trace():
+    """On the meta device there is nothing to read, and random state is not touched."""
+    with torch.device("meta"):
+        model = OfficialTriplet()
+    state = torch.get_rng_state()
+    assert he.nn.fuse(model).fused == ("",)
+    assert model.cw.conv.conv.weight.device.type == "meta"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class MaxAndSum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x.amax(1, keepdim=True), x.sum(1, keepdim=True)), 1)
+
+
+class PopulationVariance(OfficialSimAM):
+    """Divides the variance by M where the official module divides by M - 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = (x - x.mean((2, 3), keepdim=True)).square()
+        return x * torch.sigmoid(d / (4 * (d.mean((2, 3), keepdim=True) + self.e_lambda)) + 0.5)
+
+
+class Detached(OfficialSimAM):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (super().forward(x) - x).detach()
+
+
+class FourChannelsOnly(OfficialSimAM):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.new_zeros(1, 3, 1, 1)
+
+
+class WithParameter(OfficialSimAM):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+
+def triplet(change) -> nn.Module:
+    model = OfficialTriplet()
+    change(model)
+    return model
+
+
+LOOK_ALIKES = {
+    "another pool": (
+        lambda: triplet(lambda m: setattr(m.hw, "compress", MaxAndSum())),
+        "it computes something else",
+    ),
+    "another pool behind gates at rest": (
+        lambda: triplet(lambda m: (setattr(m.hw, "compress", MaxAndSum()), nn.init.zeros_(m.hw.conv.bn.weight))),
+        "it computes something else",
+    ),
+    "another normaliser": (PopulationVariance, "it computes something else"),
+    "another gradient": (Detached, "it computes something else"),
+    "other channels": (FourChannelsOnly, "it could not be tried: RuntimeError"),
+    "a parameter": (WithParameter, "SimAM has no parameters"),
+    "a negative lambda": (lambda: OfficialSimAM(e_lambda=-1.0), "e_lambda must be a number above 0, got -1.0"),
+    "a stride": (
+        lambda: triplet(lambda m: setattr(m.hc.conv, "conv", nn.Conv2d(2, 1, 7, 2, 3, bias=False))),
+        r"hc.conv must convolve 2 channels to 1, .*stride=\(2, 2\)",
+    ),
+    "an activation": (
+        lambda: triplet(lambda m: setattr(m.cw.conv, "relu", nn.ReLU())),
+        r"cw.conv must be conv and bn, got \['conv', 'bn', 'relu'\]",
+    ),
+    "no norm": (
+        lambda: triplet(lambda m: setattr(m.cw.conv, "bn", nn.Identity())),
+        r"cw.conv must normalise by BatchNorm2d\(1\), got Identity",
+    ),
+    "one other kernel": (
+        lambda: triplet(lambda m: setattr(m, "hw", OfficialTriplet(kernel_size=3).hw)),
+        "the gates' kernels differ in size",
+    ),
+    "one more layer": (lambda: triplet(lambda m: m.add_module("extra", nn.Linear(2, 2))), "more parameters than"),
+    "an inner hook": (
+        lambda: triplet(lambda m: m.cw.register_forward_hook(lambda *_: None)),
+        "a module inside it has hooks",
+    ),
+    "a patched forward": (
+        lambda: triplet(lambda m: setattr(m, "forward", lambda x: x)),
+        "its forward is not that of its class",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "reason"), LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+def test_look_alikes_are_left_alone(build, reason):
+    model = nn.Sequential(build())
+    classes = [type(module) for module in model.modules()]
+    report = he.nn.fuse(model)
+    assert report.fused == () and [type(module) for module in model.modules()] == classes
+    assert re.search(reason, report.left["0"]), report.left["0"]
+    assert f"left 0 alone: {report.left['0']}" in str(report)
+
+
+def test_own_layers_and_other_modules_are_no_candidates():
+    model = nn.Sequential(SimAM(), TripletAttention(), nn.Conv2d(3, 3, 1), nn.Sigmoid())
+    report = he.nn.fuse(model)
+    assert report == he.nn.FuseReport((), {}) and str(report).startswith("fused nothing: no module")
+    assert he.nn.fuse(OfficialSimAM()).fused == ("",)
+
+
+def test_wrong_models_are_refused():
+    with pytest.raises(TypeError, match="fuse: model must be an nn.Module, got str"):
+        he.nn.fuse("resnet18")

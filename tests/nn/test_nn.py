@@ -1,0 +1,159 @@
+"""The layers: state dicts found in the wild, BatchNorm's behaviour, factories, and a network they drop into."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hashengine.nn import GreedyHash, SimAM, TripletAttention
+from tests.helpers.layouts import feature_map
+
+OFFICIAL_NAMES = {"cw": "ChannelGateH", "hc": "ChannelGateW", "hw": "SpatialGate"}
+
+
+class OfficialGate(nn.Module):
+    """What the official modules compute in one branch, written from the paper."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential()
+        self.conv.add_module("conv", nn.Conv2d(2, 1, 7, padding=3, bias=False))
+        self.conv.add_module("bn", nn.BatchNorm2d(1, eps=1e-5, momentum=0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool = torch.cat((x.max(1, keepdim=True).values, x.mean(1, keepdim=True)), 1)
+        return x * torch.sigmoid(self.conv(pool))
+
+
+class Official(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cw, self.hc, self.hw = OfficialGate(), OfficialGate(), OfficialGate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        cw = self.cw(x.transpose(1, 2)).transpose(1, 2)
+        hc = self.hc(x.transpose(1, 3)).transpose(1, 3)
+        return (cw + hc + self.hw(x)) / 3
+
+
+def official(seed: int = 0) -> Official:
+    torch.manual_seed(seed)
+    model = Official().double()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + (0.5 if name.endswith("var") else -0.3))
+    return model
+
+
+def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same state as the official repository's other module names it."""
+    return {
+        key.replace(gate + ".conv.", OFFICIAL_NAMES[gate] + ".spatial.", 1): value
+        for key, value in state.items()
+        for gate in [key.split(".")[0]]
+    }
+
+
+@pytest.mark.parametrize("rename", [lambda state: state, other_names])
+@pytest.mark.parametrize("training", [False, True])
+def test_triplet_attention_loads_both_state_dicts(rename, training):
+    theirs = official()
+    ours = TripletAttention().double()
+    ours.load_state_dict(rename(theirs.state_dict()))
+    ours.train(training), theirs.train(training)
+    for step in range(3):
+        x = feature_map("contiguous", torch.float64, seed=step)
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # running statistics and step counts, too
+
+
+def test_triplet_attention_inside_a_model_renames_its_own_keys_only():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), TripletAttention()).double()
+    state = {f"1.{key}": value for key, value in other_names(official().state_dict()).items()}
+    state |= {f"0.{key}": value for key, value in model[0].state_dict().items()}
+    model.load_state_dict(state)
+    torch.testing.assert_close(model[1].hw.conv.conv.weight, official().hw.conv.conv.weight)
+
+
+def test_no_spatial_leaves_out_a_branch():
+    layer = TripletAttention(no_spatial=True)
+    assert not hasattr(layer, "hw") and sum(p.numel() for p in layer.parameters()) == 200
+    assert sum(p.numel() for p in TripletAttention(256).parameters()) == 300  # channels first, and no silent no_spatial
+    x = feature_map("contiguous")
+    assert layer(x).shape == x.shape
+
+
+def test_triplet_attention_with_sync_batch_norm_equals_plain():
+    """A converted SyncBatchNorm in eval mode runs the separate ops and computes the same."""
+    plain = TripletAttention().double()
+    plain.load_state_dict(official().state_dict())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(TripletAttention().double())
+    converted.load_state_dict(official().state_dict())
+    x = feature_map("channels_last", torch.float64)
+    torch.testing.assert_close(converted.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("momentum", [0.01, None])
+def test_separate_ops_train_like_the_fused_one(momentum):
+    """A BatchNorm of another class takes the other path; outputs, gradients and statistics stay the same."""
+
+    class OtherBatchNorm(nn.BatchNorm2d):
+        pass
+
+    layers = [TripletAttention().double(), TripletAttention().double()]
+    for layer in layers:
+        layer.load_state_dict(official().state_dict())
+        for gate in (layer.cw, layer.hc, layer.hw):
+            gate.conv.bn.momentum = momentum
+    for gate in (layers[1].cw, layers[1].hc, layers[1].hw):
+        gate.conv.bn.__class__ = OtherBatchNorm
+    grads = []
+    for layer in layers:
+        x = feature_map("contiguous", torch.float64).requires_grad_()
+        for _ in range(2):
+            y = layer(x)
+        y.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+
+
+def test_layers_are_built_by_factories_that_pass_channels():
+    for layer in (SimAM, TripletAttention):
+        assert layer(64)(feature_map("contiguous")).shape == (3, 4, 5, 6)
+
+
+def test_layers_train_in_a_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), SimAM(8), nn.BatchNorm2d(8), nn.ReLU(), TripletAttention(8), nn.Flatten(),
+        nn.Linear(8 * 36, 16),
+    )  # fmt: skip
+    hash_layer = GreedyHash(0.1)
+    head = nn.Linear(16, 2, bias=False)
+    images = torch.randn(64, 1, 6, 6)
+    labels = (images[:, 0, :3].mean((1, 2)) > images[:, 0, 3:].mean((1, 2))).long()
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(parameters, 0.01)
+    losses = []
+    for _ in range(30):
+        b, penalty = hash_layer(network(images))
+        loss = nn.functional.cross_entropy(head(b), labels) + penalty
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[-5:]) < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SimAM(lam=0.0), "SimAM: lam must be above 0"),
+        (lambda: GreedyHash(-1.0), "GreedyHash: alpha must not be negative"),
+        (lambda: TripletAttention(kernel_size=4), "TripletAttention: kernel_size must be odd"),
+    ],
+)
+def test_wrong_arguments_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,60 @@
+"""`recalibrate`: BatchNorm's running statistics become the batches' average, and nothing else changes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import hashengine as he
+from tests.helpers.networks import images, small_resnet, small_vgg
+
+
+def test_recalibrate_averages_the_batches():
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm2d(3))
+    model[2].eval()
+    model[1].running_mean.fill_(9)
+    batches = [images(4, seed=seed) + seed for seed in range(3)]
+    assert he.nn.recalibrate(model, [batches[0], (batches[1], None), [batches[2]]]) == 3
+    for name, buffer in (("mean", model[1].running_mean), ("var", model[1].running_var)):
+        expected = torch.stack([getattr(batch, name)((0, 2, 3)) for batch in batches]).mean(0)
+        torch.testing.assert_close(buffer, expected)
+    torch.testing.assert_close(model[2].running_mean, torch.zeros(3), atol=1e-5, rtol=0)  # it followed the first norm
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+    assert [model[1].momentum, model[2].momentum] == [0.3, 0.1]
+
+
+@pytest.mark.parametrize("build", [small_resnet, partial(small_vgg, normed=True)])
+def test_recalibrate_mends_a_network_that_simam_unsettled(build):
+    """In eval mode it then computes what it does in training mode, up to the variance's other divisor."""
+    model = build()
+    x = torch.cat([images(32, seed=seed) for seed in range(8)])
+    model(x)
+    he.nn.attach(model, "simam")
+    expected = model.train()(x)
+    unsettled = (model.eval()(x) - expected).abs().max()
+    he.nn.recalibrate(model, [x])
+    settled = (model(x) - expected).abs().max()
+    assert settled < 0.02 * unsettled and not model.training
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([], ValueError, "recalibrate: batches must hold at least one batch, got none"),
+        ([images(), "cat.jpeg"], TypeError, "recalibrate: batches must hold tensors .*, got str at 1"),
+        ([images(), images()[:, :1]], RuntimeError, "expected input"),
+    ],
+)
+def test_a_failed_recalibration_leaves_the_old_statistics(batches, error, message):
+    model = small_resnet().train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        he.nn.recalibrate(model, batches)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert all(module.training for module in model.modules()) and model.layer1[0].bn1.momentum == 0.1
+
+
+def test_recalibrate_needs_norms():
+    with pytest.raises(ValueError, match="recalibrate: model must have a BatchNorm .*, got Linear with none"):
+        he.nn.recalibrate(nn.Linear(2, 2), [])
