@@ -1,10 +1,10 @@
 // greedy_sign on the CPU.
 //
-// Forward reads u once and writes b once (2 * numel * s bytes, the floor); backward reads grad_b and u and writes
-// grad_u (3 * numel * s, the floor). Neither branches on a sign, which no branch predictor can know.
+// Memory traffic for N elements of s bytes. Forward: 2Ns, the floor (reads u, writes b). Backward: 3Ns, the floor
+// (reads grad_b and u, writes grad_u). The code does not branch on signs, because they cannot be predicted.
 //
-// The penalty is summed over fixed chunks, each in lanes of its own, and the chunks' sums are added in order in double:
-// the same bits for every number of threads.
+// Order of sums. The penalty is summed per chunk of fixed size, and the chunks' sums are added in order in float64, so
+// that the result has the same bits for every number of threads.
 
 #include "hashengine/greedy_sign.h"
 
@@ -12,15 +12,16 @@
 #include <atomic>
 #include <vector>
 
-#include "lanes.h"
+#include "cpu/common/lanes.h"
 
 namespace hashengine {
 namespace {
 
-constexpr int64_t kChunk = 2048;   // elements a partial sum: 256 additions are chained
-constexpr int64_t kGrain = 32768;  // fewer elements are not worth a second thread
+constexpr int64_t kChunk = 2048;   // elements per partial sum, a chain of 256 additions per lane
+constexpr int64_t kGrain = 32768;  // elements; fewer are not worth a second thread
 
-// step(i, the eight lanes from u[i] on, how many of them are there).
+// Calls step(i, vector of u[i] to u[i + 7], number of lanes) for every eight elements. The last vector may have fewer
+// lanes.
 template <typename Element, typename Step>
 HE_INLINE void for_lanes(const Element* u, int64_t count, Step step) {
   int64_t i = 0;
@@ -37,7 +38,7 @@ template <typename Element>
 struct ForwardChunks {
   using T = typename Arithmetic<Element>::Type;
 
-  // `sums`: the penalty's, a chunk each.
+  // sums: [chunk], the sum of the penalty over each chunk.
   static HE_INLINE void run(const GreedySignForward& p, int64_t begin, int64_t end, double* sums, bool* has_nan) {
     LaneMask<T> nans{};
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -71,7 +72,7 @@ bool forward(const GreedySignForward& p, SimdLevel level, const ThreadPool& pool
   });
   double total = 0;
   for (double sum : sums) total += sum;
-  // The mean of nothing is NaN, as torch has it.
+  // The mean of an empty tensor is NaN, as in torch.
   const double penalty = p.alpha * (total / double(p.numel));
   if (p.dtype == Dtype::kFloat64) {
     *static_cast<double*>(p.penalty) = penalty;
@@ -81,7 +82,7 @@ bool forward(const GreedySignForward& p, SimdLevel level, const ThreadPool& pool
   return !any_nan;
 }
 
-// A gradient that is not there is zero.
+// kHasCode, kHasPenalty: whether grad_b and grad_penalty are given. A missing gradient counts as zero.
 template <typename Element, bool kHasCode, bool kHasPenalty>
 struct BackwardRange {
   using T = typename Arithmetic<Element>::Type;
@@ -100,7 +101,7 @@ struct BackwardRange {
       if constexpr (kHasPenalty) {
         const Lanes<T> excess = abs_lanes(value) - T(1);
         const Lanes<T> slope = excess * abs_lanes(excess);
-        // The sign of zero is zero, and a NaN stays one.
+        // value * slope is 0 if value is 0, and NaN if value is NaN.
         grad += scale * (value > 0 ? slope : (value < 0 ? -slope : value * slope));
       }
       store_lanes(grad_u + at, grad, lanes);

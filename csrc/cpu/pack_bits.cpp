@@ -1,18 +1,21 @@
-// pack_bits on the CPU: reads 8 * s bytes and writes one, memory bound; nothing is read twice.
+// pack_bits and unpack_bits on the CPU.
+//
+// Memory traffic. A byte of codes holds the bits of eight elements of s bytes, so pack_bits reads 8s bytes per byte
+// that it writes. Every element is read once. Memory bandwidth is the limit.
 
 #include "hashengine/pack_bits.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "lanes.h"
+#include "cpu/common/lanes.h"
 
 namespace hashengine {
 namespace {
 
-constexpr int64_t kGrainBytes = 8192;
+constexpr int64_t kGrainBytes = 8192;  // bytes of codes; fewer are not worth a second thread
 
-// Bit c of byte r becomes bit r of byte c.
+// Moves bit c of byte r to bit r of byte c.
 inline uint64_t transpose_bits(uint64_t x) {
   uint64_t swap = (x ^ (x >> 7)) & 0x00AA00AA00AA00AA;
   x ^= swap ^ (swap << 7);
@@ -22,7 +25,8 @@ inline uint64_t transpose_bits(uint64_t x) {
   return x ^ swap ^ (swap << 28);
 }
 
-// Eight bytes at a time: lane i collects the bits of activation i of each, which one transposition sorts into bytes.
+// Packs eight bytes of codes at a time. Lane i collects the bit of element i of every byte; one transposition of the 8
+// x 8 bits turns the lanes into bytes.
 template <typename Element>
 struct PackRange {
   using T = typename Arithmetic<Element>::Type;
@@ -38,7 +42,8 @@ struct PackRange {
         bits |= (value >= T(0)) & (LaneIndex<T>(1) << byte);
         nans |= value != value;
       }
-      uint64_t word = 0;  // the first activation, which is the most significant bit, in the last byte
+      // The first activation becomes the most significant bit of a code, so its lane goes to the last byte.
+      uint64_t word = 0;
       for (int lane = 0; lane < kLanes; ++lane) word |= uint64_t(bits[lane]) << (8 * (7 - lane));
       word = transpose_bits(word);
       for (int byte = 0; byte < count; ++byte) p.codes[first + byte] = uint8_t(word >> (8 * byte));

@@ -1,33 +1,33 @@
-// csrc/cpu/lanes.h at any SIMD level through a C interface.
+// Functions of csrc/cpu/common/lanes.h as C functions. Those with a `level` run at that SIMD level.
 
-#include "lanes.h"
+#include "cpu/common/lanes.h"
 
 using namespace hashengine;
 
 namespace {
 
-// to = op(from), eight at a time; count is a multiple of eight.
+// Applies Operation to eight elements of `from` at a time, and stores the results in `to`. count is a multiple of 8.
 template <typename From, typename To, typename Operation>
 struct Map {
   static HE_INLINE void run(const From* from, To* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, Operation::of(load(from + i)));
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, Operation::apply(load(from + i)));
   }
 };
 
-struct Same {
-  static HE_INLINE Lanes<float> of(Lanes<float> x) { return x; }
+struct Identity {
+  static HE_INLINE Lanes<float> apply(Lanes<float> x) { return x; }
 };
 struct Exp {
-  static HE_INLINE Lanes<float> of(Lanes<float> x) { return exp_lanes(x); }
+  static HE_INLINE Lanes<float> apply(Lanes<float> x) { return exp_lanes(x); }
 };
 struct Exp2 {
-  static HE_INLINE Lanes<float> of(Lanes<float> x) { return exp2_nonpositive(x); }
+  static HE_INLINE Lanes<float> apply(Lanes<float> x) { return exp2_nonpositive(x); }
 };
 struct Sigmoid {
-  static HE_INLINE Lanes<float> of(Lanes<float> x) { return sigmoid_lanes(x); }
+  static HE_INLINE Lanes<float> apply(Lanes<float> x) { return sigmoid_lanes(x); }
 };
 struct Sum {
-  static HE_INLINE Lanes<float> of(Lanes<float> x) { return broadcast(sum_lanes(x)); }
+  static HE_INLINE Lanes<float> apply(Lanes<float> x) { return broadcast(sum_lanes(x)); }
 };
 
 template <typename Operation, typename From = float, typename To = float>
@@ -37,7 +37,7 @@ void map(int level, const void* from, void* to, int64_t count) {
 }
 
 template <typename Element>
-void first(const void* from, void* to, int count) {
+void copy_first(const void* from, void* to, int count) {
   store_first(static_cast<Element*>(to), load_first(static_cast<const Element*>(from), count), count);
 }
 
@@ -50,17 +50,17 @@ void lanes_exp2(int level, const void* from, void* to, int64_t count) { map<Exp2
 void lanes_sigmoid(int level, const void* from, void* to, int64_t count) { map<Sigmoid>(level, from, to, count); }
 void lanes_sum(int level, const void* from, void* to, int64_t count) { map<Sum>(level, from, to, count); }
 void widen_float16(int level, const void* from, void* to, int64_t count) {
-  map<Same, Float16, float>(level, from, to, count);
+  map<Identity, Float16, float>(level, from, to, count);
 }
 void widen_bfloat16(int level, const void* from, void* to, int64_t count) {
-  map<Same, BFloat16, float>(level, from, to, count);
+  map<Identity, BFloat16, float>(level, from, to, count);
 }
 void narrow_float16(int level, const void* from, void* to, int64_t count) {
-  map<Same, float, Float16>(level, from, to, count);
+  map<Identity, float, Float16>(level, from, to, count);
 }
 void narrow_bfloat16(int level, const void* from, void* to, int64_t count) {
-  map<Same, float, BFloat16>(level, from, to, count);
+  map<Identity, float, BFloat16>(level, from, to, count);
 }
-void first_float(const void* from, void* to, int count) { first<float>(from, to, count); }
-void first_float16(const void* from, void* to, int count) { first<Float16>(from, to, count); }
+void copy_first_float(const void* from, void* to, int count) { copy_first<float>(from, to, count); }
+void copy_first_float16(const void* from, void* to, int count) { copy_first<Float16>(from, to, count); }
 }

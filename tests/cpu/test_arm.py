@@ -1,37 +1,50 @@
-"""ARM's 64-bit CPUs, from any machine: csrc/cpu compiles for them, and they choose NEON.
+"""Tests of 64-bit ARM that need no ARM machine: csrc/cpu compiles without warnings, and NEON is chosen at run time.
 
-What the NEON kernel computes is tested where every level's is; see tests/hamming_levels.py.
+The tests with the fixture `level` of tests/helpers/hamming_levels.py also run the NEON kernels.
 """
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.hamming_levels import CROSS_COMPILER, INCLUDE, IS_ARM, ROOT, compile_all, require_arm
+from tests.helpers.hamming_levels import (
+    CROSS_COMPILER,
+    FLAGS,
+    IS_ARM,
+    ROOT,
+    WARNINGS,
+    LevelLibrary,
+    compile_all,
+    require_arm,
+)
 
 
-def test_every_cpu_source_compiles_without_a_warning(tmp_path):
+def test_every_cpu_source_compiles_without_a_warning(tmp_path: Path) -> None:
     compiler = "g++" if IS_ARM else CROSS_COMPILER
     require_arm(compiler)
-    sources = sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    compile_all([compiler, *INCLUDE, "-O1", "-Wall", "-Wextra", "-Werror"], sources, tmp_path)
+    sources = sorted(ROOT.glob("csrc/cpu/**/*.cpp"))
+    compile_all([compiler, *FLAGS, "-O1", *WARNINGS, "-Werror"], sources, tmp_path)
 
 
-@pytest.mark.skipif(IS_ARM, reason="tests/ops/test_hamming_topk.py asks the native module")
-@pytest.mark.parametrize(("asked", "answer"), [("", "neon"), ("auto", "neon"), ("neon", "neon"), ("scalar", "scalar")])
-def test_the_level_is_chosen(level_library, asked, answer):
-    assert choose(level_library, asked) == (0, answer)
+@pytest.mark.skipif(IS_ARM, reason="tests/ops/test_hamming_topk.py tests this with the native module")
+@pytest.mark.parametrize(
+    ("requested", "chosen"), [("", "neon"), ("auto", "neon"), ("neon", "neon"), ("scalar", "scalar")]
+)
+def test_the_environment_variable_chooses_the_level(level_library: LevelLibrary, requested: str, chosen: str) -> None:
+    assert choose(level_library, requested) == (0, chosen)
 
 
-@pytest.mark.skipif(IS_ARM, reason="tests/ops/test_hamming_topk.py asks the native module")
-def test_a_level_of_another_cpu_is_an_error_of_one_line(level_library):
-    message = "HASHENGINE_SIMD_LEVEL must be one of auto, scalar, neon on this CPU, got avx2"
+@pytest.mark.skipif(IS_ARM, reason="tests/ops/test_hamming_topk.py tests this with the native module")
+def test_a_level_of_another_cpu_gives_an_error_of_one_line(level_library: LevelLibrary) -> None:
+    message = "hashengine: HASHENGINE_SIMD_LEVEL must be one of auto, scalar, neon on this CPU, got avx2"
     assert choose(level_library, "avx2") == (1, message)
 
 
-def choose(level_library, asked: str) -> tuple[int, str]:
-    environment = os.environ | {"HASHENGINE_SIMD_LEVEL": asked}
+def choose(level_library: LevelLibrary, requested: str) -> tuple[int, str]:
+    """The exit status and the output of the worker for a value of HASHENGINE_SIMD_LEVEL."""
+    environment = os.environ | {"HASHENGINE_SIMD_LEVEL": requested}
     done = subprocess.run(
         [*level_library.arm_worker.command, "level"], env=environment, stdout=subprocess.PIPE, text=True
     )

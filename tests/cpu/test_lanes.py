@@ -1,41 +1,43 @@
-"""csrc/cpu/lanes.h, of which the CPU kernels are made, at every SIMD level."""
+"""csrc/cpu/common/lanes.h, the vector arithmetic of the CPU kernels, at each x86 SIMD level that has its own code."""
 
 import ctypes
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import DTypeLike
 
 from hashengine import _toolchain
 from tests.helpers.paths import ROOT
 
-LEVELS = ("scalar", "avx2")  # AVX-512 takes AVX2's
+LEVELS = ("scalar", "avx2")  # AVX-512 uses the code of AVX2
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3.4e38], np.float32)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = _toolchain.find_compiler(os.environ)
     if isinstance(compiler, _toolchain.Missing):
         pytest.skip(f"no C++ compiler: {compiler}")
     path = tmp_path_factory.mktemp("lanes") / "lanes.so"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-psabi", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"]
-    sources = [str(ROOT / "tests" / "lanes.cpp"), str(ROOT / "csrc" / "cpu" / "simd_level.cpp")]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-psabi", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
+    sources = [str(ROOT / "tests/cpu/lanes.cpp"), str(ROOT / "csrc/cpu/common/simd_level.cpp")]
     subprocess.run([*shlex.split(compiler), *flags, *sources, "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
 
 
 @pytest.fixture(params=LEVELS)
-def run(request, library):
-    """Calls a function of tests/lanes.cpp at a level, on a copy of its argument."""
+def run(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Callable[..., np.ndarray]:
+    """Calls a function of tests/cpu/lanes.cpp at a level: run(name, x, dtype of the result)."""
     level = LEVELS.index(request.param)
     if level >= library.lanes_supported_levels():
         pytest.skip(f"this CPU has no {request.param}")
 
-    def call(name: str, x: np.ndarray, dtype=np.float32) -> np.ndarray:
+    def call(name: str, x: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
         x = np.ascontiguousarray(x)
         y = np.empty(x.shape, dtype)
         getattr(library, name)(level, *(ctypes.c_void_p(a.ctypes.data) for a in (x, y)), ctypes.c_int64(x.size))
@@ -53,16 +55,24 @@ def units_in_the_last_place(got: np.ndarray, exact: np.ndarray) -> float:
     [
         ("lanes_exp", np.exp, -87, 88, 1.2),
         ("lanes_exp2", np.exp2, -126, 0, 2.2),
-        ("lanes_sigmoid", lambda x: 1 / (1 + np.exp(-x)), -87, 88, 2.5),  # exp, an addition and a division
+        (
+            "lanes_sigmoid",
+            lambda x: 1 / (1 + np.exp(-x)),
+            -87,
+            88,
+            2.5,  # for the errors of exp, an addition and a division
+        ),
     ],
 )
-def test_exponentials_are_as_accurate_as_promised(run, name, function, low, high, units):
+def test_exponentials_are_as_accurate_as_documented(
+    run: Callable, name: str, function: Callable, low: float, high: float, units: float
+) -> None:
     x = np.linspace(low, high, 800_000, dtype=np.float32)
     x = np.concatenate([x, np.float32([low, high, -0.0, 0.0] * 2), -np.geomspace(1e-30, 1, 800, dtype=np.float32)])
     assert units_in_the_last_place(run(name, x), function(x.astype(np.float64))) <= units
 
 
-def test_exponentials_saturate_and_keep_nan(run):
+def test_exponentials_saturate_and_keep_nan(run: Callable) -> None:
     x = np.float32([-np.inf, -200, np.nan, -0.0, 0.0, -1e30, -126, -150])
     smallest = np.float32(2.0**-126)
     np.testing.assert_array_equal(
@@ -75,14 +85,14 @@ def test_exponentials_saturate_and_keep_nan(run):
     np.testing.assert_array_equal(run("lanes_sigmoid", x)[[2, 3, 4, 5]], np.float32([np.nan, 1, 1, 0.5]))
 
 
-def test_sum_of_lanes_is_in_a_fixed_order(run):
+def test_lanes_are_summed_in_a_fixed_order(run: Callable) -> None:
     x = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32) * np.float32([1, 1e4, 1e-4, 1, 10, 1, 1e6, 1])
     want = ((x[:, 0] + x[:, 4]) + (x[:, 2] + x[:, 6])) + ((x[:, 1] + x[:, 5]) + (x[:, 3] + x[:, 7]))
     np.testing.assert_array_equal(run("lanes_sum", x), np.repeat(want, 8).reshape(100, 8))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_every_half_is_widened_exactly_and_narrowed_back(run, name, dtype):
+def test_every_half_is_widened_exactly_and_narrowed_back(run: Callable, name: str, dtype: torch.dtype) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     want = torch.from_numpy(bits.view(np.int16)).view(dtype).float().numpy()
     got = run(f"widen_{name}", bits)
@@ -93,7 +103,7 @@ def test_every_half_is_widened_exactly_and_narrowed_back(run, name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_narrowing_rounds_to_nearest_even(run, name, dtype):
+def test_narrowing_rounds_to_nearest_even(run: Callable, name: str, dtype: torch.dtype) -> None:
     halves = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(dtype).float().numpy()
     finite = np.sort(halves[np.isfinite(halves)])
     middles = (finite[:-1].astype(np.float64) / 2 + finite[1:].astype(np.float64) / 2).astype(np.float32)
@@ -106,8 +116,8 @@ def test_narrowing_rounds_to_nearest_even(run, name, dtype):
     np.testing.assert_array_equal(np.signbit(got)[~np.isnan(x)], np.signbit(want)[~np.isnan(x)])
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("first_float", np.float32), ("first_float16", np.float16)])
-def test_the_first_lanes_alone_are_touched(library, name, dtype):
+@pytest.mark.parametrize(("name", "dtype"), [("copy_first_float", np.float32), ("copy_first_float16", np.float16)])
+def test_only_the_first_lanes_are_copied(library: ctypes.CDLL, name: str, dtype: DTypeLike) -> None:
     for count in range(8):
         x, y = np.arange(1, 9, dtype=dtype), np.full(8, -1, dtype)
         getattr(library, name)(*(ctypes.c_void_p(a.ctypes.data) for a in (x, y)), count)

@@ -1,4 +1,7 @@
-"""The Hamming searches of every SIMD level, compiled for themselves and called through ctypes or a pipe."""
+"""The Hamming searches of every SIMD level, compiled without torch and called through ctypes or a pipe.
+
+Also makes codes and filters, and computes the expected answers from the definition of a search.
+"""
 
 import ctypes
 import functools
@@ -6,9 +9,10 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +21,20 @@ from hashengine import _native
 from tests.helpers.paths import ROOT
 
 LEVELS = ["scalar", "avx2", "avx512", "neon"]
-FUNCTIONS = ["topk", "range", "offered", "count"]
+FUNCTIONS = ["topk", "range", "pushed", "count"]  # in the order of their numbers in tests/cpu/hamming_bridge.cpp
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
-INCLUDE = [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu", "-std=c++17", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-Wno-psabi", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]  # under these flags, csrc/cpu compiles without a warning
+
+
+def hamming_sources() -> list[Path]:
+    """The CPU sources of the Hamming searches of all levels."""
+    return sorted((ROOT / "csrc/cpu/hamming").rglob("*.cpp"))
 
 
 def native_levels() -> list[str]:
+    """The levels that the native module and this CPU support; an empty list if the module is not built."""
     if not _native.available():
         return []
     from hashengine import _C
@@ -32,20 +43,24 @@ def native_levels() -> list[str]:
 
 
 def require_arm(*programs: str) -> None:
-    """Skips the test where these programs, for a CPU that this machine is not, are missing."""
+    """If a program for ARM is missing, fails the test if HASHENGINE_REQUIRE_ARM is set, and otherwise skips it."""
     for program in programs:
         if shutil.which(program) is None:
-            # Where every test must run, as in .ci/run, a missing program is an error.
             report = pytest.fail if os.environ.get("HASHENGINE_REQUIRE_ARM") else pytest.skip
-            report(f"no {program}: apt-get install g++-aarch64-linux-gnu qemu-user")
+            report(f"{program} is not installed: run apt-get install g++-aarch64-linux-gnu qemu-user")
 
 
-def compile_all(command: list[str], sources: list[Path], folder: Path, extra=lambda source: ()) -> list[str]:
-    """An object of each source; `extra` tells what options a source needs beside the command's."""
+def compile_all(
+    command: list[str],
+    sources: list[Path],
+    folder: Path,
+    extra_flags: Callable[[Path], Sequence[str]] = lambda source: (),
+) -> list[str]:
+    """Compiles each source and returns the paths of the objects. `extra_flags` gives a source's additional flags."""
 
     def compile_one(source: Path) -> str:
-        output = str(folder / f"{source.parent.name}_{source.stem}.o")
-        subprocess.run([*command, *extra(source), "-c", str(source), "-o", output], check=True)
+        output = str(folder / f"{source.parent.name}_{source.stem}.o")  # isa/ and bitsliced/ have the same file names
+        subprocess.run([*command, *extra_flags(source), "-c", str(source), "-o", output], check=True)
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -53,25 +68,27 @@ def compile_all(command: list[str], sources: list[Path], folder: Path, extra=lam
 
 
 class ArmWorker:
-    """The searches as an aarch64 program in qemu, which answers call after call."""
+    """The searches as an aarch64 program in qemu, which answers one call after another."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         require_arm(CROSS_COMPILER, "qemu-aarch64")
-        sources = [*ROOT.glob("csrc/cpu/hamming_*.cpp"), ROOT / "csrc/cpu/simd_level.cpp"]
-        sources += ROOT.glob("tests/emulation/hamming*.cpp")
-        objects = compile_all([CROSS_COMPILER, *INCLUDE, "-O2", "-pthread"], sources, folder)
+        sources = [*hamming_sources(), ROOT / "csrc/cpu/common/simd_level.cpp"]
+        sources += ROOT.glob("tests/cpu/hamming_*.cpp")
+        objects = compile_all([CROSS_COMPILER, *FLAGS, "-O2", "-pthread"], sources, folder)
         self.command = ["qemu-aarch64", str(folder / "worker")]
         subprocess.run([CROSS_COMPILER, "-static", "-pthread", *objects, "-o", self.command[1]], check=True)
         self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._calls, self._answers = self._process.stdin, self._process.stdout
 
     def call(self, numbers: np.ndarray, inputs: list, outputs: list[np.ndarray]) -> None:
         buffers = [b"" if array is None else array.tobytes() for array in inputs + outputs]
         sizes = np.array([len(buffer) for buffer in buffers] + [0] * (8 - len(buffers)), np.int64)
-        self._process.stdin.write(b"".join([numbers.tobytes(), sizes.tobytes(), *buffers]))
-        self._process.stdin.flush()
+        self._calls.write(b"".join([numbers.tobytes(), sizes.tobytes(), *buffers]))
+        self._calls.flush()
         for output in outputs:
-            got = self._process.stdout.read(output.nbytes)
-            assert len(got) == output.nbytes, f"the worker ended with {self._process.wait()}"
+            got = self._answers.read(output.nbytes)
+            assert len(got) == output.nbytes, f"the worker exited with status {self._process.wait()}"
             output.flat = np.frombuffer(got, output.dtype)
 
     def close(self) -> None:
@@ -79,27 +96,28 @@ class ArmWorker:
 
 
 def build_searches(caller: Path, output: Path, flags: Sequence[str] = (), link_flags: Sequence[str] = ()) -> None:
-    """The searches of every level with what calls them, as a program or library.
+    """Compiles and links the searches of every level and the source `caller` into a program or library.
 
-    AVX-512's kernels are compiled against plain C++ twins of its intrinsics, to run anywhere; not optimised, as vectors
-    that the CPU lacks take minutes and gigabytes.
+    The AVX-512 kernels are compiled with plain C++ functions in place of the intrinsics, so that they run on any CPU.
+    These kernels are compiled with -O0, because optimising code for vectors that the CPU lacks takes minutes and
+    gigabytes.
     """
     compiler = os.environ.get("CXX", "g++")
-    twin = [f"-I{ROOT}/tests/emulation/avx512", "-DHE_TARGET_AVX512=", "-O0"]
+    twins = [f"-I{ROOT}/tests/cpu/avx512_twins", "-DHE_TARGET_AVX512=", "-O0"]
     objects = compile_all(
-        [compiler, *INCLUDE, "-O1", "-pthread", "-Wno-psabi", *flags],
-        [*ROOT.glob("csrc/cpu/hamming_*.cpp"), caller],
+        [compiler, *FLAGS, "-O1", "-pthread", *flags],
+        [*hamming_sources(), caller],
         output.parent,
-        lambda source: twin if source.stem.endswith("avx512") else (),
+        lambda source: twins if source.stem == "avx512" else (),
     )
     subprocess.run([compiler, "-pthread", *link_flags, *objects, "-o", str(output)], check=True)
 
 
 class LevelLibrary:
-    """Every level, called through ctypes; on another CPU, NEON's through a pipe to qemu."""
+    """The searches of every level, called through ctypes. On x86, those of NEON run in qemu, called through a pipe."""
 
-    def __init__(self, folder: Path, flags: Sequence[str] = ()):
-        build_searches(ROOT / "tests/emulation/hamming.cpp", folder / "levels.so", ["-fPIC", *flags], ["-shared"])
+    def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
+        build_searches(ROOT / "tests/cpu/hamming_bridge.cpp", folder / "levels.so", ["-fPIC", *flags], ["-shared"])
         self._library = ctypes.CDLL(str(folder / "levels.so"))
         self._folder = folder
 
@@ -113,13 +131,32 @@ class LevelLibrary:
         if "arm_worker" in vars(self):
             self.arm_worker.close()
 
-    def topk(self, level: str, threads: int, queries: np.ndarray, codes: np.ndarray, k: int, filter=None):
+    def topk(
+        self,
+        level: str,
+        threads: int,
+        queries: np.ndarray,
+        codes: np.ndarray,
+        k: int,
+        filter: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and positions, [queries, k]. filter: bool, [codes] or [queries, codes]."""
         distances = np.full((len(queries), k), -7, np.int32)
         positions = np.full((len(queries), k), -7, np.int64)
         self._call("topk", level, threads, queries, codes, filter, (k, 0), [distances, positions])
         return distances, positions
 
-    def range(self, level: str, threads: int, queries, codes, radius: int, max_results: int, filter=None):
+    def range(
+        self,
+        level: str,
+        threads: int,
+        queries: np.ndarray,
+        codes: np.ndarray,
+        radius: int,
+        max_results: int,
+        filter: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lims, distances and positions. The results of query q are entries lims[q] to lims[q + 1] - 1."""
         lims = np.full(len(queries) + 1, -7, np.int64)
         distances = np.full(len(queries) * len(codes), -7, np.int32)
         positions = np.full(len(queries) * len(codes), -7, np.int64)
@@ -127,27 +164,53 @@ class LevelLibrary:
         self._call("range", level, threads, queries, codes, filter, (radius, max_results), outputs)
         return lims, distances[: lims[-1]], positions[: lims[-1]]
 
-    def count(self, level: str, threads: int, queries, codes, filter=None, labels=None, any_shared: bool = False):
-        """labels: of the queries and of the codes, uint64 [rows, words]."""
+    def count(
+        self,
+        level: str,
+        threads: int,
+        queries: np.ndarray,
+        codes: np.ndarray,
+        filter: np.ndarray | None = None,
+        labels: tuple[np.ndarray, np.ndarray] | None = None,
+        any_shared: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of all codes and of relevant codes at each distance: both [queries, bits + 1].
+
+        labels: of the queries and of the codes, uint64 [rows, words]. A code is relevant if its label equals the
+        query's or, with any_shared, shares a bit with it.
+        """
         counts, relevant = np.full((2, len(queries), 8 * codes.shape[1] + 1), -7, np.int64)
-        numbers = (0 if labels is None else labels[0].shape[1], any_shared)
-        self._call("count", level, threads, queries, codes, filter, numbers, [counts, relevant], labels)
+        arguments = (0 if labels is None else labels[0].shape[1], int(any_shared))
+        self._call("count", level, threads, queries, codes, filter, arguments, [counts, relevant], labels)
         return counts, relevant
 
-    def offered(self, level: str, queries, codes, radius: int) -> np.ndarray:
-        """How many of the codes that the block kernel offers each query, within a radius, its opposite is near to too.
+    def pushed(self, level: str, queries: np.ndarray, codes: np.ndarray, radius: int) -> np.ndarray:
+        """Per query, the number of a scan's hits that are also within `radius` of the query's complement.
 
-        Codes that are offered in vain, which their exact distance hides otherwise, would be among them.
+        A search computes the exact distance of every hit and drops the false hits, so its results do not show them.
+        Here the exact distance is the one from the complement: the number of bits minus the distance from the query.
+        With a radius of half the bits, every false hit is counted, and of the true hits those at exactly the radius.
         """
         counts = np.full(len(queries), -7, np.int64)
-        self._call("offered", level, 1, queries, codes, None, (radius, 0), [counts], (~queries, None))
+        self._call("pushed", level, 1, queries, codes, None, (radius, 0), [counts], (~queries, None))
         return counts
 
-    def _call(self, name, level, threads, queries, codes, filter, own_numbers, outputs, labels=None) -> None:
+    def _call(
+        self,
+        name: str,
+        level: str,
+        threads: int,
+        queries: np.ndarray,
+        codes: np.ndarray,
+        filter: np.ndarray | None,
+        arguments: tuple[int, int],
+        outputs: list[np.ndarray],
+        labels: tuple[np.ndarray | None, np.ndarray | None] | None = None,
+    ) -> None:
         bitmap = None if filter is None else np.packbits(filter, axis=-1, bitorder="little")
         stride = bitmap.shape[1] if bitmap is not None and bitmap.ndim == 2 else 0
-        numbers = [FUNCTIONS.index(name), LEVELS.index(level), threads, len(queries), *codes.shape, stride]
-        numbers = np.array([*numbers, *own_numbers], np.int64)
+        sizes = [len(queries), *codes.shape, stride]
+        numbers = np.array([FUNCTIONS.index(name), LEVELS.index(level), threads, *sizes, *arguments], np.int64)
         inputs = [queries, codes, bitmap, *(labels or (None, None))]
         if level == "neon" and not IS_ARM:
             return self.arm_worker.call(numbers, inputs, outputs)
@@ -156,24 +219,25 @@ class LevelLibrary:
 
 
 @pytest.fixture(scope="session")
-def level_library(tmp_path_factory):
+def level_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LevelLibrary]:
     library = LevelLibrary(tmp_path_factory.mktemp("levels"))
     yield library
     library.close()
 
 
 @pytest.fixture(params=LEVELS)
-def level(request) -> str:
+def level(request: pytest.FixtureRequest) -> str:
     if request.param == "avx2" and "avx2" not in native_levels():
         pytest.skip("this CPU has no AVX2")
     if request.param == "avx512" and IS_ARM:
-        pytest.skip("the kernels of x86 are not compiled on ARM")
+        pytest.skip("the x86 kernels are not compiled on ARM")
     return request.param
 
 
 def make_codes(kind: str, count: int, bits: int, rng: np.random.Generator) -> np.ndarray:
+    """Packed codes, [count, bits / 8]. kind: "random"; "clustered", with many ties; or "duplicate", all equal."""
     codes = rng.integers(0, 256, (count, bits // 8), dtype=np.uint8)
-    if kind == "clustered":  # huge groups of ties
+    if kind == "clustered":
         codes = codes[rng.integers(0, max(count // 50, 1), count)]
     if kind == "duplicate":
         codes[:] = codes[:1]
@@ -181,19 +245,22 @@ def make_codes(kind: str, count: int, bits: int, rng: np.random.Generator) -> np
 
 
 def make_filter(rng: np.random.Generator, count: int, queries: int, share: float, own: bool) -> np.ndarray:
+    """A filter that a share of the codes passes: one per query if `own`, otherwise one that all queries share."""
     return rng.random((queries, count) if own else count) < share
 
 
 def all_distances(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """In the smallest type that holds them and one more: numpy sorts 8 and 16 bits by radix."""
+    """Distances, [queries, codes], in the smallest type that holds bits + 1, because numpy sorts small types faster."""
     kind = np.min_scalar_type(8 * codes.shape[1] + 1)
     padding = [(0, 0), (0, -codes.shape[1] % 8)]
     queries, codes = (np.pad(rows, padding).view(np.uint64) for rows in (queries, codes))
     return np.stack([np.bitwise_count(codes ^ query).sum(1, dtype=kind) for query in queries])
 
 
-def nearest(queries: np.ndarray, codes: np.ndarray, k: int, filter=None) -> tuple[np.ndarray, np.ndarray]:
-    """By definition: every distance, then a stable sort; what the filter leaves out stands last, as absent."""
+def nearest(
+    queries: np.ndarray, codes: np.ndarray, k: int, filter: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A top-k by definition: a stable sort of all distances. Codes that the filter excludes come last, as -1."""
     absent = 8 * codes.shape[1] + 1
     distances = all_distances(queries, codes)
     if filter is not None:
@@ -203,8 +270,10 @@ def nearest(queries: np.ndarray, codes: np.ndarray, k: int, filter=None) -> tupl
     return distances, np.where(distances == absent, -1, positions)
 
 
-def within(queries, codes, radius: int, max_results: int, filter=None):
-    """By definition: a query at a time."""
+def within(
+    queries: np.ndarray, codes: np.ndarray, radius: int, max_results: int, filter: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A range search by definition, query by query: lims, distances, positions."""
     lists = []
     for q, distances in enumerate(all_distances(queries, codes)):
         passing = distances <= radius
@@ -214,9 +283,32 @@ def within(queries, codes, radius: int, max_results: int, filter=None):
         order = np.argsort(distances[positions], kind="stable")[:max_results]
         lists.append((distances[positions][order], positions[order]))
     lims = np.cumsum([0, *(len(distances) for distances, _ in lists)])
-    return lims, *(np.concatenate(parts) for parts in zip(*lists, strict=True))
+    distances, positions = (np.concatenate(parts) for parts in zip(*lists, strict=True))
+    return lims, distances, positions
 
 
-def assert_same(got, want) -> None:
-    for mine, theirs in zip(got, want, strict=True):
-        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+def counts_by_distance(
+    queries: np.ndarray,
+    codes: np.ndarray,
+    filter: np.ndarray | None = None,
+    is_relevant: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The number of codes, and of relevant codes, at each distance by definition: both [queries, bits + 1].
+
+    is_relevant: bool, [queries, codes]. Default: no code is relevant.
+    """
+    distances, distance_count = all_distances(queries, codes), 8 * codes.shape[1] + 1
+    passing = np.ones_like(distances, bool) if filter is None else np.broadcast_to(filter, distances.shape)
+    relevant = np.zeros_like(passing) if is_relevant is None else is_relevant
+    masks = (passing, passing & relevant)
+    counts = [
+        [np.bincount(row[m], minlength=distance_count) for row, m in zip(distances, mask, strict=True)]
+        for mask in masks
+    ]
+    return np.stack(counts[0]), np.stack(counts[1])
+
+
+def assert_same(got: Sequence[Any], want: Sequence[Any]) -> None:
+    """Asserts that the arrays or tensors in `got` equal those in `want`."""
+    for actual, expected in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))

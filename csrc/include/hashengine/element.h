@@ -1,5 +1,4 @@
-// Half-precision elements as the host sees them, with no torch and no CUDA header: two bytes and their value in
-// float32.
+// Half-precision elements on the host, without torch or CUDA headers: 16 bits, and conversions from and to float32.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +25,7 @@ struct BFloat16 {
 
   explicit operator float() const { return float_from_bits(uint32_t(bits) << 16); }
 
-  // Round to nearest even; a NaN stays a (quiet) NaN.
+  // Rounds to nearest even. NaNs become quiet NaNs.
   static BFloat16 from(float value) {
     const uint32_t x = bits_from_float(value);
     const uint32_t rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
@@ -41,13 +40,13 @@ struct Float16 {
   explicit operator float() const {
     const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
     const uint32_t magnitude = uint32_t(bits & 0x7fffu) << 13;
-    // 2^112 moves the exponent's bias from 15 to 127 and makes normal numbers of the subnormal ones, all exactly.
+    // The product with 2^112 is exact. It changes the exponent's bias from 15 to 127 and normalises subnormal numbers.
     const float scaled = float_from_bits(magnitude) * float_from_bits(0x77800000u);
     const bool is_special = magnitude >= 0x0f800000u;  // infinity or NaN
     return float_from_bits(sign | (is_special ? magnitude | 0x7f800000u : bits_from_float(scaled)));
   }
 
-  // Round to nearest even, subnormal results included; a NaN stays a (quiet) NaN.
+  // Rounds to nearest even, also to subnormal results. NaNs become quiet NaNs.
   static Float16 from(float value) {
     const uint32_t x = bits_from_float(value);
     const uint32_t sign = (x >> 16) & 0x8000u;
@@ -55,10 +54,11 @@ struct Float16 {
     uint32_t half;
     if (magnitude > 0x7f800000u) {
       half = 0x7e00u;
-    } else if (magnitude >= 0x47800000u) {  // 65536 and above
+    } else if (magnitude >= 0x47800000u) {  // 65536 or more
       half = 0x7c00u;
     } else if (magnitude < 0x38800000u) {
-      // Below 2^-14 the float adder itself rounds: 0.5 has 2^-24, the smallest half, as its last place.
+      // Below 2^-14 the result is subnormal. Adding 0.5 rounds it to a multiple of 2^-24, the smallest subnormal half,
+      // because 2^-24 is the unit in the last place of 0.5 in float32.
       half = bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f);
     } else {
       half = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -67,7 +67,7 @@ struct Float16 {
   }
 };
 
-// The type in which an element's arithmetic is done, and the way there and back.
+// The type in which arithmetic on elements is done, and the conversions to and from it.
 template <typename Element>
 struct Arithmetic {
   using Type = float;
@@ -89,7 +89,7 @@ struct Arithmetic<double> {
   static double store(double value) { return value; }
 };
 
-// f with a value of the element type that `dtype` names, one of the floating-point types.
+// Calls f with a value of the element type that `dtype` names. `dtype` must be a floating-point type.
 template <typename F>
 auto with_element(Dtype dtype, F f) {
   switch (dtype) {

@@ -1,4 +1,5 @@
-// greedy_sign: b = +1 where u >= 0 else -1, penalty = alpha * mean(||u| - 1|^3), and both gradients in one pass.
+// greedy_sign: b = +1 if u >= 0, otherwise -1; penalty = alpha * mean(||u| - 1|^3). The gradients through both outputs
+// are computed in one pass.
 //   Su, Zhang, Han, Tian: "Greedy Hash", NeurIPS 2018; the cubic penalty is their equation 6 with p = 3.
 #pragma once
 
@@ -10,7 +11,7 @@
 
 namespace hashengine {
 
-// u, b: [numel], the same dtype. penalty: one double for float64, else one float.
+// u, b: [numel], the same dtype. penalty: one double for float64, otherwise one float.
 struct GreedySignForward {
   const void* u;
   void* b;
@@ -20,8 +21,8 @@ struct GreedySignForward {
   Dtype dtype;
 };
 
-// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, else one float. A null gradient
-// stands for zero: that output was not used.
+// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, otherwise one float. If an output
+// was not used, its gradient (grad_b or grad_penalty) may be null, which counts as zero.
 struct GreedySignBackward {
   const void* grad_b;
   const void* grad_penalty;
@@ -32,16 +33,16 @@ struct GreedySignBackward {
   Dtype dtype;
 };
 
-// Returns false where u holds a NaN, which has no sign.
+// Returns false if u contains a NaN, which has no sign.
 bool greedy_sign_forward_cpu(const GreedySignForward& params, SimdLevel level, const ThreadPool& pool);
 void greedy_sign_backward_cpu(const GreedySignBackward& params, SimdLevel level, const ThreadPool& pool);
 
-// Bytes of scratch that launch_greedy_sign_forward needs on the device; it need not be cleared.
+// Bytes of scratch memory that launch_greedy_sign_forward needs on the current device. The memory may be uninitialized.
 int64_t greedy_sign_workspace_bytes(int64_t numel);
 void launch_greedy_sign_forward(const GreedySignForward& params, void* workspace, cudaStream_t stream);
 void launch_greedy_sign_backward(const GreedySignBackward& params, cudaStream_t stream);
 
-// The formulas, for host and device. T is float, or double for float64.
+// The formulas, for host and device code. T is double for float64, otherwise float.
 
 template <typename T>
 HE_HOST_DEVICE T greedy_sign_code(T u) {
@@ -54,7 +55,8 @@ HE_HOST_DEVICE T greedy_sign_penalty(T u) {
   return distance * distance * distance;
 }
 
-// d penalty / d u without the factor alpha * 3 / numel; sign(0) = 0 in both places, and a NaN stays one.
+// The derivative of the penalty with respect to u, without the factor alpha * 3 / numel. sign(0) counts as 0, both for
+// u and for |u| - 1. A NaN gives NaN.
 template <typename T>
 HE_HOST_DEVICE T greedy_sign_penalty_slope(T u) {
   const T excess = std::fabs(u) - T(1);

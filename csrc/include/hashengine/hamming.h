@@ -1,4 +1,5 @@
-// Hamming search over packed codes: d(q, x) = popcount(q ^ x). Results are ordered by (distance, position).
+// Hamming search over packed codes: d(q, x) = popcount(q ^ x). Results are ordered by (distance, position), where a
+// code's position is its row in `codes`.
 #pragma once
 
 #include <algorithm>
@@ -11,19 +12,22 @@
 
 namespace hashengine {
 
-constexpr int64_t kHammingMaxBytes = 8192;  // of a code: a distance leaves room for positions in 32 bits
+// The length of the longest supported code. Distances between codes of this length are at most 65,536, which takes 17
+// bits. The 32-bit keys of the CPU search (KeyFormat in cpu/hamming/selector.h) then have 15 bits for the position.
+constexpr int64_t kHammingMaxBytes = 8192;
 
-// The queries, the codes, and an optional filter that says which codes may be found.
+// The inputs of a search: the queries, the codes that are searched, and an optional filter. A code that the filter
+// excludes is not found.
 struct HammingSearch {
   const uint8_t* queries;  // [query_count, code_bytes]
   const uint8_t* codes;    // [code_count, code_bytes]
   int64_t query_count;
   int64_t code_count;
   int64_t code_bytes;
-  const uint8_t* filter;  // bitmap over the positions, least significant bit first; null: every code may be found
+  const uint8_t* filter;  // bitmap over positions, least significant bit first; null: every code may be found
   int64_t filter_stride;  // bytes from one query's bitmap to the next; 0: all queries share one bitmap
 
-  // The number of different distances: 0 to the number of bits.
+  // The number of possible distances, which are 0 to 8 * code_bytes.
   int64_t distance_count() const { return 8 * code_bytes + 1; }
 
   // The same search for at most `count` queries, starting with query `first`.
@@ -36,12 +40,12 @@ struct HammingSearch {
   }
 };
 
-// distances, positions: [query_count, k], 1 <= k <= code_count. Where the filter leaves fewer than k codes, the rest is
-// 8 code_bytes + 1 and -1.
+// The k nearest codes of each query. distances, positions: [query_count, k], 1 <= k <= code_count. If the filter leaves
+// fewer than k codes, the remaining entries are distance_count() in `distances` and -1 in `positions`.
 void hamming_topk_cpu(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions, SimdLevel level,
                       const ThreadPool& pool);
 
-// Query q has distances and positions [lims[q], lims[q + 1]).
+// The results of query q are entries [lims[q], lims[q + 1]) of distances and positions.
 struct HammingRangeResult {
   std::vector<int64_t> lims;
   std::unique_ptr<int32_t[]> distances;
@@ -50,12 +54,14 @@ struct HammingRangeResult {
   int64_t count() const { return lims.back(); }
 };
 
-// At a distance of at most `radius`; of a query with more than `max_results` >= 1, the nearest.
+// The codes within distance `radius` of each query, nearest first. A query with more than `max_results` (at least 1)
+// such codes gets the nearest `max_results`.
 HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius, int64_t max_results, SimdLevel level,
                                      const ThreadPool& pool);
 
-// Which codes are relevant to which queries. Rows of 64-bit words, of queries [query_count, words] and of codes
-// [code_count, words]: relevant where the rows are equal, or, if `any`, where they share a set bit.
+// Labels say which codes are relevant to which queries. They are rows of 64-bit words: queries [query_count, words] and
+// codes [code_count, words]. Without `any`, a code is relevant if its row equals the query's; with `any`, if the two
+// rows share a set bit.
 struct HammingLabels {
   const uint64_t* queries;
   const uint64_t* codes;
@@ -63,8 +69,9 @@ struct HammingLabels {
   bool any;
 };
 
-// counts, relevant: [query_count, 8 code_bytes + 1], the number of codes at each distance; without labels, relevant is
-// not touched.
+// Counts the codes at each distance from each query. A code that the filter excludes is not counted. counts:
+// [query_count, distance_count()], the number of codes. relevant: the same for relevant codes only; not written if
+// `labels` is null.
 void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels, int64_t* counts, int64_t* relevant,
                        SimdLevel level, const ThreadPool& pool);
 

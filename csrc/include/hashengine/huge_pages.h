@@ -1,4 +1,5 @@
-// Huge pages: the system clears each page when it is first written, and finds it again by a TLB of few entries.
+// Huge pages have 2 MB instead of 4 KB: one page fault provides 512 times as much memory, and a few TLB entries cover a
+// large buffer.
 #pragma once
 
 #include <sys/mman.h>
@@ -7,14 +8,16 @@
 
 namespace hashengine {
 
-constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kHugePageBytes = 2 << 20;
 
-// Asks for them in what is not yet written of [memory, memory + bytes); a hint, which the system may not follow.
+// Asks the system to back [memory, memory + bytes) with huge pages. This is a hint, which is best given before the
+// memory is first written: small pages that exist already are merged only later, in the background, or never.
 inline void use_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto address = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + uintptr_t(bytes)) / kHugePage * kHugePage;
+  const uintptr_t page = uintptr_t(kHugePageBytes);
+  const uintptr_t begin = (address + page - 1) / page * page;
+  const uintptr_t end = (address + uintptr_t(bytes)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

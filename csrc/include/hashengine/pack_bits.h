@@ -1,5 +1,6 @@
-// pack_bits: eight activations to a byte, the first in the most significant bit. A bit is set where u >= 0, or, for
-// bool, as it is. Rows are whole bytes, so a contiguous [N, bits] packs as one run of numel / 8 bytes.
+// pack_bits: packs eight activations into a byte, the first into the most significant bit. The bit of a floating-point
+// activation is 1 if the activation is >= 0; the bit of a bool is 1 if the bool is true. The length of a row is a
+// multiple of 8, so the rows of a contiguous tensor are packed as one array.
 #pragma once
 
 #include "hashengine/parallel.h"
@@ -16,14 +17,14 @@ struct PackBits {
   Dtype dtype;
 };
 
-// codes: [bytes]; bits: [8 * bytes], 0 or 1 each.
+// codes: [bytes]; bits: [8 * bytes].
 struct UnpackBits {
   const uint8_t* codes;
   bool* bits;
   int64_t bytes;
 };
 
-// Returns false where u holds a NaN, which has no sign.
+// Returns false if u contains a NaN, which has no sign.
 bool pack_bits_cpu(const PackBits& params, SimdLevel level, const ThreadPool& pool);
 void unpack_bits_cpu(const UnpackBits& params, const ThreadPool& pool);
 

@@ -1,4 +1,5 @@
-// simam: y = x * sigmoid((x - m)^2 / (4 (v + lam)) + 1/2), with m and v the mean and the variance of x's channel plane.
+// simam: y = x * sigmoid((x - m)^2 / (4 (v + lam)) + 1/2), where m and v are the mean and the variance of the plane
+// (one channel of one sample) that contains x.
 //   Yang, Zhang, Li, Xie: "SimAM", ICML 2021 (equation 5); v = sum((x - m)^2) / n with n = max(H * W - 1, 1).
 #pragma once
 
@@ -8,7 +9,7 @@
 
 namespace hashengine {
 
-// A batch of feature maps, N * C planes of H * W = `positions` values.
+// A batch of feature maps: samples * channels planes, each of H * W = `positions` values.
 struct SimamShape {
   int64_t samples;
   int64_t channels;
@@ -17,7 +18,8 @@ struct SimamShape {
   Dtype dtype;
 };
 
-// x, y: laid out as the shape says. stats: [samples, channels, 2], mean and variance; double for float64, else float.
+// x, y: feature maps in the layout shape.layout. stats: [samples, channels, 2], the mean and the variance of each
+// plane, of type double if shape.dtype is kFloat64, otherwise of type float.
 struct SimamForward {
   const void* x;
   void* y;
@@ -26,7 +28,7 @@ struct SimamForward {
   double lam;
 };
 
-// grad_y, x, grad_x: laid out alike. stats: from the forward.
+// grad_y, x, grad_x: feature maps in the layout shape.layout. stats: the array that the forward wrote.
 struct SimamBackward {
   const void* grad_y;
   const void* x;
@@ -39,18 +41,20 @@ struct SimamBackward {
 void simam_forward_cpu(const SimamForward& params, SimdLevel level, const ThreadPool& pool);
 void simam_backward_cpu(const SimamBackward& params, SimdLevel level, const ThreadPool& pool);
 
-// Bytes of scratch that the launchers need on the device, 0 where a plane stays on chip; it need not be cleared.
+// Bytes of scratch memory that the launchers need on the current device; 0 if a plane stays on chip. The memory may be
+// uninitialized.
 int64_t simam_forward_workspace_bytes(const SimamShape& shape);
 int64_t simam_backward_workspace_bytes(const SimamShape& shape);
 void launch_simam_forward(const SimamForward& params, void* workspace, cudaStream_t stream);
 void launch_simam_backward(const SimamBackward& params, void* workspace, cudaStream_t stream);
 
-// The formulas of one plane, for host and device. T is float, or double for float64.
+// The formulas of one plane, for host and device code. T is double for float64, otherwise float.
 //
 // With d = x - m, e = d^2 / (4 (v + lam)) + 1/2 and g = sigmoid(e), the gradient of a plane is
-//   dx = dy g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),   q = dy x g (1 - g) d^2,   s = dy x g (1 - g) d / (2 (v
-//   + lam)):
-// through x itself, through d directly, through m, and through v (where sum(d) = 0 leaves no term through m).
+//   dx = dy g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),
+//   s = dy x g (1 - g) d / (2 (v + lam)),   q = dy x g (1 - g) d^2.
+// The four terms are the gradients through x itself, through d, through m, and through v. (v has no gradient through m
+// because sum(d) = 0.)
 template <typename T>
 struct SimamPlane {
   T mean;

@@ -1,6 +1,8 @@
-// Which vector instructions a CPU kernel may use. Functions of a level carry its target attribute instead of compiler
-// flags for the whole file: one build runs everywhere, and nothing that is shared between levels can be compiled for a
-// CPU that lacks the instructions.
+// Which vector instructions a CPU kernel may use.
+//
+// A function that uses a level's instructions has the level's target attribute. No source file has compiler flags of
+// its own. So one build runs on every CPU of its architecture, and code that several levels share never contains
+// instructions that a CPU may lack.
 #pragma once
 
 #include <string>
@@ -10,13 +12,14 @@ namespace hashengine {
 
 enum class SimdLevel { kScalar, kAvx2, kAvx512, kNeon };
 
-// The levels that this build and this CPU have, ascending; scalar is always first.
+// The levels that both this build and this CPU support, in ascending order. The first is always kScalar.
 const std::vector<SimdLevel>& supported_simd_levels();
 
 const char* simd_level_name(SimdLevel level);
 
-// The level that HASHENGINE_SIMD_LEVEL names, else the highest. Throws std::invalid_argument, with one line that says
-// what was expected, for a name that is unknown or that this CPU does not support.
+// The level that the environment variable HASHENGINE_SIMD_LEVEL names. If the variable is unset, empty or "auto", it is
+// the highest supported level. Throws std::invalid_argument, with a message of one line, if the name is unknown or this
+// CPU does not support the level.
 SimdLevel chosen_simd_level();
 
 }  // namespace hashengine
@@ -28,10 +31,11 @@ SimdLevel chosen_simd_level();
 #ifndef HE_TARGET_AVX2
 #define HE_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #endif
-// A test on a CPU without AVX-512 defines this empty and puts plain C++ in the intrinsics' place.
+// The tests define this as empty and replace the intrinsics with plain C++ functions, to run the AVX-512 kernels on any
+// CPU.
 #ifndef HE_TARGET_AVX512
 #define HE_TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx512vpopcntdq")))
 #endif
 #elif defined(__aarch64__)
-#define HE_ARM 1  // every such CPU has NEON, and functions need no attribute for it
+#define HE_ARM 1  // every 64-bit ARM CPU has NEON, so functions need no attribute for it
 #endif

@@ -1,10 +1,10 @@
 // triplet_attention: y = x * mean over the branches of sigmoid(BatchNorm(convolution(pool(x)))).
 //   Misra, Nalamada, Arasanipalai, Hou: "Rotate to Attend", WACV 2021 (equation 2).
 //
-// A branch pools one axis of x [N, C, H, W] away and keeps a map over the two others:
+// A branch pools one axis of x [N, C, H, W]; its map extends over the other two:
 //   cw [N, C, W] pools H,   hc [N, H, C] pools W,   hw [N, H, W] pools C.
-// Maps of several branches lie one after another, in this order ("flat"); without hw there are two branches.
-// "Real" is double for float64, else float: the type of every map, parameter and statistic.
+// A "flat" array stores the maps of all branches one after another, in this order. Without hw there are two branches.
+// "Real" is the type of every map, parameter and statistic: double if x is float64, otherwise float.
 #pragma once
 
 #include "hashengine/parallel.h"
@@ -15,7 +15,7 @@ namespace hashengine {
 
 constexpr int kTripletBranches = 3;
 
-// On the GPU a tile of the maps with its border has to fit into shared memory.
+// The largest kernel_size on the GPU: a tile of a map and its border must fit into shared memory.
 constexpr int kTripletLargestCudaKernel = 47;
 
 struct TripletShape {
@@ -28,7 +28,7 @@ struct TripletShape {
   FeatureLayout layout;
   Dtype dtype;
 
-  // Values in a branch's map over all samples.
+  // The number of values in a branch's maps of all samples.
   int64_t map_numel(int branch) const {
     const int64_t sizes[] = {channels * width, height * channels, height * width};
     return samples * sizes[branch];
@@ -40,8 +40,8 @@ struct TripletShape {
   }
 };
 
-// The learned parameters, a pointer a branch: conv_weight [2, kernel_size, kernel_size] (for the maximum, for the
-// mean), bn_weight and bn_bias [1]. Real.
+// The learned parameters, one pointer per branch: conv_weight [2, kernel_size, kernel_size] (the weights of the
+// maximum, then the weights of the mean), bn_weight [1] and bn_bias [1]. All are of type Real.
 struct TripletParameters {
   const void* conv_weight[kTripletBranches];
   const void* bn_weight[kTripletBranches];
@@ -49,9 +49,11 @@ struct TripletParameters {
   double eps;
 };
 
-// What backward needs. pooled: flat, a branch [N, 2, rows, columns], the maximum before the mean. index: flat, where
-// the maximum lies on the pooled axis, the lowest of equals. response: flat, the convolution's result. mean, var:
-// [branches], the statistics that normalise (var divides by the number of values).
+// The results of the forward that the backward needs.
+//   pooled    flat, per branch [N, 2, rows, columns]: the maximum, then the mean
+//   index     flat: the index of the maximum on the pooled axis; the lowest index if several values are equal
+//   response  flat: the result of the convolution
+//   mean, var [branches]: the statistics that normalize the response (in training, var is the biased variance)
 struct TripletSaved {
   void* pooled;
   int32_t* index;
@@ -60,7 +62,8 @@ struct TripletSaved {
   void* var;
 };
 
-// running_mean, running_var: [1] each; read where `training` is false, and then copied to mean and var.
+// running_mean, running_var: [1] per branch. If `training` is true, they are not used. Otherwise they normalize the
+// response and are copied to saved.mean and saved.var.
 struct TripletForward {
   const void* x;
   void* y;
@@ -72,7 +75,7 @@ struct TripletForward {
   TripletShape shape;
 };
 
-// Forward with the running statistics and nothing kept.
+// The forward in inference. It uses the running statistics and saves nothing for a backward.
 struct TripletInference {
   const void* x;
   void* y;
@@ -82,12 +85,13 @@ struct TripletInference {
   TripletShape shape;
 };
 
-// grad_conv_weight: [branches, 2, kernel_size, kernel_size]; grad_bn_weight, grad_bn_bias: [branches]. Real.
+// grad_conv_weight: [branches, 2, kernel_size, kernel_size]; grad_bn_weight, grad_bn_bias: [branches]. All are of type
+// Real.
 struct TripletBackward {
   const void* grad_y;
   const void* x;
   TripletParameters parameters;
-  TripletSaved saved;  // only read
+  TripletSaved saved;  // read, not written
   void* grad_x;
   void* grad_conv_weight;
   void* grad_bn_weight;
@@ -100,7 +104,7 @@ void triplet_forward_cpu(const TripletForward& params, SimdLevel level, const Th
 void triplet_inference_cpu(const TripletInference& params, SimdLevel level, const ThreadPool& pool);
 void triplet_backward_cpu(const TripletBackward& params, SimdLevel level, const ThreadPool& pool);
 
-// Bytes of scratch that a launcher needs on the device; it need not be cleared.
+// Bytes of scratch memory that the launchers below need on the current device. The memory may be uninitialized.
 int64_t triplet_forward_workspace_bytes(const TripletShape& shape);
 int64_t triplet_inference_workspace_bytes(const TripletShape& shape);
 int64_t triplet_backward_workspace_bytes(const TripletShape& shape);

@@ -1,21 +1,22 @@
-// triplet_attention_update: the BatchNorms of all branches take in a batch's statistics, as nn.BatchNorm2d does.
+// triplet_attention_update: updates the running statistics of all branches' BatchNorms, as nn.BatchNorm2d does.
 #pragma once
 
 #include "hashengine/triplet_attention.h"
 
 namespace hashengine {
 
-// mean, var: [branches]; running_mean, running_var: [1] a branch; Real. num_batches_tracked: [1] a branch.
+// mean, var: [branches], the statistics of one batch. running_mean, running_var, num_batches_tracked: one value per
+// branch. All but num_batches_tracked are of type Real, which `dtype` names.
 struct TripletUpdate {
   const void* mean;
   const void* var;
   void* running_mean[kTripletBranches];
   void* running_var[kTripletBranches];
   int64_t* num_batches_tracked[kTripletBranches];
-  double unbiased[kTripletBranches];  // count / (count - 1): what makes var divide by one value less
+  double unbiased[kTripletBranches];  // count / (count - 1): makes a variance of `count` values unbiased
   int branches;
-  double momentum;  // below 0: the cumulative average
-  Dtype dtype;      // of Real: kFloat64 or kFloat32
+  double momentum;  // the weight of this batch; if negative, all batches have equal weights
+  Dtype dtype;      // the type of Real: kFloat64 or kFloat32
 };
 
 void triplet_update_cpu(const TripletUpdate& params);

@@ -1,4 +1,5 @@
-// triplet_pool: maximum and mean of x [N, C, H, W] over H, over W and over C, the three branches of triplet attention.
+// triplet_pool: maximum and mean of x [N, C, H, W] over H, over W and over C, for the three branches of triplet
+// attention.
 //   Misra, Nalamada, Arasanipalai, Hou: "Rotate to Attend", WACV 2021 (equation 1, Z-pool).
 #pragma once
 
@@ -6,8 +7,9 @@
 
 namespace hashengine {
 
-// A branch's pool: [N, 2, rows, columns], the maximum before the mean, Real. Its index: [N, rows, columns], where the
-// maximum lies on the pooled axis, the lowest of equals. shape.branches is 3; shape.kernel_size is not used.
+// Each branch has a pool and an index. pool: [N, 2, rows, columns] of type Real (triplet_attention.h), the maximum,
+// then the mean. index: [N, rows, columns], the index of the maximum on the pooled axis; the lowest index if several
+// values equal the maximum. shape.branches is 3; shape.kernel_size is ignored.
 struct TripletPoolForward {
   const void* x;
   void* pool[kTripletBranches];
@@ -25,7 +27,8 @@ struct TripletPoolBackward {
 void triplet_pool_forward_cpu(const TripletPoolForward& params, SimdLevel level, const ThreadPool& pool);
 void triplet_pool_backward_cpu(const TripletPoolBackward& params, SimdLevel level, const ThreadPool& pool);
 
-// Bytes of scratch that a launcher needs on the device; it need not be cleared.
+// Bytes of scratch memory that launch_triplet_pool_forward needs on the current device. The memory may be
+// uninitialized.
 int64_t triplet_pool_forward_workspace_bytes(const TripletShape& shape);
 void launch_triplet_pool_forward(const TripletPoolForward& params, void* workspace, cudaStream_t stream);
 void launch_triplet_pool_backward(const TripletPoolBackward& params, cudaStream_t stream);

@@ -1,9 +1,9 @@
-// What binding, cuda and cpu agree on: element types and the handle of a CUDA stream.
+// Types that binding/, cpu/ and cuda/ share: element types, the handle of a CUDA stream, integer helpers.
 #pragma once
 
 #include <cstdint>
 
-// The same typedef that <cuda_runtime_api.h> makes, so that a CPU build needs no CUDA header.
+// The typedef of <cuda_runtime_api.h>, repeated so that a CPU build needs no CUDA header.
 typedef struct CUstream_st* cudaStream_t;
 
 #if defined(__CUDACC__)
@@ -16,7 +16,7 @@ namespace hashengine {
 
 enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16, kBool };
 
-// How a feature map [N, C, H, W] lies in memory, always without holes.
+// The memory order of a dense feature map [N, C, H, W].
 enum class FeatureLayout { kContiguous /* N, C, H, W */, kChannelsLast /* N, H, W, C */ };
 
 template <typename Integer>

@@ -1,0 +1,140 @@
+// Hamming search with AVX-512's population count: xor, vpopcntq, add, and subtraction of the bound. Each instruction
+// processes eight codes.
+//
+// A tile consists of groups of eight codes, stored word by word: vector w of a group holds the w-th eight bytes of
+// every code, zero-padded at the end of the code. Eight queries share each load of a vector, so that codes of 64 bits
+// take about 4 instructions per eight distances.
+
+#include "cpu/hamming/kernel.h"
+
+#ifdef HE_X86
+
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace hashengine {
+namespace {
+
+constexpr int64_t kGroup = 8;      // codes per vector of words
+constexpr int kSharedQueries = 8;  // queries that share each load of a vector
+
+int64_t words_of(int64_t code_bytes) { return (code_bytes + 7) / 8; }
+int64_t groups_of(int64_t codes) { return (codes + kGroup - 1) / kGroup; }
+
+int64_t tile_bytes(int64_t codes, int64_t code_bytes) { return groups_of(codes) * words_of(code_bytes) * 64; }
+int64_t tile_codes(int64_t code_bytes) {
+  return std::max(kTileBytes / (8 * words_of(code_bytes)) / kGroup * kGroup, kGroup);
+}
+int64_t query_bytes(int64_t code_bytes) { return 8 * words_of(code_bytes); }
+
+void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
+  std::memset(prepared, 0, size_t(count * query_bytes(code_bytes)));
+  for (int64_t q = 0; q < count; ++q)
+    std::memcpy(prepared + q * query_bytes(code_bytes), queries + q * code_bytes, size_t(code_bytes));
+}
+
+void prepare_tile(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8_t* tile) {
+  const int64_t words = words_of(code_bytes);
+  std::memset(tile, 0, size_t(tile_bytes(count, code_bytes)));
+  for (int64_t i = 0; i < count; ++i) {
+    uint8_t* column = tile + (i / kGroup * words * kGroup + i % kGroup) * 8;
+    const uint8_t* code = codes + i * code_bytes;
+    int64_t byte = 0;
+    for (; byte + 8 <= code_bytes; byte += 8) std::memcpy(column + byte * kGroup, code + byte, 8);
+    if (byte < code_bytes) std::memcpy(column + byte * kGroup, code + byte, size_t(code_bytes - byte));
+  }
+}
+
+// Pushes the codes of a group. This is the rare path; it is not inlined, so that it takes no registers from the loop.
+__attribute__((noinline)) void push_group(const int64_t distances[kGroup], const HammingTile& tile, int64_t first_code,
+                                          Selector& selector) {
+  const int64_t present = std::min(kGroup, tile.count - first_code);
+  for (int64_t i = 0; i < present; ++i) selector.push(uint32_t(distances[i]), tile.position_of(first_code + i));
+}
+
+// Scans the whole tile for kQueries queries. kWords: the number of words of a code as a constant; 0: any number.
+template <int kQueries, int kWords>
+HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* queries, Selector* selectors) {
+  const int64_t words = kWords ? kWords : words_of(tile.code_bytes);
+  const auto* vectors = reinterpret_cast<const __m512i*>(tile.prepared);
+  __m512i bounds[kQueries];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) bounds[q] = _mm512_set1_epi64(selectors[q].bound());
+  for (int64_t code = 0; code < tile.count; code += kGroup, vectors += words) {
+    __m512i sums[kQueries];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q)
+      sums[q] =
+          _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_load_si512(vectors), _mm512_set1_epi64(queries[q * words])));
+#pragma GCC unroll 4
+    for (int64_t w = 1; w < words; ++w) {
+      const __m512i codes = _mm512_load_si512(vectors + w);
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q) {
+        const __m512i difference = _mm512_xor_si512(codes, _mm512_set1_epi64(queries[q * words + w]));
+        sums[q] = _mm512_add_epi64(sums[q], _mm512_popcnt_epi64(difference));
+      }
+    }
+    // A distance below the bound makes the difference negative. One test of the sign bits serves all queries.
+    __m512i any = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) any = _mm512_or_si512(any, _mm512_sub_epi64(sums[q], bounds[q]));
+    if (__builtin_expect(_mm512_movepi64_mask(any) == 0, 1)) continue;
+    alignas(64) int64_t distances[kQueries][kGroup];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) _mm512_store_si512(distances[q], sums[q]);
+    for (int q = 0; q < kQueries; ++q) push_group(distances[q], tile, code, selectors[q]);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) bounds[q] = _mm512_set1_epi64(selectors[q].bound());
+  }
+}
+
+template <int kWords>
+void scan_words(const HammingTile& tile, const int64_t* queries, int64_t query_count, Selector* selectors) {
+  const int64_t words = words_of(tile.code_bytes);
+  int64_t q = 0;
+  for (; q + kSharedQueries <= query_count; q += kSharedQueries)
+    scan_queries<kSharedQueries, kWords>(tile, queries + q * words, selectors + q);
+  for (; q < query_count; ++q) scan_queries<1, kWords>(tile, queries + q * words, selectors + q);
+}
+
+void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selectors) {
+  const auto* words = reinterpret_cast<const int64_t*>(queries.prepared);
+  switch (words_of(tile.code_bytes)) {
+    case 1: return scan_words<1>(tile, words, queries.count, selectors);
+    case 2: return scan_words<2>(tile, words, queries.count, selectors);
+    case 4: return scan_words<4>(tile, words, queries.count, selectors);
+    case 6: return scan_words<6>(tile, words, queries.count, selectors);
+    case 8: return scan_words<8>(tile, words, queries.count, selectors);
+    case 12: return scan_words<12>(tile, words, queries.count, selectors);
+    case 16: return scan_words<16>(tile, words, queries.count, selectors);
+    default: return scan_words<0>(tile, words, queries.count, selectors);
+  }
+}
+
+HE_TARGET_AVX512 void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
+                                        uint32_t* distances) {
+  const int64_t words = words_of(tile.code_bytes);
+  const auto* query_words = reinterpret_cast<const int64_t*>(queries.prepared) + query * words;
+  const auto* vectors = reinterpret_cast<const __m512i*>(tile.prepared);
+  for (int64_t code = 0; code < tile.count; code += kGroup, vectors += words) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t w = 0; w < words; ++w) {
+      const __m512i difference = _mm512_xor_si512(_mm512_load_si512(vectors + w), _mm512_set1_epi64(query_words[w]));
+      sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(difference));
+    }
+    alignas(64) int64_t wide[kGroup];
+    _mm512_store_si512(wide, sum);
+    for (int64_t i = 0; i < kGroup; ++i) distances[code + i] = uint32_t(wide[i]);
+  }
+}
+
+}  // namespace
+
+const HammingKernel kHammingAvx512 = {
+    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances, INT64_MAX, 0, 0};
+
+}  // namespace hashengine
+
+#endif

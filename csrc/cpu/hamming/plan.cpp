@@ -1,0 +1,120 @@
+#include "cpu/hamming/plan.h"
+
+#include <sys/mman.h>
+
+#include <new>
+
+#include "hashengine/huge_pages.h"
+
+namespace hashengine {
+namespace {
+
+constexpr int64_t kMinQueryBlock = 32;  // fewer queries do not repay preparing a tile
+constexpr int64_t kMaxQueryBlock = 256;
+constexpr int64_t kPreparedQueryBytes = 1 << 17;  // per block; read from the second-level cache for every tile
+constexpr int64_t kMinBitslicedCodes = 4096;      // fewer codes do not repay the tables of a block
+constexpr int64_t kItemsPerThread = 2;            // so that a slow core does not delay the others
+// The next two are numbers of compared bytes: the number of queries times the bytes of all codes.
+constexpr int64_t kMinParallelBytes = 1 << 20;          // comparing fewer costs less than waking threads
+constexpr int64_t kLongSearchBytes = int64_t(1) << 30;  // comparing this many takes some milliseconds
+constexpr int64_t kMinHugePageBytes = 192 << 10;        // 48 small pages; a first-level TLB has about 64 entries
+constexpr int64_t kAlignment = 64;
+
+}  // namespace
+
+const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
+#ifdef HE_X86
+  if (level == SimdLevel::kAvx512) return kHammingAvx512;
+  if (level == SimdLevel::kAvx2) {
+    if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
+    // Few queries do not repay preparing the tiles, unless the codes have partial words: these slow the popcount kernel
+    // down by more than the cost of preparing.
+    const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
+    const bool is_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
+    return search.query_count <= few_queries && is_whole_words ? kHammingPopcnt : kHammingAvx2;
+  }
+#elif defined(HE_ARM)
+  // The NEON kernel reads most codes without preparing them, so few queries need no kernel of their own.
+  if (level == SimdLevel::kNeon && search.code_bytes <= kHammingNeon.max_code_bytes) return kHammingNeon;
+#endif
+  return kHammingScalar;
+}
+
+const HammingKernel* bitsliced_hamming_kernel([[maybe_unused]] SimdLevel level, const HammingSearch& search) {
+  const HammingKernel* kernel = nullptr;
+#ifdef HE_X86
+  if (level == SimdLevel::kAvx512) kernel = &kHammingBitslicedAvx512;
+  if (level == SimdLevel::kAvx2) kernel = &kHammingBitslicedAvx2;
+#elif defined(HE_ARM)
+  if (level == SimdLevel::kNeon) kernel = &kHammingBitslicedNeon;
+#endif
+  const bool fits = kernel && search.code_bytes <= kernel->max_code_bytes;
+  return fits && search.code_count >= kMinBitslicedCodes ? kernel : nullptr;
+}
+
+HammingPlan::HammingPlan(const HammingKernel& chosen_kernel, const HammingSearch& search, int64_t bytes_per_query,
+                         int64_t min_chunk_codes, int max_threads, int64_t max_chunk_codes)
+    : kernel(&chosen_kernel) {
+  const int64_t compared_bytes = search.query_count * search.code_count * search.code_bytes;
+  threads = compared_bytes < kMinParallelBytes ? 1 : max_threads;
+  is_long = compared_bytes >= kLongSearchBytes;
+  if (kernel->block_queries) {
+    query_block = std::clamp<int64_t>(kThreadScratchBytes / bytes_per_query, 1, kernel->block_queries);
+  } else {
+    const int64_t query_bytes = std::max<int64_t>(kernel->query_bytes(search.code_bytes), 1);
+    const int64_t most = std::min(kThreadScratchBytes / bytes_per_query, kPreparedQueryBytes / query_bytes);
+    query_block = std::clamp(ceil_div(search.query_count, kItemsPerThread * threads), kMinQueryBlock, kMaxQueryBlock);
+    query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
+  }
+  query_blocks = ceil_div(search.query_count, query_block);
+  // Cut the database into chunks if blocks of queries alone do not keep every thread busy for nine tenths of the time,
+  // but not into more than needed: every chunk is searched for its own k nearest, so more chunks mean more candidates.
+  int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
+  while (9 * round_up(query_blocks * wanted, threads) > 10 * query_blocks * wanted) ++wanted;
+  const int64_t useful = std::max<int64_t>(search.code_count / min_chunk_codes, 1);
+  const int64_t needed = ceil_div(search.code_count, max_chunk_codes);
+  chunk_codes = ceil_div(search.code_count, std::max(std::min(wanted, useful), needed));
+  chunk_codes = round_up(std::max<int64_t>(chunk_codes, 1), 64);  // so that chunks begin at a word of a filter
+  chunks = ceil_div(search.code_count, chunk_codes);
+}
+
+PageBuffer::~PageBuffer() {
+  if (mapped_) munmap(mapped_, mapped_bytes_);
+}
+
+uint8_t* PageBuffer::reserve(int64_t bytes, bool is_long_search) {
+  if (bytes <= bytes_) return data_;
+  if (mapped_) munmap(mapped_, mapped_bytes_);
+  bytes_ = 0;
+  const bool is_huge = is_long_search && bytes >= kMinHugePageBytes;
+  const auto alignment = size_t(is_huge ? kHugePageBytes : kAlignment);
+  mapped_bytes_ = size_t(round_up(bytes, int64_t(alignment))) + alignment;
+  mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped_ == MAP_FAILED) {
+    mapped_ = nullptr;
+    throw std::bad_alloc();
+  }
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapped_) + alignment - 1) / alignment * alignment);
+  bytes_ = bytes;
+  if (is_huge) use_huge_pages(data_, int64_t(mapped_bytes_ - alignment));
+  return data_;
+}
+
+WorkItem::WorkItem(const HammingPlan& plan, const HammingSearch& search)
+    : plan_(plan), search_(search), tiles_(*plan.kernel, search) {
+  const int64_t query_count = std::max(round_up(plan.query_block, 2), plan.kernel->block_queries);
+  prepared_queries_ = memory_.reserve(query_count * plan.kernel->query_bytes(search.code_bytes), plan.is_long);
+}
+
+void WorkItem::set(int64_t item) {
+  number = item;
+  chunk = item / plan_.query_blocks;
+  first_code = chunk * plan_.chunk_codes;
+  end_code = std::min(first_code + plan_.chunk_codes, search_.code_count);
+  first_query = item % plan_.query_blocks * plan_.query_block;
+  const int64_t count = std::min(plan_.query_block, search_.query_count - first_query);
+  queries = {prepared_queries_, search_.queries + first_query * search_.code_bytes, count};
+  plan_.kernel->prepare_queries(queries.codes, count, search_.code_bytes, prepared_queries_);
+}
+
+}  // namespace hashengine

@@ -1,0 +1,132 @@
+// How a Hamming search is divided between threads. A work item is a block of queries together with a chunk of the
+// database. The threads take the items one after another.
+//
+// An item prepares its queries once and then goes through its chunk tile by tile. So codes are read from memory once
+// per block of queries and stay in a cache while the block is compared with them. With many queries the
+// limit is the arithmetic of the scan; with one query it is the memory bandwidth.
+#pragma once
+
+#include <atomic>
+
+#include "cpu/hamming/tiles.h"
+#include "hashengine/types.h"
+
+namespace hashengine {
+
+constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;        // positions in a chunk have 32 bits
+constexpr int64_t kThreadScratchBytes = int64_t(24) << 20;  // for all queries of a block; a single query may take more
+
+// The level's kernel for any number of queries.
+const HammingKernel& hamming_kernel(SimdLevel level, const HammingSearch& search);
+// The level's kernel for blocks of many queries; null if there is none for these codes, or if the codes are too few to
+// repay the tables of a block.
+const HammingKernel* bitsliced_hamming_kernel(SimdLevel level, const HammingSearch& search);
+
+struct HammingPlan {
+  const HammingKernel* kernel;
+  int64_t query_block, query_blocks;
+  int64_t chunk_codes, chunks;
+  int threads;
+  bool is_long = false;  // the search takes milliseconds, so zeroing some megabytes of huge pages costs little
+
+  // bytes_per_query: a thread's scratch for each query of a block. Every chunk but the last has at least
+  // min_chunk_codes codes and at most max_chunk_codes, which must be a multiple of 64; max_chunk_codes has priority.
+  HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t bytes_per_query,
+              int64_t min_chunk_codes, int max_threads, int64_t max_chunk_codes = kMaxChunkCodes);
+
+  int64_t items() const { return query_blocks * chunks; }
+};
+
+// A growing buffer of whole pages. Large buffers of long searches use huge pages: small pages cost one page fault each,
+// and more pages than the first-level TLB holds slow a scan down.
+class PageBuffer {
+ public:
+  PageBuffer() = default;
+  ~PageBuffer();
+  PageBuffer(const PageBuffer&) = delete;
+  PageBuffer& operator=(const PageBuffer&) = delete;
+
+  // At least `bytes` bytes, aligned to 64. Growing discards the contents.
+  uint8_t* reserve(int64_t bytes, bool is_long_search);
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
+};
+
+// The item that a thread works on. Its buffers are reused from item to item.
+class WorkItem {
+ public:
+  WorkItem(const HammingPlan& plan, const HammingSearch& search);
+
+  // Moves to item `item` of the plan and prepares its queries.
+  void set(int64_t item);
+
+  // Calls work(tile) for each tile of the chunk.
+  template <typename Work>
+  void for_each_tile(Work work) {
+    for_each_tile(first_code, end_code, work);
+  }
+  // The same for codes [begin, end) of the chunk.
+  template <typename Work>
+  void for_each_tile(int64_t begin, int64_t end, Work work) {
+    HammingTile tile;
+    for (tiles_.start(first_code, begin, end); tiles_.next(tile);) work(tile);
+  }
+
+  // Calls work(query of the block, tile, distances) for each tile of codes [begin, end) and each query of the block.
+  // `distances` is scratch.
+  template <typename Work>
+  void for_each_distances(int64_t begin, int64_t end, std::vector<uint32_t>& distances, Work work) {
+    distances.resize(size_t(round_up(tiles_.tile_codes(), kDistancesMultiple)));
+    for_each_tile(begin, end, [&](const HammingTile& tile) {
+      for (int64_t q = 0; q < queries.count; ++q) {
+        plan_.kernel->compute_distances(tile, queries, q, distances.data());
+        work(q, tile, distances.data());
+      }
+    });
+  }
+
+  // The bitmap of a query of the block, starting at the chunk's first code; null if the query has none of its own.
+  const uint8_t* filter_of(int64_t query) const {
+    if (search_.filter == nullptr || search_.filter_stride == 0) return nullptr;
+    return search_.filter + (first_query + query) * search_.filter_stride + first_code / 8;
+  }
+
+  int64_t number = 0;  // among the items of the plan
+  int64_t chunk = 0;
+  int64_t first_query = 0;
+  int64_t first_code = 0, end_code = 0;
+  QueryBlock queries{};
+
+ private:
+  const HammingPlan& plan_;
+  const HammingSearch& search_;
+  TileStream tiles_;
+  PageBuffer memory_;
+  uint8_t* prepared_queries_;
+};
+
+// Calls work(item, state) for every item. states: one per thread of the plan.
+template <typename State, typename Work>
+void for_each_item(const HammingPlan& plan, const HammingSearch& search, const ThreadPool& pool,
+                   std::vector<State>& states, Work work) {
+  std::atomic<int64_t> next{0};
+  parallel_for(pool, plan.threads, 1, [&](int64_t thread, int64_t) {
+    WorkItem item(plan, search);
+    for (int64_t number; (number = next++) < plan.items();) {
+      item.set(number);
+      work(item, states[size_t(thread)]);
+    }
+  });
+}
+
+template <typename State, typename Work>
+void for_each_item(const HammingPlan& plan, const HammingSearch& search, const ThreadPool& pool, Work work) {
+  std::vector<State> states(size_t(plan.threads));
+  for_each_item(plan, search, pool, states, work);
+}
+
+}  // namespace hashengine

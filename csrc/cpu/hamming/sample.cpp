@@ -1,0 +1,70 @@
+// Size of the sample. Of N codes, h N / k are sampled, so that the sample is expected to contain h of a query's k
+// nearest codes. The bound is chosen so that about h + 4 sqrt(h) sampled codes are below it, four standard deviations
+// more than expected; then about k (1 + 4 / sqrt(h)) codes become candidates. If a candidate costs 20 cycles and a
+// sampled code costs 3 (only their ratio matters, and only a little), the total cost is least for
+// h = (13 k^2 / N)^(2/3).
+
+#include "cpu/hamming/sample.h"
+
+#include <cmath>
+
+#include "cpu/hamming/plan.h"
+
+namespace hashengine {
+namespace {
+
+constexpr double kMinSampledNearest = 8;    // the smallest h; a smaller one would make too many bounds too tight
+constexpr int64_t kMinCodesPerSample = 64;  // the sample contains at most one in 64 codes
+constexpr int64_t kRunCodes = 512;          // per run of consecutive codes; the sampled runs are at equal intervals
+
+struct ThreadScratch {
+  std::vector<uint32_t> counts;  // [query, distance]
+  std::vector<uint32_t> distances;
+};
+
+// The smallest bound with at least `wanted` sampled codes below it; distance_count if there is none.
+uint32_t bound_from_counts(const uint32_t* counts, int64_t distance_count, double wanted) {
+  uint64_t below = 0;
+  for (int64_t distance = 0; distance < distance_count; ++distance) {
+    below += counts[distance];
+    if (double(below) >= wanted) return uint32_t(distance + 1);
+  }
+  return uint32_t(distance_count);
+}
+
+}  // namespace
+
+std::vector<uint32_t> sample_bounds(const HammingSearch& search, int64_t k, SimdLevel level, const ThreadPool& pool) {
+  const int64_t distance_count = search.distance_count();
+  std::vector<uint32_t> bounds(size_t(search.query_count), uint32_t(distance_count));
+  const double codes = double(search.code_count), share = double(k) / codes;
+  const double sampled_nearest = std::max(kMinSampledNearest, std::pow(13 * double(k) * share, 2.0 / 3));
+  const auto runs = int64_t(std::ceil(sampled_nearest / share / double(kRunCodes)));
+  if (runs * kRunCodes * kMinCodesPerSample > search.code_count) return bounds;
+  const double expected = share * double(runs * kRunCodes);
+  const double wanted = expected + 4 * std::sqrt(expected) + 4;
+
+  const HammingPlan plan(hamming_kernel(level, search), search, distance_count * int64_t(sizeof(uint32_t)),
+                         search.code_count, pool.threads);
+  for_each_item<ThreadScratch>(plan, search, pool, [&](WorkItem& item, ThreadScratch& scratch) {
+    if (item.chunk > 0) return;  // only a database of more than 2^31 codes has several chunks: the first one suffices
+    scratch.counts.assign(size_t(item.queries.count * distance_count), 0);
+    const int64_t stride = (item.end_code / runs) & ~int64_t(63);
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t begin = run * stride, end = begin + kRunCodes;
+      item.for_each_distances(begin, end, scratch.distances,
+                              [&](int64_t q, const HammingTile& tile, const uint32_t* distances) {
+                                uint32_t* const counts = scratch.counts.data() + q * distance_count;
+                                const uint8_t* const filter = item.filter_of(q);
+                                for (int64_t i = 0; i < tile.count; ++i)
+                                  counts[distances[i]] += filter == nullptr || passes(filter, tile.position_of(i));
+                              });
+    }
+    for (int64_t q = 0; q < item.queries.count; ++q)
+      bounds[size_t(item.first_query + q)] =
+          bound_from_counts(scratch.counts.data() + q * distance_count, distance_count, wanted);
+  });
+  return bounds;
+}
+
+}  // namespace hashengine

@@ -1,0 +1,32 @@
+"""The kernels of hamming_count: every SIMD level is compared with the definition of the counts."""
+
+import numpy as np
+import pytest
+
+from tests.helpers.hamming_levels import LevelLibrary, assert_same, counts_by_distance, make_codes, make_filter
+
+# (bits, codes, queries): codes with a partial 64-bit word, a single code, and more codes than a tile or a word of a
+# bitmap holds
+SIZES = [(8, 1, 1), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2)]
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+def test_counts_with_labels_and_filters_equal_the_definition(
+    level_library: LevelLibrary, level: str, kind: str
+) -> None:
+    rng = np.random.default_rng(3)
+    for bits, count, query_count in SIZES:
+        codes, queries = make_codes(kind, count, bits, rng), make_codes("random", query_count, bits, rng)
+        rows, bit_mask = (query_count, count), np.uint64(0x1001)
+        integers = tuple(rng.integers(0, 3, (n, 1), dtype=np.uint64) for n in rows)
+        multi_hot = tuple(rng.integers(0, 2**63, (n, 2), dtype=np.uint64) & bit_mask for n in rows)
+        filters = [make_filter(rng, count, query_count, 0.5, own) for own in (False, True)]
+        for filter in (None, *filters):
+            got = level_library.count(level, 3, queries, codes, filter)
+            np.testing.assert_array_equal(got[0], counts_by_distance(queries, codes, filter)[0])
+            got = level_library.count(level, 2, queries, codes, filter, integers, any_shared=False)
+            is_relevant = integers[0] == integers[1].T
+            assert_same(got, counts_by_distance(queries, codes, filter, is_relevant))
+            got = level_library.count(level, 2, queries, codes, filter, multi_hot, any_shared=True)
+            is_relevant = (multi_hot[0][:, None] & multi_hot[1]).any(2)
+            assert_same(got, counts_by_distance(queries, codes, filter, is_relevant))
