@@ -1,40 +1,43 @@
-// greedy_sign on the GPU: b = +1 where u >= 0 else -1 with penalty = alpha * mean(||u| - 1|^3), and the backward.
+// greedy_sign on the GPU: b = +1 if u >= 0, otherwise -1; penalty = alpha * mean(||u| - 1|^3); and the backward.
 //
-// Idea. Elementwise work is bound by memory, so every array moves once, 128 bits an instruction, and the penalty rides
-// along: each thread adds up its elements, each block its threads, and the block that finishes last adds up the blocks.
-// No atomic touches a float, so the same input gives the same bits in every run. A batch of up to 16,384 elements
-// (256 codes of 64 bits) is one block, which needs no count of blocks and hence no memset before it.
+// Idea. Elementwise work is memory-bound, so every array is moved once, 128 bits per instruction, and the penalty is
+// computed in the same pass: each thread sums its elements, each block sums over its threads, and the block that
+// finishes last sums over the blocks. There are no atomics on floats, so the same input gives the same bits in every
+// run. A batch of up to 16,384 elements (256 codes of 64 bits) is one block, which needs no count of finished blocks
+// and therefore no memset.
 //
-// Traffic, N elements of s bytes. Forward: reads u, writes b: 2Ns, the floor; the blocks' sums add at most 16/4096 N.
-// Backward: reads grad_b and u, writes grad_u: 3Ns, the floor; a null gradient saves a read (2Ns).
+// Traffic, for N elements of s bytes. Forward: reads u, writes b: 2Ns, the floor; the sums of the blocks add at most
+// 16/4096 N bytes. Backward: reads grad_b and u, writes grad_u: 3Ns, the floor; a null gradient saves one read (2Ns).
 //
-// Launch. 256 threads a block, 16 elements a thread (a thread has 32 bytes in flight for half precision, 128 for
-// float64); each block takes one tile, so the hardware balances the load. Forward: one kernel, above one block with a
-// memset of 4 bytes before it. Backward: one kernel. Pointers that are not 16-byte aligned, and sizes that are no
-// multiple of a vector, take the same kernel with vectors of one element: codes have a multiple of 8 bits, so both are
-// rare, and a tail beside the vectors would cost every thread registers.
+// Launch. 256 threads per block (32 to 1,024 if the forward has a single block) and 16 elements per thread (32 bytes in
+// flight for half precision, 128 for float64). Each block processes one tile, so the hardware balances the load.
+// Forward: one kernel, preceded by a memset of 4 bytes if there are several blocks. Backward: one kernel. If a pointer
+// is not aligned to 16 bytes or the size is not a multiple of a vector, the same kernel runs with vectors of one
+// element. The second case is rare, because codes have a multiple of 8 bits. Therefore there is no separate code for a
+// tail; it would take registers in every thread.
 //
-// Numbers. float32 arithmetic, float64 for float64. At most 16 + 5 + 5 additions are chained in it; the sum over the
-// blocks is in float64. NaN gives b = -1, and NaN for the penalty and its gradient; nobody looks for it.
+// Numerics. Arithmetic in float32 (float64 for float64). A value passes through at most 16 additions in a thread, 5 in
+// a warp and 5 in a block; the sum over the blocks is in float64. NaN gives b = -1 and a penalty and a gradient of NaN;
+// the kernel does not report it.
 //
-// Limits. numel <= 2^31 * 4096, the largest grid.
+// Limits. numel <= (2^31 - 1) * 4096: the blocks of the largest grid, times the elements per block.
 
 #include <algorithm>
 
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
 #include "hashengine/greedy_sign.h"
-#include "launch.cuh"
-#include "reduce.cuh"
-#include "vec.cuh"
 
 namespace hashengine {
 namespace {
 
 constexpr int kThreadElements = 16;
 constexpr int kBlockThreads = 256;
-constexpr int kLargestBlockThreads = 1024;
+constexpr int kMaxBlockThreads = 1024;
 
 int64_t forward_blocks(int64_t numel) {
-  if (numel <= kLargestBlockThreads * kThreadElements) return 1;
+  if (numel <= kMaxBlockThreads * kThreadElements) return 1;
   return ceil_div<int64_t>(numel, kBlockThreads * kThreadElements);
 }
 
@@ -44,10 +47,11 @@ int forward_threads(int64_t numel, int64_t blocks) {
   return static_cast<int>(std::max<int64_t>(warps, 1) * kWarpThreads);
 }
 
-// Each warp takes kThreadElements * 32 consecutive elements, so that a thread's vectors lie at constant distances.
+// The elements of a thread. Each warp processes kThreadElements * 32 consecutive elements, so that the vectors of a
+// thread are kWarpThreads vectors apart.
 struct ThreadTile {
-  int64_t begin;      // of the thread's first vector; the next is kWarpThreads vectors further
-  int64_t remaining;  // elements from there to the end of the array, <= 0 where the thread has none
+  int64_t begin;      // the first element of the thread's first vector
+  int64_t remaining;  // elements from there to the end of the array; <= 0 if the thread has none
 
   template <int kWidth>
   static __device__ __forceinline__ ThreadTile of(int64_t numel) {
@@ -58,9 +62,9 @@ struct ThreadTile {
   }
 };
 
-// kWidth divides numel, here and below.
+// In both kernels kWidth must divide numel.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kLargestBlockThreads) forward_kernel(GreedySignForward params, void* workspace) {
+__global__ void __launch_bounds__(kMaxBlockThreads) forward_kernel(GreedySignForward params, void* workspace) {
   using Real = Arithmetic<T>;
   constexpr int kVectors = kThreadElements / kWidth;
   constexpr int kStride = kWarpThreads * kWidth;
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(kLargestBlockThreads) forward_kernel(GreedySig
 
   Vector<T, kWidth> vectors[kVectors];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v)  // every load is under way before the first is used
+  for (int v = 0; v < kVectors; ++v)  // issues all loads before the first use
     if (v * kStride < tile.remaining) vectors[v] = vector_at<kWidth>(u, tile.begin + v * kStride);
 
   Real thread_total = 0;
@@ -91,7 +95,7 @@ __global__ void __launch_bounds__(kLargestBlockThreads) forward_kernel(GreedySig
   const Real block_total = block_sum(thread_total);
   double total = static_cast<double>(block_total);
   const bool writes = gridDim.x == 1 ? threadIdx.x == 0 : grid_sum(block_total, workspace, total);
-  // The mean of nothing is NaN, as torch has it.
+  // The mean of an empty tensor is NaN, as in torch.
   if (writes) *static_cast<Real*>(params.penalty) = static_cast<Real>(params.alpha * (total / params.numel));
 }
 
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kBlockThreads) backward_kernel(GreedySignBackw
   const auto* grad_penalty = static_cast<const Real*>(params.grad_penalty);
   const Real scale = grad_penalty ? *grad_penalty * factor : Real(0);
 
-  // Zeros stand for what is not read: a gradient of zero, and a u at which the penalty counts as flat.
+  // Arrays that are not read count as zeros. The penalty's slope at u = 0 is zero.
   Vector<T, kWidth> values[kVectors] = {};
   Vector<T, kWidth> gradients[kVectors] = {};
 #pragma unroll
@@ -142,8 +146,8 @@ void launch_greedy_sign_forward(const GreedySignForward& params, void* workspace
   with_floating_type(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr int kWidth = kVectorBytes / sizeof(T);
-    const bool vectors = params.numel % kWidth == 0 && is_aligned(params.u) && is_aligned(params.b);
-    launch(vectors ? forward_kernel<T, kWidth> : forward_kernel<T, 1>, blocks, threads, stream, params, workspace);
+    const bool uses_vectors = params.numel % kWidth == 0 && is_aligned(params.u) && is_aligned(params.b);
+    launch(uses_vectors ? forward_kernel<T, kWidth> : forward_kernel<T, 1>, blocks, threads, stream, params, workspace);
   });
 }
 
@@ -154,9 +158,9 @@ void launch_greedy_sign_backward(const GreedySignBackward& params, cudaStream_t 
   with_floating_type(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr int kWidth = kVectorBytes / sizeof(T);
-    const bool vectors = params.numel % kWidth == 0 && is_aligned(params.u) && is_aligned(params.grad_u) &&
-                         is_aligned(params.grad_b);  // null is aligned
-    launch(vectors ? backward_kernel<T, kWidth> : backward_kernel<T, 1>, blocks, kBlockThreads, stream, params,
+    const bool uses_vectors = params.numel % kWidth == 0 && is_aligned(params.u) && is_aligned(params.grad_u) &&
+                              is_aligned(params.grad_b);  // a null pointer counts as aligned
+    launch(uses_vectors ? backward_kernel<T, kWidth> : backward_kernel<T, 1>, blocks, kBlockThreads, stream, params,
            static_cast<Arithmetic<T>>(factor));
   });
 }

@@ -1,32 +1,33 @@
 // pack_bits and unpack_bits on the GPU: eight activations to a byte, the first in the most significant bit, and back.
 //
-// Idea. One thread makes one byte from the eight elements that it loads in 128-bit pieces: a conversion, a comparison
-// and a select an element, and no exchange between threads. (A ballot would save the select, but it wants an element
-// a lane, hence narrow loads, and a reversal, since it puts the first lane in the LEAST significant bit.) Unpacking
-// spreads four bits with one multiply.
+// Idea. One thread packs one byte from eight elements, which it loads in 128-bit pieces. An element costs a conversion,
+// a comparison and a select, and threads exchange nothing. (A ballot would save the select, but it needs one element
+// per lane, hence narrow loads, and a reversal of the bits, because it puts the first lane in the LEAST significant
+// bit.) Unpacking spreads four bits with one multiplication.
 //
-// Traffic, B bytes of codes and s bytes an element. Packing reads 8Bs and writes B; unpacking reads B and writes 8B.
-// Both are the floor: nothing moves twice.
+// Traffic, for B bytes of codes and s bytes per element. Packing reads 8Bs and writes B; unpacking reads B and writes
+// 8B. Both are the floor: nothing is moved twice.
 //
-// Launch. 256 threads a block; a thread packs one to four bytes (32 bytes of activations in flight, 64 of float64) or
-// unpacks four; each block takes one tile. One kernel, no scratch. Activations that are not aligned to their vector are
-// read one by one.
+// Launch. 256 threads per block. A thread packs one to four bytes (32 bytes of activations in flight, 64 of float64) or
+// unpacks four. Each block processes one tile. One kernel, no scratch. Activations that are not aligned to their vector
+// are read one at a time.
 //
-// Limits. At most 2^31 blocks of 256 bytes. NaN packs as 0; nobody looks for it.
+// Limits. At most 2^31 - 1 blocks, each with at least 256 bytes of codes. NaN packs as 0; the kernel does not report
+// it.
 
 #include <algorithm>
 
+#include "cuda/common/launch.cuh"
+#include "cuda/common/vec.cuh"
 #include "hashengine/pack_bits.h"
-#include "launch.cuh"
-#include "vec.cuh"
 
 namespace hashengine {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kUnpackedBytes = 4;  // of codes, a thread
+constexpr int kUnpackedBytes = 4;  // bytes of codes that a thread unpacks
 
-// Bytes of codes that a thread packs: it has 32 bytes of activations in flight, or the 64 of eight float64.
+// Bytes of codes that a thread packs, for 32 bytes of activations in flight, or 64 of float64.
 template <typename T>
 constexpr int kPackedBytes = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
 
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kBlockThreads) pack_kernel(const T* u, uint8_t
 
   Vector<T, kWidth> vectors[kBytes][kVectors];
 #pragma unroll
-  for (int k = 0; k < kBytes; ++k) {  // every load is under way before the first is used
+  for (int k = 0; k < kBytes; ++k) {  // issues all loads before the first use
     const int64_t byte = first + k * kBlockThreads;
     if (byte >= bytes) break;
 #pragma unroll
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kBlockThreads) pack_kernel(const T* u, uint8_t
 
 // Four bits to four bytes, the most significant first in memory.
 __device__ __forceinline__ uint32_t spread_bits(uint32_t nibble) {
-  // Copies nine places apart: in byte j of the product, three places up, lies bit 3 - j.
+  // The product adds copies of the nibble at distances of 9 bits: bit 3 of byte j is bit 3 - j of the nibble.
   return (nibble * 0x08040201u >> 3) & 0x01010101u;
 }
 

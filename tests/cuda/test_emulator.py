@@ -1,4 +1,4 @@
-"""The emulation of CUDA's execution model (tests/emulation) sees the mistakes that it is there for, and no others."""
+"""The CUDA emulator (tests/emulation) runs correct toy kernels correctly and detects the mistakes in the others."""
 
 import contextlib
 import ctypes
@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.emulation.harness import FORWARD, REVERSE, SCHEDULES, array, load_emulation, random_array
+from tests.emulation.harness import FORWARD, REVERSE, SCHEDULES, Emulation, array, load_emulation, random_array
 
 
 @pytest.fixture(scope="module")
-def emulation():
+def emulation() -> Emulation:
     return load_emulation()
 
 
-def run_toy(emulation, name: str, right: bool, schedule: int, blocks: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def run_toy(
+    emulation: Emulation, name: str, right: bool, schedule: int, blocks: int = 5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the result of a toy kernel, or of its version with a mistake, and the expected result."""
     threads = 96
     values = random_array(blocks * threads, torch.float32)
     out = array(blocks * threads, torch.float32)
@@ -34,7 +37,7 @@ def run_toy(emulation, name: str, right: bool, schedule: int, blocks: int = 5) -
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["toy_reverse", "toy_broadcast_twice", "toy_last_block"])
-def test_right_synchronisation_passes_under_every_schedule(emulation, name, schedule):
+def test_correct_synchronisation_passes_under_every_schedule(emulation, name, schedule):
     got, expected = run_toy(emulation, name, True, schedule)
     np.testing.assert_array_equal(got, expected)
 
@@ -43,11 +46,11 @@ def test_right_synchronisation_passes_under_every_schedule(emulation, name, sche
     "name, caught_in",
     [
         ("toy_reverse", {"forward", "reverse", "random"}),
-        ("toy_broadcast_twice", {"forward", "random"}),  # each order has its blind spots
+        ("toy_broadcast_twice", {"forward", "random"}),
         ("toy_last_block", {"random"}),
     ],
 )
-def test_a_missing_barrier_changes_the_result(emulation, name, caught_in):
+def test_a_mistake_in_synchronisation_changes_the_result(emulation, name, caught_in):
     orders = {"forward": [FORWARD], "reverse": [REVERSE], "random": range(2, 22)}
     wrong_in = set()
     for order, schedules in orders.items():
@@ -58,7 +61,7 @@ def test_a_missing_barrier_changes_the_result(emulation, name, caught_in):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_votes_and_shuffles(emulation, schedule):
+def test_votes_and_shuffles_return_the_values_of_the_lanes(emulation, schedule):
     blocks, lanes = 3, np.arange(32)
     out = array(blocks * 32 * 8, torch.int32)
     emulation.call("toy_warp", out, blocks, schedule=schedule)
@@ -85,34 +88,38 @@ def test_votes_and_shuffles(emulation, schedule):
     "name, complaint",
     [
         ("toy_foreign_mask", "lane 1 is not in its own mask 00000001"),
-        ("toy_absent_lane", "lane 0 reads lane 20, which takes no part"),
+        ("toy_absent_lane", "lane 0 reads lane 20, which does not participate"),
         ("toy_divergent", "deadlock in block 0: 63 of 64 threads at a barrier, a warp at __syncwarp"),
         ("toy_mixed_operations", "different operations: __syncwarp and __ballot_sync"),
         ("toy_too_many_threads", "invalid launch configuration"),
     ],
 )
-def test_mistakes_are_reported(emulation, name, complaint):
+def test_mistakes_in_warps_and_launches_are_reported(emulation, name, complaint):
     with pytest.raises(RuntimeError, match=complaint):
         emulation.call(name)
-    got, expected = run_toy(emulation, "toy_reverse", True, FORWARD)  # and the next launch is not harmed
+    got, expected = run_toy(emulation, "toy_reverse", True, FORWARD)  # the next launch is not affected
     np.testing.assert_array_equal(got, expected)
 
 
 # --- dynamic shared memory, clusters and asynchronous copies ----------------------------------------------------------
 
 THREADS = 96
-OUT = object()  # stands for an array
+OUT = object()  # stands for the output array
 RIGHT, NOT_COMMITTED, NOT_WAITED, TOO_FEW_WAITED, NO_BARRIER_AFTER_WAIT, NO_BARRIER_BEFORE_REUSE = range(6)
 
 
-def reverse_clusters(emulation, cluster: int, arrives: bool, stays: bool, schedule: int):
+def reverse_clusters(
+    emulation: Emulation, cluster: int, arrives: bool, stays: bool, schedule: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the result of toy_cluster_reverse and the expected result."""
     blocks = 2 * cluster
     values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
     emulation.call("toy_cluster_reverse", values, out, blocks, cluster, arrives, stays, schedule=schedule)
     return out.numpy(), 2 * values.numpy().reshape(2, -1)[:, ::-1].ravel()
 
 
-def gather_clusters(emulation, cluster: int, arrives: bool, schedule: int):
+def gather_clusters(emulation: Emulation, cluster: int, arrives: bool, schedule: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the result of toy_cluster_gather and the expected result."""
     blocks = 3 * cluster
     values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
     emulation.call("toy_cluster_gather", values, out, blocks, cluster, arrives, schedule=schedule)
@@ -122,7 +129,7 @@ def gather_clusters(emulation, cluster: int, arrives: bool, schedule: int):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
-def test_right_clusters_pass_under_every_schedule(emulation, cluster, schedule):
+def test_correct_clusters_pass_under_every_schedule(emulation, cluster, schedule):
     np.testing.assert_array_equal(*reverse_clusters(emulation, cluster, True, True, schedule))
     np.testing.assert_array_equal(*gather_clusters(emulation, cluster, True, schedule))
 
@@ -136,8 +143,8 @@ def test_a_missing_cluster_barrier_changes_the_result(emulation, schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_block_that_leaves_its_cluster_early_is_caught(emulation, schedule):
-    with contextlib.suppress(RuntimeError):  # if a peer asks where its memory lies only after the exit
+def test_a_block_that_exits_before_its_peers_read_is_detected(emulation, schedule):
+    with contextlib.suppress(RuntimeError):  # raised under schedules in which a peer maps the address after the exit
         got, expected = reverse_clusters(emulation, 8, True, False, schedule)
         assert not np.array_equal(got, expected)
     out = torch.zeros(1)
@@ -147,7 +154,8 @@ def test_a_block_that_leaves_its_cluster_early_is_caught(emulation, schedule):
         emulation.call("toy_exited_peer", out, True, schedule=schedule)
 
 
-def run_pipeline(emulation, copies: int, schedule: int) -> bool:
+def run_pipeline(emulation: Emulation, copies: int, schedule: int) -> bool:
+    """Run toy_pipeline, correctly (RIGHT) or with one mistake; return whether the result is correct."""
     blocks, rounds = 2, 4
     values, out = random_array(rounds * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
     emulation.call("toy_pipeline", values, out, blocks, rounds, copies, schedule=schedule)
@@ -157,7 +165,7 @@ def run_pipeline(emulation, copies: int, schedule: int) -> bool:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_asynchronous_copies(emulation, schedule):
+def test_asynchronous_copies_are_complete_after_the_wait(emulation, schedule):
     assert run_pipeline(emulation, RIGHT, schedule)
     values, out = random_array(128, torch.float32), array(128, torch.float32)
     emulation.call("toy_zero_fill", values, out, schedule=schedule)
@@ -167,25 +175,25 @@ def test_asynchronous_copies(emulation, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("mistake", range(NOT_COMMITTED, NO_BARRIER_BEFORE_REUSE + 1))
-def test_a_mistake_with_a_copy_changes_the_result(emulation, mistake, schedule):
+def test_a_mistake_in_a_pipeline_of_copies_changes_the_result(emulation, mistake, schedule):
     assert not run_pipeline(emulation, mistake, schedule)
 
 
 @pytest.mark.parametrize(
     "name, arguments, capability, complaint",
     [
-        ("toy_copy", (OUT, 3), 90, "3 bytes with 0 zeros; 4, 8 or 16 can be copied"),
+        ("toy_copy", (OUT, 3), 90, "the size must be 4, 8 or 16 bytes, got 3 with 0 zeros"),
         ("toy_copy", (OUT, 4), 90, "the target is not in this block's shared memory"),
         ("toy_copy_unaligned", (), 90, "an address is not a multiple of 16"),
         ("toy_cluster_reverse", (OUT, 2, 2, True, True), 80, "clusters need compute capability 9.0"),
-        ("toy_cluster_reverse", (OUT, 3, 2, True, True), 90, "no whole number of clusters of 2"),
-        ("toy_cluster_reverse", (OUT, 32, 32, True, True), 90, "32 blocks a cluster"),
+        ("toy_cluster_reverse", (OUT, 3, 2, True, True), 90, "the grid is not a multiple of the cluster size 2"),
+        ("toy_cluster_reverse", (OUT, 32, 32, True, True), 90, "32 blocks per cluster"),
         ("toy_dynamic_shared", (228 << 10,), 90, "233472 bytes of dynamic shared memory"),
         ("toy_dynamic_shared", (164 << 10,), 80, "167936 bytes of dynamic shared memory"),
-        ("toy_shared_not_asked_for", (), 90, "65536 bytes of dynamic shared memory that were not asked for"),
+        ("toy_shared_not_requested", (), 90, "65536 bytes of dynamic shared memory that were not requested"),
     ],
 )
-def test_what_a_launch_or_copy_must_keep_to(emulation, name, arguments, capability, complaint):
+def test_invalid_launches_and_copies_are_reported(emulation, name, arguments, capability, complaint):
     values, out = array(32 * THREADS, torch.float32), array(32 * THREADS, torch.float32)
     arguments = [out if argument is OUT else argument for argument in arguments]
     if name != "toy_dynamic_shared":
@@ -194,7 +202,7 @@ def test_what_a_launch_or_copy_must_keep_to(emulation, name, arguments, capabili
         emulation.call(name, *arguments, capability=capability)
 
 
-def test_half_precision_conversions(emulation):
+def test_half_precision_conversions_equal_those_of_numpy_and_torch(emulation):
     library = emulation.library
     library.from_half.restype = ctypes.c_float
     library.to_half.restype = library.to_bfloat16.restype = ctypes.c_uint16
@@ -204,7 +212,7 @@ def test_half_precision_conversions(emulation):
     np.testing.assert_array_equal(widened, halves.astype(np.float32))
 
     finite = np.sort(halves[np.isfinite(halves)].astype(np.float32))
-    midpoints = (finite[1:] + finite[:-1]) / 2  # the ties
+    midpoints = (finite[1:] + finite[:-1]) / 2  # ties of the rounding
     candidates = np.concatenate([finite, midpoints, np.nextafter(midpoints, np.float32(np.inf))])
     candidates = np.concatenate([candidates, np.array([65519.9, 65520.0, 1e30, -1e30, np.inf, -np.inf], np.float32)])
     narrow = np.array([library.to_half(ctypes.c_float(x)) for x in candidates], np.uint16)

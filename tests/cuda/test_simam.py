@@ -1,10 +1,11 @@
-"""SimAM's CUDA kernels on the host, by the emulation of CUDA's execution model (tests/emulation)."""
+"""SimAM's CUDA kernels, run on the host by the emulation of CUDA's execution model (tests/emulation)."""
 
 import numpy as np
 import pytest
 import torch
 
-from tests.emulation.harness import FORWARD, SCHEDULES, array, load_emulation, sparse_array
+from hashengine.ops._check import wide_dtype
+from tests.emulation.harness import FORWARD, SCHEDULES, Emulation, array, load_emulation, sparse_array
 
 LAM = 0.01
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -12,18 +13,22 @@ HALVES = DTYPES[2:]
 
 
 @pytest.fixture(scope="module")
-def emulation():
+def emulation() -> Emulation:
     return load_emulation()
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Case:
-    """Arrays of one feature map, as [samples, channels, positions] in either layout, and what is run on them."""
+    """Random x and grad_y [samples, channels, positions] in either layout, with the results of the kernels for them."""
 
-    def __init__(self, shape, dtype, channels_last=False, offset=0, mean=0.0, seed=0):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        channels_last: bool = False,
+        offset: int = 0,
+        mean: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         self.shape, self.dtype, self.channels_last, self.offset = shape, dtype, channels_last, offset
         random = torch.Generator().manual_seed(seed)
         self.x = self.map(torch.randn(shape, generator=random, dtype=torch.float64) + mean)
@@ -31,26 +36,31 @@ class Case:
         samples, channels, positions = shape
         self.sizes = (samples, channels, positions, channels_last, dtype)
 
-    def map(self, values=None) -> torch.Tensor:
+    def map(self, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Return memory for a feature map, filled with `values` or with NaN."""
         samples, channels, positions = self.shape
         memory = array(samples * channels * positions, self.dtype, self.offset)
         view = memory.view(samples, positions, channels).mT if self.channels_last else memory.view(self.shape)
         return view if values is None else view.copy_(values)
 
-    def forward(self, emulation, **how):
-        y, stats = self.map(), array(2 * self.shape[0] * self.shape[1], wide_dtype(self.dtype))
-        workspace = emulation.workspace("simam", *self.sizes, capability=how.get("capability", 90))
-        emulation.call("simam_forward", self.x, y, stats, *self.sizes, LAM, workspace, **how)
+    def forward(self, emulation: Emulation, capability: int = 90, **options: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y, and the means and variances, [samples, channels, 2]."""
+        y, stats = self.map(), array(2 * self.shape[0] * self.shape[1], wide_dtype(self.x))
+        workspace = emulation.workspace("simam", *self.sizes, capability=capability)
+        arguments = (self.x, y, stats, *self.sizes, LAM, workspace)
+        emulation.call("simam_forward", *arguments, capability=capability, **options)
         return y, stats.view(*self.shape[:2], 2)
 
-    def backward(self, emulation, stats, **how):
+    def backward(self, emulation: Emulation, stats: torch.Tensor, capability: int = 90, **options: int) -> torch.Tensor:
+        """Return grad_x."""
         grad_x = self.map()
-        workspace = emulation.workspace("simam_backward", *self.sizes, capability=how.get("capability", 90))
-        emulation.call("simam_backward", self.grad_y, self.x, stats, grad_x, *self.sizes, LAM, workspace, **how)
+        workspace = emulation.workspace("simam_backward", *self.sizes, capability=capability)
+        arguments = (self.grad_y, self.x, stats, grad_x, *self.sizes, LAM, workspace)
+        emulation.call("simam_backward", *arguments, capability=capability, **options)
         return grad_x
 
-    def exact(self):
-        """y, mean, variance and grad_x in numpy's longdouble, the gradient by the formula in simam.h."""
+    def exact(self) -> tuple[np.ndarray, ...]:
+        """Return y, mean, variance and grad_x in numpy's longdouble, the gradient by the formula in simam.h."""
         x, grad_y = (tensor.double().numpy().astype(np.longdouble) for tensor in (self.x, self.grad_y))
         n = max(self.shape[2] - 1, 1)
         mean = x.mean(2, keepdims=True)
@@ -63,8 +73,8 @@ class Case:
         grad_x = grad_y * gate + s - s.mean(2, keepdims=True) - d * share
         return x * gate, mean[..., 0], variance[..., 0], grad_x
 
-    def eager(self):
-        """y and grad_x by torch's ops in the map's own type, as the paper's authors have it."""
+    def eager(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y and grad_x, computed with torch's ops in the dtype of x, in the form used by the paper's authors."""
         x = self.x.clone().requires_grad_()
         d = (x - x.mean(2, keepdim=True)).pow(2)
         y = x * torch.sigmoid(d / (4 * (d.sum(2, keepdim=True) / max(self.shape[2] - 1, 1) + LAM)) + 0.5)
@@ -73,7 +83,10 @@ class Case:
 
 
 def assert_as_accurate_as_eager(fused: torch.Tensor, eager: torch.Tensor, exact: np.ndarray, what: str) -> None:
-    """The rule of numerics.py, for an exact result that is wider than float64, so that float64 can be held to it."""
+    """Check like the function of this name in tests/helpers/numerics.py.
+
+    Here `exact` is wider than float64, so results in float64 can be checked too.
+    """
     fused_error, eager_error = (float(np.abs(t.double().numpy() - exact).max()) for t in (fused, eager))
     floor = torch.finfo(fused.dtype).eps * float(np.abs(exact).max())
     assert fused_error <= 2 * eager_error + floor, (
@@ -81,7 +94,8 @@ def assert_as_accurate_as_eager(fused: torch.Tensor, eager: torch.Tensor, exact:
     )
 
 
-def check(emulation, case: Case, schedules=SCHEDULES, capability: int = 90) -> None:
+def check(emulation: Emulation, case: Case, schedules=SCHEDULES, capability: int = 90) -> None:
+    """Results are accurate, and every schedule gives the same bits."""
     exact_y, mean, variance, exact_grad = case.exact()
     eager_y, eager_grad = case.eager()
     runs = []
@@ -92,8 +106,9 @@ def check(emulation, case: Case, schedules=SCHEDULES, capability: int = 90) -> N
     for got in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(got, runs[0], strict=True))
     got_y, stats, got_grad = runs[0]
-    # At most 32 additions are chained in a thread, 5 in a warp, 16 in a block, 8 in a cluster; then 3 more roundings.
-    # Squares of differences count the rounding of the difference twice, and the mean's error to the second power.
+    # A sum has at most 32 additions in a row in a thread, 5 in a warp, 16 in a block and 8 in a cluster. 3 roundings
+    # follow.
+    # In a squared deviation the rounding of the deviation counts twice, and the error of the mean is squared.
     roundoff = 64 * torch.finfo(stats.dtype).eps / 2
     scale = np.abs(case.x.double().numpy()).mean(2)
     assert (np.abs(stats[..., 0].numpy() - mean) <= roundoff * scale).all()
@@ -102,13 +117,13 @@ def check(emulation, case: Case, schedules=SCHEDULES, capability: int = 90) -> N
     assert_as_accurate_as_eager(got_grad, eager_grad, exact_grad, "grad_x")
 
 
-# --- NCHW: every way that a plane can go, at the sizes where it changes -----------------------------------------------
+# --- NCHW: each kind of plan, at the sizes at which the kind changes --------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
-def test_planes_of_a_warp(emulation, dtype, offset):
-    # Teams double at 16, 32, ... elements or at 4, 8, ... vectors; 300 planes of one position take two blocks.
+def test_planes_in_a_warp(emulation, dtype, offset):
+    # Teams double at 16, 32, ... elements or at 4, 8, ... vectors. 300 planes of one position need two blocks.
     for positions in [2, 7, 16, 17, 32, 49, 64, 196, 256]:
         check(emulation, Case((3, 7, positions), dtype, offset=offset), schedules=(FORWARD, 7))
     check(emulation, Case((100, 3, 1), dtype, offset=offset))
@@ -117,28 +132,28 @@ def test_planes_of_a_warp(emulation, dtype, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_planes_around_a_warp_and_a_block(emulation, dtype):
-    width = {torch.float64: 1, torch.float32: 4}.get(dtype, 8)
-    held = 8 if dtype == torch.float64 else 4
+def test_planes_around_the_capacities_of_a_warp_and_a_block(emulation, dtype):
+    width = {torch.float64: 1, torch.float32: 4}.get(dtype, 8)  # elements per vector
+    held = 8 if dtype == torch.float64 else 4  # vectors per thread
     for vectors in (32 * held, 32 * held + 1, 512 * held, 512 * held + 1):
         check(emulation, Case((1, 2, vectors * width), dtype), schedules=(FORWARD, 7))
-    for positions in (511, 513, 4095, 4097):  # one by one
+    for positions in (511, 513, 4095, 4097):  # in single elements
         check(emulation, Case((1, 2, positions), dtype), schedules=(FORWARD, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planes_of_a_cluster_and_beyond(emulation, dtype):
+def test_planes_in_a_cluster_and_larger(emulation, dtype):
     width = 4 if dtype == torch.float32 else 8
     check(emulation, Case((1, 3, 3 * 2048 * width), dtype), schedules=(FORWARD, 7))
     for vectors in (8 * 2048, 8 * 2048 + 1):
         check(emulation, Case((1, 1, vectors * width), dtype), schedules=(8,))
-    for positions in (8 * 4096 - 1, 8 * 4096 + 1):  # one by one
+    for positions in (8 * 4096 - 1, 8 * 4096 + 1):  # in single elements
         check(emulation, Case((1, 2, positions), dtype), schedules=(FORWARD, 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positions", [16_392, 20_001])
-def test_planes_beyond_a_block_where_there_are_no_clusters(emulation, dtype, positions):
+def test_planes_larger_than_a_block_without_clusters(emulation, dtype, positions):
     check(emulation, Case((1, 3, positions), dtype), schedules=SCHEDULES, capability=80)
 
 
@@ -161,40 +176,48 @@ def test_wide_slabs(emulation, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_slabs_of_a_cluster_and_beyond(emulation, dtype):
-    for channels, positions in [(32, 257), (40, 1025), (32, 2048), (32, 2049), (16, 4097)]:
+def test_slabs_in_a_cluster_and_larger(emulation, dtype):
+    cases = [
+        (32, 257),  # a cluster of two
+        (40, 1025),  # clusters of eight, and a slab with partial rows
+        (32, 2048),  # the longest slab with rows of 64 bytes that fits in a cluster
+        (32, 2049),  # rows of 32 bytes
+        (16, 4097),  # too long for a cluster
+    ]
+    for channels, positions in cases:
         check(emulation, Case((1, channels, positions), dtype, channels_last=True), schedules=(FORWARD, 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [5, 40])
-def test_slabs_beyond_a_block_where_there_are_no_clusters(emulation, dtype, channels):
+def test_slabs_larger_than_a_block_without_clusters(emulation, dtype, channels):
     case = Case((2, channels, 2100), dtype, channels_last=True)
     check(emulation, case, schedules=SCHEDULES[2:], capability=80)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
-# One of each way: a team, staged and straight, a block, a cluster, split.
-WAYS = [((2, 3, 49), 90), ((2, 3, 64), 90), ((1, 2, 2056), 90), ((1, 2, 20_000), 90), ((1, 2, 20_000), 80)]
+# A shape and a capability for each kind of plan of NCHW planes, in this order: a team with staging, a team without, a
+# block, a cluster, split.
+PLANS = [((2, 3, 49), 90), ((2, 3, 64), 90), ((1, 2, 2056), 90), ((1, 2, 20_000), 90), ((1, 2, 20_000), 80)]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape, capability", WAYS)
-def test_a_mean_far_above_the_deviation(emulation, shape, capability, channels_last):
+@pytest.mark.parametrize("shape, capability", PLANS)
+def test_a_mean_much_larger_than_the_deviation(emulation, shape, capability, channels_last):
     check(emulation, Case(shape, torch.float32, channels_last, mean=1000.0), (FORWARD,), capability)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape, capability", WAYS)
-def test_a_nan_spoils_its_plane_alone(emulation, shape, capability, channels_last):
+@pytest.mark.parametrize("shape, capability", PLANS)
+def test_a_nan_affects_its_own_plane_only(emulation, shape, capability, channels_last):
     case = Case(shape, torch.float32, channels_last)
     y, stats = case.forward(emulation, capability=capability)
     grad_x = case.backward(emulation, stats, capability=capability)
     case.x[-1, 1, -1] = torch.nan
-    spoiled_y, spoiled_stats = case.forward(emulation, capability=capability)
-    spoiled_grad = case.backward(emulation, spoiled_stats, capability=capability)
-    for before, after in ((y, spoiled_y), (stats, spoiled_stats), (grad_x, spoiled_grad)):
+    nan_y, nan_stats = case.forward(emulation, capability=capability)
+    nan_grad = case.backward(emulation, nan_stats, capability=capability)
+    for before, after in ((y, nan_y), (stats, nan_stats), (grad_x, nan_grad)):
         assert after[-1, 1].isnan().all()
         after[-1, 1] = before[-1, 1]
         assert torch.equal(before, after)
@@ -213,25 +236,25 @@ def test_a_constant_plane(emulation, channels_last):
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_nothing_to_do(emulation, shape, channels_last):
+def test_an_empty_map(emulation, shape, channels_last):
     case = Case(shape, torch.float32, channels_last)
     y, stats = case.forward(emulation)
-    assert y.numel() == 0 and stats.isnan().all()  # untouched
+    assert y.numel() == 0 and stats.isnan().all()  # not written
     assert case.backward(emulation, stats).numel() == 0
 
 
-# --- beyond 2^31 elements: only the last block runs, and only the pages that it touches exist -------------------------
+# --- beyond 2^31 elements: only the last block runs, in sparse memory -------------------------------------------------
 
 
-def test_planes_far_out(emulation):
-    samples, channels, positions = 2**15 + 1, 2**10, 2**6  # 2^31 elements, and a sample more
+def test_planes_beyond_two_to_the_31_elements(emulation):
+    samples, channels, positions = 2**15 + 1, 2**10, 2**6  # 2^31 elements and one sample more
     sizes = (samples, channels, positions, False, torch.float16)
     x, y, grad_x = (sparse_array(samples * channels * positions, torch.float16) for _ in range(3))
     stats = sparse_array(2 * samples * channels, torch.float32)
     case = Case((1, 32, positions), torch.float16)
     tail = 32 * positions
     x[-tail:] = case.x.flatten()
-    last = samples * channels // 32 - 1  # teams of two lanes: 128 planes a block
+    last = samples * channels // 32 - 1  # in units of 32 planes; a block has 128 planes, two lanes per plane
     emulation.call("simam_forward", x, y, stats, *sizes, LAM, None, first_block=last // 4)
     emulation.call("simam_backward", x, x, stats, grad_x, *sizes, LAM, None, first_block=last // 4)
     expected_y, expected_stats = case.forward(emulation)
@@ -242,7 +265,7 @@ def test_planes_far_out(emulation):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_slabs_far_out(emulation, channels_last):
+def test_slabs_beyond_two_to_the_31_elements(emulation, channels_last):
     samples, channels, positions = 2**17 + 1, 8, 2**11 + 8
     sizes = (samples, channels, positions, channels_last, torch.float16)
     x, y, grad_x = (sparse_array(samples * channels * positions, torch.float16) for _ in range(3))
@@ -250,10 +273,10 @@ def test_slabs_far_out(emulation, channels_last):
     case = Case((1, channels, positions), torch.float16, channels_last)
     sample = channels * positions
     x[-sample:] = (case.x.mT if channels_last else case.x).flatten()
-    sample_blocks = 4 if channels_last else channels  # a cluster, or a block a plane
-    how = {"first_block": (samples - 1) * sample_blocks}
-    emulation.call("simam_forward", x, y, stats, *sizes, LAM, None, **how)
-    emulation.call("simam_backward", x, x, stats, grad_x, *sizes, LAM, None, **how)
+    sample_blocks = 4 if channels_last else channels  # one cluster, or one block per plane
+    first_block = (samples - 1) * sample_blocks
+    emulation.call("simam_forward", x, y, stats, *sizes, LAM, None, first_block=first_block)
+    emulation.call("simam_backward", x, x, stats, grad_x, *sizes, LAM, None, first_block=first_block)
     expected_y, expected_stats = case.forward(emulation)
     case.grad_y.copy_(case.x)
     expected_grad = case.backward(emulation, expected_stats)

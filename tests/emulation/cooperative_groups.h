@@ -1,4 +1,4 @@
-// Thread-block clusters: the blocks that share their shared memory.
+// Thread-block clusters: blocks that can access each other's shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@ namespace emulation {
 unsigned cluster_rank();
 unsigned cluster_blocks();
 void cluster_barrier();
-// Where the variable at `address` of the running block's shared memory lies for the block `rank` of its cluster.
+// Takes the address of a shared variable in the running block; returns its address in block `rank` of the cluster.
 void* map_shared(const void* address, unsigned rank);
 
 }  // namespace emulation

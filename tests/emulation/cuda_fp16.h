@@ -1,4 +1,4 @@
-// __half and its conversions, rounding to nearest, ties to even.
+// __half and its conversions, which round to nearest, ties to even.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ inline __half __float2half_rn(float value) {
   if (std::isnan(value)) return {0x7fff};
   if (magnitude >= 65520.0f) return {uint16_t(sign | 0x7c00)};  // halfway to 65536 rounds to infinity
   const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
-  // In units of the last place; nearbyint rounds ties to even, and 2048 carries into the exponent by itself.
+  // In ulp. nearbyint rounds ties to even; a result of 2048 carries into the exponent, which is correct.
   const int units = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {uint16_t(sign | (((exponent + 14) << 10) + units))};
 }
@@ -36,7 +36,7 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 
-// The larger, and NaN where either is one.
+// The maximum; NaN if either is NaN.
 inline __half __hmax_nan(__half a, __half b) {
   const float x = __half2float(a), y = __half2float(b);
   if (std::isnan(x) || std::isnan(y)) return {0x7fff};

@@ -1,5 +1,5 @@
-// Asynchronous copies from global to shared memory. A copy reads and writes nothing before its thread has waited for
-// it; until then its target holds NaN.
+// Asynchronous copies from global to shared memory. A copy takes place when its thread waits for it; until then the
+// target contains NaN.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ void wait_for_copies(size_t batches_left);
 
 }  // namespace emulation
 
-// The last `zeros` bytes are filled with zeros instead of read.
+// Fills the last `zeros` bytes with zeros instead of copying them.
 inline void __pipeline_memcpy_async(void* shared, const void* global, size_t bytes, size_t zeros = 0) {
   emulation::copy_later(shared, global, bytes, zeros);
 }

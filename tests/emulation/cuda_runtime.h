@@ -1,13 +1,15 @@
-// CUDA's execution model on the host, enough of it to run the kernels of csrc/cuda in tests on a machine without a GPU.
+// An emulation of CUDA's execution model on the host. It covers what the kernels of csrc/cuda use, so that tests can
+// run them on a machine without a GPU.
 //
-// This folder stands in for the toolkit's include folder: the .cu files, compiled by a plain C++ compiler, find here
-// the names that they use. A thread is a fiber that runs until it waits (a barrier, a shuffle, an atomic); then the
-// schedule picks another, of the same block or of another that is resident; the blocks of a cluster are resident
-// together. Shared memory holds NaN until it is written, and the target of an asynchronous copy until the copy is
-// waited for. Schedules differ in the order only, so a result that changes with the schedule, or a NaN, is a missing
-// barrier or wait.
+// Idea. This folder replaces the CUDA toolkit's include folder: a plain C++ compiler compiles the .cu files against
+// these headers. Each thread is a fiber that runs until a barrier, a shuffle or an atomic. The schedule then picks the
+// next fiber, of the same block or of another resident block; the blocks of a cluster are resident together. Shared
+// memory contains NaN until it is written, and so does the target of an asynchronous copy until the thread waits for
+// the copy. Schedules differ only in the order of execution, so a result that depends on the schedule, or that is NaN,
+// reveals a missing barrier or wait.
 //
-// Not modelled: the reordering of memory operations (a missing __threadfence goes unseen), bank conflicts and time.
+// Limits. Not emulated: reordering of memory operations (a missing __threadfence is not detected), bank conflicts,
+// time.
 #pragma once
 
 #include <algorithm>
@@ -23,13 +25,13 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One copy a block: the emulator swaps the module's thread-local storage whenever it switches blocks. It swaps all that
-// all kernels declare, so large buffers belong into dynamic shared memory.
+// One instance per block: the emulator swaps the module's thread-local storage whenever it switches blocks. It swaps
+// the variables of all kernels, so large buffers should be in dynamic shared memory.
 #define __shared__ static thread_local
 
 struct dim3 {
   unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  dim3(unsigned width = 1, unsigned height = 1, unsigned depth = 1) : x(width), y(height), z(depth) {}
 };
 struct uint3 {
   unsigned x, y, z;
@@ -46,7 +48,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
-// --- the runtime's functions ---
+// --- the runtime API ---
 
 typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t {
@@ -101,7 +103,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// Synchronous, as a stream with nothing in it.
+// Synchronous: streams of the emulation are always empty.
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
   return cudaSuccess;
@@ -112,7 +114,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// Shared memory that kernels declare, as a kernel that is compiled for the device has; code for 9.0a is there for 9.0.
+// Reports that every kernel declares some shared memory. has_hamming_scan_wgmma() takes this to mean that the kernel
+// was compiled for the device.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return emulation::get_attributes(attributes);
@@ -124,22 +127,23 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return emulation::launch(*config, reinterpret_cast<const void*>(kernel), [=] { kernel(arguments...); });
 }
 
-// --- what a thread can do ---
+// --- the device API ---
 
 namespace emulation {
 
 struct Lanes {
-  uint64_t bits[32];  // what each lane brought
-  unsigned mask;      // the lanes that came
+  uint64_t bits[32];  // the value of each lane
+  unsigned mask;      // the lanes that have arrived
 };
 
 void block_barrier();
 void yield();
-// The running block's dynamic shared memory.
+// The dynamic shared memory of the running block.
 void* dynamic_shared_memory();
-// Waits for all lanes of the mask that have not exited; they must all be at the same operation.
+// Waits for all lanes of the mask that have not exited, and returns their values. Fails if they arrive at different
+// operations.
 Lanes exchange(unsigned mask, const char* operation, uint64_t bits);
-// Ends the launch with an error; does not return.
+// Ends the launch with an error. Does not return.
 [[noreturn]] void fail(const char* format, ...);
 unsigned lane();
 
@@ -149,12 +153,13 @@ T shuffle(unsigned mask, const char* operation, T value, unsigned source) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   const Lanes lanes = exchange(mask, operation, bits);
-  if (!(lanes.mask >> source & 1)) fail("%s: lane %u reads lane %u, which takes no part", operation, lane(), source);
+  if (!(lanes.mask >> source & 1))
+    fail("%s: lane %u reads lane %u, which does not participate", operation, lane(), source);
   std::memcpy(&value, &lanes.bits[source], sizeof(T));
   return value;
 }
 
-// On integers only: an order-dependent atomic sum of floats is not something the kernels may do.
+// Only for integers: kernels must not add floats with atomics, because the result would depend on the order.
 template <typename T, typename Update>
 std::enable_if_t<std::is_integral_v<T>, T> atomic(T* address, Update update) {
   yield();
@@ -220,8 +225,7 @@ T atomicMax(T* address, T value) {
   return emulation::atomic(address, [=](T old) { return value > old ? value : old; });
 }
 
-// --- bits, loads and stores with a hint for the caches, and the fast functions, which are better here than on a GPU
-// ---
+// --- bit functions, loads and stores with cache hints, fast math (more accurate here than on a GPU) ---
 
 template <typename T>
 T __ldg(const T* address) {

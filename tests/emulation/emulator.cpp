@@ -1,4 +1,4 @@
-// The emulator behind cuda_runtime.h: devices, launches, fibers and the order in which they run.
+// The emulator behind cuda_runtime.h: the device, launches, fibers and their schedule.
 
 #include "emulator.h"
 
@@ -25,18 +25,20 @@ namespace {
 
 constexpr unsigned kMaxSlots = 2 * kMaxClusterBlocks;
 constexpr size_t kStackBytes = 128 << 10;
-// More must be asked for. A block gets 48 KB without asking, but what its kernel declares, which is not known here, is
-// part.
+// The dynamic shared memory that a launch can use without a request. CUDA permits 48 KB including the variables that
+// the kernel declares. Their size is unknown here, so half of the 48 KB is reserved for them.
 constexpr size_t kDefaultSharedBytes = 24 << 10;
 
-// The ready fiber with the least priority runs. Any other schedule seeds random priorities; there an atomic also puts
-// its thread behind all others half of the time, so that the rest of the grid overtakes it.
+// The ready fiber with the smallest priority value runs. A schedule number of 2 or more is the seed of random
+// priorities. Under such a schedule an atomic also moves its thread to the end of the queue with probability 1/2, so
+// that the rest of the grid overtakes it.
 enum Schedule { kForward = 0, kReverse = 1 };
-constexpr uint64_t kBehindAll = ~uint64_t(0);
+constexpr uint64_t kLast = ~uint64_t(0);
 
 int schedule = kForward;
 uint64_t first_block = 0;
 int capability = 90;
+int multiprocessors = 4;  // few, so that small inputs fill the device
 std::string error;
 
 std::set<std::pair<uint64_t, unsigned>> ready;  // (priority, id)
@@ -53,7 +55,7 @@ char* stack_of(unsigned id) {
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-// AddressSanitizer wants to know which stack comes next, and which it came from.
+// AddressSanitizer must be told of each switch between stacks.
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 void leave_for(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
@@ -90,7 +92,7 @@ void make_context(ucontext_t& context, char* stack) {
 
 uint64_t first_priority(unsigned id) {
   if (schedule == kForward) return id;
-  if (schedule == kReverse) return kBehindAll - id;
+  if (schedule == kReverse) return kLast - id;
   return random_bits();
 }
 
@@ -118,7 +120,7 @@ void start_block(unsigned slot, uint64_t index) {
 void resume(unsigned id) {
   running = id;
   if (!std::exchange(block().has_started, true)) begin_shared_memory(block());
-  put_in_place(block());
+  swap_in(block());
   threadIdx = fiber().thread;
   blockIdx = block().index;
   leave_for(stack_of(id), kStackBytes);
@@ -127,16 +129,17 @@ void resume(unsigned id) {
   if (!block().alive) end_shared_memory(block());
 }
 
-// The slots of `first`'s cluster are free again once all its blocks are done.
-bool free_if_done(unsigned first) {
+// Frees the slots of the cluster that starts at slot `first` if all of its blocks have finished. Returns whether they
+// have.
+bool free_if_finished(unsigned first) {
   for (unsigned slot = first; slot < first + cluster_size; ++slot)
     if (resident[slot]->alive) return false;
   for (unsigned slot = first; slot < first + cluster_size; ++slot) resident[slot] = nullptr;
   return true;
 }
 
-// In the order in which they start; a cluster is named by its first block.
-std::vector<uint64_t> order_of_clusters(uint64_t blocks) {
+// The first block of each cluster, in the order in which the clusters start.
+std::vector<uint64_t> start_order(uint64_t blocks) {
   random_bits.seed(static_cast<uint64_t>(schedule));
   std::vector<uint64_t> order;
   for (uint64_t i = first_block / cluster_size * cluster_size; i < blocks; i += cluster_size) order.push_back(i);
@@ -146,7 +149,7 @@ std::vector<uint64_t> order_of_clusters(uint64_t blocks) {
 }
 
 void run(uint64_t blocks) {
-  const std::vector<uint64_t> order = order_of_clusters(blocks);
+  const std::vector<uint64_t> order = start_order(blocks);
   resident.resize(cluster_size == 1 ? 3 : 2 * cluster_size);
   for (size_t started = 0, finished = 0; error.empty() && finished < order.size();) {
     for (unsigned first = 0; first < resident.size() && started < order.size(); first += cluster_size) {
@@ -160,23 +163,23 @@ void run(uint64_t blocks) {
       break;
     }
     resume(ready.begin()->second);
-    finished += free_if_done(running / kMaxThreads / cluster_size * cluster_size);
+    finished += free_if_finished(running / kMaxThreads / cluster_size * cluster_size);
   }
   resident.clear();
   ready.clear();
-  in_place = nullptr;
+  swapped_in = nullptr;
 }
 
-// --- what a launch must keep to ---
+// --- the limits of a launch ---
 
 std::map<std::pair<const void*, cudaFuncAttribute>, int> attributes;
 
-int attribute(const void* kernel, cudaFuncAttribute name, int otherwise) {
+int attribute(const void* kernel, cudaFuncAttribute name, int default_value) {
   const auto found = attributes.find({kernel, name});
-  return found == attributes.end() ? otherwise : found->second;
+  return found == attributes.end() ? default_value : found->second;
 }
 
-size_t most_shared_bytes() {
+size_t max_shared_bytes() {
   switch (capability) {
     case 80: return 163 << 10;
     case 90:
@@ -185,29 +188,30 @@ size_t most_shared_bytes() {
   }
 }
 
-unsigned blocks_of_a_cluster(const cudaLaunchConfig_t& config) {
+unsigned requested_cluster_size(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i)
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
   return 1;
 }
 
-// What is wrong, or nothing.
-std::string complaint(const cudaLaunchConfig_t& config, const void* kernel) {
+// A description of what is invalid in the configuration; empty if it is valid.
+std::string find_error(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, threads = config.blockDim;
-  const unsigned cluster = blocks_of_a_cluster(config);
+  const unsigned cluster = requested_cluster_size(config);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
     return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
   const uint64_t block_threads = uint64_t(threads.x) * threads.y * threads.z;
-  if (!block_threads || block_threads > kMaxThreads) return std::to_string(block_threads) + " threads a block";
+  if (!block_threads || block_threads > kMaxThreads) return std::to_string(block_threads) + " threads per block";
   if (cluster != 1) {
     if (capability < 90) return "clusters need compute capability 9.0";
-    if (!cluster || grid.x % cluster) return "the grid is no whole number of clusters of " + std::to_string(cluster);
+    if (!cluster || grid.x % cluster)
+      return "the grid is not a multiple of the cluster size " + std::to_string(cluster);
     const bool is_allowed = attribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
-    if (cluster > (is_allowed ? kMaxClusterBlocks : 8)) return std::to_string(cluster) + " blocks a cluster";
+    if (cluster > (is_allowed ? kMaxClusterBlocks : 8)) return std::to_string(cluster) + " blocks per cluster";
   }
   const size_t bytes = config.dynamicSmemBytes;
   if (bytes > size_t(attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDefaultSharedBytes)))
-    return std::to_string(bytes) + " bytes of dynamic shared memory that were not asked for";
+    return std::to_string(bytes) + " bytes of dynamic shared memory that were not requested";
   return "";
 }
 
@@ -225,7 +229,7 @@ void suspend() {
 void yield() {
   if (is_random() && random_bits() % 2) {
     make_unready(running);
-    fiber().priority = kBehindAll;
+    fiber().priority = kLast;
     make_ready(running);
   }
   suspend();
@@ -239,7 +243,7 @@ void fail(const char* format, ...) {
   va_end(arguments);
   error = text;
   suspend();
-  __builtin_unreachable();  // the launch ends without resuming anyone
+  __builtin_unreachable();  // after an error the launch ends without resuming any fiber
 }
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes) {
@@ -248,22 +252,22 @@ cudaError_t get_attributes(cudaFuncAttributes* attributes) {
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute name, int value) {
-  if (name == cudaFuncAttributeMaxDynamicSharedMemorySize && size_t(value) > most_shared_bytes())
+  if (name == cudaFuncAttributeMaxDynamicSharedMemorySize && size_t(value) > max_shared_bytes())
     return cudaErrorInvalidValue;
   attributes[{kernel, name}] = value;
   return cudaSuccess;
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
-  if (!error.empty()) return cudaErrorLaunchFailure;  // from an earlier launch, until it is taken
-  const std::string wrong = complaint(config, kernel);
-  if (!wrong.empty()) {
-    error = "invalid launch configuration: " + wrong;
+  if (!error.empty()) return cudaErrorLaunchFailure;  // an earlier launch failed; emulation_take_error() clears this
+  const std::string config_error = find_error(config, kernel);
+  if (!config_error.empty()) {
+    error = "invalid launch configuration: " + config_error;
     return cudaErrorInvalidConfiguration;
   }
   gridDim = config.gridDim;
   blockDim = config.blockDim;
-  cluster_size = blocks_of_a_cluster(config);
+  cluster_size = requested_cluster_size(config);
   dynamic_bytes = config.dynamicSmemBytes;
   kernel_body = &body;
   run(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
@@ -279,20 +283,22 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulation::multiprocessors; break;
     case cudaDevAttrComputeCapabilityMajor: *value = emulation::capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = emulation::capability % 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulation::most_shared_bytes()); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(emulation::max_shared_bytes()); break;
     default: return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
 
-// For the tests: the order to run in, the first block to run (to see the far end of a large grid alone), the compute
-// capability of the device, and what went wrong since the last call (empty: nothing).
+// For the tests. The functions set the schedule, the first block to run (to test only the end of a large grid), and the
+// device's compute capability and number of multiprocessors. emulation_take_error returns the error since its last
+// call, or an empty string.
 extern "C" void emulation_set_schedule(int schedule) { emulation::schedule = schedule; }
 extern "C" void emulation_set_first_block(uint64_t block) { emulation::first_block = block; }
 extern "C" void emulation_set_capability(int capability) { emulation::capability = capability; }
+extern "C" void emulation_set_multiprocessors(int count) { emulation::multiprocessors = count; }
 extern "C" const char* emulation_take_error() {
   static std::string taken;
   taken = std::exchange(emulation::error, {});

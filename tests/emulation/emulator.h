@@ -1,5 +1,5 @@
-// What the parts of the emulator share: emulator.cpp (launches, fibers, schedules), synchronisation.cpp (barriers,
-// warps), shared_memory.cpp (shared memory, asynchronous copies) and matrix.cpp (matrix instructions).
+// Internal declarations of the emulator. emulator.cpp: launches, fibers, schedules. synchronisation.cpp: barriers,
+// warps. shared_memory.cpp: shared memory, asynchronous copies. matrix.cpp: matrix instructions.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -33,13 +33,13 @@ struct Copy {
   size_t bytes, zeros;
 };
 
-// A product that the matrix unit has been given, by one thread.
+// A matrix product that a thread has started and not yet waited for.
 struct MatrixProduct {
   uint32_t* sums;
-  std::vector<uint32_t> before;  // what the sums were
+  std::vector<uint32_t> before;  // the sums at the start
   uint32_t rows[4];
   const uint32_t* columns;
-  bool keep_sums;
+  bool accumulate;
 };
 
 enum class Wait { kNone, kBlock, kCluster };
@@ -49,7 +49,7 @@ struct Fiber {
   uint3 thread;
   uint64_t priority;
   Wait wait = Wait::kNone;
-  Lanes exchanged;           // what the last exchange gave
+  Lanes exchanged;           // the result of the last exchange
   std::vector<Copy> issued;  // asynchronous copies since the last commit
   std::deque<std::vector<Copy>> committed;
   std::vector<MatrixProduct> products;
@@ -61,27 +61,27 @@ struct Collective {
 };
 
 struct Warp {
-  unsigned alive = 0;                        // lanes that have not exited
-  std::map<unsigned, Collective> gathering;  // by mask: disjoint groups of lanes do not wait for each other
+  unsigned alive = 0;                        // the lanes that have not exited
+  std::map<unsigned, Collective> gathering;  // per mask: disjoint groups of lanes do not wait for each other
 };
 
 struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  unsigned alive, at_barrier = 0, at_cluster_barrier = 0;
+  unsigned alive, at_barrier = 0, at_cluster_barrier = 0;  // numbers of threads
   bool has_started = false;
-  std::vector<char> declared;  // contents of the __shared__ variables while another block runs
+  std::vector<char> declared;  // the contents of the __shared__ variables while another block runs
   std::unique_ptr<char[]> dynamic;
 };
 
-// Of the launch. A fiber's id is its block's slot * kMaxThreads + its thread. The blocks of a cluster lie in
-// consecutive slots, from a multiple of their number on.
+// The state of the launch. Resident blocks occupy slots; the blocks of a cluster have consecutive slots, the first of
+// which is a multiple of the cluster size. A fiber's id is slot * kMaxThreads + thread.
 extern std::vector<std::unique_ptr<Block>> resident;
-extern unsigned running;
+extern unsigned running;  // the id of the running fiber
 extern unsigned cluster_size;
 extern size_t dynamic_bytes;
-extern Block* in_place;  // the block whose __shared__ variables are where the kernel looks for them, or null
+extern Block* swapped_in;  // the block whose __shared__ variables are in the module's thread-local storage; may be null
 
 inline Fiber& fiber_of(unsigned id) { return resident[id / kMaxThreads]->fibers[id % kMaxThreads]; }
 inline Fiber& fiber() { return fiber_of(running); }
@@ -91,17 +91,18 @@ inline Warp& warp() { return block().warps[running % kMaxThreads / kWarpThreads]
 // emulator.cpp
 void make_ready(unsigned id);
 void make_unready(unsigned id);
-void suspend();  // until the schedule picks the running fiber again
+void suspend();  // returns when the schedule picks the fiber again
 
-// synchronisation.cpp: whatever waits only for threads that have exited by now goes on.
+// synchronisation.cpp. A barrier or a collective is complete when every fiber that it waits for has arrived or exited.
+// The release functions make the fibers ready whose barrier or collective is complete.
 void release_barriers();
 void release_collectives();
 std::string describe_waiting(const Block& block);
 
 // shared_memory.cpp
 void allocate_shared_memory(Block& block);
-void begin_shared_memory(Block& block);  // when its first thread runs: what a peer wrote before is lost
-void end_shared_memory(Block& block);    // when its last thread has exited: what a peer reads from now on is wrong
-void put_in_place(Block& block);         // the __shared__ variables of the block that is to run
+void begin_shared_memory(Block& block);  // call when the first thread starts; discards earlier writes by peers
+void end_shared_memory(Block& block);    // call when the last thread has exited; makes later reads by peers invalid
+void swap_in(Block& block);              // moves the block's __shared__ variables to where the kernel accesses them
 
 }  // namespace emulation

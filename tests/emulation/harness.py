@@ -1,4 +1,4 @@
-"""Builds the emulation with all kernels of csrc/cuda, once a change of any source, and calls it through ctypes."""
+"""Build the CUDA emulator with all kernels of csrc/cuda, and call it with ctypes."""
 
 import ctypes
 import functools
@@ -11,23 +11,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hashengine import _toolchain
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import CSRC, ROOT
 
 EMULATION = ROOT / "tests" / "emulation"
-CSRC = ROOT / "csrc"
-KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+KERNELS = sorted((CSRC / "cuda").rglob("*.cu"))
 FLAGS = [
     *("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    *(f"-I{folder}" for folder in (EMULATION, CSRC / "include", CSRC / "cuda")),
+    *(f"-I{folder}" for folder in (EMULATION, CSRC / "include", CSRC)),
 ]
 
 FORWARD, REVERSE = 0, 1
-SCHEDULES = (FORWARD, REVERSE, 7, 8)  # the others seed a random order
+SCHEDULES = (FORWARD, REVERSE, 7, 8)  # 7 and 8 are seeds of random orders
+FEW_MULTIPROCESSORS = 4  # so that small inputs fill the emulated device
 
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
 
@@ -36,16 +37,16 @@ EMULATOR = ["emulator.cpp", "synchronisation.cpp", "shared_memory.cpp", "matrix.
 
 
 def compile_once(prefix: str, flags: list[str]) -> Path:
-    """The emulator, all kernels and `prefix`*.cpp of this folder, as one program or library.
+    """Build the emulator, all kernels and `prefix`*.cpp of this folder as one program or library.
 
-    Each source is compiled apart and its object kept until the source, a header or a flag changes. Skips the test where
-    no C++ compiler is.
+    Objects are cached per source until the source, a header or a flag changes. Skips the test if the system is not
+    Linux or has no C++ compiler.
     """
     compiler = _toolchain.find_compiler(os.environ)
     if sys.platform != "linux" or isinstance(compiler, _toolchain.Missing):
         pytest.skip(f"the emulation needs Linux and a C++ compiler: {compiler}")
     command = [*shlex.split(compiler), *FLAGS, *flags]
-    headers = [*(CSRC / "include").rglob("*.h"), *(CSRC / "cuda").glob("*.*h"), *EMULATION.glob("*.h")]
+    headers = [*(CSRC / "include").rglob("*.h"), *(CSRC / "cuda").rglob("*.*h"), *EMULATION.glob("*.h")]
     common = [" ".join(command).encode(), *(header.read_bytes() for header in sorted(headers))]
     sources = [*(EMULATION / name for name in EMULATOR), *sorted(EMULATION.glob(f"{prefix}*.cpp")), *KERNELS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -58,12 +59,12 @@ def _compile(source: Path, command: list[str], common: list[bytes]) -> Path:
 
 
 def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
-    """What the command builds, from the cache where that was built from the same contents before."""
+    """Run the command, unless its output for the same contents is cached; return the output's path."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
     output = ROOT / "build" / "emulation" / f"{name}-{digest[:16]}"
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_suffix(f".{os.getpid()}")  # another test process may be at it too
+        unfinished = output.with_suffix(f".{os.getpid()}")  # another test process may build the same output
         built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         assert built.returncode == 0, f"{' '.join(command)}\n{built.stderr}"
         unfinished.replace(output)
@@ -71,29 +72,42 @@ def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
 
 
 class Emulation:
-    """The launchers of emulation/kernels_<op>.cpp and the toys of emulation/toys.cpp."""
+    """The functions of kernels_<op>.cpp and of the toys, run by the emulator on memory of the host."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_take_error.restype = ctypes.c_char_p
 
     def call(
-        self, function: str, *arguments, schedule: int = FORWARD, first_block: int = 0, capability: int = 90
+        self,
+        function: str,
+        *arguments: Any,
+        schedule: int = FORWARD,
+        first_block: int = 0,
+        capability: int = 90,
+        multiprocessors: int = FEW_MULTIPROCESSORS,
     ) -> None:
-        """Run one launcher under a schedule, from block `first_block` on, on a device of a compute capability.
+        """Run one function under a schedule, from block `first_block` on, on a device with these properties.
 
-        Raises what the emulator complains of.
+        Raises:
+            RuntimeError: the emulator detected a mistake.
         """
         self.library.emulation_set_schedule(schedule)
-        self.library.emulation_set_capability(capability)
+        self.set_device(capability, multiprocessors)
         self.library.emulation_set_first_block(ctypes.c_uint64(first_block))
         getattr(self.library, function)(*map(to_c, arguments))
         if error := self.library.emulation_take_error().decode():
             raise RuntimeError(error)
 
-    def workspace(self, op: str, *arguments, capability: int = 90) -> torch.Tensor:
-        """Poisoned memory of the size that workspace_bytes_of_<op> tells."""
+    def set_device(self, capability: int = 90, multiprocessors: int = FEW_MULTIPROCESSORS) -> None:
         self.library.emulation_set_capability(capability)
+        self.library.emulation_set_multiprocessors(multiprocessors)
+
+    def workspace(
+        self, op: str, *arguments: Any, capability: int = 90, multiprocessors: int = FEW_MULTIPROCESSORS
+    ) -> torch.Tensor:
+        """Return poisoned memory of the size that workspace_bytes_of_<op> returns."""
+        self.set_device(capability, multiprocessors)
         function = getattr(self.library, f"workspace_bytes_of_{op}")
         function.restype = ctypes.c_int64
         return array(function(*map(to_c, arguments)), torch.uint8)
@@ -101,12 +115,13 @@ class Emulation:
 
 @dataclass(frozen=True)
 class Host:
-    """Memory that a launcher itself reads or writes, and not its kernels."""
+    """Memory that the launcher itself accesses; only kernels access the other tensors."""
 
     tensor: torch.Tensor
 
 
-def to_c(argument):
+def to_c(argument: Any) -> Any:
+    """Convert an argument to its ctypes type: tensors to pointers, dtypes to their number in hashengine::Dtype."""
     if isinstance(argument, Host):
         argument = argument.tensor
     if argument is None or isinstance(argument, torch.Tensor):
@@ -122,7 +137,7 @@ def load_emulation() -> Emulation:
 
 
 def array(numel: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """[numel], `offset` elements past a 16-byte boundary, poisoned: NaN in a floating-point dtype."""
+    """Return a poisoned array [numel], `offset` elements after a 16-byte boundary; floating-point values are NaN."""
     raw = torch.full(((numel + offset) * dtype.itemsize + 16,), 255, dtype=torch.uint8)
     aligned = -raw.data_ptr() % 16
     return raw[aligned : aligned + (numel + offset) * dtype.itemsize].view(dtype)[offset:]
@@ -134,6 +149,6 @@ def random_array(numel: int, dtype: torch.dtype, offset: int = 0, seed: int = 0)
 
 
 def sparse_array(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """[numel] zeros, of which only the pages that are touched take memory."""
+    """Return [numel] zeros; only the pages that are accessed take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)

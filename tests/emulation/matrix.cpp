@@ -1,23 +1,23 @@
-// Matrix instructions: what a warp's lanes hold of rows and columns is exchanged, then each lane sums up its own
-// products.
+// Emulated matrix instructions: the lanes of a warp exchange their words of rows and columns, then each lane computes
+// its own sums.
 
 #include "emulator.h"
-#include "matrix_twins.h"
+#include "matrix_instructions.h"
 
 namespace emulation {
 namespace {
 
-constexpr unsigned kWords = 8;  // of a row or column
-constexpr unsigned kWhole = ~0u;
-constexpr uint32_t kNonsense = 0xa5a5a5a5u;
+constexpr unsigned kWords = 8;  // per row or column
+constexpr unsigned kWholeWarp = ~0u;
+constexpr uint32_t kInvalid = 0xa5a5a5a5u;
 
-// Rows g and g + 8 of the warp, g = lane / 4: lane 4g + t brought words t and t + 4 of both.
+// Rows g and g + 8 of the warp, g = lane / 4. Lane 4g + t holds words t and t + 4 of both.
 struct Rows {
   uint32_t words[2][kWords];
 
   explicit Rows(const uint32_t* own, const char* operation) {
-    for (unsigned half = 0; half < 2; ++half) {  // own: row g word t, row g + 8 word t, then the same of word t + 4
-      const Lanes lanes = exchange(kWhole, operation, own[2 * half] | uint64_t(own[2 * half + 1]) << 32);
+    for (unsigned half = 0; half < 2; ++half) {  // own: word t of row g and of row g + 8, then word t + 4 of both
+      const Lanes lanes = exchange(kWholeWarp, operation, own[2 * half] | uint64_t(own[2 * half + 1]) << 32);
       for (unsigned t = 0; t < 4; ++t) {
         const uint64_t pair = lanes.bits[lane() / 4 * 4 + t];
         words[0][t + 4 * half] = uint32_t(pair);
@@ -39,7 +39,7 @@ unsigned column_of(unsigned sum) { return 8 * (sum / 4) + 2 * (lane() % 4) + sum
 
 void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns, const uint32_t* before) {
   const Rows own(rows, "mma");
-  const Lanes lanes = exchange(kWhole, "mma", columns[0] | uint64_t(columns[1]) << 32);
+  const Lanes lanes = exchange(kWholeWarp, "mma", columns[0] | uint64_t(columns[1]) << 32);
   for (unsigned sum = 0; sum < 4; ++sum) {
     uint32_t column[kWords];
     for (unsigned t = 0; t < 4; ++t) {
@@ -51,13 +51,15 @@ void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* colu
   }
 }
 
-void wgmma_begin() { exchange(kWhole, "wgmma.fence", 0); }
+void wgmma_fence() { exchange(kWholeWarp, "wgmma.fence", 0); }
 
-void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, const uint32_t* columns, bool keep_sums) {
-  if (block().fibers.size() % 128) fail("wgmma: %zu threads are no whole warpgroups", block().fibers.size());
-  MatrixProduct product{sums, std::vector<uint32_t>(sums, sums + count), {}, columns, keep_sums};
+void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, const uint32_t* columns,
+                        bool accumulate) {
+  if (block().fibers.size() % 128)
+    fail("wgmma: the block must consist of whole warpgroups, got %zu threads", block().fibers.size());
+  MatrixProduct product{sums, std::vector<uint32_t>(sums, sums + count), {}, columns, accumulate};
   std::copy_n(rows, 4, product.rows);
-  std::fill_n(sums, count, kNonsense);
+  std::fill_n(sums, count, kInvalid);
   fiber().products.push_back(std::move(product));
 }
 
@@ -73,9 +75,9 @@ void wgmma_wait() {
     for (unsigned sum = 0; sum < product.before.size(); ++sum) {
       uint32_t column[kWords];
       const unsigned index = column_of(sum);
-      for (unsigned word = 0; word < kWords; ++word)  // a core matrix: 8 columns by 4 words
+      for (unsigned word = 0; word < kWords; ++word)  // core matrices of 8 columns by 4 words
         column[word] = product.columns[(2 * (index / 8) + word / 4) * 32 + index % 8 * 4 + word % 4];
-      product.sums[sum] = (product.keep_sums ? product.sums[sum] : 0) + own.product(sum / 2 % 2, column);
+      product.sums[sum] = (product.accumulate ? product.sums[sum] : 0) + own.product(sum / 2 % 2, column);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""The launchers of the Hamming search, which the emulation runs on the host, compiled for the GPU that is here."""
+"""Compile the launchers of hamming_topk for the present GPU, so that test_hamming_topk.py can also run on it."""
 
 import ctypes
 import functools
@@ -6,6 +6,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,31 +16,31 @@ from tests.emulation.harness import CSRC, EMULATION, FORWARD, KERNELS, array, to
 
 
 class OnGpu:
-    """Called as the emulation is, with memory of the host: what kernels read and write is copied there and back."""
+    """Has the interface of `Emulation`. It takes tensors in host memory, and copies them to the GPU and back."""
 
     def __init__(self, library: Path, capability: int) -> None:
         self._library, self._capability = ctypes.CDLL(str(library)), capability
 
-    def call(self, function: str, *arguments, schedule: int = FORWARD, capability: int = 90) -> None:
+    def call(self, function: str, *arguments: Any, schedule: int = FORWARD, capability: int = 90) -> None:
         if schedule != FORWARD:
-            pytest.skip("a GPU keeps to no order of threads")
+            pytest.skip("a GPU runs threads in no particular order")
         if capability != self._capability:
-            pytest.skip(f"the GPU is of compute capability {self._capability / 10}")
-        placed = [self._placed(value) if isinstance(value, torch.Tensor) else value for value in arguments]
-        getattr(self._library, function)(*map(to_c, placed))
+            pytest.skip(f"the GPU has compute capability {self._capability / 10}")
+        copies = [self._to_gpu(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+        getattr(self._library, function)(*map(to_c, copies))
         torch.cuda.synchronize()
-        for value, on_gpu in zip(arguments, placed, strict=True):
+        for value, copy in zip(arguments, copies, strict=True):
             if isinstance(value, torch.Tensor):
-                value.copy_(on_gpu)
+                value.copy_(copy)
 
-    def workspace(self, op: str, *arguments, capability: int = 90) -> torch.Tensor:
+    def workspace(self, op: str, *arguments: Any, capability: int = 90) -> torch.Tensor:
         function = getattr(self._library, f"workspace_bytes_of_{op}")
         function.restype = ctypes.c_int64
         return array(function(*map(to_c, arguments)), torch.uint8)
 
     @staticmethod
-    def _placed(value: torch.Tensor) -> torch.Tensor:
-        """On the GPU, as far past a 16-byte boundary as here."""
+    def _to_gpu(value: torch.Tensor) -> torch.Tensor:
+        """Copy to the GPU, with the same offset from a 16-byte boundary."""
         offset = value.data_ptr() % 16
         memory = torch.empty(offset + value.nbytes, dtype=torch.uint8, device="cuda")
         return memory[offset:].view(value.dtype).view(value.shape).copy_(value)
@@ -54,13 +55,13 @@ def load_on_gpu() -> OnGpu:
 
 
 def build_for(architecture: str, folder: Path) -> Path:
-    """The launchers as a library; skips the test where nvcc is missing."""
+    """Compile the launchers to a library; skips the test if there is no nvcc."""
     nvcc = _toolchain.find_nvcc(os.environ, torch.version.cuda or "13.0", _toolchain.wheel_homes(torch.version.cuda))
     if isinstance(nvcc, _toolchain.Missing):
         pytest.skip(str(nvcc))
     library = folder / "hamming.so"
-    sources = [EMULATION / "kernels_hamming.cpp", *(file for file in KERNELS if file.name.startswith("hamming_"))]
+    sources = [EMULATION / "kernels_hamming_topk.cpp", *(file for file in KERNELS if file.parent.name == "hamming")]
     command = [f"{nvcc.home}/bin/nvcc", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=shared", "-t0", "-x", "cu"]
-    command += [f"-arch=sm_{architecture}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", *map(str, sources)]
+    command += [f"-arch=sm_{architecture}", f"-I{CSRC / 'include'}", f"-I{CSRC}", *map(str, sources)]
     subprocess.run([*command, "-o", str(library)], check=True)
     return library

@@ -1,6 +1,6 @@
-// Runs the kernels of the op that the argument names, for a build with -fsanitize=address,undefined: a read or write
-// outside an array, or through a misaligned vector, ends the program. Some arguments name a mistake, to show that it
-// would be seen.
+// Runs the kernels of one op, given by name, in a build with -fsanitize=address,undefined: an access outside an array,
+// or through a misaligned vector, ends the program. Some names run a known mistake instead, to test that it is
+// detected.
 
 #include "sanitized.h"
 
@@ -11,7 +11,7 @@ void emulation_set_schedule(int schedule);
 const char* emulation_take_error();
 void toy_overrun(float* out, int threads);
 void toy_dynamic_overrun();
-void toy_exited_peer(float* out, bool asks_late);
+void toy_exited_peer(float* out, bool maps_late);
 }
 
 namespace {
@@ -30,7 +30,7 @@ const Sanitized exited_peer("exited_peer", [] {
 
 int main(int count, char** arguments) {
   const auto run = Sanitized::all().find(count > 1 ? arguments[1] : "");
-  if (run == Sanitized::all().end()) return std::puts("sanitized: name an op"), 2;
+  if (run == Sanitized::all().end()) return std::puts("sanitized: the argument must be the name of an op"), 2;
   for (int schedule : {0, 1, 2}) {
     emulation_set_schedule(schedule);
     run->second();

@@ -1,4 +1,4 @@
-// What the sanitized_<op>.cpp have in common: each runs an op's kernels over arrays of exactly their size.
+// What the sanitized_<op>.cpp files share. Each of them runs an op's kernels on arrays of exactly the required size.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 #include "hashengine/types.h"
 
-// `bytes` on the heap, `offset` past a 16-byte boundary, poisoned, with nothing behind them.
+// An array of exactly `bytes` bytes on the heap, `offset` bytes after a 16-byte boundary, filled with `fill`.
 class Array {
  public:
   Array(int64_t bytes, int64_t offset, int fill = 0xff) : memory_(new char[size_t(offset + bytes)]), offset_(offset) {
@@ -36,7 +36,7 @@ constexpr ElementType kFloatingTypes[] = {
     {hashengine::Dtype::kBFloat16, 2},
 };
 
-// By name; an op adds itself with `const Sanitized op("op", run);`.
+// The registry of ops by name. An op registers itself with `const Sanitized op("op", run);`.
 class Sanitized {
  public:
   Sanitized(const char* name, void (*run)()) { all()[name] = run; }

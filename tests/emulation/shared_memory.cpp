@@ -1,4 +1,4 @@
-// Shared memory, of a block and of its cluster, and the asynchronous copies into it.
+// The shared memory of a block and of its cluster, and asynchronous copies into it.
 
 #include <link.h>
 
@@ -8,11 +8,10 @@
 
 namespace emulation {
 
-Block* in_place;
+Block* swapped_in;
 
 namespace {
 
-// The thread-local storage of this module, which is where __shared__ variables live, for the calling thread.
 struct Span {
   char* data;
   size_t size;
@@ -20,16 +19,18 @@ struct Span {
   bool contains(const char* address) const { return data <= address && address < data + size; }
 };
 thread_local char inside_declared_memory = 0;
+
+// The calling thread's copy of this module's thread-local storage, which contains the __shared__ variables.
 Span find_declared_memory() {
   Span span{&inside_declared_memory, 0};  // taking its address also makes the loader allocate the storage
   dl_iterate_phdr(
       [](dl_phdr_info* module, size_t, void* argument) {
-        auto* span = static_cast<Span*>(argument);
+        auto* found = static_cast<Span*>(argument);
         auto* begin = static_cast<char*>(module->dlpi_tls_data);
         for (int i = 0; begin && i < module->dlpi_phnum; ++i) {
           const size_t size = module->dlpi_phdr[i].p_memsz;
-          if (module->dlpi_phdr[i].p_type == PT_TLS && Span{begin, size}.contains(span->data)) {
-            *span = {begin, size};
+          if (module->dlpi_phdr[i].p_type == PT_TLS && Span{begin, size}.contains(found->data)) {
+            *found = {begin, size};
             return 1;
           }
         }
@@ -39,7 +40,7 @@ Span find_declared_memory() {
   return span;
 }
 
-Span declared_memory;  // where the __shared__ variables of the running block lie
+Span declared_memory;  // the __shared__ variables of the running block
 
 Span dynamic_memory(const Block& block) { return {block.dynamic.get(), dynamic_bytes}; }
 
@@ -55,7 +56,7 @@ void complete(const std::vector<Copy>& copies) {
 void allocate_shared_memory(Block& block) {
   declared_memory = find_declared_memory();
   block.declared.resize(declared_memory.size);
-  block.dynamic.reset(new char[dynamic_bytes]);  // of exactly this size, so that the sanitizer sees its end
+  block.dynamic.reset(new char[dynamic_bytes]);  // exactly this size, so that AddressSanitizer detects overruns
 }
 
 void begin_shared_memory(Block& block) {
@@ -64,18 +65,18 @@ void begin_shared_memory(Block& block) {
 }
 
 void end_shared_memory(Block& block) {
-  in_place = nullptr;  // it was this block's, and is not saved
+  swapped_in = nullptr;  // this block was swapped in; its variables need not be saved
   if (cluster_size == 1) return;
   begin_shared_memory(block);
   ASAN_POISON_MEMORY_REGION(block.declared.data(), block.declared.size());
   ASAN_POISON_MEMORY_REGION(block.dynamic.get(), dynamic_bytes);
 }
 
-void put_in_place(Block& block) {
-  if (in_place == &block) return;
-  if (in_place) std::copy_n(declared_memory.data, declared_memory.size, in_place->declared.data());
+void swap_in(Block& block) {
+  if (swapped_in == &block) return;
+  if (swapped_in) std::copy_n(declared_memory.data, declared_memory.size, swapped_in->declared.data());
   std::copy_n(block.declared.data(), declared_memory.size, declared_memory.data);
-  in_place = &block;
+  swapped_in = &block;
 }
 
 void* dynamic_shared_memory() { return block().dynamic.get(); }
@@ -88,14 +89,14 @@ void* map_shared(const void* address, unsigned rank) {
   const Span dynamic = dynamic_memory(block());
   if (dynamic.contains(byte)) return peer.dynamic.get() + (byte - dynamic.data);
   if (!declared_memory.contains(byte)) fail("map_shared_rank: the address is not in this block's shared memory");
-  // While this block runs its own variables are in place, and a peer's are not.
+  // Only the running block's variables are swapped in.
   return (&peer == &block() ? declared_memory.data : peer.declared.data()) + (byte - declared_memory.data);
 }
 
 void copy_later(void* shared, const void* global, size_t bytes, size_t zeros) {
   auto* target = static_cast<char*>(shared);
   if ((bytes != 4 && bytes != 8 && bytes != 16) || zeros > bytes)
-    fail("__pipeline_memcpy_async: %zu bytes with %zu zeros; 4, 8 or 16 can be copied", bytes, zeros);
+    fail("__pipeline_memcpy_async: the size must be 4, 8 or 16 bytes, got %zu with %zu zeros", bytes, zeros);
   if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     fail("__pipeline_memcpy_async: an address is not a multiple of %zu", bytes);
   if (!dynamic_memory(block()).contains(target) && !declared_memory.contains(target))

@@ -1,4 +1,4 @@
-// Barriers of blocks and clusters, and what the lanes of a warp do together.
+// Barriers of blocks and clusters, and the collective operations of a warp.
 
 #include <utility>
 

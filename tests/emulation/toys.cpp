@@ -1,10 +1,11 @@
-// Kernels with known mistakes, and their right twins: what the emulator must catch, and what it must let pass.
+// Toy kernels that test the emulator: correct kernels, which must pass, and kernels with a known mistake, which must be
+// detected.
 
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
-#include "launch.cuh"
-#include "reduce.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
 
 using namespace hashengine;
 
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 96;
 
-// Each block reverses its 96 numbers through shared memory.
+// Each block reverses its 96 numbers via shared memory.
 template <bool kHasBarrier>
 __global__ void reverse_kernel(const float* in, float* out) {
   __shared__ float tile[kThreads];
@@ -21,8 +22,8 @@ __global__ void reverse_kernel(const float* in, float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
-// Two rounds through one shared number: without the second barrier a fast thread overwrites what a slow one has yet to
-// read. Right by luck when the threads run in order.
+// Broadcasts two numbers through one shared variable. Without the second barrier, a fast thread overwrites the first
+// number before a slow one reads it; this does not show if the threads run in descending order.
 template <bool kHasBarrier>
 __global__ void broadcast_twice_kernel(const float* in, float* out) {
   __shared__ float first;
@@ -36,7 +37,7 @@ __global__ void broadcast_twice_kernel(const float* in, float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// The sum of each block's number, by the block that comes last. Taking the ticket before storing is the mistake.
+// The block that finishes last sums the numbers of all blocks. The mistake is to take the ticket before storing.
 template <bool kStoresFirst>
 __global__ void last_block_kernel(const float* in, float* out, float* stored, unsigned* tickets) {
   if (threadIdx.x != 0) return;
@@ -74,7 +75,7 @@ __global__ void divergent_kernel() {
   if (threadIdx.x < 32) {
     __syncwarp();
   } else if (threadIdx.x == 32) {
-    __syncwarp();  // the rest of this warp waits at the barrier
+    __syncwarp();  // the other lanes of this warp are at the barrier
   }
   __syncthreads();
 }
@@ -87,8 +88,9 @@ __global__ void mixed_operations_kernel() {
   }
 }
 
-// Reverses the numbers of a whole cluster: each block puts its own into dynamic shared memory and reads its mirror
-// image in the cluster. kArrives: all numbers are there before anyone reads. kStays: no block leaves while others read.
+// Reverses the numbers of a cluster: each block stores its own in dynamic shared memory and reads those of the mirrored
+// block. kArrives: a barrier before the reads ensures that all numbers are stored. kStays: a barrier after the reads
+// ensures that no block exits while others read from it.
 template <bool kArrives, bool kStays>
 __global__ void cluster_reverse_kernel(const float* in, float* out) {
   const auto cluster = cooperative_groups::this_cluster();
@@ -105,8 +107,8 @@ __global__ void cluster_reverse_kernel(const float* in, float* out) {
   if (kStays) cluster.sync();
 }
 
-// Each block gives its first number to all others of its cluster, by writing into their shared memory, which they must
-// have begun to use.
+// Each block writes its first number to the shared memory of all blocks of its cluster. kArrives: a barrier ensures
+// that they have started.
 template <bool kArrives>
 __global__ void cluster_gather_kernel(const float* in, float* out) {
   const auto cluster = cooperative_groups::this_cluster();
@@ -118,7 +120,7 @@ __global__ void cluster_gather_kernel(const float* in, float* out) {
   if (threadIdx.x < cluster.num_blocks()) out[blockIdx.x * kThreads + threadIdx.x] = gathered[threadIdx.x];
 }
 
-// A pipeline of two buffers: each round copies the next numbers in while it adds up the ones before.
+// A pipeline with two buffers: each round starts the copy of the next numbers, then sums the current ones.
 enum class Copies { kRight, kNotCommitted, kNotWaited, kTooFewWaited, kNoBarrierAfterWait, kNoBarrierBeforeReuse };
 template <Copies kCopies>
 __global__ void pipeline_kernel(const float* in, float* out, int rounds) {
@@ -140,7 +142,7 @@ __global__ void pipeline_kernel(const float* in, float* out, int rounds) {
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// The last of four numbers is filled with zero instead of read.
+// The copy fills the last of every four numbers with zero.
 __global__ void zero_fill_kernel(const float* in, float* out) {
   auto* tile = dynamic_shared<float>();
   __pipeline_memcpy_async(tile + 4 * threadIdx.x, in + 4 * threadIdx.x, 16, 4);
@@ -152,16 +154,17 @@ __global__ void zero_fill_kernel(const float* in, float* out) {
 __global__ void copy_kernel(const float* in, float* to, int bytes) { __pipeline_memcpy_async(to, in, size_t(bytes)); }
 __global__ void copy_unaligned_kernel(const float* in) { __pipeline_memcpy_async(dynamic_shared<float>() + 1, in, 16); }
 
-// Block 1 leaves; then block 0 reads from its shared memory, or asks where that lies.
-__global__ void exited_peer_kernel(float* out, bool asks_late) {
+// Block 0 reads from the shared memory of block 1 after block 1 has exited. It maps the address after the exit if
+// `maps_late`, otherwise before.
+__global__ void exited_peer_kernel(float* out, bool maps_late) {
   const auto cluster = cooperative_groups::this_cluster();
   auto* number = dynamic_shared<float>();
   *number = 1;
   const float* peer_number = cluster.map_shared_rank(number, 1);
   cluster.sync();
   if (cluster.block_rank() == 1) return;
-  cluster.sync();  // does not wait for who has exited
-  if (asks_late) peer_number = cluster.map_shared_rank(number, 1);
+  cluster.sync();  // does not wait for blocks that have exited
+  if (maps_late) peer_number = cluster.map_shared_rank(number, 1);
   *out = *peer_number;
 }
 
@@ -205,9 +208,9 @@ void toy_pipeline(const float* in, float* out, int blocks, int rounds, int copie
 void toy_zero_fill(const float* in, float* out) { launch(zero_fill_kernel, {1, 32, 512}, nullptr, in, out); }
 void toy_copy(const float* in, float* to, int bytes) { launch(copy_kernel, 1, 1, nullptr, in, to, bytes); }
 void toy_copy_unaligned(const float* in) { launch(copy_unaligned_kernel, {1, 1, 64}, nullptr, in); }
-void toy_exited_peer(float* out, bool asks_late) { launch(exited_peer_kernel, {2, 1, 4, 2}, nullptr, out, asks_late); }
+void toy_exited_peer(float* out, bool maps_late) { launch(exited_peer_kernel, {2, 1, 4, 2}, nullptr, out, maps_late); }
 void toy_dynamic_shared(int bytes) { launch(divergent_kernel, {1, 32, bytes}, nullptr); }
-void toy_shared_not_asked_for() {
+void toy_shared_not_requested() {
   cudaLaunchConfig_t config{};
   config.dynamicSmemBytes = 64 << 10;
   cudaLaunchKernelEx(&config, foreign_mask_kernel);

@@ -1,16 +1,15 @@
-// Products of 1-bit matrices with known mistakes, and right ones: what the twins of the instructions must show.
+// Toy kernels that test the emulated matrix instructions and __match_any_sync. wgmma_kernel can make a known mistake,
+// which must change its result.
 
-#include "launch.cuh"
-#include "reduce.cuh"
-#include "wgmma.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/hamming/wgmma.cuh"
 
 using namespace hashengine;
 
 namespace {
 
-constexpr int kRows = 64;  // of a warpgroup
-
-// The words of a row that a lane holds, of a matrix [kRows][kSliceWords].
+// The lane's words of the rows of a matrix [16 * warps][kSliceWords], 16 rows per warp.
 __device__ void load_rows(const uint32_t* matrix, uint32_t (&rows)[4]) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   for (int i = 0; i < 4; ++i)
@@ -24,7 +23,7 @@ __device__ void store_sums(const uint32_t (&sums)[kCount], int columns, uint32_t
     out[(16 * warp + row_of_sum(lane, i)) * columns + column_of_sum(lane, i)] = sums[i];
 }
 
-// 16 rows by 8 columns, both [.][kSliceWords], added to what the sums were.
+// out = before + the product of 16 rows and 8 columns, each of kSliceWords words.
 __global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t before, uint32_t* out) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t added[4] = {before, before, before, before};
@@ -38,24 +37,24 @@ __global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32
 
 enum Mistake { kNone, kNoWait, kColumnsOverwritten };
 
-// 64 rows by 256 columns, twice: the first product is kept in the second's sums.
+// Twice the product of 64 rows and 256 columns: the second wgmma accumulates.
 __global__ void wgmma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t* out, int mistake) {
   auto* tile = dynamic_shared<uint32_t>();
   for (int i = threadIdx.x; i < kWgmmaColumns * kSliceWords; i += blockDim.x)
     tile[column_word(i / kSliceWords, i % kSliceWords)] = columns[i];
-  publish_to_matrix_unit();
+  fence_matrix_reads();
   __syncthreads();
   uint32_t own[4], sums[kWgmmaSums] = {};
   load_rows(rows, own);
-  wgmma_begin();
-  wgmma_and_popcount(sums, own, column_tile(tile), false);
-  wgmma_and_popcount(sums, own, column_tile(tile), true);
+  wgmma_fence();
+  wgmma_and_popcount(sums, own, column_tile_descriptor(tile), false);
+  wgmma_and_popcount(sums, own, column_tile_descriptor(tile), true);
   if (mistake == kColumnsOverwritten && threadIdx.x == 0) tile[0] = ~tile[0];
   if (mistake != kNoWait) wgmma_wait(sums);
   store_sums(sums, kWgmmaColumns, out);
 }
 
-// Which lanes of the warp have the same value.
+// Per lane, the mask of the lanes with the same value.
 __global__ void match_kernel(const int* values, unsigned* out) {
   out[threadIdx.x] = __match_any_sync(kWholeWarp, values[threadIdx.x]);
 }

@@ -1,4 +1,6 @@
-"""A HammingIndex on a GPU, against one on the CPU; skipped where there is none."""
+"""A HammingIndex on GPUs gives the same results as one on the CPU; skipped without a GPU."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +8,15 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hashengine import HammingIndex, InputError, _native, metrics, ops
-from hashengine.index import HammingKNN, _codes, _filters, _parts, _search
-from tests.index.test_devices import OperationsOnDevices
-from tests.index.test_operations import BITS, MARKS, check_states_beside_a_writer, few_codes
+from hashengine.index import HammingKNN, execution
+from tests.helpers.index_operations import (
+    BITS,
+    MARKS,
+    OperationsOnDevices,
+    check_states_beside_a_writer,
+    few_codes,
+    use_small_blocks,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.build_config().get("build") != "cuda",
@@ -25,15 +33,8 @@ PLACEMENTS = [
 
 
 @pytest.fixture
-def short_parts(monkeypatch):
-    for module, name, value in (
-        (_codes, "_RUN", 8),
-        (_codes, "_BLOCK_BYTES", 5 * BITS // 8),
-        (_parts, "_CHUNK_BYTES", 16 * BITS // 8),
-        (_parts, "_PENDING", 2),
-        (_filters, "_ENTRIES", 64),
-    ):
-        monkeypatch.setattr(module, name, value)
+def small_blocks(monkeypatch):
+    use_small_blocks(monkeypatch)
 
 
 class OperationsOnGpus(OperationsOnDevices):
@@ -49,7 +50,7 @@ OperationsOnGpus.TestCase.settings = settings(
 )
 
 
-@pytest.mark.usefixtures("short_parts")
+@pytest.mark.usefixtures("small_blocks")
 class TestOperationsOnGpus(OperationsOnGpus.TestCase):
     pass
 
@@ -60,15 +61,16 @@ def random_codes(count: int, bits: int = 64, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain() -> HammingIndex:
-    """With removed codes and ids of its own."""
+def on_cpu() -> HammingIndex:
+    """Return an index on the CPU with ids given by the user and with removed codes."""
     index = HammingIndex(64)
     index.add(random_codes(100_003), torch.randperm(200_000, generator=torch.Generator().manual_seed(1))[:100_003])
-    index.remove(index.ids()[::7])
+    index.remove(index.ids[::7])
     return index
 
 
-def answers(index: HammingIndex, queries: torch.Tensor, **options) -> list[torch.Tensor]:
+def search_all(index: HammingIndex, queries: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+    """Return the results of every kind of search."""
     return [
         *index.search(queries, 100, **options),
         *index.range_search(queries, 16, **options),
@@ -79,28 +81,29 @@ def answers(index: HammingIndex, queries: torch.Tensor, **options) -> list[torch
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("filtered", [False, True])
-def test_answers_are_those_of_the_cpu(monkeypatch, plain, placement, filtered):
-    monkeypatch.setattr(_parts, "_CHUNK_BYTES", 1 << 16)
-    index, queries = plain.to(**placement), random_codes(33, seed=2)
-    mask = torch.rand(len(plain), generator=torch.Generator().manual_seed(3)) < 0.3 if filtered else None
-    for mine, other in zip(answers(index, queries, filter=mask), answers(plain, queries, filter=mask), strict=True):
-        assert torch.equal(mine, other)
+def test_an_index_on_gpus_equals_one_on_the_cpu(monkeypatch, on_cpu, placement, filtered):
+    monkeypatch.setattr(execution, "STREAM_CHUNK_BYTES", 1 << 16)
+    index, queries = on_cpu.to(**placement), random_codes(33, seed=2)
+    mask = torch.rand(len(on_cpu), generator=torch.Generator().manual_seed(3)) < 0.3 if filtered else None
+    expected = search_all(on_cpu, queries, filter=mask)
+    for got, want in zip(search_all(index, queries, filter=mask), expected, strict=True):
+        assert torch.equal(got, want)
     mask = None if mask is None else mask.cuda()
-    found = answers(index, queries.cuda(), filter=mask)
-    for mine, other in zip(found, answers(plain, queries, filter=mask), strict=True):
-        assert mine.is_cuda and torch.equal(mine.cpu(), other)
+    for got, want in zip(search_all(index, queries.cuda(), filter=mask), expected, strict=True):
+        assert got.is_cuda and torch.equal(got.cpu(), want)
+    assert all(map(torch.equal, search_all(on_cpu, queries, filter=mask), expected))  # with a mask on the GPU
     for results in (1, 1 << 9):  # queries one at a time, and in blocks
-        monkeypatch.setattr(_search, "_RESULTS", results)
-        for mine, other in zip(answers(index, queries.cuda(), filter=mask), found, strict=True):
-            assert torch.equal(mine, other)
+        monkeypatch.setattr(execution, "RESULTS_PER_BLOCK", results)
+        for got, want in zip(search_all(index, queries.cuda(), filter=mask), expected, strict=True):
+            assert torch.equal(got.cpu(), want)
 
 
 @pytest.mark.parametrize("filter", ["none", "mask", "bitmaps"])
-def test_a_search_does_not_wait_for_the_gpu(plain, filter):
-    index, queries = plain.to("cuda"), random_codes(16, seed=2).cuda()
-    mask = {"none": None, "mask": torch.ones(len(plain), dtype=torch.bool, device="cuda")}.get(filter)
+def test_a_search_does_not_synchronize(on_cpu, filter):
+    index, queries = on_cpu.to("cuda"), random_codes(16, seed=2).cuda()
+    mask = {"none": None, "mask": torch.ones(len(on_cpu), dtype=torch.bool, device="cuda")}.get(filter)
     if filter == "bitmaps":
-        mask = torch.full((16, (len(plain) + 7) // 8), 0xF7, dtype=torch.uint8, device="cuda")
+        mask = torch.full((16, (len(on_cpu) + 7) // 8), 0xF7, dtype=torch.uint8, device="cuda")
     expected = index.search(queries, 100, filter=mask)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,8 +113,8 @@ def test_a_search_does_not_wait_for_the_gpu(plain, filter):
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_search_and_the_packing_before_it_are_captured_in_a_graph(plain):
-    index, activations = plain.to("cuda"), torch.randn(16, 64, device="cuda")
+def test_packing_and_search_are_captured_in_a_graph(on_cpu):
+    index, activations = on_cpu.to("cuda"), torch.randn(16, 64, device="cuda")
 
     def search() -> tuple[torch.Tensor, torch.Tensor]:
         return index.search(ops.pack_bits(activations), 10)
@@ -130,22 +133,22 @@ def test_a_search_and_the_packing_before_it_are_captured_in_a_graph(plain):
         assert all(map(torch.equal, found, search()))
 
 
-def test_searches_on_other_streams_beside_a_writer_see_one_state_each():
+def test_searches_on_other_streams_during_writes_see_one_state_each():
     index = HammingIndex(16, "cuda")
     index.add(MARKS)
     query = torch.zeros(1, 2, dtype=torch.uint8, device="cuda")
     check_states_beside_a_writer(index, query, steps=200, within=lambda: torch.cuda.stream(torch.cuda.Stream()))
 
 
-def test_codes_on_the_gpu_are_searched_where_they_lie():
+def test_reading_codes_and_moving_to_the_same_gpu_copy_nothing():
     index = HammingIndex(BITS, "cuda")
     index.add(torch.from_numpy(few_codes(100, 0)).cuda())
-    assert index.codes.device == index.device == torch.device("cuda", torch.cuda.current_device())
+    assert index.codes.device == index.devices[0] == torch.device("cuda", torch.cuda.current_device())
     assert index.codes.data_ptr() == index.codes.data_ptr()  # a view, no copy
     assert index.to("cuda") is index
 
 
-def test_a_database_that_does_not_fit_is_told_and_streamed_instead():
+def test_a_database_that_does_not_fit_is_an_error_but_can_be_streamed():
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     filler = torch.empty(max(free - (1 << 30), 0), dtype=torch.uint8, device="cuda")
@@ -153,7 +156,7 @@ def test_a_database_that_does_not_fit_is_told_and_streamed_instead():
     index = HammingIndex(64, "cuda")
     index.add(codes[:10])
     with pytest.raises(
-        torch.cuda.OutOfMemoryError, match=r"add: the GPU must have at least 2 GiB free, got .* on cuda"
+        torch.cuda.OutOfMemoryError, match=r"add: free GPU memory must be at least 2 GiB, got .* on cuda"
     ):
         index.add(codes)
     assert len(index) == 10 and index.search(codes[:1], 10)[1].tolist() == [list(range(10))]
@@ -163,16 +166,16 @@ def test_a_database_that_does_not_fit_is_told_and_streamed_instead():
     del filler
 
 
-def test_metrics_and_neighbours_on_the_gpu():
+def test_metrics_and_knn_on_the_gpu_equal_those_on_the_cpu():
     codes, labels = random_codes(2000), torch.arange(2000) % 7
-    arguments = codes[:50], labels[:50], codes, labels
-    theirs = metrics.distance_counts(*(value.cuda() for value in arguments))
-    mine = metrics.distance_counts(*arguments)
-    assert torch.equal(theirs.items, mine.items) and torch.equal(theirs.relevant, mine.relevant)
+    queries, query_labels = codes[:50], labels[:50]
+    on_gpu = metrics.distance_counts(queries.cuda(), codes.cuda(), labels=(query_labels.cuda(), labels.cuda()))
+    on_cpu = metrics.distance_counts(queries, codes, labels=(query_labels, labels))
+    assert torch.equal(on_gpu.items, on_cpu.items) and torch.equal(on_gpu.relevant, on_cpu.relevant)
     for found, expected in zip(HammingKNN()(codes.cuda(), 5), HammingKNN()(codes, 5), strict=True):
         assert found.is_cuda and torch.equal(found.cpu(), expected)
 
 
-def test_there_is_no_such_gpu():
+def test_a_gpu_that_does_not_exist_is_an_error():
     with pytest.raises(InputError, match=f"device must be one of {len(GPUS)} GPUs, .* got 'cuda:{len(GPUS)}'"):
         HammingIndex(64, f"cuda:{len(GPUS)}")

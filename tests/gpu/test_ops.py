@@ -1,16 +1,18 @@
-"""The native CUDA ops on a GPU, against the same ops on the CPU; skipped where there is none.
+"""The sign, packing and attention ops on a GPU, against eager torch or the same ops on the CPU; skipped without a GPU.
 
-The kernels' logic is proved without a GPU, in test_cuda_emulation; here stands what only a device shows.
+tests/cuda tests the logic of the kernels without a GPU. These tests run the compiled kernels and the binding on a GPU.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hashengine import _native, nn, ops
+from hashengine.ops.triplet_attention import triplet_attention_inference
+from tests.helpers.eager import eager_simam, eager_triplet, formula, triplet_parameters
 from tests.helpers.layouts import LAYOUTS, feature_map
 from tests.helpers.numerics import assert_as_accurate_as_eager
-from tests.ops.test_attention_ops import eager_simam, eager_triplet, triplet_parameters
-from tests.ops.test_code_ops import formula
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.build_config().get("build") != "cuda",
@@ -18,12 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1, 1, 1), (3, 4, 5, 6), (4, 33, 64, 9), (64, 64, 8, 8))
-# Planes of every size that a layer meets, and some that it does not: within a warp, a block, a cluster, and beyond.
+# Planes that fit into a warp, a block and a cluster, and larger ones.
 FEATURE_MAPS = ((2, 64, 7, 7), (3, 5, 13, 11), (2, 16, 56, 56), (1, 3, 224, 224), (1, 2, 700, 701), (2, 2048, 7, 7))
 
 
 def on_gpu(layout: str, dtype: torch.dtype, shape=(3, 4, 5, 6), seed: int = 0) -> torch.Tensor:
-    """As `feature_map`, with the same strides."""
+    """Return `feature_map` on the GPU, with the same strides."""
     u = feature_map(layout, dtype, shape, seed)
     if layout == "expanded":
         return u[:1, ..., :1].cuda().expand(u.shape)
@@ -41,14 +43,14 @@ def test_greedy_sign_equals_the_formula(layout, dtype):
         eager = formula(u, 0.3, grad_b, torch.tensor(0.7, dtype=dtype, device="cuda"))
         exact = formula(u.double(), 0.3, grad_b.double(), torch.tensor(0.7, dtype=torch.float64, device="cuda"))
         assert torch.equal(b, eager[0]) and b.stride() == torch.empty_like(u).stride()
-        if dtype != torch.float64:  # there the exact value is added up no better than the kernel's
+        if dtype != torch.float64:  # the float64 reference is no more accurate than the kernel
             assert_as_accurate_as_eager(penalty, eager[1].to(penalty.dtype), exact[1])
         assert_as_accurate_as_eager(grad, eager[2], exact[2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(layout, dtype):
+def test_opcheck_of_greedy_sign_and_pack_bits(layout, dtype):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     u = on_gpu(layout, dtype)
     torch.library.opcheck(torch.ops.hashengine.greedy_sign.default, (u.requires_grad_(), 0.1), test_utils=checks)
@@ -65,7 +67,10 @@ def test_packing_equals_the_cpu(dtype, shape):
     assert torch.equal(ops.unpack_bits(codes).cpu(), ops.unpack_bits(codes.cpu()))
 
 
-def results_and_gradient(function, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def results_and_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, upstream: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y = function(x), and the gradient of x for the gradient `upstream` of y."""
     x = x.detach().requires_grad_()
     y = function(x)
     (grad,) = torch.autograd.grad(y, x, upstream.to(y.dtype))
@@ -104,11 +109,11 @@ def test_triplet_attention_is_as_accurate_as_eager(shape, training, dtype, layou
     for mine, theirs, want in zip(fused, eager, exact, strict=True):
         assert_as_accurate_as_eager(mine, theirs, want)
     if not training:
-        assert_as_accurate_as_eager(ops.triplet_attention_inference(x, *reals), eager[0], exact[0])
+        assert_as_accurate_as_eager(triplet_attention_inference(x, *reals), eager[0], exact[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triplet_attention_trains_its_parameters_as_the_cpu_does(dtype):
+def test_triplet_attention_trains_like_the_cpu(dtype):
     torch.manual_seed(0)
     layers = [nn.TripletAttention().double().to(device) for device in ("cpu", "cuda")]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -116,7 +121,7 @@ def test_triplet_attention_trains_its_parameters_as_the_cpu_does(dtype):
         for step in range(2):
             x = feature_map("contiguous", dtype, (4, 8, 9, 7), seed=step).to(next(layer.parameters()).device)
             layer(x).double().square().sum().backward()
-    tolerance = {} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}  # sums of 4 * 8 * 9 * 7 rounded terms
+    tolerance = {} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}  # sums over 4 * 8 * 9 * 7 rounded terms
     for cpu, gpu in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
         torch.testing.assert_close(gpu.grad.cpu(), cpu.grad, **tolerance)
     torch.testing.assert_close([b.cpu() for b in layers[1].buffers()], list(layers[0].buffers()), **tolerance)
@@ -135,7 +140,7 @@ def test_opcheck_of_the_attention_ops(layout):
     torch.library.opcheck(torch.ops.hashengine.triplet_attention_inference.default, arguments, test_utils=checks)
 
 
-def test_ties_and_nan_are_the_cpus():
+def test_triplet_attention_with_ties_and_nan_gives_the_indices_of_the_cpu():
     x = feature_map("contiguous", torch.float32, (2, 6, 9, 8)).round()
     parameters = triplet_parameters(3, torch.float32)
     for value in (None, torch.nan):
@@ -148,7 +153,7 @@ def test_ties_and_nan_are_the_cpus():
 
 
 @pytest.mark.parametrize("layer", [nn.SimAM, nn.TripletAttention])
-def test_layers_take_a_graph_another_stream_and_autocast(layer):
+def test_layers_run_on_another_stream_in_a_graph_and_under_autocast(layer):
     module = layer().cuda()
     x = on_gpu("channels_last", torch.bfloat16, (4, 32, 14, 14)).requires_grad_()
 
@@ -182,8 +187,8 @@ def test_layers_compile_as_one_graph(layer):
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_more_than_two_to_the_31_elements():
-    shape = (3, 1024, 1024, 700)  # 2.2e9 values; bf16, so x, y and the gradients fit
+def test_simam_and_triplet_attention_of_more_than_two_to_the_31_elements():
+    shape = (3, 1024, 1024, 700)  # 2.2e9 values; in bfloat16, so that x and y fit in GPU memory
     x = torch.randn(shape[0], 1, *shape[2:], device="cuda").to(torch.bfloat16).repeat(1, shape[1], 1, 1)
     x[-1, -1] += 1
     y = ops.simam(x)
@@ -192,18 +197,18 @@ def test_more_than_two_to_the_31_elements():
         torch.testing.assert_close(y[plane], alone, rtol=2**-7, atol=0)
     del y
     parameters = to_gpu(triplet_parameters(3), torch.float32)
-    y = ops.triplet_attention_inference(x, *parameters)
-    last = ops.triplet_attention_inference(x[-1:].clone(), *parameters)
+    y = triplet_attention_inference(x, *parameters)
+    last = triplet_attention_inference(x[-1:].clone(), *parameters)
     torch.testing.assert_close(y[-1:], last, rtol=2**-7, atol=0)
 
 
-def test_every_run_gives_the_same_bits():
+def test_repeated_runs_of_greedy_sign_give_the_same_penalty():
     u = on_gpu("contiguous", torch.float32, (64, 64, 33, 8))
     assert len({ops.greedy_sign(u, 0.1)[1].item() for _ in range(20)}) == 1
 
 
-def test_takes_the_current_stream_and_a_graph():
-    """In a capture every launch on another stream, every synchronisation and every look at a value is an error."""
+def test_greedy_sign_and_pack_bits_run_on_the_current_stream_and_in_a_graph():
+    """During capture, a launch on another stream, a synchronization, or a read of a value on the host is an error."""
     u = on_gpu("contiguous", torch.float32, (64, 64, 8, 8)).flatten(1)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
@@ -221,7 +226,7 @@ def test_takes_the_current_stream_and_a_graph():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-def test_takes_the_tensors_device():
+def test_the_ops_run_on_the_device_of_the_tensor():
     u = torch.randn(100, 64, device="cuda:1")
     b, penalty = ops.greedy_sign(u, 0.1)
     assert b.device == penalty.device == u.device
@@ -231,7 +236,7 @@ def test_takes_the_tensors_device():
         assert layer(x).device == u.device
 
 
-def test_nan_does_not_stop_the_device():
+def test_greedy_sign_of_nan_is_minus_one_with_a_nan_penalty():
     u = torch.full((4, 8), torch.nan, device="cuda")
     b, penalty = ops.greedy_sign(u, 0.1)
     assert penalty.isnan() and b.eq(-1).all()

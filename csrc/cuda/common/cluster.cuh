@@ -1,0 +1,39 @@
+// Thread-block clusters: blocks that run at the same time and can access each other's shared memory. Architectures
+// before 9.0 have no clusters; there each block is a cluster of its own.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+namespace hashengine {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// A barrier for all threads of the cluster. Writes to shared memory before it are visible after it.
+__device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+__device__ __forceinline__ int cluster_rank() {
+  return static_cast<int>(cooperative_groups::this_cluster().block_rank());
+}
+__device__ __forceinline__ int cluster_blocks() {
+  return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+}
+// The address of the shared variable in block `rank`. Valid only while that block runs: it must have started, which
+// cluster_sync() ensures, and must not exit before the last access.
+template <typename T>
+__device__ __forceinline__ T* map_to_rank(T* shared, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+
+#else
+
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ int cluster_blocks() { return 1; }
+template <typename T>
+__device__ __forceinline__ T* map_to_rank(T* shared, int) {
+  return shared;
+}
+
+#endif
+
+}  // namespace hashengine

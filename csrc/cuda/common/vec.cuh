@@ -1,0 +1,77 @@
+// Vectorised loads and stores of up to 128 bits, and conversions between storage and arithmetic types.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "hashengine/types.h"
+
+namespace hashengine {
+
+constexpr int kVectorBytes = 16;  // per load or store instruction; supported by every architecture since sm_50
+
+// kWidth elements, loaded or stored by one instruction, or by one instruction per kVectorBytes if they have more bytes.
+// kWidth * sizeof(T) is a power of two.
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T) < kVectorBytes ? kWidth * sizeof(T) : kVectorBytes) Vector {
+  T at[kWidth];
+};
+
+HE_HOST_DEVICE bool is_aligned(const void* pointer, int bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
+}
+
+// The vector that begins at element `begin`, a multiple of kWidth. The array must be aligned to a Vector.
+template <int kWidth, typename T>
+__device__ __forceinline__ const Vector<T, kWidth>& vector_at(const T* array, int64_t begin) {
+  return *reinterpret_cast<const Vector<T, kWidth>*>(array + begin);
+}
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Vector<T, kWidth>& vector_at(T* array, int64_t begin) {
+  return *reinterpret_cast<Vector<T, kWidth>*>(array + begin);
+}
+
+// The type in which elements of type T are computed and accumulated.
+template <typename T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Element i of a vector, widened. A pair of bfloat16 stays in the register that it was loaded to; one shift or one mask
+// extracts either of them.
+template <typename T, int kWidth>
+__device__ __forceinline__ Arithmetic<T> widen_at(const Vector<T, kWidth>& vector, int i) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
+    uint32_t pair;
+    std::memcpy(&pair, &vector.at[i - i % 2], sizeof(pair));
+    pair = i % 2 ? pair & 0xffff0000u : pair << 16;
+    float value;
+    std::memcpy(&value, &pair, sizeof(value));
+    return value;
+  } else {
+    return widen(vector.at[i]);
+  }
+}
+
+// Rounds to the nearest T, ties to even.
+template <typename T>
+__device__ __forceinline__ T narrow(Arithmetic<T> value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+}  // namespace hashengine

@@ -1,0 +1,125 @@
+// The 1-bit matrix instructions: sum[row][column] = popcount(row & column), for rows and columns of 256 bits (eight
+// 32-bit words), with `mma` also of 128 bits.
+//
+// Layout. A warp holds 16 rows in registers: lane 4g + t has words t and t + 4 of rows g and g + 8. With `mma` the warp
+// also holds 8 columns; with `wgmma` four warps share 256 columns in shared memory. Lane 4g + t receives the following
+// sums, with `wgmma` for j = 0 to 31, with `mma` only for j = 0:
+//
+//   sum      row     column
+//   4j       g       8j + 2t
+//   4j + 1   g       8j + 2t + 1
+//   4j + 2   g + 8   8j + 2t
+//   4j + 3   g + 8   8j + 2t + 1
+//
+// Limits. Native mma: compute capability 8.0 to 9.0; wgmma: only 9.0a. Later architectures have neither in hardware.
+// The kernels use AND because the instructions with XOR are native only up to 8.9. Without nvcc, host functions in
+// tests/emulation replace the instructions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "hashengine/types.h"
+#if !defined(__CUDACC__)
+#include "matrix_instructions.h"
+#endif
+
+namespace hashengine {
+
+constexpr int kSliceWords = 8;  // a slice is the part of a row or column that one instruction processes: 256 bits
+constexpr int kWgmmaColumns = 256;
+constexpr int kWgmmaSums = 128;  // per thread
+constexpr int kWarpgroupThreads = 128;
+constexpr int kColumnTileBytes = kWgmmaColumns * kSliceWords * 4;  // one slice of kWgmmaColumns columns
+
+// The row and the column of a lane's sum.
+HE_HOST_DEVICE int row_of_sum(int lane, int sum) { return lane / 4 + 8 * (sum / 2 % 2); }
+HE_HOST_DEVICE int column_of_sum(int lane, int sum) { return 8 * (sum / 4) + 2 * (lane % 4) + sum % 2; }
+
+// The offset, in words, of a column's word within a tile of columns in shared memory. A tile consists of core matrices
+// of eight columns by 16 bytes, stored contiguously; the two core matrices of the same columns are adjacent.
+HE_HOST_DEVICE int column_word(int column, int word) {
+  return (2 * (column / 8) + word / 4) * 32 + column % 8 * 4 + word % 4;
+}
+
+#if defined(__CUDACC__)
+
+// sums = before + popcount(rows & columns). Lane 4g + t passes words t and t + 4 of column g.
+__device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[4],
+                                                 const uint32_t (&columns)[2], const uint32_t (&before)[4]) {
+#if __CUDA_ARCH__ < 1000
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]), "r"(before[0]),
+        "r"(before[1]), "r"(before[2]), "r"(before[3]));
+#endif
+}
+
+// The same for 128 bits: lane 4g + t passes word t.
+__device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[2],
+                                                 const uint32_t (&columns)[1], const uint32_t (&before)[4]) {
+#if __CUDA_ARCH__ < 1000
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(columns[0]), "r"(before[0]), "r"(before[1]), "r"(before[2]), "r"(before[3]));
+#endif
+}
+
+// The descriptor of a tile of columns for wgmma (PTX, matrix descriptor, no swizzle). In units of 16 bytes: bits 0-13
+// are the tile's address, bits 16-29 the stride between core matrices along a column, bits 32-45 the stride between
+// groups of eight columns.
+__device__ __forceinline__ uint64_t column_tile_descriptor(const uint32_t* tile) {
+  constexpr uint64_t kStrides = uint64_t{128 / 16} << 16 | uint64_t{256 / 16} << 32;
+  uint32_t begin = static_cast<uint32_t>(__cvta_generic_to_shared(tile) & 0x3ffff) >> 4;
+  asm volatile("" : "+r"(begin));  // otherwise the compiler recomputes it before each instruction
+  return kStrides | begin;
+}
+// The descriptor of the tile that is stored `tiles` tiles after this one.
+__device__ __forceinline__ uint64_t advance_tiles(uint64_t tile, int tiles) {
+  return tile + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16);
+}
+
+// After this and a barrier, wgmma sees what this thread has stored in shared memory.
+__device__ __forceinline__ void fence_matrix_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Pins the values in registers; otherwise the compiler rematerialises them at each use.
+template <size_t kCount>
+__device__ __forceinline__ void pin_registers(uint32_t (&values)[kCount]) {
+#pragma unroll
+  for (size_t i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
+}
+
+__device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;  // a single instruction, which the compiler does not generate by itself
+  asm("lop3.b32 %0, %1, %2, %3, 0xfe;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+#else
+
+__device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[4],
+                                                 const uint32_t (&columns)[2], const uint32_t (&before)[4]) {
+  emulation::mma_and_popcount(sums, rows, columns, before);
+}
+__device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[2],
+                                                 const uint32_t (&columns)[1], const uint32_t (&before)[4]) {
+  const uint32_t whole_rows[4] = {rows[0], rows[1], 0, 0}, whole_columns[2] = {columns[0], 0};
+  emulation::mma_and_popcount(sums, whole_rows, whole_columns, before);
+}
+__device__ __forceinline__ const uint32_t* column_tile_descriptor(const uint32_t* tile) { return tile; }
+__device__ __forceinline__ const uint32_t* advance_tiles(const uint32_t* tile, int tiles) {
+  return tile + tiles * (kColumnTileBytes / 4);
+}
+__device__ __forceinline__ void fence_matrix_reads() {}
+template <size_t kCount>
+__device__ __forceinline__ void pin_registers(uint32_t (&)[kCount]) {}
+__device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) { return a | b | c; }
+
+#endif
+
+}  // namespace hashengine

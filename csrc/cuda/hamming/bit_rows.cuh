@@ -1,0 +1,174 @@
+// Codes as rows and queries as columns of 1-bit matrices, built so that a single bit of a product tells whether a code
+// is within a query's maximum distance T.
+//
+// Idea. The matrix instructions count the bits of row & column. The distance must be expressed by such counts and
+// compared with T, which differs between queries. Both are possible because rows and columns have extra bits: a
+// complement, or a number n in unary (n ones, then zeros). (scan_mma.cu instead starts each sum with a number per
+// query. With wgmma that would take a move per sum, whereas the check of the sums takes half an instruction per sum.)
+//
+// Up to 64 bits. The code, padded to 64 bits, and its complement fit in 256 bits:
+//
+//   row     [d, ~d, 128 ones]
+//   column  [q, ~q, 64 + T ones]
+//   sum     (64 - distance) + (64 + T); bit 7 is set if distance <= T
+//
+// Longer codes are padded to W = 4, 8, 16 or 32 words (b = 32 W bits), and rows and columns have 2b bits. Because
+// distance = |q| + |d| - 2 |q & d|:
+//
+//   row     [d, b/2 - ceil(|d| / 2) ones, b/2 ones]
+//   column  [q, b/2 ones, b/2 - floor((|q| - T) / 2) ones]
+//   sum     |q & d| - ceil(|d| / 2) - floor((|q| - T) / 2) + b; the bit of value b is set if distance <= T
+//
+// Because the halves are rounded, some codes at distance T + 1 pass; Candidates::add_if_within_bound computes the exact
+// distance. The column requires T <= |q|; otherwise it is all ones and admits every code. To make this rare even for
+// sparse codes, codes and queries are first XORed with the same arbitrary bits, which does not change distances.
+#pragma once
+
+#include "cuda/hamming/bit_matrix.cuh"
+#include "cuda/hamming/device_search.cuh"
+
+namespace hashengine {
+
+// Rows and columns of codes of up to kWords words.
+template <int kWords>
+struct BitRows {
+  static_assert(kWords == 2 || kWords == 4 || kWords == 8 || kWords == 16 || kWords == 32);
+  static constexpr int kCodeWords = kWords;
+  static constexpr bool kHasComplement = kWords == 2;
+  static constexpr int kRowWords = kHasComplement ? kSliceWords : 2 * kWords;
+  static constexpr int kSlices = kRowWords / kSliceWords;
+  static constexpr int kOnesSlices = kHasComplement ? 0 : kWords / 2 / kSliceWords;  // the last slices, all ones
+  static constexpr int kBuiltSlices = kSlices - kOnesSlices;  // the slices that depend on the code
+  static constexpr int kHalfBits = 16 * kWords;               // b / 2
+  static constexpr int kCandidateBit = kHasComplement ? 128 : 32 * kWords;
+  static constexpr int kLaneWords = kHasComplement ? 1 : kWords / 4;  // words of a code per lane
+
+  // XORs a word of a code or query with the arbitrary bits.
+  static __device__ __forceinline__ uint32_t scramble(uint32_t word, int index) {
+    return kHasComplement ? word : word ^ (0x9e3779b9u * static_cast<uint32_t>(index + 1) ^ 0x5bd1e995u);
+  }
+
+  // Word `index` of a field of `ones` ones followed by zeros.
+  static __device__ __forceinline__ uint32_t unary(int ones, int index) {
+    const int ones_here = min(max(ones - 32 * index, 0), 32);
+    return ones_here == 32 ? ~0u : (1u << ones_here) - 1;
+  }
+
+  // --- rows: a warp holds tiles of 16 codes. Lane 4g + t has words t and t + 4 of each slice of codes g and g + 8 ---
+
+  // Loads the lane's words of codes g and g + 8 of each tile: words t, t + 4, ..., or, if kHasComplement, word t % 2.
+  // Rows after `end` repeat the last code; the caller must ignore their sums.
+  template <int kTiles>
+  static __device__ __forceinline__ void load(const CodeRows& codes, int64_t first, int64_t end,
+                                              uint32_t (&words)[kTiles][2][kLaneWords]) {
+    const int lane = static_cast<int>(threadIdx.x % 32), word = lane % (kHasComplement ? 2 : 4);
+    if (codes.has_whole_words && codes.bytes == 4 * kWords && first + 16 * kTiles <= end) {
+      const auto* const from = reinterpret_cast<const uint32_t*>(codes.rows) + (first + lane / 4) * kWords + word;
+#pragma unroll
+      for (int row = 0; row < 2 * kTiles; ++row)
+#pragma unroll
+        for (int i = 0; i < kLaneWords; ++i) words[row / 2][row % 2][i] = __ldg(from + 8 * row * kWords + 4 * i);
+      return;
+    }
+#pragma unroll
+    for (int row = 0; row < 2 * kTiles; ++row) {
+      const int64_t position = min(first + 8 * row + lane / 4, end - 1);
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i)
+        words[row / 2][row % 2][i] = word + 4 * i < codes.words() ? codes.word(position, word + 4 * i) : 0;
+    }
+  }
+
+  // Builds the lane's words of a tile's built slices from the loaded words.
+  static __device__ __forceinline__ void build(const uint32_t (&words)[2][kLaneWords],
+                                               uint32_t (&rows)[kBuiltSlices][4]) {
+    const int t = static_cast<int>(threadIdx.x % 4);
+    if constexpr (kHasComplement) {
+      const uint32_t flip = t < 2 ? 0 : ~0u;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[0][half] = words[half][0] ^ flip;
+        rows[0][2 + half] = ~0u;
+      }
+    } else {
+      int fill[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int ones = 0;
+#pragma unroll
+        for (int i = 0; i < kLaneWords; ++i) {
+          rows[i / 2][i % 2 * 2 + half] = scramble(words[half][i], t + 4 * i);
+          ones += __popc(rows[i / 2][i % 2 * 2 + half]);
+        }
+        ones += __shfl_xor_sync(~0u, ones, 1);  // adds up the four lanes of the same row
+        ones += __shfl_xor_sync(~0u, ones, 2);
+        fill[half] = kHalfBits - (ones + 1) / 2;
+      }
+#pragma unroll
+      for (int i = kLaneWords; i < 2 * kBuiltSlices; ++i) {
+        const int index = t + 4 * i - kWords;  // index in the two fields of kWords / 2 words that follow the code
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          rows[i / 2][i % 2 * 2 + half] = index < kWords / 2 ? unary(fill[half], index) : ~0u;
+      }
+    }
+  }
+
+  // Zeroes the rows of codes that a filter shared by all queries excludes, so that no column accepts them (in
+  // scan_mma.cu: no column except one that accepts every distance). `slices` hold the words of rows g and g + 8
+  // alternately; the tile begins at position `first`.
+  template <int kRowSlices, int kSliceLaneWords>
+  static __device__ __forceinline__ void clear_filtered_rows(const DeviceSearch& search, int64_t first, int64_t end,
+                                                             uint32_t (&slices)[kRowSlices][kSliceLaneWords]) {
+    if (search.filter == nullptr || search.filter_stride != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (search.passes_filter(0, min(first + threadIdx.x % 32 / 4 + 8 * half, end - 1))) continue;
+#pragma unroll
+      for (int slice = 0; slice < kRowSlices; ++slice)
+#pragma unroll
+        for (int i = half; i < kSliceLaneWords; i += 2) slices[slice][i] = 0;
+    }
+  }
+
+  // --- columns ---
+
+  struct Column {
+    int ones;          // |q| of the scrambled q
+    int max_distance;  // T; -1: no code is within it
+
+    // Word `index` of the column.
+    __device__ __forceinline__ uint32_t word(const CodeRows& queries, int64_t query, int index) const {
+      if (max_distance < 0) return 0;
+      if constexpr (kHasComplement) {
+        if (index >= 4) return unary(64 + max_distance, index - 4);
+        const uint32_t code = index % 2 < queries.words() ? queries.word(query, index % 2) : 0;
+        return index < 2 ? code : ~code;
+      } else {
+        if (max_distance > ones) return ~0u;
+        if (index < kWords) return scramble(index < queries.words() ? queries.word(query, index) : 0, index);
+        if (index < kWords + kWords / 2) return ~0u;
+        return unary(kHalfBits - (ones - max_distance) / 2, index - kWords - kWords / 2);
+      }
+    }
+  };
+
+  static __device__ __forceinline__ Column column(const CodeRows& queries, int64_t query, int max_distance) {
+    int ones = 0;
+    if constexpr (!kHasComplement)
+      for (int i = 0; i < kWords; ++i) ones += __popc(scramble(i < queries.words() ? queries.word(query, i) : 0, i));
+    return {ones, max_distance};
+  }
+};
+
+// Calls function(BitRows<kWords>()) with the shortest rows that hold codes of `words` words.
+template <typename Function>
+void with_bit_rows(int words, Function function) {
+  if (words <= 2) return function(BitRows<2>());
+  if (words <= 4) return function(BitRows<4>());
+  if (words <= 8) return function(BitRows<8>());
+  if (words <= 16) return function(BitRows<16>());
+  return function(BitRows<32>());
+}
+
+}  // namespace hashengine

@@ -1,0 +1,120 @@
+// hamming_topk on the GPU, for the searches that can_launch_hamming_topk accepts; hamming_range.cu serves the others.
+//
+// Idea. Three launches: bounds.cu estimates a bound per query from a sample, a scan keeps the codes within it as
+// candidates, and select.cu selects the k nearest of them. This reads the codes about once. For a small database only
+// the selection is launched; it then reads all codes. choose_scan() picks the scan for the device and the search;
+// topk_steps.h declares the steps.
+//
+// Launch. The queries are divided into batches so that the candidates of a batch fit in kMaxCandidateBytes.
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/workspace.h"
+#include "cuda/hamming/topk_steps.h"
+
+namespace hashengine {
+namespace {
+
+constexpr int64_t kMaxSelectedK = 4096;  // select.cu sorts k keys in 32 KB of shared memory
+constexpr int64_t kSmallDatabaseCodes = 8192;
+constexpr int64_t kSmallK = 256;
+constexpr int64_t kMaxCandidateBytes = 512 << 20;
+
+enum class Scan { kPopcount, kMma, kWgmma };
+
+// scan_popcount compares a code with one query after another. scan_mma compares it with eight queries in the time of
+// one query, so it is faster than scan_popcount from two queries on. scan_wgmma compares it with 256 queries in the
+// time of one query, but this time is longer than that of scan_mma for eight queries. 64 queries are the assumed
+// break-even between scan_mma and scan_wgmma; no measurement of it is recorded.
+Scan choose_scan(const HammingSearch& search) {
+  constexpr int64_t kMinMmaQueries = 2, kMinWgmmaQueries = 64;
+  const int64_t major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  const bool has_mma = major == 8 || major == 9;
+  if (search.code_bytes > 4 * kMaxMatrixWords || search.query_count < kMinMmaQueries || !has_mma)
+    return Scan::kPopcount;
+  const bool has_wgmma = major == 9 && search.query_count >= kMinWgmmaQueries && has_hamming_scan_wgmma();
+  return has_wgmma ? Scan::kWgmma : Scan::kMma;
+}
+
+Candidates take_candidates(const HammingTopkPlan& plan, Workspace& workspace) {
+  Candidates candidates{};
+  candidates.keys = workspace.take<uint64_t>(plan.batch * plan.capacity);
+  candidates.bounds = workspace.take<uint64_t>(plan.batch);
+  candidates.counts = workspace.take<unsigned>(plan.batch);
+  candidates.margin_counts = workspace.take<unsigned>(plan.batch * Candidates::kMargins);
+  candidates.capacity = plan.capacity;
+  candidates.k = static_cast<unsigned>(plan.k);
+  candidates.format = plan.format;
+  return candidates;
+}
+
+}  // namespace
+
+HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t result_count) : k(result_count) {
+  format.position_bits = bit_width(search.code_count - 1);
+  const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t max_sample = is_few         ? HammingSample::kMaxCountForFewQueries
+                             : k <= kSmallK ? HammingSample::kMaxCountForSmallK
+                                            : HammingSample::kMaxCount;
+  constexpr int64_t kMinSample = 1024, kCodesPerSample = 32;
+  sample.count = std::clamp<int64_t>(search.code_count / kCodesPerSample, kMinSample, max_sample) /
+                 HammingSample::kSections * HammingSample::kSections;
+  const double fraction = double(sample.count) / double(search.code_count), expected = double(k) * fraction;
+  sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
+  const double max_rank = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
+  capacity = std::min<int64_t>(int64_t(std::ceil(max_rank / fraction)), search.code_count);
+  const int64_t queries = std::max<int64_t>(search.query_count, 1);
+  const int64_t max_batch = std::max<int64_t>(kMaxCandidateBytes / (capacity * int64_t{sizeof(uint64_t)}), 1);
+  batch = ceil_div(queries, ceil_div(queries, max_batch));  // equal batches: a small last batch would be inefficient
+}
+
+Candidates HammingTopkPlan::candidates(void* workspace) const {
+  Workspace arrays(workspace);
+  return take_candidates(*this, arrays);
+}
+
+int64_t HammingTopkPlan::workspace_bytes() const {
+  Workspace measured(nullptr);
+  take_candidates(*this, measured);
+  return measured.bytes();
+}
+
+bool can_launch_hamming_topk(const HammingSearch& search, int64_t k) {
+  const bool can_sample = 8 * search.code_bytes < HammingSample::kMaxBins && search.code_count < int64_t{1} << 32;
+  return k <= kMaxSelectedK && (search.code_count <= kSmallDatabaseCodes || can_sample);
+}
+
+int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {
+  if (search.query_count == 0 || search.code_count <= kSmallDatabaseCodes) return 0;
+  return HammingTopkPlan(search, k).workspace_bytes();
+}
+
+void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& plan, int32_t* distances,
+                         int64_t* positions, void* workspace, cudaStream_t stream) {
+  const Candidates candidates = plan.candidates(workspace);
+  for (int64_t first = 0; first < search.query_count; first += plan.batch) {
+    const HammingSearch batch = search.slice(first, plan.batch);
+    launch_hamming_bounds(batch, plan.sample, candidates, stream);
+    switch (choose_scan(batch)) {
+      case Scan::kPopcount: launch_hamming_scan_popcount(batch, candidates, stream); break;
+      case Scan::kMma: launch_hamming_scan_mma(batch, candidates, stream); break;
+      case Scan::kWgmma: launch_hamming_scan_wgmma(batch, candidates, stream); break;
+    }
+    launch_hamming_select(batch, &candidates, plan.format, plan.k, distances + first * plan.k,
+                          positions + first * plan.k, stream);
+  }
+}
+
+void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
+                         void* workspace, cudaStream_t stream) {
+  if (search.query_count == 0) return;
+  const HammingTopkPlan plan(search, k);
+  if (search.code_count <= kSmallDatabaseCodes)
+    launch_hamming_select(search, nullptr, plan.format, k, distances, positions, stream);
+  else
+    launch_hamming_topk(search, plan, distances, positions, workspace, stream);
+}
+
+}  // namespace hashengine

@@ -1,0 +1,109 @@
+// SimAM of slabs (plan.h) that fit into the registers of one block or of the blocks of a cluster.
+//
+// Idea. A thread loads up to 64 bytes of x, and of grad_y in the backward, and keeps them in registers while sums are
+// exchanged: between the threads of a block through shared memory, between the blocks of a cluster through distributed
+// shared memory. The mean is computed first, then the sum of squared deviations from it. This is numerically sound and
+// costs no memory traffic, because x is still in the registers.
+//
+// Traffic, for N elements of s bytes. Forward: reads x, writes y: 2Ns. Backward: reads x and grad_y, writes grad_x:
+// 3Ns. Both are the floor. The statistics add 8 bytes (16 for float64) per plane.
+//
+// Launch. As few threads per block as can hold the slab, up to 512 (256 in NHWC and for single elements). A slab of
+// more than 32 KB (16 KB with 256 threads) uses a cluster of 2, 4 or 8 blocks, which holds up to 256 KB (128 KB). On
+// devices without clusters it is split (split.cu). The registers allow 512 to 1024 threads per multiprocessor. With 64
+// bytes per thread (128 bytes in the backward), 32 to 64 KB per multiprocessor are in flight or in use in the forward,
+// and one block loads while another computes sums. In NHWC a row of a slab has 64 bytes, more if the slab would
+// otherwise have too little work for a block, or 32 bytes (one memory sector) if slabs with rows of 64 bytes do not
+// fit.
+//
+// Instructions, half precision, counted in sm_90a code: about 14 per element forward and 23 backward, two of them in
+// the special function unit, plus about 200 per thread (500 in NHWC). In the time that an H200 needs to move the data
+// of one element at 4.3 TB/s, it can issue 27 instructions forward and 40 backward. Not yet measured on a GPU.
+//
+// Limits. At most 2^31 - 1 blocks.
+
+#include "cuda/simam/slab.cuh"
+
+namespace hashengine::simam {
+namespace {
+
+template <typename Fragment>
+__global__ void HE_SLAB_BOUNDS(Fragment)
+    forward_kernel(SimamForward params, SlabPlan plan, Constants<typename Fragment::Real> constants,
+                   int moment_values) {
+  using Real = typename Fragment::Real;
+  const SlabPlace<Fragment> place(plan, blockIdx.x);
+  Real* scratch = dynamic_shared<Real>();
+
+  typename Fragment::Vectors x;
+  Fragment::load(params.x, place, x);
+  if (plan.parts > 1) cluster_sync();  // waits until all blocks have started, while the loads are in flight
+
+  Real means[Fragment::kChannels] = {};
+  Fragment::sum(x, place, means);
+  slab_sums<Fragment::kLayout>(plan, scratch + moment_values, means);
+#pragma unroll
+  for (int c = 0; c < Fragment::kChannels; ++c) means[c] *= constants.inverse_positions;
+
+  Real moments[Fragment::kMoments] = {};
+  Fragment::sum_moments(x, place, means, moments);
+  slab_sums<Fragment::kLayout>(plan, scratch, moments);
+
+  Real stats[2 * Fragment::kChannels];
+  Fragment::correct(means, moments, constants.inverse_positions, stats);
+#pragma unroll
+  for (int c = 0; c < Fragment::kChannels; ++c) stats[2 * c + 1] *= constants.inverse_freedom;
+  if (place.is_leader && place.part == 0) Fragment::store_pairs(params.stats, place.channel, stats);
+  typename Fragment::Plane planes[Fragment::kChannels];
+  Fragment::make_planes(stats, constants.lam, planes);
+  Fragment::store_gated(x, place, planes, params.y);
+}
+
+template <typename Fragment>
+__global__ void HE_SLAB_BOUNDS(Fragment)
+    backward_kernel(SimamBackward params, SlabPlan plan, Constants<typename Fragment::Real> constants) {
+  using Real = typename Fragment::Real;
+  const SlabPlace<Fragment> place(plan, blockIdx.x);
+
+  typename Fragment::Vectors x, grad_y;
+  Fragment::load(params.x, place, x);
+  Fragment::load(params.grad_y, place, grad_y);
+  typename Fragment::Plane planes[Fragment::kChannels];
+  Fragment::load_planes(params.stats, place.channel, constants.lam, planes);
+  if (plan.parts > 1) cluster_sync();  // waits until all blocks have started, while the loads are in flight
+
+  Real sums[2 * Fragment::kChannels] = {};
+  typename Fragment::Reals t;
+  Fragment::sum_slopes(x, grad_y, place, planes, sums, t);
+  slab_sums<Fragment::kLayout>(plan, dynamic_shared<Real>(), sums);
+  Fragment::store_gradient(x, t, place, planes, sums, constants, params.grad_x);
+}
+
+LaunchShape launch_shape(const SlabPlan& plan, int64_t scratch_bytes) {
+  return {plan.blocks(), plan.threads, scratch_bytes, static_cast<int>(plan.parts)};
+}
+
+}  // namespace
+
+void launch_in_cluster_forward(const SimamForward& params, const SlabPlan& plan, cudaStream_t stream) {
+  with_fragment(params.shape, plan.width, [&](auto fragment) {
+    using Fragment = decltype(fragment);
+    using Real = typename Fragment::Real;
+    const int64_t sum_values = slab_scratch_values(plan, Fragment::kChannels, plan.parts);
+    const int64_t moment_values = slab_scratch_values(plan, Fragment::kMoments, plan.parts);
+    launch(forward_kernel<Fragment>, launch_shape(plan, (sum_values + moment_values) * sizeof(Real)), stream, params,
+           plan, Constants<Real>(params.shape, params.lam), static_cast<int>(moment_values));
+  });
+}
+
+void launch_in_cluster_backward(const SimamBackward& params, const SlabPlan& plan, cudaStream_t stream) {
+  with_fragment(params.shape, plan.width, [&](auto fragment) {
+    using Fragment = decltype(fragment);
+    using Real = typename Fragment::Real;
+    const int64_t values = slab_scratch_values(plan, 2 * Fragment::kChannels, plan.parts);
+    launch(backward_kernel<Fragment>, launch_shape(plan, values * sizeof(Real)), stream, params, plan,
+           Constants<Real>(params.shape, params.lam));
+  });
+}
+
+}  // namespace hashengine::simam

@@ -1,0 +1,31 @@
+// The running maximum and sum of kWidth adjacent lines, in registers.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/common/maximum.cuh"
+#include "cuda/common/vec.cuh"
+
+namespace hashengine::triplet {
+
+template <typename Value, int kWidth, bool kHasMaximum>
+struct Accumulator {
+  using Real = Arithmetic<Value>;
+  Vector<Value, kWidth> largest;  // unused unless kHasMaximum
+  Real sum[kWidth];
+
+  __device__ __forceinline__ Accumulator() {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      sum[i] = 0;
+      if constexpr (kHasMaximum) largest.at[i] = narrow<Value>(-Real(INFINITY));
+    }
+  }
+  __device__ __forceinline__ void add(const Vector<Value, kWidth>& values) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum[i] += widen(values.at[i]);
+    if constexpr (kHasMaximum) largest = maximum(largest, values);
+  }
+};
+
+}  // namespace hashengine::triplet

@@ -1,0 +1,39 @@
+// The index of each maximum, found by the apply passes that read x.
+//
+// Idea. An element that equals the maximum of its line is the maximum. The apply pass has x in registers anyway, so the
+// reduce pass does not find indices. The indices of the A0 map are kept in registers. Those of the other maps are
+// minima in shared memory, updated by an atomicMin that only the elements that are a maximum (about 1 in 50) execute.
+// If a line is divided among several blocks, an atomicMin on device memory merges their results. The lowest index wins
+// in any order of execution, so every run gives the same result. If the maximum is NaN, its index is that of the first
+// NaN.
+#pragma once
+
+#include "cuda/triplet/apply.cuh"
+
+namespace hashengine::triplet {
+
+// Updates the indices with the maxima among a vector's elements. Field kField holds the maxima of the lines, or NaN for
+// a map whose index is not needed.
+template <int kField, typename Apply, int kWidth>
+__device__ __forceinline__ void update_argmax(const Vector<typename Apply::Element, kWidth>& vector,
+                                              MapValues<Apply, kWidth>& own, const MapCache<Apply>& cache,
+                                              const VectorPlace& place) {
+  using Real = typename Apply::Real;
+  const Vector<Real, kWidth> column_largest = vector_at<kWidth>(cache.field(kField), place.column_at);
+  const Real row_largest = cache.field(kField)[place.row_at];
+  const auto slice = static_cast<int32_t>(place.slice);
+  unsigned column_hits = 0, row_hits = 0;  // one bit per element
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const Real x = widen(vector.at[i]);
+    const bool is_nan = x != x;
+    if ((x == own.field[kField].at[i] || is_nan) && slice < own.index.at[i]) own.index.at[i] = slice;
+    if (x == column_largest.at[i] || is_nan) column_hits |= 1u << i;
+    if (x == row_largest || is_nan) row_hits |= 1u << i;
+  }
+  if (row_hits) atomicMin(&cache.index()[place.row_at], static_cast<int32_t>(place.column) + __ffs(row_hits) - 1);
+  for (; column_hits; column_hits &= column_hits - 1)
+    atomicMin(&cache.index()[place.column_at + __ffs(column_hits) - 1], static_cast<int32_t>(place.row));
+}
+
+}  // namespace hashengine::triplet

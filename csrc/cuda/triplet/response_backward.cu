@@ -1,0 +1,277 @@
+// The backward of triplet_attention over the maps: from the sums of x * dy along each axis to the gradients of
+// BatchNorm, of the convolution's weights and of the pooled maps, for all branches in three launches.
+//
+// Idea. (1) affine_kernel merges the parts of the sums, multiplies them by the slope of the gate and sums the terms of
+// the gradients of BatchNorm's parameters; the block that finishes last adds up the sums of all blocks. (2)
+// convolution_kernel loads a tile of the response's gradient and of the pooled maps, with a border, into shared memory.
+// A thread correlates the gradient with the flipped weights for 8 values of a column, and then computes a part of the
+// weights' gradients. For the latter, if kernel_size is 7, the threads form 9 groups of 14, with one thread per column
+// of weights. A thread computes 7 weights, so that 22 loads serve 56 multiplications. (3) weights_kernel sums the
+// weights' gradients over the tiles, with one block per weight.
+//
+// Traffic. Maps only: about 7 Reals read and 3 written per value, and 2 * kernel_size^2 Reals per tile. Compute-bound:
+// 4 * kernel_size^2 multiplications per value, at about 1.3 instructions each.
+//
+// Launch. 128 threads per block, tiles as in response.cu, up to 26 KB of shared memory (52 KB for float64). A memset of
+// 4 bytes precedes the first launch.
+//
+// Numerics. Sums in Real within a tile, in float64 over the tiles. The launch plan fixes the order; there are no
+// atomics on floats.
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/triplet/passes.h"
+
+namespace hashengine::triplet {
+namespace {
+
+constexpr int kThreads = MapTiling::kThreads;
+constexpr int kRows = MapTiling::kRows;
+constexpr int kWeightThreads = 96;  // threads per block of weights_kernel
+
+struct BlockSums {
+  double affine;             // the sum of grad_affine
+  double affine_normalized;  // the sum of grad_affine * normalized response
+};
+
+// The arrays in ResponseBackward::workspace.
+template <typename Real>
+struct BackwardWorkspace {
+  unsigned* finished_blocks;
+  BlockSums* sums;
+  Real* weight_gradients;  // [2 * kernel_size^2][blocks]: the sums over the tile of each block
+
+  HE_HOST_DEVICE BackwardWorkspace(void* workspace, int64_t blocks)
+      : finished_blocks(static_cast<unsigned*>(workspace)),
+        sums(reinterpret_cast<BlockSums*>(static_cast<char*>(workspace) + kGridSumHeaderBytes)),
+        weight_gradients(reinterpret_cast<Real*>(sums + blocks)) {}
+};
+
+// Calls function(branch). The argument is a constant in each of the unrolled calls, as in BranchPointers.
+template <typename Function>
+__device__ __forceinline__ void with_branch(int branch, Function function) {
+#pragma unroll
+  for (int b = 0; b < kTripletBranches; ++b)
+    if (b == branch) function(b);
+}
+
+template <typename Real>
+__device__ __forceinline__ GateFunction<Real> gate_function(const ResponseBackward<Real>& params,
+                                                            const MapTile<Real>& tile) {
+  return GateFunction<Real>::load(params.mean + tile.branch, params.var + tile.branch, tile.map.bn_weight,
+                                  tile.map.bn_bias, params.maps.eps);
+}
+
+// In the block that finishes last: sums the gradients of BatchNorm over the blocks.
+template <typename Real>
+__device__ __forceinline__ void merge_sums(const ResponseBackward<Real>& params, const BlockSums* blocks) {
+  for (int branch = 0; branch < params.maps.branches; ++branch) {
+    int64_t begin = 0, end = 0;
+    with_branch(branch, [&](int b) {
+      begin = params.maps.branch[b].tiling.first_block;
+      end = begin + params.maps.branch[b].tiling.blocks(params.maps.samples);
+    });
+    double affine = 0, affine_normalized = 0;
+    for (int64_t block = begin + threadIdx.x; block < end; block += kThreads) {
+      affine += __ldcg(&blocks[block].affine);
+      affine_normalized += __ldcg(&blocks[block].affine_normalized);
+    }
+    __syncthreads();  // block_sum can be called again
+    affine = block_sum(affine);
+    __syncthreads();
+    affine_normalized = block_sum(affine_normalized);
+    if (threadIdx.x != 0) continue;
+    params.grad_bn_bias[branch] = static_cast<Real>(affine);
+    params.grad_bn_weight[branch] = static_cast<Real>(affine_normalized);
+  }
+}
+
+template <typename Real>
+__global__ void __launch_bounds__(kThreads) affine_kernel(ResponseBackward<Real> params) {
+  const MapTile<Real> tile(params.maps);
+  const BranchMap<Real>& map = tile.map;
+  const GateFunction<Real> function = gate_function(params, tile);
+  const int64_t begin = map.flat_begin + tile.sample * map.numel();
+  Real affine = 0, affine_normalized = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (!tile.has(r)) break;
+    const Real* source = map.source_at(tile.sample, tile.value_row(r), tile.column + tile.thread_column);
+    Real grad_gate = *source;
+    for (int part = 1; part < map.source.parts; ++part) grad_gate += source[part * map.source.part_stride];
+    const Real response = params.response[begin + tile.offset(r)];
+    const Real gate = function.gate(response);
+    const Real gradient = grad_gate * gate * (Real(1) - gate);
+    params.grad_affine[begin + tile.offset(r)] = gradient;
+    affine += gradient;
+    affine_normalized += gradient * function.normalized(response);
+  }
+  affine = block_sum(affine);
+  __syncthreads();
+  affine_normalized = block_sum(affine_normalized);
+  const BackwardWorkspace<Real> workspace(params.workspace, gridDim.x);
+  if (threadIdx.x == 0) workspace.sums[blockIdx.x] = {affine, affine_normalized};
+  if (finishes_last(workspace.finished_blocks)) merge_sums(params, workspace.sums);
+}
+
+// Loads the response's gradient, the maximum and the mean of the tile with its border: zeros outside of the map.
+template <typename Real>
+__device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, const MapTile<Real>& tile,
+                                          Real* planes) {
+  const BranchMap<Real>& map = tile.map;
+  const GateFunction<Real> function = gate_function(params, tile);
+  const Real slope = function.weight * function.rstd;
+  // In training the mean and the variance depend on every response.
+  const Real per_value = params.training ? Real(1) / static_cast<Real>(map.numel() * params.maps.samples) : Real(0);
+  const Real from_mean = params.grad_bn_bias[tile.branch] * per_value;
+  const Real from_var = params.grad_bn_weight[tile.branch] * per_value;
+  const int border = params.maps.kernel_size / 2;
+  const int pitch = map.tiling.pitch(params.maps.kernel_size), area = map.tiling.area(params.maps.kernel_size);
+  for (int at = threadIdx.x; at < area; at += kThreads) {
+    const int64_t row = tile.row + at / pitch - border, column = tile.column + at % pitch - border;
+    Real gradient = 0, largest = 0, mean = 0;
+    if (row >= 0 && row < map.rows && column >= 0 && column < map.columns) {
+      const int64_t sample_begin = map.flat_begin + tile.sample * map.numel();
+      const int64_t offset = sample_begin + row * map.columns + column;
+      const Real normalized = function.normalized(params.response[offset]);
+      gradient = (params.grad_affine[offset] - (from_mean + normalized * from_var)) * slope;
+      largest = params.pooled[offset + sample_begin];
+      mean = params.pooled[offset + sample_begin + map.numel()];
+    }
+    planes[at] = gradient;
+    planes[area + at] = largest;
+    planes[2 * area + at] = mean;
+  }
+}
+
+// The weights' gradients of the tile for 7 x 7 weights: a thread processes one column of weights and every kGroups-th
+// column of the tile.
+template <typename Real>
+__device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling, const Real* planes, Real* scratch,
+                                                        Real* gradients, int64_t stride) {
+  constexpr int kSize = 7, kColumns = 2 * kSize, kGroups = kThreads / kColumns;
+  const int pitch = tiling.pitch(kSize), area = tiling.area(kSize);
+  const int weight_column = static_cast<int>(threadIdx.x) % kColumns, group = static_cast<int>(threadIdx.x) / kColumns;
+  const int channel = weight_column / kSize, x = weight_column % kSize;
+  Real sums[kSize] = {};
+  if (group < kGroups) {
+    for (int item = group; item < tiling.groups * tiling.columns; item += kGroups) {
+      const int column = item % tiling.columns, row = item / tiling.columns * kRows;
+      const Real* gradient = planes + (row + kSize / 2) * pitch + column + kSize / 2;
+      const Real* window = planes + (1 + channel) * area + row * pitch + column + x;
+#pragma unroll
+      for (int y = 0; y < kSize; ++y) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) sums[y] += gradient[r * pitch] * window[(r + y) * pitch];
+      }
+    }
+#pragma unroll
+    for (int y = 0; y < kSize; ++y) scratch[group * kColumns * kSize + (channel * kSize + y) * kSize + x] = sums[y];
+  }
+  __syncthreads();
+  for (int weight = threadIdx.x; weight < kColumns * kSize; weight += kThreads) {
+    Real sum = 0;
+    for (int g = 0; g < kGroups; ++g) sum += scratch[g * kColumns * kSize + weight];
+    gradients[weight * stride] = sum;
+  }
+}
+// The scratch of tile_weight_gradients_7: 98 weights for each of its groups.
+constexpr int kWeightScratchValues = kThreads / 14 * 98;
+
+// The same for any size: one weight per thread.
+template <typename Real>
+__device__ __forceinline__ void tile_weight_gradients(const MapTiling& tiling, int size, const Real* planes,
+                                                      Real* gradients, int64_t stride) {
+  const int pitch = tiling.pitch(size), area = tiling.area(size);
+  for (int weight = threadIdx.x; weight < 2 * size * size; weight += kThreads) {
+    const int channel = weight / (size * size), y = weight / size % size, x = weight % size;
+    const Real* gradient = planes + size / 2 * pitch + size / 2;
+    const Real* window = planes + (1 + channel) * area + y * pitch + x;
+    Real sum = 0;
+    for (int row = 0; row < tiling.rows(); ++row)
+      for (int column = 0; column < tiling.columns; ++column)
+        sum += gradient[row * pitch + column] * window[row * pitch + column];
+    gradients[weight * stride] = sum;
+  }
+}
+
+template <typename Real, int kSize>
+__global__ void __launch_bounds__(kThreads) convolution_kernel(ResponseBackward<Real> params) {
+  Real* planes = dynamic_shared<Real>();
+  const MapTile<Real> tile(params.maps);
+  const BranchMap<Real>& map = tile.map;
+  const int size = kSize > 0 ? kSize : params.maps.kernel_size;
+  const int pitch = map.tiling.pitch(size), area = map.tiling.area(size);
+  Real* weights = planes + 3 * area;
+  for (int i = threadIdx.x; i < 2 * size * size; i += kThreads) {
+    const int channel = i / (size * size), flipped = size * size - 1 - i % (size * size);
+    weights[i] = map.conv_weight[channel * size * size + flipped];
+  }
+  load_tile(params, tile, planes);
+  __syncthreads();
+
+  if (tile.has(0)) {
+    Real* grad_pooled = params.grad_pooled + 2 * (map.flat_begin + tile.sample * map.numel());
+    const Real* window = planes + tile.thread_group * kRows * pitch + tile.thread_column;
+    const Real per_element = Real(1) / static_cast<Real>(map.pooled_length);
+#pragma unroll 1
+    for (int channel = 0; channel < 2; ++channel) {
+      Real results[kRows] = {};
+      correlate<kSize>(results, window, pitch, weights + channel * size * size, size);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (tile.has(r))
+          grad_pooled[channel * map.numel() + tile.offset(r)] = channel == 0 ? results[r] : results[r] * per_element;
+    }
+  }
+  Real* gradients = BackwardWorkspace<Real>(params.workspace, gridDim.x).weight_gradients + blockIdx.x;
+  if constexpr (kSize == 7) {
+    tile_weight_gradients_7(map.tiling, planes, weights + 2 * size * size, gradients, gridDim.x);
+  } else {
+    tile_weight_gradients(map.tiling, size, planes, gradients, gridDim.x);
+  }
+}
+
+template <typename Real>
+__global__ void __launch_bounds__(kWeightThreads) weights_kernel(ResponseBackward<Real> params, int64_t blocks) {
+  const int weights = 2 * params.maps.kernel_size * params.maps.kernel_size;
+  const int branch = static_cast<int>(blockIdx.x) / weights, weight = static_cast<int>(blockIdx.x) % weights;
+  int64_t begin = 0, end = 0;
+  with_branch(branch, [&](int b) {
+    begin = params.maps.branch[b].tiling.first_block;
+    end = begin + params.maps.branch[b].tiling.blocks(params.maps.samples);
+  });
+  const Real* gradients = BackwardWorkspace<Real>(params.workspace, blocks).weight_gradients + weight * blocks;
+  double sum = 0;
+  for (int64_t block = begin + threadIdx.x; block < end; block += kWeightThreads) sum += gradients[block];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) params.grad_conv_weight[blockIdx.x] = static_cast<Real>(sum);
+}
+
+}  // namespace
+
+template <typename Real>
+int64_t response_backward_workspace_bytes(const BranchMaps<Real>& maps) {
+  const int64_t weights = 2 * maps.kernel_size * maps.kernel_size;
+  return kGridSumHeaderBytes + maps.blocks() * static_cast<int64_t>(sizeof(BlockSums) + weights * sizeof(Real));
+}
+
+template <typename Real>
+void launch_response_backward(const ResponseBackward<Real>& params, cudaStream_t stream) {
+  const int64_t blocks = params.maps.blocks();
+  cudaMemsetAsync(params.workspace, 0, sizeof(unsigned), stream);
+  launch(affine_kernel<Real>, blocks, kThreads, stream, params);
+  const bool is_7 = params.maps.kernel_size == 7;
+  const int64_t values = params.maps.shared_values(3) + (is_7 ? kWeightScratchValues : 0);
+  launch(is_7 ? convolution_kernel<Real, 7> : convolution_kernel<Real, 0>,
+         {blocks, kThreads, values * static_cast<int64_t>(sizeof(Real))}, stream, params);
+  launch(weights_kernel<Real>, params.maps.branches * 2 * params.maps.kernel_size * params.maps.kernel_size,
+         kWeightThreads, stream, params, blocks);
+}
+
+template int64_t response_backward_workspace_bytes(const BranchMaps<float>&);
+template int64_t response_backward_workspace_bytes(const BranchMaps<double>&);
+template void launch_response_backward(const ResponseBackward<float>&, cudaStream_t);
+template void launch_response_backward(const ResponseBackward<double>&, cudaStream_t);
+
+}  // namespace hashengine::triplet
