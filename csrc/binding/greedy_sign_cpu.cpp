@@ -1,21 +1,20 @@
 #include <torch/library.h>
 
-#include "greedy_sign.h"
+#include "binding/greedy_sign.h"
 
 namespace hashengine::binding {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& u, double alpha) {
   return greedy_sign_forward(u, alpha, [](const GreedySignForward& params) {
-    TORCH_CHECK_VALUE(greedy_sign_forward_cpu(params, chosen_simd_level(), torch_thread_pool()),
-                      "greedy_sign: u must hold no NaN (it has no sign), got at least one; look for a diverged model");
+    check_no_nan("greedy_sign", "u", greedy_sign_forward_cpu(params, simd_level(), torch_thread_pool()));
   });
 }
 
 at::Tensor backward_cpu(const std::optional<at::Tensor>& grad_b, const std::optional<at::Tensor>& grad_penalty,
                         const at::Tensor& u, double alpha) {
   return greedy_sign_backward(grad_b, grad_penalty, u, alpha, [](const GreedySignBackward& params) {
-    greedy_sign_backward_cpu(params, chosen_simd_level(), torch_thread_pool());
+    greedy_sign_backward_cpu(params, simd_level(), torch_thread_pool());
   });
 }
 

@@ -1,9 +1,7 @@
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "greedy_sign.h"
+#include "binding/cuda.h"
+#include "binding/greedy_sign.h"
 
 namespace hashengine::binding {
 namespace {
@@ -11,8 +9,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> forward_cuda(const at::Tensor& u, double alpha) {
   const c10::cuda::CUDAGuard device_guard(u.device());
   return greedy_sign_forward(u, alpha, [&](const GreedySignForward& params) {
-    // Freed before the kernel has run: the allocator hands it out again in this stream's order only.
-    const at::Tensor workspace = at::empty({greedy_sign_workspace_bytes(params.numel)}, u.options().dtype(at::kByte));
+    const at::Tensor workspace = cuda_scratch(u, greedy_sign_workspace_bytes(params.numel));
     launch_greedy_sign_forward(params, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -1,4 +1,8 @@
-// The checks of the Hamming ops that every device shares.
+// hamming_topk, hamming_range and hamming_count: the checks and allocations that all devices share.
+//
+// The three ops share one binding file per device, because they have most of their arguments in common
+// (HammingArguments) and, on the GPU, top-k and range use the same ranking (BatchedRanking in hamming_cuda.cpp).
+// Separate files would also slow the build down: each file that includes torch's headers takes about 20 s to compile.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -6,12 +10,12 @@
 #include <optional>
 #include <utility>
 
-#include "check.h"
+#include "binding/check.h"
 #include "hashengine/hamming.h"
 
 namespace hashengine::binding {
 
-// Checked arguments of every Hamming op, and the tensors that own their memory.
+// The checked arguments that all Hamming ops share. Owns the memory that `search` points to.
 struct HammingArguments {
   at::Tensor queries;
   at::Tensor codes;
@@ -19,15 +23,16 @@ struct HammingArguments {
   HammingSearch search;
 
   HammingArguments(const char* op, const at::Tensor& query_rows, const at::Tensor& code_rows,
-                   const std::optional<at::Tensor>& bitmap) {
-    check_codes(query_rows, op, "queries");
-    check_codes(code_rows, op, "codes");
+                   const std::optional<at::Tensor>& bitmap, int64_t num_threads) {
     check_rows(op, "queries", query_rows);
     check_rows(op, "codes", code_rows);
-    TORCH_CHECK_VALUE(query_rows.size(1) == code_rows.size(1), op, ": queries and codes must have the same width, got ",
-                      8 * query_rows.size(1), " and ", 8 * code_rows.size(1), " bits");
+    TORCH_CHECK_VALUE(query_rows.size(1) == code_rows.size(1), op,
+                      ": queries and codes must be of the same width, got ", 8 * query_rows.size(1), " and ",
+                      8 * code_rows.size(1), " bits");
     TORCH_CHECK_VALUE(query_rows.device() == code_rows.device(), op, ": queries and codes must be on one device, got ",
                       query_rows.device(), " and ", code_rows.device());
+    if (bitmap) check_bitmap(op, *bitmap, query_rows, code_rows);
+    TORCH_CHECK_VALUE(num_threads >= 0, op, ": num_threads must be at least 1, or 0 for all, got ", num_threads);
     queries = query_rows.contiguous();
     codes = code_rows.contiguous();
     search = {queries.const_data_ptr<uint8_t>(),
@@ -38,86 +43,87 @@ struct HammingArguments {
               nullptr,
               0};
     if (!bitmap) return;
-    check_filter(op, *bitmap);
     filter = bitmap->contiguous();
     search.filter = filter.const_data_ptr<uint8_t>();
     search.filter_stride = filter.dim() == 2 ? filter.size(1) : 0;
   }
 
-  int64_t bins() const { return 8 * search.code_bytes + 1; }
-
-  // A tensor on the codes' device, not initialised.
+  // An uninitialised tensor on the device of the codes.
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
     return at::empty(sizes, codes.options().dtype(dtype));
   }
 
  private:
   static void check_rows(const char* op, const char* name, const at::Tensor& rows) {
-    TORCH_CHECK_VALUE(rows.dim() == 2 && 0 < rows.size(1) && rows.size(1) <= kHammingMaxBytes, op, ": ", name,
-                      " must be [rows, bits / 8] of at most ", 8 * kHammingMaxBytes, " bits, got ", rows.sizes());
+    check_uint8(op, name, rows);
+    TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) > 0, op, ": ", name, " must be [rows, bits / 8], got ",
+                      rows.sizes());
+    TORCH_CHECK_VALUE(rows.size(1) <= kHammingMaxBytes, op, ": ", name, " must be of at most ", 8 * kHammingMaxBytes,
+                      " bits, got ", 8 * rows.size(1));
   }
 
-  void check_filter(const char* op, const at::Tensor& bitmap) const {
-    TORCH_CHECK_TYPE(bitmap.scalar_type() == at::kByte, op, ": filter must be a bitmap of uint8, got ",
-                     bitmap.scalar_type(), "; pack a mask with pack_filter");
+  static void check_bitmap(const char* op, const at::Tensor& bitmap, const at::Tensor& queries,
+                           const at::Tensor& codes) {
+    TORCH_CHECK_VALUE(bitmap.scalar_type() == at::kByte, op, ": filter must be a bitmap of uint8, got ",
+                      dtype_name(bitmap), "; pack a mask with hashengine.ops.pack_filter first");
     const int64_t width = ceil_div<int64_t>(codes.size(0), 8);
-    const bool fits =
-        (bitmap.dim() == 1 || (bitmap.dim() == 2 && bitmap.size(0) == queries.size(0))) && bitmap.size(-1) == width;
-    TORCH_CHECK_VALUE(fits, op, ": filter must be [", width, "], or [", queries.size(0), ", ", width,
-                      "] with a row a query, for ", codes.size(0), " codes, got ", bitmap.sizes());
-    TORCH_CHECK_VALUE(bitmap.device() == codes.device(), op, ": filter must be on the codes' device, ", codes.device(),
-                      ", got ", bitmap.device(), "; move one");
+    const bool is_shared = bitmap.dim() == 1, is_per_query = bitmap.dim() == 2 && bitmap.size(0) == queries.size(0);
+    TORCH_CHECK_VALUE((is_shared || is_per_query) && bitmap.size(-1) == width, op, ": filter must be [", width,
+                      "], or [", queries.size(0), ", ", width, "] with one row per query, for ", codes.size(0),
+                      " codes, got ", bitmap.sizes());
+    TORCH_CHECK_VALUE(bitmap.device() == codes.device(), op, ": filter must be on the device of codes, ",
+                      codes.device(), ", got ", bitmap.device(), "; move one of them");
   }
 };
 
-inline void check_num_threads(const char* op, int64_t num_threads) {
-  TORCH_CHECK_VALUE(num_threads >= 0, op, ": num_threads must be at least 1, or 0 for all, got ", num_threads);
+inline void check_k(const HammingSearch& search, int64_t k) {
+  TORCH_CHECK_VALUE(1 <= k && k <= search.code_count, "hamming_topk: k must be 1 to the number of codes (",
+                    search.code_count, "), got ", k);
 }
 
-inline void check_k(const HammingArguments& arguments, int64_t k) {
-  TORCH_CHECK_VALUE(1 <= k && k <= arguments.search.code_count, "hamming_topk: k must be 1 to the number of codes (",
-                    arguments.search.code_count, "), got ", k);
-}
-
-// Checks the radius; returns how many results a query has at most.
-inline int64_t most_results(const HammingArguments& arguments, int64_t radius, std::optional<int64_t> max_results) {
-  TORCH_CHECK_VALUE(0 <= radius && radius < arguments.bins(), "hamming_range: radius must be 0 to the number of bits (",
-                    arguments.bins() - 1, "), got ", radius);
+// Checks radius and max_results. Returns the largest number of results that a query can have.
+inline int64_t check_range_limits(const HammingSearch& search, int64_t radius, std::optional<int64_t> max_results) {
+  const int64_t bits = search.distance_count() - 1;
+  TORCH_CHECK_VALUE(0 <= radius && radius <= bits, "hamming_range: radius must be 0 to the number of bits (", bits,
+                    "), got ", radius);
   TORCH_CHECK_VALUE(!max_results || *max_results >= 1, "hamming_range: max_results must be at least 1, got ",
-                    max_results.value_or(0));
-  const int64_t codes = arguments.search.code_count;
-  return std::min(max_results.value_or(codes), codes);
+                    *max_results);
+  return std::min(max_results.value_or(search.code_count), search.code_count);
 }
 
+// Checks that query_labels and code_labels are either both given or both missing, and that they are of one kind: int64
+// [rows], or multi-hot bool [rows, number of labels].
 inline void check_labels(const HammingArguments& arguments, const std::optional<at::Tensor>& query_labels,
-                         const std::optional<at::Tensor>& labels) {
-  TORCH_CHECK_VALUE(query_labels.has_value() == labels.has_value(),
-                    "hamming_count: query_labels and labels must come together, got one of them");
-  if (!labels) return;
-  const auto check = [](const char* name, const at::Tensor& rows, const at::Tensor& of) {
-    TORCH_CHECK_TYPE(
-        (rows.dim() == 1 && rows.scalar_type() == at::kLong) || (rows.dim() == 2 && rows.scalar_type() == at::kBool),
-        "hamming_count: ", name, " must be int64 [N] or bool [N, L], got ", rows.scalar_type(), " ", rows.sizes());
-    TORCH_CHECK_VALUE(rows.size(0) == of.size(0) && rows.device() == of.device(), "hamming_count: ", name,
-                      " must be a row for each of ", of.size(0), " on ", of.device(), ", got ", rows.sizes(), " on ",
-                      rows.device());
+                         const std::optional<at::Tensor>& code_labels) {
+  TORCH_CHECK_VALUE(query_labels.has_value() == code_labels.has_value(),
+                    "hamming_count: query_labels and code_labels must be given both or neither, got one of them");
+  if (!code_labels) return;
+  const auto check = [](const char* name, const at::Tensor& labels, const at::Tensor& rows) {
+    const bool is_integer = labels.dim() == 1 && labels.scalar_type() == at::kLong;
+    const bool is_multi_hot = labels.dim() == 2 && labels.scalar_type() == at::kBool;
+    TORCH_CHECK_VALUE(
+        (is_integer || is_multi_hot) && labels.size(0) == rows.size(0) && labels.device() == rows.device(),
+        "hamming_count: ", name, " must be int64 [", rows.size(0), "] or bool [", rows.size(0), ", L] on ",
+        rows.device(), ", got ", dtype_name(labels), " ", labels.sizes(), " on ", labels.device());
   };
   check("query_labels", *query_labels, arguments.queries);
-  check("labels", *labels, arguments.codes);
-  TORCH_CHECK_VALUE(query_labels->sizes().slice(1) == labels->sizes().slice(1),
-                    "hamming_count: query_labels and labels must be of one kind and width, got ", query_labels->sizes(),
-                    " and ", labels->sizes());
+  check("code_labels", *code_labels, arguments.codes);
+  TORCH_CHECK_VALUE(query_labels->sizes().slice(1) == code_labels->sizes().slice(1),
+                    "hamming_count: query_labels and code_labels must be of one kind and width, got ",
+                    query_labels->sizes(), " and ", code_labels->sizes());
 }
 
-// Of a row of labels: the label itself, or a bit for each.
+// The number of 64-bit words per row of labels: an integer label takes one word; a multi-hot row takes one bit per
+// label, rounded up to whole words.
 inline int64_t label_word_count(const at::Tensor& labels) {
   return labels.dim() == 2 ? ceil_div<int64_t>(labels.size(1), 64) : 1;
 }
 
-// counts, and relevant, empty without labels; not initialised.
+// The uninitialised results of hamming_count: `counts` and `relevant`. Without labels, `relevant` is [queries, 0].
 inline std::pair<at::Tensor, at::Tensor> empty_counts(const HammingArguments& arguments, bool has_labels) {
-  const int64_t queries = arguments.search.query_count, bins = arguments.bins();
-  return {arguments.empty({queries, bins}, at::kLong), arguments.empty({queries, has_labels ? bins : 0}, at::kLong)};
+  const int64_t queries = arguments.search.query_count, distances = arguments.search.distance_count();
+  return {arguments.empty({queries, distances}, at::kLong),
+          arguments.empty({queries, has_labels ? distances : 0}, at::kLong)};
 }
 
 }  // namespace hashengine::binding

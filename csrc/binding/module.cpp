@@ -1,5 +1,5 @@
-// The Python module hashengine._C. Importing it registers the kernels with torch's dispatcher; the functions below only
-// tell what was built.
+// The Python module hashengine._C. Importing it registers the kernels with torch's dispatcher; its functions only
+// report how it was built, which SIMD levels this CPU supports, and which of these levels is in use.
 
 #include <omp.h>
 #include <pybind11/pybind11.h>
@@ -31,9 +31,10 @@ std::vector<std::string> simd_levels() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("build_config", &build_config, "Compiler and language standard of the module.");
+  module.def("build_config", &build_config, "The compiler, C++ and OpenMP versions of the build.");
   module.def("simd_levels", &simd_levels, "The SIMD levels that this CPU supports, ascending.");
   module.def(
       "simd_level", [] { return hashengine::simd_level_name(hashengine::chosen_simd_level()); },
-      "The SIMD level in use: what HASHENGINE_SIMD_LEVEL names, else the highest; ValueError for an unknown one.");
+      "The SIMD level in use: the one that HASHENGINE_SIMD_LEVEL names, otherwise the highest. Raises ValueError for a "
+      "level that is unknown or that this CPU lacks.");
 }

@@ -1,14 +1,13 @@
 #include <torch/library.h>
 
-#include "pack_bits.h"
+#include "binding/pack_bits.h"
 
 namespace hashengine::binding {
 namespace {
 
 at::Tensor pack_cpu(const at::Tensor& u) {
   return pack_bits(u, [](const PackBits& params) {
-    TORCH_CHECK_VALUE(pack_bits_cpu(params, chosen_simd_level(), torch_thread_pool()),
-                      "pack_bits: u must hold no NaN (it has no sign), got at least one; look for a diverged model");
+    check_no_nan("pack_bits", "u", pack_bits_cpu(params, simd_level(), torch_thread_pool()));
   });
 }
 

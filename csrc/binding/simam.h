@@ -1,11 +1,11 @@
-// The checks and allocations of simam that every device shares; a device adds the call of its kernel.
+// simam: the checks and allocations that all devices share. Each device adds the call of its kernel.
 #pragma once
 
 #include <ATen/ops/empty.h>
 
 #include <tuple>
 
-#include "feature_map.h"
+#include "binding/feature_map.h"
 #include "hashengine/simam.h"
 
 namespace hashengine::binding {
@@ -14,23 +14,23 @@ inline SimamShape simam_shape(const at::Tensor& x, FeatureLayout layout, Dtype d
   return {x.size(0), x.size(1), x.size(2) * x.size(3), layout, dtype};
 }
 
-inline Dtype simam_check(const at::Tensor& x, double lam, const char* op) {
-  const Dtype dtype = check_feature_map(x, op, "x");
-  TORCH_CHECK_VALUE(lam > 0, op, ": lam must be above 0 (a constant plane divides by it), got ", lam);
+inline Dtype check_simam(const char* op, const at::Tensor& x, double lam) {
+  const Dtype dtype = check_feature_map(op, x);
+  TORCH_CHECK_VALUE(lam > 0, op, ": lam must be above 0 (it is the divisor for a constant plane), got ", lam);
   return dtype;
 }
 
-// launch(const SimamForward&) runs the kernel. Planes without positions have statistics of zero.
+// launch(const SimamForward&) runs the kernel. The statistics of empty planes are 0.
 template <typename Launch>
 std::tuple<at::Tensor, at::Tensor> simam_forward(const at::Tensor& x, double lam, Launch launch) {
-  const Dtype dtype = simam_check(x, lam, "simam");
+  const Dtype dtype = check_simam("simam", x, lam);
   at::Tensor y = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(y);
   if (!layout) {
     auto [contiguous_y, stats] = simam_forward(x.contiguous(), lam, launch);
     return {y.copy_(contiguous_y), stats};
   }
-  at::Tensor stats = at::empty({x.size(0), x.size(1), 2}, x.options().dtype(sum_dtype(x.scalar_type())));
+  at::Tensor stats = at::empty({x.size(0), x.size(1), 2}, x.options().dtype(wide_dtype(x)));
   if (x.numel() == 0) return {y, stats.zero_()};
   const at::Tensor native_x = in_layout(x, *layout);
   launch(
@@ -38,13 +38,14 @@ std::tuple<at::Tensor, at::Tensor> simam_forward(const at::Tensor& x, double lam
   return {y, stats};
 }
 
+// launch(const SimamBackward&) runs the kernel.
 template <typename Launch>
 at::Tensor simam_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& stats, double lam,
                           Launch launch) {
   const char* op = "simam_backward";
-  const Dtype dtype = simam_check(x, lam, op);
-  check_like(grad_y, op, "grad_y", x.sizes(), x.scalar_type(), x);
-  check_like(stats, op, "stats", {x.size(0), x.size(1), 2}, sum_dtype(x.scalar_type()), x);
+  const Dtype dtype = check_simam(op, x, lam);
+  check_gradient(op, "grad_y", grad_y, x);
+  check_like(op, "stats", stats, {x.size(0), x.size(1), 2}, wide_dtype(x), x);
   at::Tensor grad_x = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(grad_x);
   if (!layout) return grad_x.copy_(simam_backward(grad_y, x.contiguous(), stats, lam, launch));

@@ -1,4 +1,5 @@
-// The checks and allocations of triplet_attention that every device shares; a device adds the call of its kernel.
+// triplet_attention and triplet_attention_inference: the checks and allocations that all devices share. Each device
+// adds the call of its kernel.
 #pragma once
 
 #include <ATen/core/TensorBody.h>
@@ -7,52 +8,56 @@
 #include <array>
 #include <tuple>
 
-#include "feature_map.h"
+#include "binding/feature_map.h"
 #include "hashengine/triplet_attention.h"
 
 namespace hashengine::binding {
 
 using TripletOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// One kind of parameter, a tensor a branch, as the kernels take it: contiguous and of the type that adds up.
+// One parameter of the op, such as bn_weight, which is a list of one tensor per branch. Checks the tensors and makes
+// them contiguous and of wide_dtype(x) for the kernel. Owns the memory that the kernel reads.
 class TripletParameter {
  public:
   TripletParameter(const char* op, const char* name, at::TensorList tensors, size_t branches, const at::Tensor& x) {
-    TORCH_CHECK_VALUE((tensors.size() == 2 || tensors.size() == 3) && tensors.size() == branches, op, ": ", name,
-                      " must hold 2 or 3 tensors, as many as conv_weight, got ", tensors.size());
+    TORCH_CHECK_VALUE(tensors.size() == branches, op, ": ", name, " must be ", branches,
+                      " tensors, as many as conv_weight, got ", tensors.size());
     for (size_t i = 0; i < branches; ++i) {
       const at::Tensor& tensor = tensors[i];
-      TORCH_CHECK_TYPE(tensor.is_floating_point(), op, ": ", name, "[", i,
-                       "] must be float64, float32, float16 or bfloat16, got ", tensor.scalar_type());
+      TORCH_CHECK_VALUE(floating_dtype(tensor.scalar_type()), op, ": ", name, "[", i,
+                        "] must be float64, float32, float16 or bfloat16, got ", dtype_name(tensor));
       TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, "[", i, "] must be on x's device, ", x.device(),
-                        ", got ", tensor.device(), "; move one");
-      tensors_[i] = tensor.to(sum_dtype(x.scalar_type())).contiguous();
+                        ", got ", tensor.device(), "; move one of them");
+      tensors_[i] = tensor.to(wide_dtype(x)).contiguous();
       pointers_[i] = tensors_[i].const_data_ptr();
     }
   }
 
-  void put(const void* (&pointers)[kTripletBranches]) const { std::copy(pointers_.begin(), pointers_.end(), pointers); }
+  void copy_pointers_to(const void* (&pointers)[kTripletBranches]) const {
+    std::copy(pointers_.begin(), pointers_.end(), pointers);
+  }
 
  private:
   std::array<at::Tensor, kTripletBranches> tensors_;
   std::array<const void*, kTripletBranches> pointers_{};
 };
 
-inline TripletShape triplet_shape(const char* op, const at::Tensor& x, at::TensorList conv_weight, bool training) {
-  const Dtype dtype = check_feature_map(x, op, "x");
-  TORCH_CHECK_VALUE(x.size(1) && x.size(2) && x.size(3), op, ": x must have at least one channel, row and column, got ",
-                    x.sizes());
+// Checks `x`, the number of branches, the kernels of the convolution and, in training, that the batch has enough values
+// for statistics.
+inline TripletShape check_triplet_shape(const char* op, const at::Tensor& x, at::TensorList conv_weight,
+                                        bool training) {
+  const Dtype dtype = check_feature_map_not_empty(op, x);
   TORCH_CHECK_VALUE(conv_weight.size() == 2 || conv_weight.size() == 3, op,
-                    ": conv_weight must hold 2 or 3 tensors, got ", conv_weight.size());
+                    ": conv_weight must be 2 or 3 tensors, one per branch, got ", conv_weight.size());
   for (size_t i = 0; i < conv_weight.size(); ++i) {
     const at::Tensor& weight = conv_weight[i];
     TORCH_CHECK_VALUE(
         weight.dim() == 4 && weight.size(0) == 1 && weight.size(1) == 2 && weight.size(2) == weight.size(3), op,
         ": conv_weight[", i, "] must be [1, 2, K, K], got ", weight.sizes());
-    TORCH_CHECK_VALUE(weight.size(2) % 2 == 1, op, ": conv_weight[", i, "] must have an odd kernel size, got ",
+    TORCH_CHECK_VALUE(weight.size(2) % 2 == 1, op, ": conv_weight[", i, "] must be of odd kernel size, got ",
                       weight.size(2));
     TORCH_CHECK_VALUE(weight.size(2) == conv_weight[0].size(2), op, ": conv_weight[", i,
-                      "] must have the kernel size of conv_weight[0], ", conv_weight[0].size(2), ", got ",
+                      "] must be of the kernel size of conv_weight[0], ", conv_weight[0].size(2), ", got ",
                       weight.size(2));
   }
   const TripletShape shape{x.size(0),
@@ -66,22 +71,22 @@ inline TripletShape triplet_shape(const char* op, const at::Tensor& x, at::Tenso
   constexpr const char* names[] = {"cw", "hc", "hw"};
   for (int branch = 0; branch < shape.branches && training; ++branch)
     TORCH_CHECK_VALUE(shape.map_numel(branch) > 1, op,
-                      ": training needs more than one value a branch for BatchNorm, got x ", x.sizes(), " with ",
-                      shape.map_numel(branch), " in branch ", names[branch], "; use eval mode or a larger batch");
+                      ": x must be [N, C, H, W] with more than one value per branch in training, got ", x.sizes(),
+                      " with ", shape.map_numel(branch), " in branch ", names[branch],
+                      "; use eval mode or a larger batch");
   return shape;
 }
 
-// The parameters of a forward, checked, and kept until the kernel has been called.
-struct TripletForwardParameters {
-  TripletParameter conv_weight, bn_weight, bn_bias, running_mean, running_var;
-
+// The checked parameters of a forward. Owns the memory that the kernel reads.
+class TripletForwardParameters {
+ public:
   TripletForwardParameters(const char* op, const at::Tensor& x, at::TensorList conv_weight, at::TensorList bn_weight,
                            at::TensorList bn_bias, at::TensorList running_mean, at::TensorList running_var)
-      : conv_weight(op, "conv_weight", conv_weight, conv_weight.size(), x),
-        bn_weight(op, "bn_weight", bn_weight, conv_weight.size(), x),
-        bn_bias(op, "bn_bias", bn_bias, conv_weight.size(), x),
-        running_mean(op, "running_mean", running_mean, conv_weight.size(), x),
-        running_var(op, "running_var", running_var, conv_weight.size(), x) {
+      : conv_weight_(op, "conv_weight", conv_weight, conv_weight.size(), x),
+        bn_weight_(op, "bn_weight", bn_weight, conv_weight.size(), x),
+        bn_bias_(op, "bn_bias", bn_bias, conv_weight.size(), x),
+        running_mean_(op, "running_mean", running_mean, conv_weight.size(), x),
+        running_var_(op, "running_var", running_var, conv_weight.size(), x) {
     const std::pair<const char*, at::TensorList> scalars[] = {
         {"bn_weight", bn_weight}, {"bn_bias", bn_bias}, {"running_mean", running_mean}, {"running_var", running_var}};
     for (const auto& [name, tensors] : scalars)
@@ -90,16 +95,19 @@ struct TripletForwardParameters {
                           tensors[i].sizes());
   }
 
-  // Into TripletForward or TripletInference.
+  // Params: TripletForward or TripletInference.
   template <typename Params>
-  void put(Params& params, double eps) const {
-    conv_weight.put(params.parameters.conv_weight);
-    bn_weight.put(params.parameters.bn_weight);
-    bn_bias.put(params.parameters.bn_bias);
-    running_mean.put(params.running_mean);
-    running_var.put(params.running_var);
+  void copy_pointers_to(Params& params, double eps) const {
+    conv_weight_.copy_pointers_to(params.parameters.conv_weight);
+    bn_weight_.copy_pointers_to(params.parameters.bn_weight);
+    bn_bias_.copy_pointers_to(params.parameters.bn_bias);
+    running_mean_.copy_pointers_to(params.running_mean);
+    running_var_.copy_pointers_to(params.running_var);
     params.parameters.eps = eps;
   }
+
+ private:
+  TripletParameter conv_weight_, bn_weight_, bn_bias_, running_mean_, running_var_;
 };
 
 // launch(const TripletForward&) runs the kernel.
@@ -109,7 +117,7 @@ TripletOutputs triplet_forward(const at::Tensor& x, at::TensorList conv_weight, 
                                bool training, double eps, Launch launch) {
   const char* op = "triplet_attention";
   TripletForward params{};
-  params.shape = triplet_shape(op, x, conv_weight, training);
+  params.shape = check_triplet_shape(op, x, conv_weight, training);
   const TripletForwardParameters parameters(op, x, conv_weight, bn_weight, bn_bias, running_mean, running_var);
   at::Tensor y = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(y);
@@ -119,13 +127,13 @@ TripletOutputs triplet_forward(const at::Tensor& x, at::TensorList conv_weight, 
     std::get<0>(outputs) = y.copy_(std::get<0>(outputs));
     return outputs;
   }
-  const auto wide = x.options().dtype(sum_dtype(x.scalar_type()));
+  const auto wide = x.options().dtype(wide_dtype(x));
   const int64_t numel = params.shape.maps_numel();
   at::Tensor mean = at::empty({params.shape.branches}, wide), var = at::empty({params.shape.branches}, wide);
   at::Tensor pooled = at::empty({2 * numel}, wide), response = at::empty({numel}, wide);
   at::Tensor index = at::empty({numel}, x.options().dtype(at::kInt));
   const at::Tensor native_x = in_layout(x, *layout);
-  parameters.put(params, eps);
+  parameters.copy_pointers_to(params, eps);
   params.x = native_x.const_data_ptr();
   params.y = y.mutable_data_ptr();
   params.saved = {pooled.mutable_data_ptr(), index.mutable_data_ptr<int32_t>(), response.mutable_data_ptr(),
@@ -143,7 +151,7 @@ at::Tensor triplet_inference(const at::Tensor& x, at::TensorList conv_weight, at
                              double eps, Launch launch) {
   const char* op = "triplet_attention_inference";
   TripletInference params{};
-  params.shape = triplet_shape(op, x, conv_weight, false);
+  params.shape = check_triplet_shape(op, x, conv_weight, false);
   const TripletForwardParameters parameters(op, x, conv_weight, bn_weight, bn_bias, running_mean, running_var);
   at::Tensor y = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(y);
@@ -152,7 +160,7 @@ at::Tensor triplet_inference(const at::Tensor& x, at::TensorList conv_weight, at
         triplet_inference(x.contiguous(), conv_weight, bn_weight, bn_bias, running_mean, running_var, eps, launch));
   if (x.numel() == 0) return y;
   const at::Tensor native_x = in_layout(x, *layout);
-  parameters.put(params, eps);
+  parameters.copy_pointers_to(params, eps);
   params.x = native_x.const_data_ptr();
   params.y = y.mutable_data_ptr();
   params.shape.layout = *layout;
@@ -168,18 +176,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_backward(
     const at::Tensor& index, const at::Tensor& response, bool training, double eps, Launch launch) {
   const char* op = "triplet_attention_backward";
   TripletBackward params{};
-  params.shape = triplet_shape(op, x, conv_weight, training);
+  params.shape = check_triplet_shape(op, x, conv_weight, training);
   const int64_t branches = params.shape.branches, numel = params.shape.maps_numel();
   const TripletParameter weights(op, "conv_weight", conv_weight, size_t(branches), x);
   const TripletParameter scales(op, "bn_weight", bn_weight, size_t(branches), x);
   const TripletParameter shifts(op, "bn_bias", bn_bias, size_t(branches), x);
-  const at::ScalarType wide_dtype = sum_dtype(x.scalar_type());
-  check_like(grad_y, op, "grad_y", x.sizes(), x.scalar_type(), x);
-  check_like(mean, op, "mean", {branches}, wide_dtype, x);
-  check_like(var, op, "var", {branches}, wide_dtype, x);
-  check_like(pooled, op, "pooled", {2 * numel}, wide_dtype, x);
-  check_like(index, op, "index", {numel}, at::kInt, x);
-  check_like(response, op, "response", {numel}, wide_dtype, x);
+  const at::ScalarType saved_dtype = wide_dtype(x);
+  check_gradient(op, "grad_y", grad_y, x);
+  check_like(op, "mean", mean, {branches}, saved_dtype, x);
+  check_like(op, "var", var, {branches}, saved_dtype, x);
+  check_like(op, "pooled", pooled, {2 * numel}, saved_dtype, x);
+  check_like(op, "index", index, {numel}, at::kInt, x);
+  check_like(op, "response", response, {numel}, saved_dtype, x);
   at::Tensor grad_x = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(grad_x);
   if (!layout) {
@@ -188,19 +196,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_backward(
     std::get<0>(gradients) = grad_x.copy_(std::get<0>(gradients));
     return gradients;
   }
-  const auto wide = x.options().dtype(wide_dtype);
+  const auto wide = x.options().dtype(saved_dtype);
   const int64_t kernel_size = params.shape.kernel_size;
   at::Tensor grad_conv_weight = at::empty({branches, 2, kernel_size, kernel_size}, wide);
   at::Tensor grad_bn_weight = at::empty({branches}, wide), grad_bn_bias = at::empty({branches}, wide);
   const at::Tensor native_x = in_layout(x, *layout), native_grad_y = in_layout(grad_y, *layout);
   const std::array<at::Tensor, 5> saved{pooled.contiguous(), index.contiguous(), response.contiguous(),
                                         mean.contiguous(), var.contiguous()};
-  weights.put(params.parameters.conv_weight);
-  scales.put(params.parameters.bn_weight);
-  shifts.put(params.parameters.bn_bias);
+  weights.copy_pointers_to(params.parameters.conv_weight);
+  scales.copy_pointers_to(params.parameters.bn_weight);
+  shifts.copy_pointers_to(params.parameters.bn_bias);
   params.parameters.eps = eps;
   params.grad_y = native_grad_y.const_data_ptr();
   params.x = native_x.const_data_ptr();
+  // TripletSaved has no pointers to const because the forward writes through them. The backward only reads.
   const auto read_only = [](const at::Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); };
   params.saved = {read_only(saved[0]), static_cast<int32_t*>(read_only(saved[1])), read_only(saved[2]),
                   read_only(saved[3]), read_only(saved[4])};

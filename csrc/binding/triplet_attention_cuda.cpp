@@ -1,9 +1,7 @@
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "triplet_attention.h"
+#include "binding/cuda.h"
+#include "binding/triplet_attention.h"
 
 namespace hashengine::binding {
 namespace {
@@ -11,15 +9,13 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Calls kernels(workspace, stream). The workspace is freed before the kernels have run: the allocator hands it out
-// again in this stream's order only.
-template <typename Kernels>
-void run(const char* op, const Tensor& x, const TripletShape& shape, int64_t workspace_bytes, Kernels kernels) {
-  TORCH_CHECK_VALUE(shape.kernel_size <= kTripletLargestCudaKernel, op,
-                    ": conv_weight[0] must have a kernel size of at most ", kTripletLargestCudaKernel, " on CUDA, got ",
-                    shape.kernel_size);
-  const Tensor workspace = at::empty({workspace_bytes}, x.options().dtype(at::kByte));
-  kernels(workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+// Checks the kernel size, allocates the workspace and calls launch(workspace, stream).
+template <typename Launch>
+void run_kernels(const char* op, const Tensor& x, const TripletShape& shape, int64_t workspace_bytes, Launch launch) {
+  TORCH_CHECK_VALUE(shape.kernel_size <= kTripletLargestCudaKernel, op, ": conv_weight[0] must be of kernel size ",
+                    kTripletLargestCudaKernel, " or less on CUDA, got ", shape.kernel_size);
+  const Tensor workspace = cuda_scratch(x, workspace_bytes);
+  launch(workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -28,8 +24,8 @@ TripletOutputs forward_cuda(const Tensor& x, TensorList conv_weight, TensorList 
   const c10::cuda::CUDAGuard device_guard(x.device());
   return triplet_forward(
       x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps, [&](const TripletForward& params) {
-        run("triplet_attention", x, params.shape, triplet_forward_workspace_bytes(params.shape),
-            [&](void* workspace, cudaStream_t stream) { launch_triplet_forward(params, workspace, stream); });
+        run_kernels("triplet_attention", x, params.shape, triplet_forward_workspace_bytes(params.shape),
+                    [&](void* workspace, cudaStream_t stream) { launch_triplet_forward(params, workspace, stream); });
       });
 }
 
@@ -38,8 +34,8 @@ Tensor inference_cuda(const Tensor& x, TensorList conv_weight, TensorList bn_wei
   const c10::cuda::CUDAGuard device_guard(x.device());
   return triplet_inference(
       x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps, [&](const TripletInference& params) {
-        run("triplet_attention_inference", x, params.shape, triplet_inference_workspace_bytes(params.shape),
-            [&](void* workspace, cudaStream_t stream) { launch_triplet_inference(params, workspace, stream); });
+        run_kernels("triplet_attention_inference", x, params.shape, triplet_inference_workspace_bytes(params.shape),
+                    [&](void* workspace, cudaStream_t stream) { launch_triplet_inference(params, workspace, stream); });
       });
 }
 
@@ -51,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_y, c
   return triplet_backward(
       grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps,
       [&](const TripletBackward& params) {
-        run("triplet_attention_backward", x, params.shape, triplet_backward_workspace_bytes(params.shape),
-            [&](void* workspace, cudaStream_t stream) { launch_triplet_backward(params, workspace, stream); });
+        run_kernels("triplet_attention_backward", x, params.shape, triplet_backward_workspace_bytes(params.shape),
+                    [&](void* workspace, cudaStream_t stream) { launch_triplet_backward(params, workspace, stream); });
       });
 }
 

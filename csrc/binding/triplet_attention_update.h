@@ -1,28 +1,31 @@
-// The checks of triplet_attention_update that every device shares; a device adds the call of its kernel.
+// triplet_attention_update: the checks that all devices share. Each device adds the call of its kernel.
 #pragma once
 
+#include <optional>
 #include <vector>
 
-#include "check.h"
+#include "binding/check.h"
 #include "hashengine/triplet_attention_update.h"
 
 namespace hashengine::binding {
 
-// `running` itself where the kernel can write to it, else a copy that is written back at the end.
-class InPlace {
+// A buffer of one value that the kernel updates. If the buffer has the kernel's dtype, the kernel updates it in place,
+// and write_back() only tells autograd that it has changed. Otherwise the kernel updates a converted copy, and
+// write_back() copies the value to the buffer.
+class UpdatedBuffer {
  public:
-  InPlace(const at::Tensor& running, at::ScalarType dtype) : running_(running), in_use_(running.to(dtype)) {}
-  void* data() { return in_use_.mutable_data_ptr(); }
-  void finish() {
-    if (in_use_.is_same(running_)) {
-      running_.unsafeGetTensorImpl()->bump_version();
+  UpdatedBuffer(const at::Tensor& buffer, at::ScalarType dtype) : buffer_(buffer), native_(buffer.to(dtype)) {}
+  void* data() { return native_.mutable_data_ptr(); }
+  void write_back() {
+    if (native_.is_same(buffer_)) {
+      buffer_.unsafeGetTensorImpl()->bump_version();
     } else {
-      running_.copy_(in_use_);
+      buffer_.copy_(native_);
     }
   }
 
  private:
-  at::Tensor running_, in_use_;
+  at::Tensor buffer_, native_;
 };
 
 // launch(const TripletUpdate&) runs the kernel.
@@ -32,41 +35,55 @@ void triplet_attention_update(const at::Tensor& mean, const at::Tensor& var, at:
                               std::optional<double> momentum, Launch launch) {
   const char* op = "triplet_attention_update";
   const size_t branches = size_t(mean.numel());
-  TORCH_CHECK_VALUE(branches >= 1 && branches <= kTripletBranches, op, ": mean must hold 1 to ", kTripletBranches,
-                    " values, got ", branches);
-  const Dtype dtype = floating_dtype(mean, op, "mean");
-  TORCH_CHECK_VALUE(mean.scalar_type() == sum_dtype(mean.scalar_type()) && var.scalar_type() == mean.scalar_type() &&
-                        mean.is_contiguous() && var.is_contiguous() && var.device() == mean.device(),
-                    op, ": mean and var must be float32 or float64, alike and contiguous, got ", mean.scalar_type(),
-                    " and ", var.scalar_type());
+  const std::optional<Dtype> dtype = floating_dtype(mean.scalar_type());
+  TORCH_CHECK_VALUE(mean.dim() == 1 && 1 <= branches && branches <= kTripletBranches && dtype &&
+                        mean.scalar_type() == wide_dtype(mean),
+                    op, ": mean must be float32 or float64 with 1 to 3 values, one per branch, got ", dtype_name(mean),
+                    " ", mean.sizes());
+  check_like(op, "var", var, mean.sizes(), mean.scalar_type(), mean);
   const auto check_length = [&](size_t length, const char* name) {
-    TORCH_CHECK_VALUE(length == branches, op, ": ", name, " must have one entry a branch (", branches,
-                      ", as mean has), got ", length);
+    TORCH_CHECK_VALUE(length == branches, op, ": ", name, " must be a list of one entry per branch (", branches,
+                      "), got ", length);
   };
-  check_length(size_t(var.numel()), "var");
   check_length(running_mean.size(), "running_mean");
   check_length(running_var.size(), "running_var");
   check_length(num_batches_tracked.size(), "num_batches_tracked");
   check_length(counts.size(), "counts");
-  TORCH_CHECK_VALUE(momentum.value_or(0) >= 0, op, ": momentum must not be negative, got ", *momentum);
-  TripletUpdate params{mean.const_data_ptr(), var.const_data_ptr(),  {},   {}, {}, {},
-                       int(branches),         momentum.value_or(-1), dtype};
-  std::vector<InPlace> in_place;
-  const auto use = [&](const at::Tensor& tensor, const char* name, size_t i, at::ScalarType type) {
-    TORCH_CHECK_VALUE(tensor.numel() == 1 && tensor.device() == mean.device(), op, ": ", name, "[", i,
-                      "] must hold one value on ", mean.device(), ", got ", tensor.sizes(), " on ", tensor.device());
-    return in_place.emplace_back(tensor, type).data();
+  const auto check_values = [&](at::TensorList tensors, const char* name) {
+    for (size_t i = 0; i < branches; ++i)
+      TORCH_CHECK_VALUE(tensors[i].numel() == 1 && tensors[i].device() == mean.device(), op, ": ", name, "[", i,
+                        "] must be one value on ", mean.device(), ", got ", tensors[i].sizes(), " on ",
+                        tensors[i].device());
+  };
+  check_values(running_mean, "running_mean");
+  check_values(running_var, "running_var");
+  check_values(num_batches_tracked, "num_batches_tracked");
+  for (const int64_t count : counts)
+    TORCH_CHECK_VALUE(count >= 2, op, ": counts must be at least 2 (one value has no variance), got ", counts);
+  TORCH_CHECK_VALUE(momentum.value_or(0) >= 0, op, ": momentum must be 0 or more, got ", *momentum);
+
+  const at::Tensor native_mean = mean.contiguous(), native_var = var.contiguous();
+  TripletUpdate params{native_mean.const_data_ptr(),
+                       native_var.const_data_ptr(),
+                       {},
+                       {},
+                       {},
+                       {},
+                       int(branches),
+                       momentum.value_or(-1),
+                       *dtype};
+  std::vector<UpdatedBuffer> buffers;
+  const auto updated = [&](const at::Tensor& buffer, at::ScalarType type) {
+    return buffers.emplace_back(buffer, type).data();
   };
   for (size_t i = 0; i < branches; ++i) {
-    TORCH_CHECK_VALUE(counts[i] >= 2, op, ": counts must be at least 2 (one value has no variance), got ", counts);
     params.unbiased[i] = double(counts[i]) / double(counts[i] - 1);
-    params.running_mean[i] = use(running_mean[i], "running_mean", i, mean.scalar_type());
-    params.running_var[i] = use(running_var[i], "running_var", i, mean.scalar_type());
-    params.num_batches_tracked[i] =
-        static_cast<int64_t*>(use(num_batches_tracked[i], "num_batches_tracked", i, at::kLong));
+    params.running_mean[i] = updated(running_mean[i], mean.scalar_type());
+    params.running_var[i] = updated(running_var[i], mean.scalar_type());
+    params.num_batches_tracked[i] = static_cast<int64_t*>(updated(num_batches_tracked[i], at::kLong));
   }
   launch(params);
-  for (InPlace& tensor : in_place) tensor.finish();
+  for (UpdatedBuffer& buffer : buffers) buffer.write_back();
 }
 
 }  // namespace hashengine::binding

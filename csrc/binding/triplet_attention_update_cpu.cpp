@@ -1,6 +1,6 @@
 #include <torch/library.h>
 
-#include "triplet_attention_update.h"
+#include "binding/triplet_attention_update.h"
 
 namespace hashengine::binding {
 namespace {

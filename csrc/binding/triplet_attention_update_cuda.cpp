@@ -1,9 +1,7 @@
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "triplet_attention_update.h"
+#include "binding/cuda.h"
+#include "binding/triplet_attention_update.h"
 
 namespace hashengine::binding {
 namespace {

@@ -1,4 +1,4 @@
-// The checks and allocations of triplet_gate that every device shares; a device adds the call of its kernel.
+// triplet_gate: the checks and allocations that all devices share. Each device adds the call of its kernel.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -7,12 +7,13 @@
 #include <optional>
 #include <tuple>
 
-#include "feature_map.h"
+#include "binding/feature_map.h"
 #include "hashengine/triplet_gate.h"
 
 namespace hashengine::binding {
 
-// The maps, checked, in the type that adds up, and kept until the kernel has been called.
+// The checked maps. given: the maps that the caller passed. native: the same maps, contiguous and in wide_dtype(x),
+// which the kernel reads. This struct owns their memory.
 struct TripletGateMaps {
   std::array<at::Tensor, kTripletBranches> given, native;
   int branches = 2;
@@ -24,22 +25,21 @@ struct TripletGateMaps {
     const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
     const std::array<int64_t, 4> sizes[] = {{n, 1, c, w}, {n, 1, h, c}, {n, 1, h, w}};
     for (int b = 0; b < branches; ++b) {
-      floating_dtype(given[b], op, names[b]);
+      check_floating(op, names[b], given[b]);
       TORCH_CHECK_VALUE(given[b].sizes() == at::IntArrayRef(sizes[b]), op, ": ", names[b], " must be ",
                         at::IntArrayRef(sizes[b]), " for x ", x.sizes(), ", got ", given[b].sizes());
-      TORCH_CHECK_VALUE(given[b].device() == x.device(), op, ": ", names[b], " must be on x's device, ", x.device(),
-                        ", got ", given[b].device(), "; move one");
-      native[b] = given[b].to(sum_dtype(x.scalar_type())).contiguous();
+      check_same_device(op, names[b], given[b], x);
+      native[b] = given[b].to(wide_dtype(x)).contiguous();
     }
   }
 
-  void put(const void* (&pointers)[kTripletBranches]) const {
+  void copy_pointers_to(const void* (&pointers)[kTripletBranches]) const {
     for (int b = 0; b < branches; ++b) pointers[b] = native[b].const_data_ptr();
   }
 };
 
 inline TripletShape triplet_gate_shape(const char* op, const at::Tensor& x, bool has_hw) {
-  const Dtype dtype = check_feature_map(x, op, "x");
+  const Dtype dtype = check_feature_map(op, x);
   return {x.size(0), x.size(1), x.size(2), x.size(3), has_hw ? 3 : 2, 1, FeatureLayout::kContiguous, dtype};
 }
 
@@ -55,7 +55,7 @@ at::Tensor triplet_gate_forward(const at::Tensor& x, const at::Tensor& map_cw, c
   const std::optional<FeatureLayout> layout = native_layout(y);
   if (!layout) return y.copy_(triplet_gate_forward(x.contiguous(), map_cw, map_hc, map_hw, launch));
   const at::Tensor native_x = in_layout(x, *layout);
-  maps.put(params.map);
+  maps.copy_pointers_to(params.map);
   params.x = native_x.const_data_ptr();
   params.y = y.mutable_data_ptr();
   params.shape.layout = *layout;
@@ -63,7 +63,7 @@ at::Tensor triplet_gate_forward(const at::Tensor& x, const at::Tensor& map_cw, c
   return y;
 }
 
-// launch(const TripletGateBackward&) runs the kernel. Without map_hw its gradient is an empty tensor.
+// launch(const TripletGateBackward&) runs the kernel. Without map_hw, the last gradient is an empty tensor.
 template <typename Launch>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_gate_backward(
     const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& map_cw, const at::Tensor& map_hc,
@@ -72,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_gate_backward
   TripletGateBackward params{};
   params.shape = triplet_gate_shape(op, x, map_hw.has_value());
   const TripletGateMaps maps(op, x, map_cw, map_hc, map_hw);
-  check_like(grad_y, op, "grad_y", x.sizes(), x.scalar_type(), x);
+  check_gradient(op, "grad_y", grad_y, x);
   at::Tensor grad_x = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(grad_x);
   if (!layout) {
@@ -87,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_gate_backward
     grads[b] = at::empty(maps.given[b].sizes(), maps.native[b].options());
     params.grad_map[b] = grads[b].mutable_data_ptr();
   }
-  maps.put(params.map);
+  maps.copy_pointers_to(params.map);
   params.grad_y = native_grad_y.const_data_ptr();
   params.x = native_x.const_data_ptr();
   params.grad_x = grad_x.mutable_data_ptr();

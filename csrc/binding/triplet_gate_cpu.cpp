@@ -1,6 +1,6 @@
 #include <torch/library.h>
 
-#include "triplet_gate.h"
+#include "binding/triplet_gate.h"
 
 namespace hashengine::binding {
 namespace {
@@ -8,7 +8,7 @@ namespace {
 at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& map_cw, const at::Tensor& map_hc,
                        const std::optional<at::Tensor>& map_hw) {
   return triplet_gate_forward(x, map_cw, map_hc, map_hw, [](const TripletGateForward& params) {
-    triplet_gate_forward_cpu(params, chosen_simd_level(), torch_thread_pool());
+    triplet_gate_forward_cpu(params, simd_level(), torch_thread_pool());
   });
 }
 
@@ -17,7 +17,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(const at
                                                                         const at::Tensor& map_hc,
                                                                         const std::optional<at::Tensor>& map_hw) {
   return triplet_gate_backward(grad_y, x, map_cw, map_hc, map_hw, [](const TripletGateBackward& params) {
-    triplet_gate_backward_cpu(params, chosen_simd_level(), torch_thread_pool());
+    triplet_gate_backward_cpu(params, simd_level(), torch_thread_pool());
   });
 }
 

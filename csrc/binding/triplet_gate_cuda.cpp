@@ -1,9 +1,7 @@
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "triplet_gate.h"
+#include "binding/cuda.h"
+#include "binding/triplet_gate.h"
 
 namespace hashengine::binding {
 namespace {
@@ -23,9 +21,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cuda(const a
                                                                          const std::optional<at::Tensor>& map_hw) {
   const c10::cuda::CUDAGuard device_guard(x.device());
   return triplet_gate_backward(grad_y, x, map_cw, map_hc, map_hw, [&](const TripletGateBackward& params) {
-    // Freed before the kernels have run: the allocator hands it out again in this stream's order only.
-    const at::Tensor workspace =
-        at::empty({triplet_gate_backward_workspace_bytes(params.shape)}, x.options().dtype(at::kByte));
+    const at::Tensor workspace = cuda_scratch(x, triplet_gate_backward_workspace_bytes(params.shape));
     launch_triplet_gate_backward(params, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -1,19 +1,18 @@
 #include <torch/library.h>
 
-#include "triplet_pool.h"
+#include "binding/triplet_pool.h"
 
 namespace hashengine::binding {
 namespace {
 
 TripletPools forward_cpu(const at::Tensor& x) {
-  return triplet_pool_forward(x, [](const TripletPoolForward& params) {
-    triplet_pool_forward_cpu(params, chosen_simd_level(), torch_thread_pool());
-  });
+  return triplet_pool_forward(
+      x, [](const TripletPoolForward& params) { triplet_pool_forward_cpu(params, simd_level(), torch_thread_pool()); });
 }
 
 at::Tensor backward_cpu(at::TensorList grads, at::TensorList indices, const at::Tensor& x) {
   return triplet_pool_backward(grads, indices, x, [](const TripletPoolBackward& params) {
-    triplet_pool_backward_cpu(params, chosen_simd_level(), torch_thread_pool());
+    triplet_pool_backward_cpu(params, simd_level(), torch_thread_pool());
   });
 }
 

@@ -1,9 +1,7 @@
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "triplet_pool.h"
+#include "binding/cuda.h"
+#include "binding/triplet_pool.h"
 
 namespace hashengine::binding {
 namespace {
@@ -11,9 +9,7 @@ namespace {
 TripletPools forward_cuda(const at::Tensor& x) {
   const c10::cuda::CUDAGuard device_guard(x.device());
   return triplet_pool_forward(x, [&](const TripletPoolForward& params) {
-    // Freed before the kernels have run: the allocator hands it out again in this stream's order only.
-    const at::Tensor workspace =
-        at::empty({triplet_pool_forward_workspace_bytes(params.shape)}, x.options().dtype(at::kByte));
+    const at::Tensor workspace = cuda_scratch(x, triplet_pool_forward_workspace_bytes(params.shape));
     launch_triplet_pool_forward(params, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

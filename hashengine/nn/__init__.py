@@ -1,4 +1,4 @@
-"""The layers, drop-in modules built on :mod:`hashengine.ops`, and the functions that drop them into networks."""
+"""The layers, built on `hashengine.ops`, and functions that put them into existing networks."""
 
 from hashengine.nn.attach import AttachReport, attach, detach
 from hashengine.nn.fuse import FuseReport, fuse

@@ -1,23 +1,25 @@
-"""Where attention can go in an existing network: its residual blocks, or the convolutions of a plain stack like VGG's.
+"""The sites of a network, where attention can be inserted: residual blocks, or the convolutions of a plain stack.
 
-Blocks are those of torchvision and timm. A plain stack is an ``nn.Sequential`` of convolutions, norms, activations,
-dropouts and poolings.
+Residual blocks are those of torchvision and timm. A plain stack, as in VGG, is an `nn.Sequential` of convolutions,
+norms, activations, dropouts and poolings, without shortcuts.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hashengine.nn._hosts import block_class, is_attached
+from hashengine.errors import InputError, invalid
+from hashengine.nn._insertion import block_class, is_attached
 
-Where = Callable[[str], bool] | str | int | Iterable[str | int]
+Where: TypeAlias = Callable[[str], bool] | str | int | Iterable[str | int]
 
 
 @dataclass(frozen=True)
 class Host:
-    """A module at whose end attention can run, and the number of channels that it computes."""
+    """A module into which attention can be inserted, and the number of channels of its output."""
 
     name: str
     module: nn.Module
@@ -26,29 +28,33 @@ class Host:
 
 @dataclass(frozen=True)
 class Site:
-    """A residual block, or one convolution of a plain stack with the norm and the activations that follow it.
+    """A residual block, or one convolution of a plain stack with the elementwise layers that follow it.
 
     Attributes:
         name: qualified name of the block or of the convolution.
-        stage: counted from 0; a stage is the blocks of one parent, or a plain stack from pooling to pooling.
-        usual: whether the site is taken when none is named: every block, and the last convolution of a plain stage.
-        convolution: where SimAM goes: the convolution, before its norm or activation.
-        branch: where other attention goes: the end of the residual branch, or the last activation.
-        plain: no shortcut carries the signal past the attention.
-        normed: a norm follows the convolution.
+        stage: index of the stage, from 0. A stage is the blocks of one parent module, or the part of a plain stack up
+            to a pooling.
+        is_default: whether the site is selected by default. Every block is, and so is the last convolution of each
+            stage of a plain stack.
+        convolution: the host for SimAM: the second convolution of a block, or the convolution of a plain stack.
+        branch: the host for other attention: the block, or the attention that timm built into it; in a plain stack, the
+            last of the norms, activations and dropouts directly after the convolution, or the convolution itself if it
+            is followed by none.
+        is_plain: whether the site is in a plain stack, in which no shortcut carries the signal past the attention.
+        has_norm: whether a norm follows the convolution, before any other convolution.
     """
 
     name: str
     stage: int
-    usual: bool
+    is_default: bool
     convolution: Host
     branch: Host
-    plain: bool
-    normed: bool
+    is_plain: bool
+    has_norm: bool
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """The residual blocks of `model`; where it has none, the convolutions of its plain stacks."""
+    """The residual blocks of `model`; if it has none, the convolutions of its plain stacks."""
     modules = list(model.named_modules())
     blocks = [(name, module) for name, module in modules if block_class(module) is not None]
     if blocks:
@@ -56,56 +62,59 @@ def find_sites(model: nn.Module) -> list[Site]:
         return [_block_site(name, block, parents.index(name.rpartition(".")[0])) for name, block in blocks]
     sites: list[Site] = []
     for name, module in modules:
-        if _is_plain_stack(module):
+        if isinstance(module, nn.Sequential) and _is_plain_stack(module):
             sites += _stack_sites(name, module, first_stage=sites[-1].stage + 1 if sites else 0)
     return sites
 
 
 def select(sites: list[Site], where: Where | None) -> list[Site]:
-    """The sites that `where` names: by a predicate on the name, a part of the name between dots, or a stage's index."""
+    """The sites that `where` selects; by default those with `is_default`.
+
+    A selector is a predicate on the name, a part of the name between dots, or the index of a stage.
+    """
     if where is None:
-        return [site for site in sites if site.usual]
+        return [site for site in sites if site.is_default]
     if callable(where):
         chosen = [site for site in sites if where(site.name)]
-        return chosen or _refuse("the predicate accepts none", sites)
-    if not isinstance(where, Iterable):
-        where = [where]
-    selectors = [where] if isinstance(where, str) else list(where)
+        if not chosen:
+            raise _no_match("a predicate that accepts none", sites)
+        return chosen
+    selectors: list[Any] = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [where]
+    if not selectors:
+        raise _no_match("none", sites)
     stages = sites[-1].stage + 1
     names: set[str] = set()
     for selector in selectors:
         if isinstance(selector, str):
             matches = {site.name for site in sites if f".{selector}." in f".{site.name}."}
         elif isinstance(selector, int):
-            matches = {site.name for site in sites if site.usual and selector in (site.stage, site.stage - stages)}
+            matches = {site.name for site in sites if site.is_default and selector in (site.stage, site.stage - stages)}
         else:
-            raise TypeError(
-                "attach: where must be a predicate, a name, the index of a stage, or several names and indices, "
-                f"got {selector!r}"
-            )
-        names |= matches or _refuse(f"{selector!r} is none", sites)
-    return [site for site in sites if site.name in names] or _refuse("it names none", sites)
+            expected = "a predicate, a name, the index of a stage, or several names and indices"
+            raise invalid("attach", "where", expected, repr(selector))
+        if not matches:
+            raise _no_match(repr(selector), sites)
+        names |= matches
+    return [site for site in sites if site.name in names]
 
 
-def _refuse(complaint: str, sites: list[Site]):
+def _no_match(actual: str, sites: list[Site]) -> InputError:
     names = ", ".join(site.name for site in sites)
-    raise ValueError(f"attach: where: {complaint} of the {sites[-1].stage + 1} stages and their sites {names}")
+    return invalid("attach", "where", f"one of the {sites[-1].stage + 1} stages or of the sites {names}", actual)
 
 
-def _block_site(name: str, block: nn.Module, stage: int) -> Site:
+def _block_site(name: str, block: Any, stage: int) -> Site:
     last = block.conv3 if hasattr(block, "conv3") else block.conv2
-    convolution = Host(join(name, "conv2"), block.conv2, block.conv2.out_channels)
+    convolution = Host(qualified_name(name, "conv2"), block.conv2, block.conv2.out_channels)
     branch = Host(name, block, last.out_channels)
-    if getattr(block, "se", None) is not None and not is_attached(block):  # timm's own attention runs first
-        branch = Host(join(name, "se"), block.se, last.out_channels)
-    return Site(name, stage, True, convolution, branch, plain=False, normed=True)
+    if getattr(block, "se", None) is not None and not is_attached(block):  # the attention that timm built runs first
+        branch = Host(qualified_name(name, "se"), block.se, last.out_channels)
+    return Site(name, stage, True, convolution, branch, is_plain=False, has_norm=True)
 
 
-def _is_plain_stack(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Sequential):
-        return False
-    known = all(isinstance(layer, nn.Conv2d) or _is_pooling(layer) or _is_elementwise(layer) for layer in module)
-    return known and any(_is_pooling(layer) for layer in module)
+def _is_plain_stack(stack: nn.Sequential) -> bool:
+    is_known = all(isinstance(layer, nn.Conv2d) or _is_pooling(layer) or _is_elementwise(layer) for layer in stack)
+    return is_known and any(_is_pooling(layer) for layer in stack)
 
 
 def _is_pooling(layer: nn.Module) -> bool:
@@ -121,22 +130,23 @@ def _is_elementwise(layer: nn.Module) -> bool:
 
 def _stack_sites(name: str, stack: nn.Sequential, first_stage: int) -> list[Site]:
     layers = list(stack.named_children())
-    starts = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    convolutions = [(i, layer) for i, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    starts = [i for i, _ in convolutions]
     sites: list[Site] = []
     stage = first_stage
-    for start, next_start in zip(starts, [*starts[1:], len(layers)], strict=True):
+    for (start, conv), next_start in zip(convolutions, [*starts[1:], len(layers)], strict=True):
         end = start
         while end + 1 < next_start and _is_elementwise(layers[end + 1][1]):
             end += 1
         ends_stage = next_start == len(layers) or any(_is_pooling(layer) for _, layer in layers[end + 1 : next_start])
         convolution, branch = (
-            Host(join(name, layers[i][0]), layers[i][1], layers[start][1].out_channels) for i in (start, end)
+            Host(qualified_name(name, child), layer, conv.out_channels) for child, layer in (layers[start], layers[end])
         )
-        normed = any(isinstance(layer, _BatchNorm) for _, layer in layers[start:next_start])
-        sites.append(Site(convolution.name, stage, ends_stage, convolution, branch, plain=True, normed=normed))
+        has_norm = any(isinstance(layer, _BatchNorm) for _, layer in layers[start:next_start])
+        sites.append(Site(convolution.name, stage, ends_stage, convolution, branch, is_plain=True, has_norm=has_norm))
         stage += ends_stage
     return sites
 
 
-def join(parent: str, child: str) -> str:
+def qualified_name(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child

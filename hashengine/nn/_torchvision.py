@@ -1,6 +1,6 @@
-"""torchvision's residual blocks with a slot for attention: the last op of the branch, before the addition."""
+"""The residual blocks of torchvision with attention as the last op of the residual branch, before the addition."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
@@ -21,4 +21,7 @@ class BottleneckWithAttention(Bottleneck):
         return self.relu(branch)
 
 
-WITH_ATTENTION = {BasicBlock: BasicBlockWithAttention, Bottleneck: BottleneckWithAttention}
+WITH_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: BasicBlockWithAttention,
+    Bottleneck: BottleneckWithAttention,
+}

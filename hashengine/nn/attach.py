@@ -1,19 +1,20 @@
-"""Attention in networks that exist: `attach`, and `detach` which undoes it."""
+"""`attach` inserts attention into an existing network; `detach` removes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hashengine.nn._hosts import block_class, insert, is_attached, obstacle, refuse_wrapped, remove
-from hashengine.nn._sites import Host, Site, Where, find_sites, join, select
+from hashengine.errors import invalid
+from hashengine.nn._insertion import block_class, check_host, check_model, insert, is_attached, remove
+from hashengine.nn._sites import Host, Site, Where, find_sites, qualified_name, select
 from hashengine.nn.plain import PlainSimAM, PlainTripletAttention
 from hashengine.nn.simam import SimAM
 from hashengine.nn.triplet_attention import TripletAttention
 
-Layer = str | Callable[[int], nn.Module]
+Layer: TypeAlias = str | Callable[[int], nn.Module]
 
 
 class Insertion(NamedTuple):
@@ -26,11 +27,12 @@ class Insertion(NamedTuple):
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What `attach` inserted; ``print`` it.
+    """What `attach` inserted; meant to be printed.
 
     Attributes:
-        insertions: one a layer.
-        recalibrate: whether a pretrained network's BatchNorms now see other activations than they were trained on.
+        insertions: one per layer.
+        recalibrate: whether the attention changes the inputs of BatchNorms. In a pretrained network, `recalibrate`
+            should then estimate their running statistics again.
     """
 
     insertions: tuple[Insertion, ...]
@@ -42,98 +44,104 @@ class AttachReport:
         lines += [f"  {name:<{width}}  {layer}, {place}" for name, layer, place in self.insertions]
         if self.recalibrate:
             lines.append(
-                "Running statistics of pretrained BatchNorms no longer fit: hashengine.nn.recalibrate(model, batches)"
-                " estimates them anew."
+                "The running statistics of pretrained BatchNorms are out of date:"
+                " hashengine.nn.recalibrate(model, batches) estimates them again."
             )
         return "\n".join(lines)
 
 
 def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> AttachReport:
-    """Put attention into the residual networks of torchvision and timm, and into plain stacks like VGG's.
+    """Insert attention into a residual network of torchvision or timm, or into a plain stack like VGG's.
 
-    In residual blocks each layer goes where its authors put it: SimAM after the second convolution, before its norm;
-    triplet attention at the end of the residual branch, before the addition. In a plain stack, for which they say
-    nothing, SimAM goes after the last convolution of a stage and triplet attention before its pooling; there "triplet",
-    and "simam" where no norm follows, mean :class:`PlainTripletAttention` and :class:`PlainSimAM`, which start as the
-    network was.
+    In a residual block each layer goes where its authors put it: SimAM after the second convolution, before its norm;
+    triplet attention at the end of the residual branch, before the addition. The papers do not cover plain stacks.
+    In a plain stack, SimAM goes after the last convolution of a stage, and triplet attention after the norm and the
+    activation that follow this convolution. There, "triplet" inserts `PlainTripletAttention`, whose initial output is
+    its input, and "simam" inserts `PlainSimAM` if no norm follows the convolution.
 
-    Every key of the state dict stays; the parameters of the new layers, if any, come on top. The layers take device,
-    dtype and mode of their place. Attach before ``torch.compile`` and before DDP or FSDP wrap the model.
+    All keys of the state dict stay the same; the parameters of the new layers are added. Each layer gets the device
+    and dtype of the convolution at its site, and the mode of the module into which it is inserted. Call `attach` before
+    `torch.compile`, and before DDP or FSDP wrap `model`.
 
     Args:
         model: changed in place.
         layer: "simam", "triplet", or a factory that is called with the number of channels, such as
-            ``functools.partial(SimAM, lam=0.1)``. A layer that is no SimAM goes where triplet attention goes.
-        where: which blocks, or which convolutions of a plain stack: a predicate on the qualified name; a name or its
-            part between dots, like "layer3"; a stage's index, from 0 or from the end; or several of these. By default
-            every block, and the last convolution of every plain stage.
+            `functools.partial(SimAM, lam=0.1)`. A layer that is not a SimAM goes where triplet attention goes.
+        where: selects blocks, or convolutions of a plain stack. By default, these are all blocks, or the last
+            convolution of each stage of a plain stack. A predicate on the qualified name selects the sites that it
+            accepts. A name selects the sites whose qualified name contains it between dots, such as "layer3". The index
+            of a stage, negative from the end, selects the default sites of the stage. Several names and indices select
+            the sites of all of them.
 
     Returns:
-        The report of what went where.
+        The report of all insertions.
 
     Raises:
-        TypeError: an argument is of another type, or the factory returns no module.
-        ValueError: nothing fits, `where` names nothing, or attention is already there. The model is then as it was.
+        InputError: an argument has a wrong type, the factory does not return a module, `model` is compiled, wrapped or
+            without a site for attention, `where` selects no site, or a selected site cannot take the attention, for
+            example because it already has attention. The model is then unchanged.
     """
-    refuse_wrapped("attach", model)
-    if isinstance(layer, str) and layer not in _LAYERS:
-        raise ValueError(f"attach: layer must be {' or '.join(map(repr, _LAYERS))} or a factory, got {layer!r}")
-    if not isinstance(layer, str) and (not callable(layer) or isinstance(layer, nn.Module)):
-        raise TypeError(
-            f"attach: layer must be a name or a factory called with the channels, got {type(layer).__name__}"
-        )
+    check_model("attach", model)
+    if isinstance(layer, nn.Module) or not (layer in _LAYERS if isinstance(layer, str) else callable(layer)):
+        expected = "'simam', 'triplet' or a factory that is called with the number of channels"
+        actual = f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else repr(layer)
+        raise invalid("attach", "layer", expected, actual)
     sites = find_sites(model)
     if not sites:
-        raise ValueError(
-            "attach: model must have residual blocks of torchvision or timm, or a plain stack like VGG's, "
-            f"got {type(model).__name__} with none: put SimAM or TripletAttention into its code"
-        )
+        expected = "a network with residual blocks of torchvision or timm, or with a plain stack like VGG's"
+        advice = "put SimAM or TripletAttention into its code"
+        raise invalid("attach", "model", expected, f"a {type(model).__name__} with none", advice)
     placed = [_place(site, layer) for site in select(sites, where)]
     for host, _ in placed:
-        if reason := obstacle(host.module):
-            raise ValueError(f"attach: {host.name} {reason}")
-    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
-    changed = any(not isinstance(attention, PlainTripletAttention) for _, attention in placed)
+        check_host("attach", host.name or "model", host.module)
+    has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    changes_output = any(not isinstance(attention, PlainTripletAttention) for _, attention in placed)
     insertions = []
     for host, attention in placed:
-        place = f"{'after' if block_class(host.module) is None else 'at the end of the branch of'} {host.name or 'it'}"
+        position = "after" if block_class(host.module) is None else "at the end of the branch of"
+        place = f"{position} {host.name or 'the model'}"
         child = insert(host.module, attention)
         text = f"{type(attention).__name__}({attention.extra_repr()})"
-        insertions.append(Insertion(join(host.name, child), text, place))
-    return AttachReport(tuple(insertions), recalibrate=normed and changed)
+        insertions.append(Insertion(qualified_name(host.name, child), text, place))
+    return AttachReport(tuple(insertions), recalibrate=has_norm and changes_output)
 
 
 def detach(model: nn.Module) -> tuple[str, ...]:
-    """Take out what `attach` put into `model`, also if that was before a copy, a pickle or a SyncBN conversion.
+    """Remove all attention that `attach` inserted, even if `model` has been copied, pickled or converted to SyncBN.
 
-    Modules, keys and outputs are then what they were before; running statistics are left as they are.
+    Afterwards, the modules and the keys of the state dict are the same as before `attach`. Weights and running
+    statistics that have changed in the meantime are not restored.
+
+    Args:
+        model: changed in place.
 
     Returns:
-        The qualified names that the layers had.
+        The qualified names of the removed layers.
 
     Raises:
-        ValueError: nothing was attached.
+        InputError: `model` is not a module, has no attached attention, or is compiled or wrapped.
     """
-    refuse_wrapped("detach", model)
+    check_model("detach", model)
     hosts = [(name, module) for name, module in model.named_modules() if is_attached(module)]
     if not hosts:
-        raise ValueError(f"detach: model must have attached attention, got {type(model).__name__} with none")
-    return tuple(join(name, remove(host)) for name, host in hosts)
+        raise invalid("detach", "model", "a network with attached attention", f"a {type(model).__name__} with none")
+    return tuple(qualified_name(name, remove(host)) for name, host in hosts)
 
 
 def _simam(site: Site) -> nn.Module:
-    return SimAM() if site.normed else PlainSimAM()
+    return SimAM() if site.has_norm else PlainSimAM()
 
 
 def _triplet(site: Site) -> nn.Module:
-    return PlainTripletAttention() if site.plain else TripletAttention()
+    return PlainTripletAttention() if site.is_plain else TripletAttention()
 
 
 _LAYERS: dict[str, Callable[[Site], nn.Module]] = {"simam": _simam, "triplet": _triplet}
 
 
 def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
-    """The layer for `site`, on its device, in its dtype and mode, and the host that it goes to."""
+    """The host at `site`, and the new layer, with the device and dtype of the convolution and the mode of the host."""
+    attention: Any
     if isinstance(layer, str):
         attention = _LAYERS[layer](site)
     else:
@@ -141,7 +149,8 @@ def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
         if isinstance(attention, SimAM) and site.convolution.channels != site.branch.channels:
             attention = layer(site.convolution.channels)
     if not isinstance(attention, nn.Module):
-        raise TypeError(f"attach: layer must return an nn.Module, got {type(attention).__name__} for {site.name}")
+        actual = f"a factory that returns {type(attention).__name__} for {site.name}"
+        raise invalid("attach", "layer", "a factory that returns an nn.Module", actual)
     host = site.convolution if isinstance(attention, SimAM) else site.branch
     like = next(site.convolution.module.parameters())
     return host, attention.to(like.device, like.dtype).train(host.module.training)

@@ -1,27 +1,33 @@
-"""The greedy hash as a layer."""
+"""Greedy hash as a layer."""
 
 from torch import Tensor, nn
 
+from hashengine._validation import check_number
 from hashengine.ops import greedy_sign
 
 
 class GreedyHash(nn.Module):
-    """Activations [..., bits] to ``(b, penalty)``: their code of +-1 and the penalty to add to the loss.
+    """`hashengine.ops.greedy_sign` with a fixed weight of the penalty.
 
-    :func:`hashengine.ops.greedy_sign` with a fixed weight of the penalty.
+    Maps activations [..., bits] to `(b, penalty)`: codes of +-1, and the penalty to add to the loss.
 
     Args:
-        alpha: weight of the penalty, not negative; the paper takes 0.1 for CIFAR-10 and 1 for ImageNet-100.
+        alpha: weight of the penalty, 0 or more; Su et al., NeurIPS 2018, use 0.1 for CIFAR-10 and 1 for
+            ImageNet-100.
+
+    Raises:
+        InputError: `alpha` is negative or not a number.
     """
 
     def __init__(self, alpha: float = 0.1):
         super().__init__()
-        if not alpha >= 0:
-            raise ValueError(f"GreedyHash: alpha must not be negative, got {alpha}")
+        check_number("GreedyHash", "alpha", alpha, least=0)
         self.alpha = alpha
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Map `u` [..., bits] to `b`, with the shape and dtype of `u`, and the scalar penalty."""
         return greedy_sign(u, self.alpha)
 
     def extra_repr(self) -> str:
+        """The arguments that `repr` shows."""
         return f"alpha={self.alpha}"

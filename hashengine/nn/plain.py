@@ -1,12 +1,14 @@
-"""Attention for networks without shortcuts, which feel every factor that a gate puts on their signal.
+"""Attention for plain networks: networks without shortcuts, such as VGG.
 
-A residual branch absorbs a gate below 1, and so does a BatchNorm that follows. A plain network passes it on: five
-triplet attentions at 1/2, or five SimAMs at 0.65, leave a thirtieth or a ninth of the signal. These two start where
-the network was: their gates are scaled so that "nothing stands out" means 1. The scale is applied in place, to the
-layer's own result.
+A gate below 1 does no harm in a residual block, which adds its input to the attention's output, or in front of a
+BatchNorm, which rescales its input. In a plain network the gates of all layers multiply: five triplet attentions with a
+gate of 1/2 leave 1/32 of the signal, and five SimAMs with a gate of 0.65 leave about 1/9. The two layers here
+multiply their result by a constant, in place, so that the lowest gate of SimAM and the initial gates of triplet
+attention are 1.
 """
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,27 +17,34 @@ from hashengine.nn.triplet_attention import TripletAttention
 
 
 class PlainSimAM(SimAM):
-    """SimAM over ``sigmoid(1/2)``: the gate of a neuron at its plane's mean is 1, that of the others up to 1.607."""
+    """SimAM divided by sigmoid(1/2): the gates are between 1, for a neuron at the mean of its plane, and 1.607.
+
+    Arguments and errors are those of `SimAM`.
+    """
 
     _SCALE = 1 + math.exp(-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
         return super().forward(x).mul_(self._SCALE)
 
 
 class PlainTripletAttention(TripletAttention):
-    """Twice triplet attention, with gates in (0, 2), that starts as the identity, bit for bit.
+    """Triplet attention times 2, so that gates are in (0, 2). Its initial output is its input, bit for bit.
 
-    The BatchNorms start with weight and bias 0, so that every gate starts at ``2 * sigmoid(0)``, where the sigmoid's
-    slope is greatest: attention is learned from there. A bias that saturates the sigmoid near 1 would start as safely
-    and hardly learn.
+    The weights and biases of its BatchNorms are initialised with 0, so that each gate is `2 * sigmoid(0)`. The slope of
+    the sigmoid is greatest there. With a bias that saturates the sigmoid near 1, the signal would not shrink either,
+    but the gates would hardly learn.
+
+    Arguments and errors are those of `TripletAttention`.
     """
 
-    def __init__(self, channels: int | None = None, **options):
+    def __init__(self, channels: int | None = None, **options: Any):
         super().__init__(channels, **options)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.zeros_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
         return super().forward(x).mul_(2)

@@ -1,44 +1,51 @@
-"""BatchNorm's running statistics, estimated anew."""
+"""Estimation of the running statistics of BatchNorms from new batches."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hashengine.errors import invalid
+
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
-    """Estimate the running statistics of every BatchNorm in `model` anew, from the batches that it will see.
+    """Estimate the running statistics of the BatchNorms in `model` again, from batches of inputs of `model`.
 
-    A pretrained network into which attention came still normalises by the statistics of its old activations; SimAM's
-    gate, for one, scales them by 0.62 to 1. A few dozen training batches mend that; weights are not touched.
+    Attention changes the activations of a pretrained network (SimAM's gate scales them by 0.62 to 1), so they no longer
+    match the running statistics of its BatchNorms. A few dozen training batches are enough to estimate these statistics
+    again. The weights do not change.
 
-    Afterwards the statistics are the plain average over the batches, all weighted alike: none of the old ones is left.
-    Nothing but the BatchNorms runs in training mode meanwhile, so that dropout stays off. Modes and momenta are put
-    back, and the old statistics too where an error ends the estimate.
+    The new statistics are the average over the batches, with equal weights; the old ones do not contribute. Only the
+    BatchNorms run in training mode, so dropout stays off. Modes and momenta are restored. After an error, the old
+    statistics are restored, too.
 
     Args:
         model: changed in place.
-        batches: inputs of `model`, or tuples that start with one, as a DataLoader gives them; moved to its device.
+        batches: inputs of `model`, or tuples or lists that start with an input, as a DataLoader yields them. The inputs
+            are moved to the device of the BatchNorms.
 
     Returns:
         The number of batches.
 
     Raises:
-        TypeError: a batch is something else.
-        ValueError: no BatchNorm of `model` keeps running statistics, or there is no batch.
+        InputError: no BatchNorm of `model` tracks running statistics, there is no batch, or a batch is neither a tensor
+            nor a tuple or list that starts with a tensor.
     """
+    if not isinstance(model, nn.Module):
+        raise invalid("recalibrate", "model", "a torch.nn.Module", type(model).__name__)
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise invalid("recalibrate", "batches", "an iterable of batches", type(batches).__name__)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
-        raise ValueError(
-            "recalibrate: model must have a BatchNorm that keeps running statistics, "
-            f"got {type(model).__name__} with none: there is nothing to recalibrate"
-        )
+        expected = "a network with a BatchNorm that tracks running statistics"
+        raise invalid("recalibrate", "model", expected, f"a {type(model).__name__} with none")
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
     statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    device = norms[0].running_mean.device
+    device = statistics[0][0].device
     count = 0
     try:
         model.eval()
@@ -49,7 +56,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
         for count, batch in enumerate(batches, start=1):
             model(_input(batch, count - 1).to(device, non_blocking=True))
         if count == 0:
-            raise ValueError("recalibrate: batches must hold at least one batch, got none")
+            raise invalid("recalibrate", "batches", "at least one batch", "none")
     except BaseException:
         for buffer, old in statistics:
             buffer.copy_(old)
@@ -62,11 +69,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
     return count
 
 
-def _input(batch: Tensor | Sequence[Tensor], position: int) -> Tensor:
+def _input(batch: Any, position: int) -> Tensor:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
-        raise TypeError(
-            "recalibrate: batches must hold tensors or tuples that start with one, "
-            f"got {type(batch).__name__} at {position}"
-        )
+        expected = "tensors or tuples that start with one"
+        raise invalid("recalibrate", "batches", expected, f"{type(batch).__name__} at position {position}")
     return first

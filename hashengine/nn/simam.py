@@ -1,29 +1,43 @@
 """SimAM as a layer."""
 
+import torch
 from torch import Tensor, nn
 
+from hashengine._validation import check_number
 from hashengine.ops import simam
 
 
 class SimAM(nn.Module):
-    """Parameter-free attention, :func:`hashengine.ops.simam`: [N, C, H, W] to the same shape and dtype.
+    """Parameter-free attention, `hashengine.ops.simam`: [N, C, H, W] to the same shape and dtype.
 
-    The authors put it after the 3 x 3 convolution of a residual block, before its BatchNorm.
+    Its authors put it between the second convolution of a residual block and the BatchNorm that follows.
 
     Args:
-        channels: taken and ignored, so that factories which build ``layer(channels)`` can call it.
-        lam: the paper's lambda, above 0: 1e-4 for CIFAR, 0.1 for ImageNet.
-        device, dtype: taken and ignored too, as there are no parameters; timm passes them.
+        channels: ignored; accepted for factories that call `layer(channels)`.
+        lam: the paper's lambda, above 0. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
+        device: ignored, because there are no parameters; accepted because timm passes it.
+        dtype: ignored, like `device`.
+
+    Raises:
+        InputError: `lam` is not a number above 0.
     """
 
-    def __init__(self, channels: int | None = None, *, lam: float = 1e-4, device=None, dtype=None):
+    def __init__(
+        self,
+        channels: int | None = None,
+        *,
+        lam: float = 1e-4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        if not lam > 0:
-            raise ValueError(f"SimAM: lam must be above 0, got {lam}")
+        check_number("SimAM", "lam", lam, above=0)
         self.lam = lam
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
         return simam(x, self.lam)
 
     def extra_repr(self) -> str:
+        """The arguments that `repr` shows."""
         return f"lam={self.lam}"

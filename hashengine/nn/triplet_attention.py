@@ -1,20 +1,20 @@
 """Triplet attention as a layer."""
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hashengine.ops import (
-    triplet_attention,
-    triplet_attention_inference,
-    triplet_attention_update,
-    triplet_gate,
-    triplet_pool,
-)
+from hashengine._validation import check_integer
+from hashengine.errors import invalid
+from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
+from hashengine.ops.triplet_attention_update import triplet_attention_update
+from hashengine.ops.triplet_gate import triplet_gate
+from hashengine.ops.triplet_pool import triplet_pool
 
-# The names that the two official modules give to the same three gates.
-_OFFICIAL_NAMES = {
+# The two official modules have different key prefixes in their state dicts. The layer uses the prefixes on the right.
+_OFFICIAL_PREFIXES = {
     "ChannelGateH.spatial.": "cw.conv.",
     "ChannelGateW.spatial.": "hc.conv.",
     "SpatialGate.spatial.": "hw.conv.",
@@ -22,34 +22,40 @@ _OFFICIAL_NAMES = {
 
 
 class _Gate(nn.Module):
-    """The parameters of one branch, under the official names: ``conv.conv.weight`` and ``conv.bn.*``."""
+    """The parameters of one branch, under the official names: `conv.conv.weight` and `conv.bn.*`."""
 
-    def __init__(self, kernel_size: int, **placement):
+    def __init__(self, kernel_size: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
         self.conv = nn.Sequential(
             OrderedDict(
-                conv=nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **placement),
-                bn=nn.BatchNorm2d(1, eps=1e-5, momentum=0.01, **placement),
+                conv=nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype),
+                bn=nn.BatchNorm2d(1, eps=1e-5, momentum=0.01, device=device, dtype=dtype),
             )
         )
 
 
 class TripletAttention(nn.Module):
-    """Cross-dimension attention, :func:`hashengine.ops.triplet_attention`: [N, C, H, W] to the same shape and dtype.
+    """Cross-dimension attention, `hashengine.ops.triplet_attention`: [N, C, H, W] to the same shape and dtype.
 
-    Misra et al., "Rotate to Attend", WACV 2021: the last op of a residual branch, before the addition. At
-    initialisation it halves its input, which a residual branch absorbs and a plain network feels.
+    In Misra et al., "Rotate to Attend", WACV 2021, it is the last op of a residual branch, before the addition. With
+    its initial parameters, it multiplies its input by about 1/2. A residual branch tolerates that; for a plain network,
+    see `PlainTripletAttention`.
 
-    State dicts of both official modules load (keys ``cw``/``hc``/``hw`` and ``ChannelGateH``/``ChannelGateW``/
-    ``SpatialGate``). Each BatchNorm is a plain ``nn.BatchNorm2d``; once ``convert_sync_batchnorm`` or a hook has
-    changed them, the layer runs pooling, convolution, the module, and the gate one after another.
+    The state dicts of both official modules can be loaded (keys `cw`, `hc`, `hw`, or `ChannelGateH`, `ChannelGateW`,
+    `SpatialGate`). Each BatchNorm is an `nn.BatchNorm2d`. The layer runs one fused op. If a part of the layer has been
+    changed, for example by `convert_sync_batchnorm`, a hook or a parametrisation, the layer runs pooling, convolution,
+    BatchNorm and gate as separate ops instead.
 
     Args:
-        channels: taken and ignored, so that factories which build ``layer(channels)`` can call it: the layer has 300
-            parameters for any number of channels.
+        channels: ignored, because the parameters do not depend on it; accepted for factories that call
+            `layer(channels)`.
         no_spatial: leave out the branch over (H, W).
-        kernel_size: of the branches' convolution, odd.
-        device, dtype: of the parameters.
+        kernel_size: kernel size of the convolutions, odd.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        InputError: `kernel_size` is not a positive odd integer.
     """
 
     def __init__(
@@ -62,50 +68,53 @@ class TripletAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"TripletAttention: kernel_size must be odd and positive, got {kernel_size}")
+        if check_integer("TripletAttention", "kernel_size", kernel_size, 1) % 2 == 0:
+            raise invalid("TripletAttention", "kernel_size", "odd", kernel_size)
         self.no_spatial = no_spatial
         for name in ("cw", "hc") if no_spatial else ("cw", "hc", "hw"):
-            self.add_module(name, _Gate(kernel_size, device=device, dtype=dtype))
+            self.add_module(name, _Gate(kernel_size, device, dtype))
         self.register_load_state_dict_pre_hook(_rename_official_keys)
 
     @property
     def _gates(self) -> list[nn.Sequential]:
+        modules: dict[str, Any] = self._modules
         names = ("cw", "hc") if self.no_spatial else ("cw", "hc", "hw")
-        return [self._modules[name]._modules["conv"] for name in names]
+        return [modules[name]._modules["conv"] for name in names]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
         gates = self._gates
-        # By _modules and the like: an attribute of a module takes a microsecond to find, small maps not many of them.
-        convolutions = [gate._modules["conv"] for gate in gates]
-        norms = [gate._modules["bn"] for gate in gates]
-        if not _are_plain(gates, convolutions, norms):
+        # _modules, _parameters and _buffers are read directly because an attribute lookup in nn.Module takes about
+        # a microsecond, which matters for small maps.
+        convolutions: list[Any] = [gate._modules["conv"] for gate in gates]
+        norms: list[Any] = [gate._modules["bn"] for gate in gates]
+        if not _can_fuse(gates, convolutions, norms):
             return triplet_gate(x, *(gate(pool) for gate, pool in zip(gates, triplet_pool(x), strict=False)))
         training, eps = norms[0].training, norms[0].eps
-        learned = [
-            [conv._parameters["weight"] for conv in convolutions],
-            [bn._parameters["weight"] for bn in norms],
-            [bn._parameters["bias"] for bn in norms],
-        ]
-        running = [bn._buffers["running_mean"] for bn in norms], [bn._buffers["running_var"] for bn in norms]
-        if not training and not _need_gradient(x, *learned):
-            return triplet_attention_inference(x, *learned, *running, eps)
-        y, mean, var = triplet_attention(x, *learned, *running, training, eps)
+        conv_weight = [conv._parameters["weight"] for conv in convolutions]
+        bn_weight = [bn._parameters["weight"] for bn in norms]
+        bn_bias = [bn._parameters["bias"] for bn in norms]
+        running_mean = [bn._buffers["running_mean"] for bn in norms]
+        running_var = [bn._buffers["running_var"] for bn in norms]
+        if not training and not _needs_gradient(x, conv_weight, bn_weight, bn_bias):
+            return triplet_attention_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
+        y, mean, var = triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
         if training:
             n, c, h, w = x.shape
             counts = [n * c * w, n * h * c, n * h * w][: len(norms)]
             steps = [bn._buffers["num_batches_tracked"] for bn in norms]
-            triplet_attention_update(mean, var, *running, steps, counts, norms[0].momentum)
+            triplet_attention_update(mean, var, running_mean, running_var, steps, counts, norms[0].momentum)
         return y
 
     def extra_repr(self) -> str:
+        """The arguments that `repr` shows."""
         return f"no_spatial={self.no_spatial}"
 
 
-def _are_plain(gates: list[nn.Sequential], convolutions: list[nn.Module], norms: list[nn.Module]) -> bool:
-    """Whether the modules do nothing but what the fused op does, all branches alike."""
+def _can_fuse(gates: list[nn.Sequential], convolutions: list[Any], norms: list[Any]) -> bool:
+    """Whether the modules compute exactly what the fused op does, with the same settings in all branches."""
     if any(type(conv) is not nn.Conv2d for conv in convolutions) or any(type(bn) is not nn.BatchNorm2d for bn in norms):
-        return False  # converted, parametrised or swapped
+        return False  # converted, parametrised or replaced
     if any(_has_hooks(module) for modules in (gates, convolutions, norms) for module in modules):
         return False
     if not all(bn.affine and bn.track_running_stats for bn in norms):
@@ -119,13 +128,13 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _need_gradient(x: Tensor, *learned: list[Tensor]) -> bool:
+def _needs_gradient(x: Tensor, *parameters: list[Tensor]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(parameter.requires_grad for parameters in learned for parameter in parameters)
+    return x.requires_grad or any(parameter.requires_grad for tensors in parameters for parameter in tensors)
 
 
-def _rename_official_keys(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    for theirs, ours in _OFFICIAL_NAMES.items():
-        for key in [key for key in state_dict if key.startswith(prefix + theirs)]:
-            state_dict[prefix + ours + key.removeprefix(prefix + theirs)] = state_dict.pop(key)
+def _rename_official_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for official, ours in _OFFICIAL_PREFIXES.items():
+        for key in [key for key in state_dict if key.startswith(prefix + official)]:
+            state_dict[prefix + ours + key.removeprefix(prefix + official)] = state_dict.pop(key)

@@ -1,9 +1,17 @@
-"""The ops: each a function with a schema, a plain-torch reference, a fake and an autograd formula.
+"""The ops: functions on tensors, each with a schema, a plain-torch reference and a fake.
 
-They are registered with torch's dispatcher as ``torch.ops.hashengine.<op>``; the native kernels, where they were built,
-take the references' place.
+Ops with a derivative also have an autograd formula. `pack_filter` is not an op but a function in plain torch.
+
+Each op is registered with torch's dispatcher as `torch.ops.hashengine.<op>`. Its reference runs on every device. If the
+native module was built, the op's native kernel replaces the reference on the kernel's device.
+
+A tensor of a wrong dtype, shape or device, or a number out of range, raises ValueError in the form of
+`hashengine.errors`. The native kernels raise ValueError itself, and the references raise its subclass `InputError` with
+the same message. An argument of another Python type, such as a numpy array or a float for an integer, does not reach
+the op: torch's dispatcher refuses it with RuntimeError.
 """
 
+from hashengine import _native
 from hashengine.ops._hamming import pack_filter
 from hashengine.ops.greedy_sign import greedy_sign
 from hashengine.ops.hamming_count import hamming_count
@@ -11,10 +19,11 @@ from hashengine.ops.hamming_range import hamming_range
 from hashengine.ops.hamming_topk import hamming_topk
 from hashengine.ops.pack_bits import pack_bits, unpack_bits
 from hashengine.ops.simam import simam, simam_energy
-from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
-from hashengine.ops.triplet_attention_update import triplet_attention_update
+from hashengine.ops.triplet_attention import triplet_attention
 from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
+
+_native.load()
 
 __all__ = [
     "greedy_sign",
@@ -26,8 +35,6 @@ __all__ = [
     "simam",
     "simam_energy",
     "triplet_attention",
-    "triplet_attention_inference",
-    "triplet_attention_update",
     "triplet_gate",
     "triplet_pool",
     "unpack_bits",

@@ -1,8 +1,12 @@
-"""The three branches of triplet attention: which axis each pools away, and the way between its maps and x.
+"""The three branches of triplet attention: the axis that each one pools, and conversions between x and its maps.
 
 Misra, Nalamada, Arasanipalai and Hou, "Rotate to Attend: Convolutional Triplet Attention Module", WACV 2021.
-A branch's map lies over the two axes that it keeps: [N, C, W], [N, H, C] and [N, H, W].
+The map of a branch spans the two axes that are not pooled: [N, C, W], [N, H, C] or [N, H, W].
 """
+
+import functools
+import operator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,37 +20,47 @@ def map_shape(x: Tensor, branch: str) -> tuple[int, int, int]:
     return {"cw": (n, c, w), "hc": (n, h, c), "hw": (n, h, w)}[branch]
 
 
-def pooled_length(x: Tensor, branch: str) -> int:
-    return x.shape[_POOLED_AXIS[branch]]
+def map_numel(x: Tensor, branch: str) -> int:
+    n, rows, columns = map_shape(x, branch)
+    return n * rows * columns
 
 
-def _to_map(reduced: Tensor, branch: str) -> Tensor:
-    """[N, C, H] -> [N, H, C] for the branch whose map turns; the others lie right already."""
+def add(tensors: Iterable[Tensor]) -> Tensor:
+    """The elementwise sum of `tensors`."""
+    return functools.reduce(operator.add, tensors)
+
+
+def _transpose_hc(reduced: Tensor, branch: str) -> Tensor:
+    """Swap the last two axes for the branch "hc": its map is [N, H, C], but x reduced over W is [N, C, H]."""
     return reduced.transpose(1, 2) if branch == "hc" else reduced
 
 
 def sum_over(x: Tensor, branch: str) -> Tensor:
-    """X [N, C, H, W] summed over the branch's pooled axis: a map."""
-    return _to_map(x.sum(_POOLED_AXIS[branch]), branch)
+    """The sum of `x` [N, C, H, W] over the pooled axis of `branch`: a map."""
+    return _transpose_hc(x.sum(_POOLED_AXIS[branch]), branch)
 
 
 def max_and_mean(x: Tensor, branch: str) -> tuple[Tensor, Tensor]:
-    """ZPool: [N, 2, rows, columns], the maximum before the mean, and the index of the maximum [N, rows, columns].
+    """Z-pool: the maximum and the mean as [N, 2, rows, columns], and the index of the maximum [N, rows, columns].
 
-    The index is the lowest where maxima are tied.
+    If the maximum occurs more than once, the index is that of its first occurrence.
     """
     values, index = x.max(_POOLED_AXIS[branch])
     mean = x.mean(_POOLED_AXIS[branch])
-    return torch.stack((_to_map(values, branch), _to_map(mean, branch)), 1), _to_map(index, branch)
+    return torch.stack((_transpose_hc(values, branch), _transpose_hc(mean, branch)), 1), _transpose_hc(index, branch)
 
 
 def spread(branch_map: Tensor, branch: str) -> Tensor:
-    """A map as a view that broadcasts against x [N, C, H, W]."""
-    return _to_map(branch_map, branch).unsqueeze(_POOLED_AXIS[branch])
+    """A view of a map that broadcasts against x [N, C, H, W]."""
+    return _transpose_hc(branch_map, branch).unsqueeze(_POOLED_AXIS[branch])
 
 
 def unpool(grad_pool: Tensor, index: Tensor, x: Tensor, branch: str) -> Tensor:
-    """The gradient of :func:`max_and_mean`: to the maximum's index, and evenly to all."""
+    """The gradient of `max_and_mean` with respect to x.
+
+    The gradient of the maximum goes to its index; the gradient of the mean is divided evenly along the pooled axis.
+    """
+    axis = _POOLED_AXIS[branch]
     grad_max, grad_mean = grad_pool.unbind(1)
-    even = (spread(grad_mean, branch) / pooled_length(x, branch)).expand(x.shape)
-    return even.scatter_add(_POOLED_AXIS[branch], spread(index, branch).long(), spread(grad_max, branch))
+    even = (spread(grad_mean, branch) / x.shape[axis]).expand(x.shape)
+    return even.scatter_add(axis, spread(index, branch).long(), spread(grad_max, branch))

@@ -1,58 +1,61 @@
-"""Argument checks that references and fakes share: one line names op, argument, what was expected and what came."""
+"""Argument checks that the references and the fakes share; `csrc/binding` makes the same checks in the same words.
+
+All checks except `check_no_nan` read only dtypes, shapes and devices, so they also run on fake tensors. `check_no_nan`
+reads values; the references call it and the fakes do not.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from hashengine import _validation
+from hashengine._validation import dtype_name, nan_error
+from hashengine.errors import invalid
+
+FLOATING: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _validation.FLOATING)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The type in which x is summed and what is derived from it is kept: float64 for float64, else float32."""
+    """The dtype of sums over `x` and of statistics: float64 for float64, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_activations(op: str, tensor: Tensor, argument: str = "u") -> None:
+def check_floating(where: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{op}: {argument} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        raise invalid(where, name, "float64, float32, float16 or bfloat16", dtype_name(tensor))
 
 
-def check_feature_map(op: str, tensor: Tensor, argument: str = "x") -> None:
-    check_activations(op, tensor, argument)
-    if tensor.dim() != 4:
-        raise ValueError(f"{op}: {argument} must be [N, C, H, W], got {list(tensor.shape)}")
+def check_feature_map(where: str, x: Tensor, *, not_empty: bool = False) -> None:
+    """Check that `x` is a floating-point tensor [N, C, H, W]; with `not_empty`, only N may be 0."""
+    check_floating(where, "x", x)
+    if x.dim() != 4:
+        raise invalid(where, "x", "[N, C, H, W]", list(x.shape))
+    if not_empty and 0 in x.shape[1:]:
+        raise invalid(where, "x", "[N, C, H, W] with C, H and W at least 1", list(x.shape))
 
 
-def check_device(op: str, tensor: Tensor, x: Tensor, argument: str) -> None:
+def check_same_device(where: str, name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{op}: {argument} must be on x's device, {x.device}, got {tensor.device}; move one")
+        raise invalid(where, name, f"on x's device, {x.device}", tensor.device, "move one of them")
 
 
-def check_like(op: str, tensor: Tensor, argument: str, shape: Sequence[int], dtype: torch.dtype, x: Tensor) -> None:
-    """An argument that an earlier op made or that belongs to its result: shape, dtype and x's device."""
+def check_like(where: str, name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, x: Tensor) -> None:
+    """Check a gradient, or a tensor that an earlier op returned, against `shape`, `dtype` and the device of `x`."""
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != x.device:
-        raise ValueError(
-            f"{op}: {argument} must be {dtype} {list(shape)} on {x.device}, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        )
+        expected = f"{str(dtype).removeprefix('torch.')} {list(shape)} on {x.device}"
+        raise invalid(where, name, expected, f"{dtype_name(tensor)} {list(tensor.shape)} on {tensor.device}")
 
 
-def check_gradient(op: str, grad_y: Tensor, x: Tensor) -> None:
-    check_like(op, grad_y, "grad_y", x.shape, x.dtype, x)
+def check_gradient(where: str, name: str, gradient: Tensor, x: Tensor) -> None:
+    """Check the gradient of a result that has the shape and dtype of `x`."""
+    check_like(where, name, gradient, x.shape, x.dtype, x)
 
 
-def check_no_nan(op: str, tensor: Tensor, argument: str = "u") -> None:
-    """On the CPU only: a GPU would have to stop to look."""
+def check_no_nan(where: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor on the CPU has no NaN.
+
+    Tensors on a GPU are not checked, because reading a value there would synchronize.
+    """
     if tensor.device.type == "cpu" and tensor.is_floating_point() and bool(tensor.isnan().any()):
-        raise ValueError(
-            f"{op}: {argument} must hold no NaN (it has no sign), got at least one; look for a diverged model"
-        )
-
-
-def check_codes(op: str, codes: Tensor, argument: str = "codes") -> None:
-    if codes.dtype != torch.uint8:
-        raise TypeError(
-            f"{op}: {argument} must be packed codes of uint8, got {codes.dtype}; "
-            "pack activations with hashengine.ops.pack_bits first"
-        )
+        raise nan_error(where, name)

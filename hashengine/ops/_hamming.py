@@ -1,79 +1,84 @@
-"""What the Hamming ops share: checks, and distances in plain torch."""
+"""Code shared by the Hamming ops: argument checks, bitmaps, and distances in plain torch."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from hashengine.ops._check import check_codes
+from hashengine._validation import MAX_BITS, check_codes, check_filter_shape, dtype_name
+from hashengine.errors import invalid
 
-_MAX_BYTES = 8192  # of a code
-_ENTRIES = 1 << 24  # distances held at once by a reference: 128 MB as int64
+# A reference computes the distances of a block of queries together. A block has at most this many distances (128 MiB as
+# int64), unless one query alone has more.
+_BLOCK_DISTANCES = 1 << 24
 
 
-def check_search(op: str, queries: Tensor, codes: Tensor, filter: Tensor | None) -> None:
-    for name, tensor in (("queries", queries), ("codes", codes)):
-        check_codes(op, tensor, name)
-        if tensor.dim() != 2 or not 0 < tensor.shape[1] <= _MAX_BYTES:
-            raise ValueError(
-                f"{op}: {name} must be [rows, bits / 8] of at most {8 * _MAX_BYTES} bits, got {list(tensor.shape)}"
-            )
+def check_search(where: str, queries: Tensor, codes: Tensor, filter: Tensor | None, num_threads: int) -> None:
+    for name, rows in (("queries", queries), ("codes", codes)):
+        check_codes(where, name, rows)
+        if 8 * rows.shape[1] > MAX_BITS:
+            raise invalid(where, name, f"of at most {MAX_BITS} bits", 8 * rows.shape[1])
     if queries.shape[1] != codes.shape[1]:
-        raise ValueError(
-            f"{op}: queries and codes must have the same width, got {8 * queries.shape[1]} and "
-            f"{8 * codes.shape[1]} bits"
-        )
+        widths = f"{8 * queries.shape[1]} and {8 * codes.shape[1]} bits"
+        raise invalid(where, "queries and codes", "of the same width", widths)
     if queries.device != codes.device:
-        raise ValueError(f"{op}: queries and codes must be on one device, got {queries.device} and {codes.device}")
+        raise invalid(where, "queries and codes", "on one device", f"{queries.device} and {codes.device}")
     if filter is not None:
-        _check_filter(op, queries, codes, filter)
+        _check_bitmap(where, queries, codes, filter)
+    if num_threads < 0:
+        raise invalid(where, "num_threads", "at least 1, or 0 for all", num_threads)
 
 
-def _check_filter(op: str, queries: Tensor, codes: Tensor, filter: Tensor) -> None:
+def _check_bitmap(where: str, queries: Tensor, codes: Tensor, filter: Tensor) -> None:
     if filter.dtype != torch.uint8:
-        raise TypeError(f"{op}: filter must be a bitmap of uint8, got {filter.dtype}; pack a mask with pack_filter")
-    width = (codes.shape[0] + 7) // 8
-    if filter.dim() not in (1, 2) or filter.shape[-1] != width or (filter.dim() == 2 and len(filter) != len(queries)):
-        raise ValueError(
-            f"{op}: filter must be [{width}], or [{len(queries)}, {width}] with a row a query, for {codes.shape[0]} "
-            f"codes, got {list(filter.shape)}"
-        )
+        advice = "pack a mask with hashengine.ops.pack_filter first"
+        raise invalid(where, "filter", "a bitmap of uint8", dtype_name(filter), advice)
+    rows, count = queries.shape[0], codes.shape[0]
+    check_filter_shape(where, filter.shape, (count + 7) // 8, rows, count)
     if filter.device != codes.device:
-        raise ValueError(f"{op}: filter must be on the codes' device, {codes.device}, got {filter.device}; move one")
+        raise invalid(where, "filter", f"on the device of codes, {codes.device}", filter.device, "move one of them")
 
 
 def pack_filter(mask: Tensor) -> Tensor:
-    """A mask as the bitmap that the Hamming ops take.
+    """Pack a mask into the bitmap that the Hamming ops take as their filter.
 
     Args:
-        mask: bool [..., N], true where a code may be found.
+        mask: bool [..., N], true for each code that a search may return.
 
     Returns:
-        uint8 [..., ceil(N / 8)], the first code in the least significant bit; bits beyond N are zero.
+        uint8 [..., ceil(N / 8)]. The first code is in the least significant bit of the first byte; the bits after the
+        last code are 0.
+
+    Raises:
+        InputError: `mask` is not a tensor of bool.
     """
+    if not isinstance(mask, Tensor):
+        raise invalid("pack_filter", "mask", "a torch tensor of bool", type(mask).__name__)
+    if mask.dtype != torch.bool:
+        raise invalid("pack_filter", "mask", "bool", dtype_name(mask))
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
 
 
 def unpack_filter(filter: Tensor, count: int) -> Tensor:
-    """The mask, bool [..., count], of a bitmap."""
-    places = torch.arange(8, dtype=torch.uint8, device=filter.device)
-    return ((filter.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :count].bool()
+    """The mask, bool [..., count], that `pack_filter` packed into `filter`."""
+    return _unpack_bytes(filter)[..., :count].bool()
 
 
 def distance_rows(queries: Tensor, codes: Tensor, filter: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Distances int32 [rows, N] of a block of queries at a time; ``bits + 1`` where the filter leaves a code out.
+    """Yield each block of queries, as a slice, and its distances to all codes, int32 [rows, N].
 
-    They are products of +-1 codes, exact in float32 up to 2^24 bits.
+    A code that the filter excludes has the distance bits + 1. The distances are computed from scalar products of codes
+    whose bits are written as +1 and -1. In float32, these products are exact for codes of up to 2^24 bits.
     """
     bits = 8 * codes.shape[1]
-    rows = max(1, _ENTRIES // max(codes.shape[0], 1))
-    columns = max(1, _ENTRIES // bits)
+    rows = max(1, _BLOCK_DISTANCES // max(codes.shape[0], 1))
+    columns = max(1, _BLOCK_DISTANCES // bits)
     for first in range(0, queries.shape[0], rows):
         block = slice(first, min(first + rows, queries.shape[0]))
         signs = _signs(queries[block])
-        with torch.autocast(codes.device.type, enabled=False):  # a caller's half precision would round the distances
+        with torch.autocast(codes.device.type, enabled=False):  # half precision would round the distances
             parts = [((bits - signs @ _signs(part).T) / 2).int() for part in codes.split(columns)]
         distances = torch.cat(parts, 1) if parts else queries.new_empty((len(signs), 0), dtype=torch.int32)
         if filter is not None:
@@ -83,6 +88,11 @@ def distance_rows(queries: Tensor, codes: Tensor, filter: Tensor | None) -> Iter
 
 
 def _signs(codes: Tensor) -> Tensor:
-    """Packed codes [N, B] as +-1 in float32 [N, 8 B]; bit order does not matter to a distance."""
-    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (((codes.unsqueeze(-1) >> places) & 1).flatten(-2).float() * 2) - 1
+    """Packed codes [N, B] as +-1 in float32 [N, 8 B]; the order of the bits does not affect a distance."""
+    return _unpack_bytes(codes).float() * 2 - 1
+
+
+def _unpack_bytes(packed: Tensor) -> Tensor:
+    """The bits of uint8 [..., B] as 0 and 1 in uint8 [..., 8 B], the least significant bit of each byte first."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)

@@ -1,8 +1,11 @@
-"""How an op comes to be: schema, plain-torch reference, fake and autograd formula, in one call."""
+"""Definition of an op in one call: schema, plain-torch reference, fake and autograd formula."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from hashengine.errors import invalid
 
 NAMESPACE = "hashengine"
 
@@ -10,19 +13,24 @@ NAMESPACE = "hashengine"
 def define_op(
     schema: str,
     *,
-    reference: Callable,
-    fake: Callable,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-) -> Callable:
-    """Define ``hashengine::<op>`` and return the callable op.
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    no_gradient: str = "it has no derivative (double backward is not supported)",
+) -> Callable[..., Any]:
+    """Define `hashengine::<op>` and return the callable op.
 
     Args:
-        schema: the schema with the op's name, ``"simam(Tensor x, float lam) -> Tensor"``.
-        reference: the op in plain torch, the kernel on every device that has no native one.
-        fake: the same signature on fake tensors; gives shapes, dtypes and strides only.
-        setup_context, backward: the autograd formula, as for ``torch.library.register_autograd``. An op without one
-            refuses to be differentiated; one whose schema mutates an argument ("Tensor(a!)") cannot have one.
+        schema: the schema with the op's name, such as `simam(Tensor x, float lam) -> Tensor`.
+        reference: the op in plain torch. It runs on every device for which the op has no native kernel.
+        fake: a function with the parameters of `reference`. It returns tensors that have the shape, dtype and strides
+            of the results, but no values.
+        setup_context: saves what `backward` needs, as for `torch.library.register_autograd`.
+        backward: the autograd formula, as for `torch.library.register_autograd`. If it is None, a backward through the
+            op raises `InputError`. It is ignored if the schema mutates an argument ("Tensor(a!)"), because torch allows
+            no autograd formula for such an op.
+        no_gradient: the end of the message of that `InputError`.
     """
     name, signature = schema.split("(", 1)
     qualified_name = f"{NAMESPACE}::{name}"
@@ -30,21 +38,17 @@ def define_op(
     torch.library.impl(qualified_name, "default")(reference)
     torch.library.register_fake(qualified_name, fake)
     if "!" not in signature:
-        torch.library.register_autograd(
-            qualified_name, backward or _refuse_gradient(name), setup_context=setup_context or _save_nothing
-        )
+        formula = backward or _refuse_gradient(name, no_gradient)
+        torch.library.register_autograd(qualified_name, formula, setup_context=setup_context or _save_nothing)
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
-def _save_nothing(ctx, inputs, output) -> None:
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _refuse_gradient(name: str) -> Callable:
-    def backward(ctx, *gradients):
-        raise RuntimeError(
-            f"{name}: expected no gradient to be asked of this op, got a backward through it; "
-            "it has no derivative here (double backward is not supported): detach its inputs"
-        )
+def _refuse_gradient(name: str, advice: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> None:
+        raise invalid(name, "inputs", "detached from the graph", "a backward through this op", advice)
 
     return backward

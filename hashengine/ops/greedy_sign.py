@@ -1,57 +1,76 @@
-"""Greedy sign: a two-valued code with a straight-through gradient and a cubic penalty.
+"""Greedy sign: binary codes with a straight-through gradient, and a cubic penalty.
 
 Su, Zhang, Han and Tian, "Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN", NeurIPS 2018:
-equation 6 with p = 3 gives the penalty, and section 3.2 the gradient that passes the sign unchanged.
+equation 6 with p = 3 gives the penalty. Section 3.2 gives the gradient: the backward treats the sign as the identity,
+so the gradient of the code is also the gradient of the activations.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hashengine.ops._check import check_activations, check_no_nan
+from hashengine._validation import dtype_name
+from hashengine.errors import invalid
+from hashengine.ops._check import check_floating, check_gradient, check_no_nan, wide_dtype
 from hashengine.ops._library import define_op
 
 
 def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Binarise activations and price their distance from the code.
+    """Binarise activations, and compute the penalty for the distance of their magnitudes from 1.
 
-    ``b = +1 where u >= 0 else -1`` (two values: zero is not a third) and ``penalty = alpha * mean(||u| - 1|^3)``.
-    The backward is one pass over ``u``::
+    `b = +1 if u >= 0 else -1`, so that zero is +1, and `penalty = alpha * mean(||u| - 1|^3)`. The backward computes the
+    following gradient, with sign(0) = 0; the native kernels need one pass over `u` for it:
 
         grad_u = grad_b + grad_penalty * alpha * 3 / numel * (|u| - 1)^2 * sign(|u| - 1) * sign(u)
 
-    with sign(0) = 0. Add the penalty to the loss yourself: it is scaled with the loss, so AMP's GradScaler and gradient
-    accumulation stay right.
+    The caller adds the penalty to the loss. If the loss is scaled, as by AMP's GradScaler or for gradient accumulation,
+    the penalty is then scaled with it.
 
     Args:
         u: activations [...], float64, float32, float16 or bfloat16, any strides.
         alpha: weight of the penalty; the paper takes 0.1 for CIFAR-10 and 1 for ImageNet-100.
 
     Returns:
-        ``b`` like ``u`` in shape, dtype and layout, and ``penalty``, a scalar: float64 for float64, else float32.
+        `b` with the shape, dtype and layout of `u`, and `penalty`, a scalar: float64 for float64, otherwise float32.
 
     Raises:
-        TypeError: ``u`` is not floating point.
-        ValueError: ``u`` holds a NaN (checked on the CPU only; a GPU would have to stop to look).
+        ValueError: `u` is not floating point, or contains a NaN. NaN is checked on the CPU only, because the check
+            would synchronize a GPU.
     """
     return _greedy_sign(u, alpha)
 
 
 def _reference(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    check_activations("greedy_sign", u)
-    check_no_nan("greedy_sign", u)
-    wide = u.to(_sum_dtype(u))
+    check_floating("greedy_sign", "u", u)
+    check_no_nan("greedy_sign", "u", u)
+    wide = u.to(wide_dtype(u))
     b = torch.empty_like(u).copy_(torch.where(wide >= 0, 1.0, -1.0))
     penalty = alpha * (wide.abs() - 1).abs().pow(3).mean()
     return b, penalty
 
 
 def _fake(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    check_activations("greedy_sign", u)
-    return torch.empty_like(u), u.new_empty((), dtype=_sum_dtype(u))
+    check_floating("greedy_sign", "u", u)
+    return torch.empty_like(u), u.new_empty((), dtype=wide_dtype(u))
+
+
+def _check_backward(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor) -> None:
+    check_floating("greedy_sign_backward", "u", u)
+    if grad_b is not None:
+        check_gradient("greedy_sign_backward", "grad_b", grad_b, u)
+    wide = wide_dtype(u)
+    if grad_penalty is not None and (
+        grad_penalty.numel() != 1 or grad_penalty.dtype != wide or grad_penalty.device != u.device
+    ):
+        expected = f"one value of {str(wide).removeprefix('torch.')} on {u.device}"
+        actual = f"{dtype_name(grad_penalty)} {list(grad_penalty.shape)} on {grad_penalty.device}"
+        raise invalid("greedy_sign_backward", "grad_penalty", expected, actual)
 
 
 def _backward_reference(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor, alpha: float) -> Tensor:
-    wide = u.to(_sum_dtype(u))
+    _check_backward(grad_b, grad_penalty, u)
+    wide = u.to(wide_dtype(u))
     grad_u = torch.zeros_like(wide) if grad_b is None else grad_b.to(wide.dtype)
     if grad_penalty is not None:
         excess = wide.abs() - 1
@@ -60,24 +79,21 @@ def _backward_reference(grad_b: Tensor | None, grad_penalty: Tensor | None, u: T
 
 
 def _backward_fake(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor, alpha: float) -> Tensor:
+    _check_backward(grad_b, grad_penalty, u)
     return torch.empty_like(u)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     u, ctx.alpha = inputs
     ctx.save_for_backward(u)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_b: Tensor | None, grad_penalty: Tensor | None) -> tuple[Tensor | None, None]:
+def _backward(ctx: Any, grad_b: Tensor | None, grad_penalty: Tensor | None) -> tuple[Tensor | None, None]:
     if grad_b is None and grad_penalty is None:
         return None, None
     (u,) = ctx.saved_tensors
     return _greedy_sign_backward(grad_b, grad_penalty, u, ctx.alpha), None
-
-
-def _sum_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 _greedy_sign_backward = define_op(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hashengine.errors import invalid
 from hashengine.ops._hamming import check_search, distance_rows
 from hashengine.ops._library import define_op
 
@@ -16,29 +17,36 @@ def hamming_range(
     max_results: int | None = None,
     num_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes at a distance of at most ``radius`` from each query, by (distance, position).
+    """The codes at a distance of at most `radius` from each query, ordered by (distance, position).
 
     Args:
-        queries, codes, filter, num_threads: as for :func:`~hashengine.ops.hamming_topk`.
-        radius: 0 to bits, inclusive (FAISS's is exclusive).
-        max_results: at least 1; of a query that has more, the nearest. Default: all.
+        queries: uint8 [Q, bits / 8], as for `hamming_topk`.
+        codes: uint8 [N, bits / 8], on the device of `queries`.
+        radius: 0 to the number of bits. A code at exactly this distance is a result; with FAISS, it is not.
+        filter: bitmap of the codes that may be returned, as for `hamming_topk`. Default: all codes.
+        max_results: the largest number of results of one query, at least 1; if more codes are within `radius`, the
+            nearest are returned. Default: no limit.
+        num_threads: the number of torch's threads to use on the CPU; 0 for all.
 
     Returns:
-        ``lims`` int64 [Q + 1]; query q has ``distances`` int32 and ``positions`` int64 in ``[lims[q], lims[q + 1])``.
+        `lims` int64 [Q + 1], `distances` int32 and `positions` int64. The results of query q are
+        `distances[lims[q]:lims[q + 1]]` and `positions[lims[q]:lims[q + 1]]`.
 
     Raises:
-        TypeError: queries, codes or filter are not uint8.
-        ValueError: shapes, devices, radius or max_results do not fit.
+        ValueError: a dtype, a shape, a device, `radius`, `max_results` or `num_threads` is wrong.
     """
     return _hamming_range(queries, codes, radius, filter, max_results, num_threads)
 
 
-def _check(queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, max_results: int | None) -> None:
-    check_search("hamming_range", queries, codes, filter)
-    if not 0 <= radius <= 8 * codes.shape[1]:
-        raise ValueError(f"hamming_range: radius must be 0 to the number of bits ({8 * codes.shape[1]}), got {radius}")
+def _check(
+    queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, max_results: int | None, num_threads: int
+) -> None:
+    check_search("hamming_range", queries, codes, filter, num_threads)
+    bits = 8 * codes.shape[1]
+    if not 0 <= radius <= bits:
+        raise invalid("hamming_range", "radius", f"0 to the number of bits ({bits})", radius)
     if max_results is not None and max_results < 1:
-        raise ValueError(f"hamming_range: max_results must be at least 1, got {max_results}")
+        raise invalid("hamming_range", "max_results", "at least 1", max_results)
 
 
 def _reference(
@@ -49,14 +57,14 @@ def _reference(
     max_results: int | None = None,
     num_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(queries, codes, radius, filter, max_results)
+    _check(queries, codes, radius, filter, max_results, num_threads)
     found = [(queries.new_empty(0, dtype=torch.int32), queries.new_empty(0, dtype=torch.int64))]
     for _, rows in distance_rows(queries, codes, filter):
-        for distances in rows:
-            positions = (distances <= radius).nonzero().flatten()
-            nearest, order = distances[positions].sort(stable=True)
-            found.append((nearest[:max_results], positions[order[:max_results]]))
-    lims = torch.tensor([len(distances) for distances, _ in found], device=queries.device).cumsum(0)
+        for row in rows:
+            within = (row <= radius).nonzero().flatten()
+            nearest, order = row[within].sort(stable=True)
+            found.append((nearest[:max_results], within[order[:max_results]]))
+    lims = torch.tensor([len(part) for part, _ in found], device=queries.device).cumsum(0)
     distances, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
     return lims, distances, positions
 
@@ -69,7 +77,7 @@ def _fake(
     max_results: int | None = None,
     num_threads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(queries, codes, radius, filter, max_results)
+    _check(queries, codes, radius, filter, max_results, num_threads)
     total = torch.library.get_ctx().new_dynamic_size()
     return (
         queries.new_empty(queries.shape[0] + 1, dtype=torch.int64),

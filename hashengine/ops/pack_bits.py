@@ -1,62 +1,64 @@
-"""Packing of codes: eight bits to a byte, the first in the most significant bit (numpy.packbits' order)."""
+"""Packing of codes: eight bits per byte, the first bit in the most significant place (the order of numpy.packbits)."""
 
 import torch
 from torch import Tensor
 
-from hashengine.ops._check import FLOATING, check_codes, check_no_nan
+from hashengine._validation import check_array, dtype_name
+from hashengine.errors import invalid
+from hashengine.ops._check import FLOATING, check_no_nan
 from hashengine.ops._library import define_op
 
 
 def pack_bits(u: Tensor) -> Tensor:
     """Pack activations or bits into codes.
 
-    Floating-point ``u`` gives a set bit where ``u >= 0`` (as ``greedy_sign`` gives +1); bool is packed as it is. Other
-    types are refused: uint8 always means packed already.
+    A bit is set if a floating-point value is at least 0 (for which `greedy_sign` returns +1), or if a bool is true.
+    Other dtypes are refused; in particular, uint8 always means codes that are packed already.
 
     Args:
-        u: [..., bits] of float64, float32, float16, bfloat16 or bool, bits a multiple of 8.
+        u: [..., bits] of float64, float32, float16, bfloat16 or bool; `bits` is a multiple of 8.
 
     Returns:
-        codes: uint8 [..., bits / 8], contiguous, the first bit in the most significant place.
+        Codes, uint8 [..., bits / 8], contiguous, the first bit in the most significant place.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: bits is not a multiple of 8, or ``u`` holds a NaN (checked on the CPU only).
+        ValueError: `u` has another dtype, is a scalar or contains a NaN (checked on the CPU only), or the size of its
+            last axis is not a multiple of 8.
     """
     return _pack_bits(u)
 
 
 def unpack_bits(codes: Tensor) -> Tensor:
-    """Unpack codes, the inverse of :func:`pack_bits`.
+    """Unpack codes, the inverse of `pack_bits`.
 
     Args:
         codes: uint8 [..., bits / 8].
 
     Returns:
-        bits: bool [..., bits], contiguous.
+        Bits, bool [..., bits], contiguous.
 
     Raises:
-        TypeError: ``codes`` is not uint8.
+        ValueError: `codes` is not uint8, or is a scalar.
     """
     return _unpack_bits(codes)
 
 
 def _check_pack(u: Tensor) -> None:
     if u.dtype not in (*FLOATING, torch.bool):
-        raise TypeError(f"pack_bits: u must be float64, float32, float16, bfloat16 or bool, got {u.dtype}")
+        raise invalid("pack_bits", "u", "float64, float32, float16, bfloat16 or bool", dtype_name(u))
     if u.dim() < 1 or u.shape[-1] % 8:
-        raise ValueError(f"pack_bits: u must be [..., bits] with bits a multiple of 8, got {list(u.shape)}")
+        raise invalid("pack_bits", "u", "[..., bits] with bits a multiple of 8", list(u.shape))
 
 
 def _check_unpack(codes: Tensor) -> None:
-    check_codes("unpack_bits", codes)
+    check_array("unpack_bits", "codes", codes, ("uint8",), "pack activations with hashengine.ops.pack_bits first")
     if codes.dim() < 1:
-        raise ValueError("unpack_bits: codes must be [..., bits / 8], got a scalar")
+        raise invalid("unpack_bits", "codes", "[..., bits / 8]", "a scalar")
 
 
 def _pack_reference(u: Tensor) -> Tensor:
     _check_pack(u)
-    check_no_nan("pack_bits", u)
+    check_no_nan("pack_bits", "u", u)
     bits = u if u.dtype == torch.bool else u >= 0
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=u.device)
     return (bits.unflatten(-1, (u.shape[-1] // 8, 8)) * weights).sum(-1, dtype=torch.uint8).contiguous()

@@ -1,15 +1,26 @@
 """Triplet attention: Misra, Nalamada, Arasanipalai and Hou, "Rotate to Attend", WACV 2021.
 
-For each of the pairs of axes (C, W), (H, C) and (H, W): pool the remaining axis into [max; mean], convolve 2 -> 1
-without bias, BatchNorm, sigmoid, multiply into x; y is the mean of the branches (equation 2).
+There is one branch for each pair of axes (C, W), (H, C) and (H, W). A branch pools the remaining axis into [max; mean],
+convolves these 2 channels to 1 without bias, applies BatchNorm and sigmoid, and multiplies x by the result. y is the
+mean of these products (equation 2).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hashengine.ops._branches import BRANCHES, map_shape, max_and_mean, sum_over, unpool
-from hashengine.ops._check import check_activations, check_device, check_feature_map, check_gradient, wide_dtype
+from hashengine.errors import invalid
+from hashengine.ops._branches import BRANCHES, add, map_numel, map_shape, max_and_mean, sum_over, unpool
+from hashengine.ops._check import (
+    check_feature_map,
+    check_floating,
+    check_gradient,
+    check_like,
+    check_same_device,
+    wide_dtype,
+)
 from hashengine.ops._library import define_op
 from hashengine.ops.triplet_gate import mean_gate
 
@@ -24,25 +35,28 @@ def triplet_attention(
     training: bool,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplet attention as a function: it updates no buffer, and returns what an update needs.
+    """Triplet attention as a pure function: it does not update running statistics but returns the statistics it used.
 
-    The lists hold one entry a branch, in the order cw, hc, hw; without the last the mean is over two branches.
+    The lists contain one tensor per branch, in the order cw, hc, hw. Without hw, y is the mean of two branches.
 
     Args:
         x: feature map [N, C, H, W], float64, float32, float16 or bfloat16, any strides; C, H and W at least 1.
-        conv_weight: [1, 2, K, K] each, K odd; parameters may be of another floating-point type than ``x``.
-        bn_weight, bn_bias, running_mean, running_var: [1] each.
-        training: normalise by the batch's statistics; else by the running ones.
-        eps: BatchNorm's.
+        conv_weight: tensors [1, 2, K, K], with K odd and the same for all branches. This and the other parameters may
+            have a floating-point dtype other than that of `x`.
+        bn_weight: tensors [1].
+        bn_bias: tensors [1].
+        running_mean: tensors [1], used if not `training`.
+        running_var: tensors [1], used if not `training`.
+        training: normalise by the statistics of the batch instead of the running ones.
+        eps: the eps of BatchNorm.
 
     Returns:
-        ``y`` like ``x`` in shape, dtype and layout; ``mean`` and ``var`` [branches], the statistics that were used (the
-        variance divides by the number of values), float64 for float64, else float32. Only ``y`` has a gradient.
+        `y` with the shape, dtype and layout of `x`; `mean` and `var` [branches], the statistics that were used, float64
+        if `x` is float64, otherwise float32. `var` divides by the number of values. Only `y` has a gradient.
 
     Raises:
-        TypeError: a tensor is not floating point.
-        ValueError: a shape or a device does not fit, a list is not two or three long, or ``training`` with one value a
-            branch.
+        ValueError: a dtype, a shape or a device is wrong, a list does not have two or three tensors, or a branch has
+            fewer than two values in `training`.
     """
     return _triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)[:3]
 
@@ -56,15 +70,50 @@ def triplet_attention_inference(
     running_var: list[Tensor],
     eps: float = 1e-5,
 ) -> Tensor:
-    """The ``y`` of :func:`triplet_attention` with ``training=False``, without the maps that a gradient would need.
+    """The `y` of `triplet_attention` with `training=False`; the maps that only a backward needs are not returned.
 
-    Arguments and errors as there; the result has no gradient, and asking for one raises RuntimeError.
+    Args:
+        x: feature map [N, C, H, W]; this and the other arguments are as for `triplet_attention`.
+        conv_weight: tensors [1, 2, K, K].
+        bn_weight: tensors [1].
+        bn_bias: tensors [1].
+        running_mean: tensors [1].
+        running_var: tensors [1].
+        eps: the eps of BatchNorm.
+
+    Returns:
+        `y` with the shape, dtype and layout of `x`, without a gradient.
+
+    Raises:
+        ValueError: as for `triplet_attention`; also in a backward through `y`.
     """
     return _triplet_attention_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
 
 
-def _reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps):
-    _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
+def _reference(
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    _check_forward("triplet_attention", x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
+    return _forward(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
+
+
+def _forward(
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
     wide = wide_dtype(x)
     x_wide = x.to(wide)
     gates, means, variances, pools, indices, responses = [], [], [], [], [], []
@@ -84,27 +133,55 @@ def _reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, tr
     return y, torch.stack(means), torch.stack(variances), torch.cat(pools), torch.cat(indices), torch.cat(responses)
 
 
-def _inference_reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps):
-    return _reference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False, eps)[0]
+def _inference_reference(
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    eps: float,
+) -> Tensor:
+    where = "triplet_attention_inference"
+    _check_forward(where, x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False)
+    return _forward(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False, eps)[0]
 
 
-def _fake(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps):
-    _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
+def _fake(
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    _check_forward("triplet_attention", x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
     wide = wide_dtype(x)
     branches = len(conv_weight)
-    size = sum(_map_numel(x, branch) for _, branch in _branches(conv_weight))
+    numel = _maps_numel(x, conv_weight)
     return (
         torch.empty_like(x),
         x.new_empty(branches, dtype=wide),
         x.new_empty(branches, dtype=wide),
-        x.new_empty(2 * size, dtype=wide),
-        x.new_empty(size, dtype=torch.int32),
-        x.new_empty(size, dtype=wide),
+        x.new_empty(2 * numel, dtype=wide),
+        x.new_empty(numel, dtype=torch.int32),
+        x.new_empty(numel, dtype=wide),
     )
 
 
-def _inference_fake(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps):
-    _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False)
+def _inference_fake(
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    eps: float,
+) -> Tensor:
+    where = "triplet_attention_inference"
+    _check_forward(where, x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False)
     return torch.empty_like(x)
 
 
@@ -112,52 +189,106 @@ def _branches(conv_weight: list[Tensor]) -> list[tuple[int, str]]:
     return list(enumerate(BRANCHES[: len(conv_weight)]))
 
 
-def _map_numel(x: Tensor, branch: str) -> int:
-    n, rows, columns = map_shape(x, branch)
-    return n * rows * columns
+def _maps_numel(x: Tensor, conv_weight: list[Tensor]) -> int:
+    return sum(map_numel(x, branch) for _, branch in _branches(conv_weight))
 
 
-def _check(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training) -> None:
-    op = "triplet_attention"
-    check_feature_map(op, x)
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x must have at least one channel, row and column, got {list(x.shape)}")
-    parameters = {
-        "conv_weight": conv_weight,
-        "bn_weight": bn_weight,
-        "bn_bias": bn_bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    for name, tensors in parameters.items():
-        if len(tensors) not in (2, 3) or len(tensors) != len(conv_weight):
-            raise ValueError(f"{op}: {name} must hold 2 or 3 tensors, as many as conv_weight, got {len(tensors)}")
+def _check_forward(
+    where: str,
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    training: bool,
+) -> None:
+    _check_shape(where, x, conv_weight, training)
+    scalars = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    for name, tensors in {"conv_weight": conv_weight, **scalars}.items():
+        _check_parameter(where, name, tensors, len(conv_weight), x)
+    for name, tensors in scalars.items():
         for i, tensor in enumerate(tensors):
-            check_activations(op, tensor, f"{name}[{i}]")
-            check_device(op, tensor, x, f"{name}[{i}]")
-            if name != "conv_weight" and tuple(tensor.shape) != (1,):
-                raise ValueError(f"{op}: {name}[{i}] must be [1], got {list(tensor.shape)}")
+            if tuple(tensor.shape) != (1,):
+                raise invalid(where, f"{name}[{i}]", "[1]", list(tensor.shape))
+
+
+def _check_shape(where: str, x: Tensor, conv_weight: list[Tensor], training: bool) -> None:
+    """Check `x`, the branches, the kernels, and that in training each branch has enough values for statistics."""
+    check_feature_map(where, x, not_empty=True)
+    if len(conv_weight) not in (2, 3):
+        raise invalid(where, "conv_weight", "2 or 3 tensors, one per branch", len(conv_weight))
     for i, weight in enumerate(conv_weight):
+        name = f"conv_weight[{i}]"
         if weight.dim() != 4 or tuple(weight.shape[:2]) != (1, 2) or weight.shape[2] != weight.shape[3]:
-            raise ValueError(f"{op}: conv_weight[{i}] must be [1, 2, K, K], got {list(weight.shape)}")
+            raise invalid(where, name, "[1, 2, K, K]", list(weight.shape))
         if weight.shape[2] % 2 == 0:
-            raise ValueError(f"{op}: conv_weight[{i}] must have an odd kernel size, got {weight.shape[2]}")
+            raise invalid(where, name, "of odd kernel size", weight.shape[2])
+        if weight.shape[2] != conv_weight[0].shape[2]:
+            expected = f"of the kernel size of conv_weight[0], {conv_weight[0].shape[2]}"
+            raise invalid(where, name, expected, weight.shape[2])
     for _, branch in _branches(conv_weight):
-        if training and _map_numel(x, branch) == 1:
-            raise ValueError(
-                f"{op}: training needs more than one value a branch for BatchNorm, got x {list(x.shape)} with one in "
-                f"branch {branch}; use eval mode or a larger batch"
-            )
+        if training and map_numel(x, branch) <= 1:
+            expected = "[N, C, H, W] with more than one value per branch in training"
+            actual = f"{list(x.shape)} with {map_numel(x, branch)} in branch {branch}"
+            raise invalid(where, "x", expected, actual, "use eval mode or a larger batch")
 
 
-def _backward_reference(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps):
-    check_gradient("triplet_attention_backward", grad_y, x)
+def _check_parameter(where: str, name: str, tensors: list[Tensor], branches: int, x: Tensor) -> None:
+    if len(tensors) != branches:
+        raise invalid(where, name, f"{branches} tensors, as many as conv_weight", len(tensors))
+    for i, tensor in enumerate(tensors):
+        check_floating(where, f"{name}[{i}]", tensor)
+        check_same_device(where, f"{name}[{i}]", tensor, x)
+
+
+def _check_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    response: Tensor,
+    training: bool,
+) -> None:
+    where = "triplet_attention_backward"
+    _check_shape(where, x, conv_weight, training)
+    for name, tensors in {"conv_weight": conv_weight, "bn_weight": bn_weight, "bn_bias": bn_bias}.items():
+        _check_parameter(where, name, tensors, len(conv_weight), x)
+    wide, branches, numel = wide_dtype(x), len(conv_weight), _maps_numel(x, conv_weight)
+    check_gradient(where, "grad_y", grad_y, x)
+    check_like(where, "mean", mean, (branches,), wide, x)
+    check_like(where, "var", var, (branches,), wide, x)
+    check_like(where, "pooled", pooled, (2 * numel,), wide, x)
+    check_like(where, "index", index, (numel,), torch.int32, x)
+    check_like(where, "response", response, (numel,), wide, x)
+
+
+def _backward_reference(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    response: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    _check_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training)
     wide = wide_dtype(x)
-    sizes = [_map_numel(x, branch) for _, branch in _branches(conv_weight)]
+    sizes = [map_numel(x, branch) for _, branch in _branches(conv_weight)]
     pools, indices, responses = pooled.split([2 * s for s in sizes]), index.split(sizes), response.split(sizes)
     grad_y = grad_y.to(wide)
     product = grad_y * x.to(wide) / len(conv_weight)
-    gates, grad_x, grad_conv, grad_weight, grad_bias = [], [], [], [], []
+    gates, grad_x_parts, grad_conv, grad_weight, grad_bias = [], [], [], [], []
     for i, branch in _branches(conv_weight):
         n, rows, columns = map_shape(x, branch)
         rstd = torch.rsqrt(var[i] + eps)
@@ -167,7 +298,7 @@ def _backward_reference(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, p
         grad_bias.append(grad_affine.sum())
         grad_weight.append((grad_affine * normal).sum())
         grad_normal = grad_affine
-        if training:  # the batch's own mean and variance depend on every response
+        if training:  # the mean and the variance of the batch depend on every response
             grad_normal = grad_affine - (grad_bias[i] + normal * grad_weight[i]) / normal.numel()
         grad_response = grad_normal * (bn_weight[i].to(wide) * rstd)
         weight = conv_weight[i].to(wide)
@@ -177,12 +308,26 @@ def _backward_reference(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, p
         )  # fmt: skip
         gates.append(gate)
         grad_conv.append(grad_kernel.squeeze(0))
-        grad_x.append(unpool(grad_pool, indices[i].view(n, rows, columns), x, branch))
-    grad_x = torch.empty_like(x).copy_(grad_y * mean_gate(gates) + sum(grad_x))
+        grad_x_parts.append(unpool(grad_pool, indices[i].view(n, rows, columns), x, branch))
+    grad_x = torch.empty_like(x).copy_(grad_y * mean_gate(gates) + add(grad_x_parts))
     return grad_x, torch.stack(grad_conv), torch.stack(grad_weight), torch.stack(grad_bias)
 
 
-def _backward_fake(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps):
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: list[Tensor],
+    bn_weight: list[Tensor],
+    bn_bias: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    response: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    _check_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training)
     branches = len(conv_weight)
     return (
         torch.empty_like(x),
@@ -192,7 +337,7 @@ def _backward_fake(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, conv_weight, bn_weight, bn_bias, _, _, ctx.training, ctx.eps = inputs
     ctx.branches = len(conv_weight)
     ctx.mark_non_differentiable(*output[1:])
@@ -200,7 +345,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, *conv_weight, *bn_weight, *bn_bias, *output[1:])
 
 
-def _backward(ctx, grad_y, *_):
+def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
     none = [None] * ctx.branches
     if grad_y is None:
         return None, none, none, none, none, none, None, None
@@ -247,4 +392,5 @@ _triplet_attention_inference = define_op(
     "Tensor[] running_mean, Tensor[] running_var, float eps) -> Tensor",
     reference=_inference_reference,
     fake=_inference_fake,
+    no_gradient="call triplet_attention for a gradient",
 )

@@ -1,7 +1,10 @@
-"""What triplet attention's BatchNorms remember of a batch, in one call for all branches."""
+"""The update of the running statistics of triplet attention's BatchNorms, in one call for all branches."""
 
 from torch import Tensor
 
+from hashengine._validation import dtype_name
+from hashengine.errors import invalid
+from hashengine.ops._check import check_like, wide_dtype
 from hashengine.ops._library import define_op
 
 
@@ -14,25 +17,37 @@ def triplet_attention_update(
     counts: list[int],
     momentum: float | None,
 ) -> None:
-    """Move the running statistics towards a batch's, in place, as ``nn.BatchNorm2d`` does in training.
+    """Move running statistics towards those of a batch, in place, as `nn.BatchNorm2d` does in training.
 
-    An op of its own: one that mutates cannot carry an autograd formula, and :func:`triplet_attention` has one.
+    This is an op of its own because `triplet_attention` has an autograd formula, which an op that mutates its arguments
+    cannot have.
 
     Args:
-        mean, var: [branches], from :func:`triplet_attention`; the variance divides by the number of values.
-        running_mean, running_var: [1] each, a branch; the variance divides by the number of values less one.
-        num_batches_tracked: int64 scalars, a branch; counts this batch.
-        counts: number of values that a branch's statistics were taken over, at least 2.
-        momentum: weight of this batch; None for the cumulative average.
+        mean: [branches], float32 or float64, from `triplet_attention`.
+        var: [branches], like `mean`; this variance divides by the number of values.
+        running_mean: for each branch, a tensor with one value.
+        running_var: for each branch, a tensor with one value; this variance divides by the number of values minus 1.
+        num_batches_tracked: for each branch, an int64 scalar; it is incremented by 1.
+        counts: for each branch, the number of values from which its mean and variance were computed; at least 2.
+        momentum: weight of this batch, 0 or more; None for the cumulative average.
 
     Raises:
-        ValueError: the lists are not as long as ``mean``, or a count is below 2, or the
-            momentum is negative.
+        ValueError: `mean` or `var` has a wrong dtype, shape or device, a list does not have one entry per branch, a
+            tensor in a list does not hold one value on the device of `mean`, a count is below 2, or the momentum is
+            negative.
     """
     _update(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
 
 
-def _reference(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum):
+def _reference(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    num_batches_tracked: list[Tensor],
+    counts: list[int],
+    momentum: float | None,
+) -> None:
     _check(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
     for i, count in enumerate(counts):
         num_batches_tracked[i].add_(1)
@@ -42,23 +57,34 @@ def _reference(mean, var, running_mean, running_var, num_batches_tracked, counts
             running.copy_(running + weight * (value - running))
 
 
-def _check(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum):
-    op, branches = "triplet_attention_update", mean.numel()
+def _check(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: list[Tensor],
+    running_var: list[Tensor],
+    num_batches_tracked: list[Tensor],
+    counts: list[int],
+    momentum: float | None,
+) -> None:
+    where, branches = "triplet_attention_update", mean.numel()
+    if mean.dim() != 1 or not 1 <= branches <= 3 or mean.dtype != wide_dtype(mean):
+        actual = f"{dtype_name(mean)} {list(mean.shape)}"
+        raise invalid(where, "mean", "float32 or float64 with 1 to 3 values, one per branch", actual)
+    check_like(where, "var", var, mean.shape, mean.dtype, mean)
     lists = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
-    for name, values in {"var": var, **lists, "counts": counts}.items():
-        if len(values) != branches:
-            raise ValueError(f"{op}: {name} must have one entry a branch ({branches}, as mean has), got {len(values)}")
+    lengths = {name: len(tensors) for name, tensors in lists.items()} | {"counts": len(counts)}
+    for name, length in lengths.items():
+        if length != branches:
+            raise invalid(where, name, f"a list of one entry per branch ({branches})", length)
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             if tensor.numel() != 1 or tensor.device != mean.device:
-                raise ValueError(
-                    f"{op}: {name}[{i}] must hold one value on {mean.device}, "
-                    f"got {list(tensor.shape)} on {tensor.device}"
-                )
-    if momentum is not None and not momentum >= 0:
-        raise ValueError(f"{op}: momentum must not be negative, got {momentum}")
+                actual = f"{list(tensor.shape)} on {tensor.device}"
+                raise invalid(where, f"{name}[{i}]", f"one value on {mean.device}", actual)
     if any(count < 2 for count in counts):
-        raise ValueError(f"{op}: counts must be at least 2 (one value has no variance), got {list(counts)}")
+        raise invalid(where, "counts", "at least 2 (one value has no variance)", list(counts))
+    if momentum is not None and not momentum >= 0:
+        raise invalid(where, "momentum", "0 or more", f"{momentum:g}")
 
 
 _update = define_op(

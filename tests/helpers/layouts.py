@@ -1,4 +1,4 @@
-"""The memory layouts that every op must take."""
+"""The dtypes and memory layouts in which ops are tested, and a gradient check that works in every layout."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "empty")
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def feature_map(layout: str, dtype: torch.dtype = torch.float32, shape=(3, 4, 5, 6), seed: int = 0) -> Tensor:
-    """[N, C, H, W] of normal numbers in a layout; ``empty`` has no sample."""
+    """Normal random numbers [N, C, H, W] in one of `LAYOUTS`; "empty" has N = 0."""
     generator = torch.Generator().manual_seed(seed)
     n, c, h, w = shape
 
@@ -27,9 +29,10 @@ def feature_map(layout: str, dtype: torch.dtype = torch.float32, shape=(3, 4, 5,
 
 
 def assert_gradients(function: Callable, x: Tensor, *others: Tensor) -> None:
-    """The gradients against finite differences along random directions.
+    """Compare gradients with finite differences along random directions.
 
-    Where x overlaps itself, which those cannot take, against the gradients of a contiguous copy.
+    Finite differences do not work if `x` overlaps itself in memory. Its gradients are then compared with those of a
+    contiguous copy.
     """
     if 0 in x.stride() and x.numel():
         results = []

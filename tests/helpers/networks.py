@@ -1,4 +1,4 @@
-"""Small networks of the blocks and stacks that torchvision and timm build theirs from."""
+"""Small networks, ResNets of torchvision's or timm's blocks and VGGs of torchvision's layers, and images for them."""
 
 from collections import OrderedDict
 
@@ -12,7 +12,7 @@ BLOCKS = [(library, block) for library in ("torchvision", "timm") for block in (
 
 
 def small_resnet(library: str = "torchvision", block: str = "BasicBlock", depth: int = 2, **options) -> nn.Module:
-    """Two stages of `depth` blocks; [N, 3, H, W] to [N, 5]. `options` are those of the blocks."""
+    """A network of two stages, each of `depth` blocks: [N, 3, H, W] to [N, 5]. `options` are passed to the blocks."""
     classes = pytest.importorskip(f"{library}.models.resnet")
     make = getattr(classes, block)
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def small_resnet(library: str = "torchvision", block: str = "BasicBlock", depth:
 
 
 def small_vgg(normed: bool = False) -> nn.Module:
-    """Two stages of two convolutions, built by torchvision; [N, 3, H, W] to [N, 5]."""
+    """A network of two stages, each of two convolutions, built by torchvision: [N, 3, H, W] to [N, 5]."""
     vgg = pytest.importorskip("torchvision.models.vgg")
     torch.manual_seed(0)
     features = vgg.make_layers([8, 8, "M", 16, 16, "M"], batch_norm=normed)
@@ -44,5 +44,6 @@ def small_vgg(normed: bool = False) -> nn.Module:
 
 
 def images(size: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal random images [2, 3, size, size]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,4 +1,4 @@
-"""Stand-ins for the official attention modules, with their structure and their arithmetic, written from the papers."""
+"""Attention modules with the structure and the arithmetic of the official ones, written from the papers."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ class Gate(nn.Module):
 
 
 class OfficialTriplet(nn.Module):
-    """The official triplet attention: ``naming`` says which of the two."""
+    """Triplet attention like one of the two official implementations, which differ in the names of their parts."""
 
     NAMES = {"short": ("cw", "hc", "hw", "conv"), "long": ("ChannelGateH", "ChannelGateW", "SpatialGate", "spatial")}
 
@@ -68,7 +68,7 @@ LONG_TRIPLET = partial(OfficialTriplet, naming="long")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Norms that are not at their start: weights and variances in [0.5, 1.5), biases and means in [-0.5, 0.5)."""
+    """Randomise BatchNorms in place: weights and variances in [0.5, 1.5), biases and means in [-0.5, 0.5)."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

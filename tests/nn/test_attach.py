@@ -1,4 +1,4 @@
-"""`attach` and `detach`: where attention goes, that nothing else changes, and that all of it is undone."""
+"""`attach` and `detach`: where attention goes, that nothing else changes, and that `detach` undoes all of it."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from tests.helpers.official import OfficialTriplet
 
 
 class Halve(nn.Module):
-    """Attention that shows in every result, and remembers its channels."""
+    """Attention that visibly changes every result, and checks its number of channels."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -28,14 +28,14 @@ class Halve(nn.Module):
 
 
 def built_by(library: str, name: str) -> nn.Module:
-    """A network as users build it, without its weights."""
+    """A network built by its library, without weights."""
     package = pytest.importorskip(library)
     with torch.device("meta"):
         return getattr(package.models, name)() if library == "torchvision" else package.create_model(name)
 
 
 NETWORKS = {
-    # network: insertions, the first SimAM and the first triplet attention
+    # (library, network): (number of insertions, name of the first SimAM, name of the first triplet attention)
     ("torchvision", "resnet18"): (8, "layer1.0.conv2.attention", "layer1.0.attention"),
     ("torchvision", "resnext50_32x4d"): (16, "layer1.0.conv2.attention", "layer1.0.attention"),
     ("torchvision", "vgg16"): (5, "features.2.attention", "features.3.attention"),
@@ -49,25 +49,26 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("library", "network"), NETWORKS)
-def test_networks_of_torchvision_and_timm_get_attention_where_it_belongs(library, network):
+def test_attention_goes_to_the_right_sites_of_torchvision_and_timm(library, network):
     count, simam, triplet = NETWORKS[library, network]
     model = built_by(library, network)
     before = dict(model.state_dict(keep_vars=True))
-    for layer, kind, first, keys in (("simam", SimAM, simam, 0), ("triplet", TripletAttention, triplet, 18)):
+    for layer, kind, first, keys_per_layer in (("simam", SimAM, simam, 0), ("triplet", TripletAttention, triplet, 18)):
         report = he.nn.attach(model, layer)
         names = [insertion.name for insertion in report.insertions]
         assert len(names) == count and names[0] == first
         assert all(isinstance(model.get_submodule(name), kind) for name in names)
         after = dict(model.state_dict(keep_vars=True))
         assert all(after.pop(key) is tensor for key, tensor in before.items())
-        assert len(after) == count * keys and all(key.startswith(tuple(f"{name}." for name in names)) for key in after)
+        assert len(after) == count * keys_per_layer
+        assert all(key.startswith(tuple(f"{name}." for name in names)) for key in after)
         assert he.nn.detach(model) == tuple(names)
     assert list(model.state_dict()) == list(before)
 
 
 @pytest.mark.parametrize(("library", "block"), BLOCKS)
 def test_simam_goes_where_its_authors_put_it(library, block):
-    """They made the second convolution a Sequential of itself and SimAM."""
+    """The authors replace the second convolution by a Sequential of the convolution and SimAM."""
     model, expected = small_resnet(library, block), small_resnet(library, block)
     he.nn.attach(model, partial(SimAM, lam=0.1))
     for stage in (expected.layer1, expected.layer2):
@@ -78,7 +79,7 @@ def test_simam_goes_where_its_authors_put_it(library, block):
 
 @pytest.mark.parametrize(("library", "block"), BLOCKS)
 def test_other_attention_ends_the_residual_branch(library, block):
-    """As if the branch's last norm were a Sequential of itself and the attention."""
+    """`attach` gives the same result as replacing the last norm by a Sequential of the norm and the attention."""
     model, expected = small_resnet(library, block), small_resnet(library, block)
     he.nn.attach(model, Halve)
     last = "bn2" if block == "BasicBlock" else "bn3"
@@ -89,7 +90,7 @@ def test_other_attention_ends_the_residual_branch(library, block):
     torch.testing.assert_close(model(images()), expected(images()))
 
 
-def test_attention_of_timm_itself_runs_before_the_new_one():
+def test_attention_built_by_timm_runs_before_the_new_one():
     options = {"attn_layer": lambda channels, **_: nn.Conv2d(channels, channels, 1)}
     model, expected = small_resnet("timm", **options), small_resnet("timm", **options)
     he.nn.attach(model, Halve)
@@ -100,7 +101,7 @@ def test_attention_of_timm_itself_runs_before_the_new_one():
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_plain_stacks_get_attention_once_a_stage(normed):
+def test_plain_stacks_get_attention_once_per_stage(normed):
     model = small_vgg(normed)
     he.nn.attach(model, Halve)
     he.nn.attach(model, SimAM)
@@ -115,7 +116,7 @@ def test_plain_stacks_get_attention_once_a_stage(normed):
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_triplet_attention_starts_a_plain_network_as_it_was(normed, training):
+def test_triplet_attention_initially_does_not_change_a_plain_network(normed, training):
     model, before = small_vgg(normed).train(training), small_vgg(normed).train(training)
     report = he.nn.attach(model, "triplet")
     assert isinstance(model.features[3 if not normed else 5].attention, PlainTripletAttention)
@@ -124,10 +125,10 @@ def test_triplet_attention_starts_a_plain_network_as_it_was(normed, training):
     assert torch.equal(y, before(images()))
     y.square().sum().backward()
     gates = [module for name, module in model.named_modules() if name.endswith(".conv.bn")]
-    assert len(gates) == 6 and all(norm.weight.grad.abs().min() > 0 for norm in gates)  # where learning starts
+    assert len(gates) == 6 and all(norm.weight.grad.abs().min() > 0 for norm in gates)  # the gates can learn
 
 
-def test_plain_simam_leaves_what_does_not_stand_out():
+def test_plain_simam_does_not_change_neurons_at_the_mean():
     x = images(7)
     gate = PlainSimAM()(x) / x
     torch.testing.assert_close(gate, SimAM()(x) / x * (1 + torch.tensor(-0.5).exp()))
@@ -138,11 +139,11 @@ def test_plain_simam_leaves_what_does_not_stand_out():
     assert sum(isinstance(module, PlainSimAM) for module in model.modules()) == 2
     model = small_vgg(normed=True)
     he.nn.attach(model, "simam")
-    assert not any(isinstance(module, PlainSimAM) for module in model.modules())  # the norm absorbs its gate
+    assert not any(isinstance(module, PlainSimAM) for module in model.modules())  # a BatchNorm follows
 
 
 def anatomy(model: nn.Module) -> list[tuple]:
-    """Everything by which a module could differ from what it was."""
+    """Everything about the modules of `model` that `attach` could change."""
     return [
         (name, type(module), set(vars(module)), list(module._modules), len(module._forward_hooks))
         for name, module in model.named_modules()
@@ -168,26 +169,26 @@ def saved(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("convert", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("layer", ["simam", OfficialTriplet])
-def test_attention_survives_and_leaves_no_trace(build, made, layer):
+def test_attention_survives_copies_and_detach_restores_the_model(build, convert, layer):
     model = build().eval()
     keys, parts, before = list(model.state_dict()), anatomy(model), model(images())
     he.nn.attach(model, layer)
     with_attention = model(images())
     assert not torch.allclose(with_attention, before, rtol=0.01)
-    model = made(model)
+    model = convert(model)
     torch.testing.assert_close(model(images()), with_attention)
     state = model.state_dict()
     model.load_state_dict({key: state[key] for key in reversed(state)})
     he.nn.detach(model)
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model(images()), before)
-    if made is not COPIES["SyncBN"]:
+    if convert is not COPIES["SyncBN"]:
         assert anatomy(model) == parts
 
 
-def test_layers_take_device_dtype_and_mode():
+def test_layers_take_dtype_and_mode_and_follow_later_conversions():
     model = small_resnet().double()
     model.layer2.eval()
     he.nn.attach(model, "triplet")
@@ -205,7 +206,7 @@ def test_layers_take_device_dtype_and_mode():
         ("layer2", ["layer2.0", "layer2.1"]),
         ("layer2.0", ["layer2.0"]),
         (["layer1.1", -1], ["layer1.1", "layer2.0", "layer2.1"]),
-        (0, ["layer1.0", "layer1.1"]),
+        (0, ["layer1.0", "layer1.1"]),  # the index of a stage
         ((1, 0), ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
     ],
 )
@@ -216,14 +217,20 @@ def test_where_selects_blocks(where, sites):
 
 @pytest.mark.parametrize(
     ("where", "sites"),
-    [(None, [2, 7]), (1, [7]), ("features.0", [0]), ("features", [0, 2, 5, 7]), (lambda name: True, [0, 2, 5, 7])],
+    [
+        (None, [2, 7]),  # the last convolution of each stage
+        (1, [7]),  # the last convolution of stage 1
+        ("features.0", [0]),
+        ("features", [0, 2, 5, 7]),
+        (lambda name: True, [0, 2, 5, 7]),
+    ],
 )
 def test_where_selects_convolutions(where, sites):
     report = he.nn.attach(small_vgg(), "simam", where=where)
     assert [insertion.name for insertion in report.insertions] == [f"features.{site}.attention" for site in sites]
 
 
-def test_a_block_can_have_both_and_a_backbone_can_be_part_of_a_model():
+def test_a_block_takes_both_layers_and_a_backbone_may_be_part_of_a_model():
     model = nn.ModuleDict({"backbone": small_resnet(), "head": nn.Linear(5, 2)})
     he.nn.attach(model, "simam", where="layer1")
     he.nn.attach(model, "triplet", where="backbone.layer1.0")
@@ -237,7 +244,7 @@ def test_a_block_can_have_both_and_a_backbone_can_be_part_of_a_model():
     assert he.nn.detach(block) == ("attention",)
 
 
-def test_the_report_reads_well():
+def test_the_report_lists_the_insertions():
     text = str(he.nn.attach(small_resnet(), "simam", where="layer1")).splitlines()
     assert text[:3] == [
         "attached 2 layers:",
@@ -252,52 +259,52 @@ def test_the_report_reads_well():
     )
 
 
-def twice(model: nn.Module) -> nn.Module:
+def with_triplet(model: nn.Module) -> nn.Module:
     he.nn.attach(model, "triplet")
     return model
 
 
 def subclassed(model: nn.Module) -> nn.Module:
-    """Its first block has a forward of its own."""
+    """Give the first block a class with another forward."""
     base = type(model.layer1[0])
     model.layer1[0].__class__ = type("OtherBlock", (base,), {"forward": lambda self, x: base.forward(self, x) * 2})
     return model
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        (lambda: ("resnet18", "simam"), TypeError, "attach: model must be an nn.Module, got str"),
-        (lambda: (small_resnet(), "cbam"), ValueError, "layer must be 'simam' or 'triplet' or a factory, got 'cbam'"),
-        (lambda: (small_resnet(), SimAM()), TypeError, "layer must be a name or a factory .*, got SimAM"),
+        (lambda: ("resnet18", "simam"), "model must be an nn.Module, got str"),
+        (lambda: (small_resnet(), "cbam"), "layer must be 'simam', 'triplet' or a factory .*, got 'cbam'"),
+        (lambda: (small_resnet(), SimAM()), "layer must be 'simam', 'triplet' or a factory .*, got a SimAM"),
+        (lambda: (small_resnet(), 3), "layer must be 'simam', 'triplet' or a factory .*, got 3"),
         (
             lambda: (small_resnet(), lambda channels: channels),
-            TypeError,
-            "must return an nn.Module, got int for",
+            "layer must be a factory that returns an nn.Module, got a factory that returns int for layer1.0",
         ),
-        (lambda: (nn.Linear(2, 2), "simam"), ValueError, "model must have residual blocks .*, got Linear with none"),
+        (lambda: (nn.Linear(2, 2), "simam"), "model must be a network with residual blocks .*, got a Linear with none"),
+        (lambda: (small_resnet(), "simam", "layer3"), "where must be one of the 2 stages .*layer1.0.*, got 'layer3'"),
+        (lambda: (small_resnet(), "simam", [0, 2]), "where must be one of the 2 stages .*, got 2"),
+        (lambda: (small_resnet(), "simam", []), "where must be one of the 2 stages .*, got none"),
+        (lambda: (small_resnet(), "simam", lambda name: False), "where must be .*, got a predicate that accepts none"),
+        (lambda: (small_resnet(), "simam", 0.5), "where must be a predicate, a name, .*, got 0.5"),
+        (lambda: (with_triplet(small_resnet()), "triplet", "layer2"), "layer2.0 must be without attention, .*detach"),
+        (lambda: (with_triplet(small_vgg()), "triplet"), "features.3 must be without attention, .*; detach it first"),
         (
-            lambda: (small_resnet(), "simam", "layer3"),
-            ValueError,
-            "where: 'layer3' is none of the 2 stages .*layer1.0",
+            lambda: (subclassed(small_resnet()), "triplet"),
+            "layer1.0 must be a BasicBlock, got a OtherBlock, whose forward may differ",
         ),
-        (lambda: (small_resnet(), "simam", [0, 2]), ValueError, "where: 2 is none of the 2 stages"),
-        (lambda: (small_resnet(), "simam", []), ValueError, "where: it names none of the 2 stages"),
-        (lambda: (small_resnet(), "simam", lambda n: False), ValueError, "where: the predicate accepts none of"),
-        (lambda: (small_resnet(), "simam", 0.5), TypeError, "where must be a predicate, a name, .*, got 0.5"),
-        (lambda: (twice(small_resnet()), "triplet", "layer2"), ValueError, "layer2.0 already has attention: detach"),
-        (lambda: (twice(small_vgg()), "triplet"), ValueError, "features.3 already has attention: detach"),
-        (lambda: (subclassed(small_resnet()), "triplet"), ValueError, "layer1.0 is a OtherBlock, whose forward may"),
     ],
 )
-def test_wrong_arguments_are_refused_and_change_nothing(arguments, error, message):
+def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
     model, *rest = arguments()
     parts = anatomy(model) if isinstance(model, nn.Module) else None
-    with pytest.raises(error, match=message):
+    with pytest.raises(he.InputError, match=f"^attach: {message}"):
         he.nn.attach(model, *rest)
     assert parts is None or anatomy(model) == parts
 
 
 def test_detach_needs_something_to_detach():
-    with pytest.raises(ValueError, match="detach: model must have attached attention, got Sequential with none"):
+    message = "detach: model must be a network with attached attention, got a Sequential with none"
+    with pytest.raises(he.InputError, match=message):
         he.nn.detach(nn.Sequential(SimAM(), TripletAttention()))

@@ -1,4 +1,4 @@
-"""The layers inside whole networks: built by timm, compiled, exported, distributed, in mixed precision, end to end."""
+"""The layers inside whole networks: timm, compile, export, DDP, SyncBN, channels_last, mixed precision, accuracy."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ def with_attention(network: str, layer: str) -> nn.Module:
 
 
 def train_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and running statistics."""
+    """The output, gradients and buffers of one forward and backward."""
     x = x.detach().clone().requires_grad_()
     y = model(x)
     parameters = dict(model.named_parameters())
@@ -56,20 +56,20 @@ def test_timm_takes_the_layers_as_attn_layer(layer):
 
 
 @everywhere
-def test_compiled_whole(network, layer):
-    """One graph, forward and backward."""
+def test_networks_compile_to_one_graph(network, layer):
+    """With `fullgraph`, a graph break is an error. A compiled network is refused by `attach`, `detach` and `fuse`."""
     model = with_attention(network, layer)
     expected = train_step(copy.deepcopy(model), images())
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     actual = {name.replace("_orig_mod.", ""): tensor for name, tensor in train_step(compiled, images()).items()}
     torch.testing.assert_close(actual, expected)
     for function in (partial(he.nn.attach, layer="simam"), he.nn.detach, he.nn.fuse):
-        with pytest.raises(ValueError, match="model must not be compiled yet"):
+        with pytest.raises(he.InputError, match="model must be uncompiled, got a compiled model"):
             function(compiled)
 
 
 @everywhere
-def test_exported(network, layer):
+def test_networks_can_be_exported(network, layer):
     model = with_attention(network, layer).eval()
     x = images()
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
@@ -79,8 +79,8 @@ def test_exported(network, layer):
 
 
 @everywhere
-def test_converted_to_sync_batch_norm(network, layer):
-    """With one process a SyncBatchNorm is a BatchNorm, and the layer's separate ops compute what the fused one does."""
+def test_conversion_to_sync_batch_norm_does_not_change_results(network, layer):
+    """In one process, SyncBatchNorm equals BatchNorm, so the separate ops must compute what the fused op does."""
     model = with_attention(network, layer).double()
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
@@ -90,7 +90,7 @@ def test_converted_to_sync_batch_norm(network, layer):
 
 
 @everywhere
-def test_channels_last(network, layer):
+def test_channels_last_is_kept_and_does_not_change_results(network, layer):
     model = with_attention(network, layer).double()
     x = images(dtype=torch.float64)
     expected = train_step(copy.deepcopy(model), x)
@@ -105,8 +105,8 @@ def test_channels_last(network, layer):
 
 
 @pytest.mark.parametrize(("layer", "official"), [(SimAM, OfficialSimAM), (TripletAttention, OfficialTriplet)])
-def test_mixed_precision(layer, official):
-    """Under autocast the layers run in bfloat16 what comes in bfloat16, as accurately as the official ones."""
+def test_layers_under_autocast_are_as_accurate_as_the_official_ones(layer, official):
+    """Under autocast, the layers take and return bfloat16."""
     eager = randomise(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), official(), nn.BatchNorm2d(16)))
     fused = copy.deepcopy(eager)
     he.nn.fuse(fused)
@@ -129,13 +129,13 @@ def train_in_processes(rank: int, network: str, layer: str, folder: str) -> None
     model(images(dtype=torch.float64, seed=rank)).square().sum().backward()
     if rank == 0:
         torch.save([parameter.grad for parameter in model.module.parameters()], f"{folder}/gradients")
-    with pytest.raises(ValueError, match="must not be wrapped in DistributedDataParallel yet"):
+    with pytest.raises(he.InputError, match="model must be unwrapped, got a DistributedDataParallel"):
         he.nn.detach(model)
     dist.destroy_process_group()
 
 
-def test_distributed(tmp_path):
-    """Two processes end with the mean of the gradients that each would have alone."""
+def test_distributed_training_averages_the_gradients(tmp_path):
+    """The gradients of two processes are the mean of the gradients that each would compute alone."""
     torch.multiprocessing.spawn(train_in_processes, ("torchvision", "triplet", str(tmp_path)), nprocs=2)
     alone = []
     for seed in range(2):
@@ -150,7 +150,7 @@ def resnet18() -> nn.Module:
     models = pytest.importorskip("torchvision").models
     torch.manual_seed(0)
     model = models.resnet18()
-    model.avgpool = model.fc = nn.Identity()  # all of the last feature map is compared
+    model.avgpool = model.fc = nn.Identity()  # compare the whole last feature map
     return model
 
 
@@ -165,7 +165,7 @@ def vgg16() -> nn.Module:
 
 
 def pair(build, layer: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """The network with the official layer and with ours: the same weights, where `attach` puts ours."""
+    """The fused and the eager network: the same weights, with the official layers at the sites of `attach`."""
     eager = build()
     report = he.nn.attach(eager, {"simam": SimAM, "triplet": TripletAttention}[layer])
     for insertion in report.insertions:
@@ -182,7 +182,7 @@ end_to_end = pytest.mark.parametrize("build", [resnet18, vgg16])
 
 @end_to_end
 @pytest.mark.parametrize("layer", LAYERS)
-def test_networks_compute_in_float64_what_eager_ones_do(build, layer):
+def test_networks_in_float64_equal_eager_ones(build, layer):
     fused, eager = pair(build, layer, torch.float64)
     x = images(64, torch.float64)
     actual, expected = train_step(fused, x), train_step(eager, x)
@@ -194,32 +194,32 @@ def test_networks_compute_in_float64_what_eager_ones_do(build, layer):
 
 @end_to_end
 @pytest.mark.parametrize("layer", LAYERS)
-def test_networks_are_as_accurate_in_float32_as_eager_ones(build, layer):
-    """The network's result, and each layer's on the activations and gradients that the exact network has there.
+def test_networks_in_float32_are_as_accurate_as_eager_ones(build, layer):
+    """Compare the result of the network, and each attention layer alone on inputs from the network in float64.
 
-    Gradients are judged layer by layer: through a whole network a rounding may move one activation over a kink, or
-    make another value the maximum, and then errors measure luck.
+    Gradients are compared layer by layer. In a whole network, rounding may move an activation past the kink of a ReLU
+    or change which value is the maximum, and the error is then a matter of luck.
     """
     networks = pair(build, layer, torch.float32)
     exact = copy.deepcopy(networks[1]).double()
     x = images(64, torch.float64)
-    places = [name for name, module in networks[0].named_modules() if isinstance(module, (SimAM, TripletAttention))]
-    traffic = {}
+    layers = [name for name, module in networks[0].named_modules() if isinstance(module, (SimAM, TripletAttention))]
+    captured = {}
 
-    def keep(module: nn.Module, arguments: tuple[Tensor], y: Tensor, name: str) -> None:
-        y.register_hook(lambda grad_y: traffic.update({name: (arguments[0], grad_y)}))
+    def capture(module: nn.Module, arguments: tuple[Tensor], y: Tensor, name: str) -> None:
+        y.register_hook(lambda grad_y: captured.update({name: (arguments[0], grad_y)}))
 
-    handles = [exact.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in places]
+    handles = [exact.get_submodule(name).register_forward_hook(partial(capture, name=name)) for name in layers]
     y = train_step(exact, x)["y"]
     for handle in handles:
         handle.remove()
     assert_as_accurate_as_eager(*(network(x.float()).detach() for network in networks), y)
-    for name in places:
-        x_there, grad_there = (tensor.detach().float() for tensor in traffic[name])
+    for name in layers:
+        x_exact, grad_exact = (tensor.detach().float() for tensor in captured[name])
         results = []
         for network, dtype in ((networks[0], torch.float32), (networks[1], torch.float32), (exact, torch.float64)):
-            leaf = x_there.to(dtype).requires_grad_()
+            leaf = x_exact.to(dtype).requires_grad_()
             y = network.get_submodule(name)(leaf)
-            results.append((y.detach(), *torch.autograd.grad(y, leaf, grad_there.to(dtype))))
-        for fused, eager, true in zip(*results, strict=True):
-            assert_as_accurate_as_eager(fused, eager, true)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, grad_exact.to(dtype))))
+        for compared in zip(*results, strict=True):
+            assert_as_accurate_as_eager(*compared)

@@ -1,4 +1,4 @@
-"""`fuse`: the official modules are found by structure, prove themselves, and run the fused ops as they are."""
+"""`fuse`: it finds the official modules by structure, tests them, and makes them run the fused ops."""
 
 import copy
 import pickle
@@ -53,7 +53,7 @@ def test_state_dict_keeps_its_keys_and_tensors(build):
     model.load_state_dict(randomise(build()).state_dict())
 
 
-def test_everything_else_about_a_module_stays():
+def test_fusing_keeps_hooks_mode_dtype_and_identity():
     calls = []
     model = nn.Sequential(OfficialTriplet(), OfficialSimAM()).bfloat16().eval()
     model[0].register_forward_hook(lambda *_: calls.append("hook"))
@@ -63,7 +63,7 @@ def test_everything_else_about_a_module_stays():
     assert not any(module.training for module in modules) and model[0].cw.conv.conv.weight.dtype == torch.bfloat16
     y = model(feature_map("contiguous", torch.bfloat16))
     assert y.dtype == torch.bfloat16 and calls == ["hook"]
-    model[1].e_lambda = 0.1  # still the one that counts
+    model[1].e_lambda = 0.1  # a change after `fuse` must take effect
     x = feature_map("contiguous")
     torch.testing.assert_close(model[1](x), OfficialSimAM(e_lambda=0.1)(x))
 
@@ -82,7 +82,7 @@ def test_fused_modules_copy_pickle_and_convert(build):
         torch.testing.assert_close(other(x), expected)
 
 
-def test_converted_modules_are_fused_too():
+def test_modules_with_sync_batch_norm_are_fused():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(randomise(OfficialTriplet()).eval())
     x = feature_map("contiguous")
     expected = model(x)
@@ -90,8 +90,7 @@ def test_converted_modules_are_fused_too():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_candidates_prove_themselves_without_a_trace():
-    """On the meta device there is nothing to read, and random state is not touched."""
+def test_modules_on_meta_are_fused_and_random_state_is_unchanged():
     with torch.device("meta"):
         model = OfficialTriplet()
     state = torch.get_rng_state()
@@ -106,7 +105,7 @@ class MaxAndSum(nn.Module):
 
 
 class PopulationVariance(OfficialSimAM):
-    """Divides the variance by M where the official module divides by M - 1."""
+    """Divides the variance by M; the official module divides by M - 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         d = (x - x.mean((2, 3), keepdim=True)).square()
@@ -118,7 +117,7 @@ class Detached(OfficialSimAM):
         return x + (super().forward(x) - x).detach()
 
 
-class FourChannelsOnly(OfficialSimAM):
+class ThreeChannelsOnly(OfficialSimAM):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x.new_zeros(1, 3, 1, 1)
 
@@ -135,19 +134,19 @@ def triplet(change) -> nn.Module:
     return model
 
 
-LOOK_ALIKES = {
+SIMILAR = {
     "another pool": (
         lambda: triplet(lambda m: setattr(m.hw, "compress", MaxAndSum())),
         "it computes something else",
     ),
-    "another pool behind gates at rest": (
+    "another pool, hidden by BatchNorms of weight 0": (
         lambda: triplet(lambda m: (setattr(m.hw, "compress", MaxAndSum()), nn.init.zeros_(m.hw.conv.bn.weight))),
         "it computes something else",
     ),
-    "another normaliser": (PopulationVariance, "it computes something else"),
+    "another variance": (PopulationVariance, "it computes something else"),
     "another gradient": (Detached, "it computes something else"),
-    "other channels": (FourChannelsOnly, "it could not be tried: RuntimeError"),
-    "a parameter": (WithParameter, "SimAM has no parameters"),
+    "a fixed number of channels": (ThreeChannelsOnly, "it could not be tried: RuntimeError"),
+    "a parameter": (WithParameter, "a SimAM has no parameters, but this module does"),
     "a negative lambda": (lambda: OfficialSimAM(e_lambda=-1.0), "e_lambda must be a number above 0, got -1.0"),
     "a stride": (
         lambda: triplet(lambda m: setattr(m.hc.conv, "conv", nn.Conv2d(2, 1, 7, 2, 3, bias=False))),
@@ -155,7 +154,7 @@ LOOK_ALIKES = {
     ),
     "an activation": (
         lambda: triplet(lambda m: setattr(m.cw.conv, "relu", nn.ReLU())),
-        r"cw.conv must be conv and bn, got \['conv', 'bn', 'relu'\]",
+        r"cw.conv must consist of conv and bn, got \['conv', 'bn', 'relu'\]",
     ),
     "no norm": (
         lambda: triplet(lambda m: setattr(m.cw.conv, "bn", nn.Identity())),
@@ -163,7 +162,7 @@ LOOK_ALIKES = {
     ),
     "one other kernel": (
         lambda: triplet(lambda m: setattr(m, "hw", OfficialTriplet(kernel_size=3).hw)),
-        "the gates' kernels differ in size",
+        "the kernel sizes of its gates differ",
     ),
     "one more layer": (lambda: triplet(lambda m: m.add_module("extra", nn.Linear(2, 2))), "more parameters than"),
     "an inner hook": (
@@ -177,8 +176,8 @@ LOOK_ALIKES = {
 }
 
 
-@pytest.mark.parametrize(("build", "reason"), LOOK_ALIKES.values(), ids=LOOK_ALIKES)
-def test_look_alikes_are_left_alone(build, reason):
+@pytest.mark.parametrize(("build", "reason"), SIMILAR.values(), ids=SIMILAR)
+def test_similar_modules_are_left_unchanged(build, reason):
     model = nn.Sequential(build())
     classes = [type(module) for module in model.modules()]
     report = he.nn.fuse(model)
@@ -187,7 +186,7 @@ def test_look_alikes_are_left_alone(build, reason):
     assert f"left 0 alone: {report.left['0']}" in str(report)
 
 
-def test_own_layers_and_other_modules_are_no_candidates():
+def test_own_layers_and_other_modules_are_not_candidates():
     model = nn.Sequential(SimAM(), TripletAttention(), nn.Conv2d(3, 3, 1), nn.Sigmoid())
     report = he.nn.fuse(model)
     assert report == he.nn.FuseReport((), {}) and str(report).startswith("fused nothing: no module")
@@ -195,5 +194,5 @@ def test_own_layers_and_other_modules_are_no_candidates():
 
 
 def test_wrong_models_are_refused():
-    with pytest.raises(TypeError, match="fuse: model must be an nn.Module, got str"):
+    with pytest.raises(he.InputError, match="fuse: model must be an nn.Module, got str"):
         he.nn.fuse("resnet18")

@@ -1,4 +1,4 @@
-"""`recalibrate`: BatchNorm's running statistics become the batches' average, and nothing else changes."""
+"""`recalibrate`: running statistics become the average over the batches, and nothing else changes."""
 
 from functools import partial
 
@@ -19,30 +19,30 @@ def test_recalibrate_averages_the_batches():
     for name, buffer in (("mean", model[1].running_mean), ("var", model[1].running_var)):
         expected = torch.stack([getattr(batch, name)((0, 2, 3)) for batch in batches]).mean(0)
         torch.testing.assert_close(buffer, expected)
-    torch.testing.assert_close(model[2].running_mean, torch.zeros(3), atol=1e-5, rtol=0)  # it followed the first norm
+    torch.testing.assert_close(model[2].running_mean, torch.zeros(3), atol=1e-5, rtol=0)  # its input is normalised
     assert [module.training for module in model.modules()] == [True, True, True, False]
     assert [model[1].momentum, model[2].momentum] == [0.3, 0.1]
 
 
 @pytest.mark.parametrize("build", [small_resnet, partial(small_vgg, normed=True)])
-def test_recalibrate_mends_a_network_that_simam_unsettled(build):
-    """In eval mode it then computes what it does in training mode, up to the variance's other divisor."""
+def test_recalibrate_corrects_a_network_with_simam(build):
+    """The results in training and eval mode then differ only by the divisor of the variance, n or n - 1."""
     model = build()
     x = torch.cat([images(32, seed=seed) for seed in range(8)])
     model(x)
     he.nn.attach(model, "simam")
     expected = model.train()(x)
-    unsettled = (model.eval()(x) - expected).abs().max()
+    before = (model.eval()(x) - expected).abs().max()
     he.nn.recalibrate(model, [x])
-    settled = (model(x) - expected).abs().max()
-    assert settled < 0.02 * unsettled and not model.training
+    after = (model(x) - expected).abs().max()
+    assert after < 0.02 * before and not model.training
 
 
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
-        ([], ValueError, "recalibrate: batches must hold at least one batch, got none"),
-        ([images(), "cat.jpeg"], TypeError, "recalibrate: batches must hold tensors .*, got str at 1"),
+        ([], he.InputError, "recalibrate: batches must be at least one batch, got none"),
+        ([images(), "cat.jpeg"], he.InputError, "recalibrate: batches must be tensors .*, got str at position 1"),
         ([images(), images()[:, :1]], RuntimeError, "expected input"),
     ],
 )
@@ -56,5 +56,12 @@ def test_a_failed_recalibration_leaves_the_old_statistics(batches, error, messag
 
 
 def test_recalibrate_needs_norms():
-    with pytest.raises(ValueError, match="recalibrate: model must have a BatchNorm .*, got Linear with none"):
+    with pytest.raises(he.InputError, match="recalibrate: model must be .* BatchNorm .*, got a Linear with none"):
         he.nn.recalibrate(nn.Linear(2, 2), [])
+
+
+def test_arguments_of_another_type_are_refused():
+    with pytest.raises(he.InputError, match="recalibrate: model must be a torch.nn.Module, got int"):
+        he.nn.recalibrate(3, [])
+    with pytest.raises(he.InputError, match="recalibrate: batches must be an iterable of batches, got int"):
+        he.nn.recalibrate(nn.Linear(2, 2), 3)

@@ -1,20 +1,23 @@
-"""simam's native CPU kernels: every SIMD level, layout, dtype and odd shape against the formula in float64."""
+"""simam for layouts, dtypes and SIMD levels, and simam_energy for layouts and dtypes, against the formula in torch."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from hashengine import ops
 from hashengine.ops.simam import _backward_reference, _reference
+from tests.helpers.eager import eager_energy, eager_simam
+from tests.helpers.layouts import DTYPES, LAYOUTS, MEMORY_FORMATS, assert_gradients, feature_map
 from tests.helpers.numerics import assert_as_accurate_as_eager
-from tests.ops.test_attention_ops import eager_simam
+from tests.helpers.threads import with_threads
 
 OPS = torch.ops.hashengine
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# [N, C, H, W]: rows of positions, and of channels, that are below a vector, whole vectors, and a vector and a part;
-# planes of more than one chunk (2,048 positions), of which the last has less than a vector; more planes than are packed
-# together (64); more channels than a slab has (512).
+# [N, C, H, W]. The CPU kernels (csrc/cpu/simam) read rows: of positions, or of channels in channels_last. There are
+# - rows that are shorter than a vector, that are whole vectors, and that end in a part of a vector;
+# - planes that have several chunks of 2,048 positions and end in a part of a vector;
+# - more small planes than the 64 that are packed together;
+# - more channels than the 512 of a slab.
 SHAPES = [
     (2, 3, 1, 1),
     (3, 9, 1, 1),
@@ -29,23 +32,13 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["scalar", "avx2"])
-def level(request, monkeypatch) -> str:
-    monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", request.param)
-    try:
-        ops.simam(torch.ones(1, 1, 1, 1))
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
-
-
-def feature_map(shape, dtype=torch.float32, layout: str = "contiguous", seed: int = 0, offset: float = 0.5) -> Tensor:
+def planes(shape, dtype=torch.float32, layout: str = "contiguous", seed: int = 0, offset: float = 0.5) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
-    return values.to(dtype).contiguous(memory_format=FORMATS[layout])
+    return values.to(dtype).contiguous(memory_format=MEMORY_FORMATS[layout])
 
 
 def run(x: Tensor, grad_y: Tensor, lam: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
-    """y, statistics and grad_x by the ops themselves."""
+    """y, statistics and grad_x of the ops."""
     y, stats = OPS.simam(x, lam)
     return y, stats, OPS.simam_backward(grad_y, x, stats, lam)
 
@@ -64,12 +57,12 @@ def eager_statistics(x: Tensor) -> Tensor:
 
 def assert_accurate_statistics(stats: Tensor, x: Tensor) -> None:
     eager_stats, exact_stats = eager_statistics(x.to(stats.dtype)), eager_statistics(x.double())
-    for of in range(2):
-        assert_as_accurate_as_eager(stats[..., of], eager_stats[..., of], exact_stats[..., of])
+    for i in range(2):
+        assert_as_accurate_as_eager(stats[..., i], eager_stats[..., i], exact_stats[..., i])
 
 
 def assert_accurate(x: Tensor, grad_y: Tensor, lam: float = 1e-4) -> Tensor:
-    """y and grad_x against eager; returns the statistics."""
+    """Compare y and grad_x with eager torch. Returns the statistics."""
     y, stats, grad_x = run(x, grad_y, lam)
     assert y.dtype == grad_x.dtype == x.dtype and y.stride() == grad_x.stride() == x.stride()
     eager_y, eager_grad = eager(x, grad_y, lam)
@@ -79,48 +72,94 @@ def assert_accurate(x: Tensor, grad_y: Tensor, lam: float = 1e-4) -> Tensor:
     return stats
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_schema_fake_autograd_and_gradients_are_consistent(layout):
+    x = feature_map(layout, torch.float64).requires_grad_()
+    for op, function in ((OPS.simam, ops.simam), (OPS.simam_energy, ops.simam_energy)):
+        opcheck(op.default, (x, 0.01))
+        assert_gradients(lambda x, function=function: function(x, 0.01), x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_keep_the_layout(layout):
+    x = feature_map(layout)
+    for y in (ops.simam(x), ops.simam_energy(x)):
+        assert y.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+def test_values_and_gradients_are_as_accurate_as_eager(dtype, scale):
+    x = feature_map("contiguous", dtype, (2, 3, 14, 15)) * scale + scale
+    for function, eager in ((ops.simam, eager_simam), (ops.simam_energy, eager_energy)):
+        results, grads = [], []
+        for run, inputs in ((function, x), (eager, x), (eager, x.double())):
+            inputs = inputs.clone().requires_grad_()
+            y = run(inputs, 1e-4)
+            y.backward(feature_map("contiguous", dtype, (2, 3, 14, 15), seed=3).to(y.dtype))
+            results.append(y.detach())
+            grads.append(inputs.grad)
+        assert results[0].dtype == grads[0].dtype == dtype
+        assert_as_accurate_as_eager(*results)
+        assert_as_accurate_as_eager(*grads)
+
+
+def test_the_gate_of_a_plane_without_variance_is_sigmoid_of_one_half():
+    gate = torch.sigmoid(torch.tensor(0.5))
+    for x in (torch.full((1, 2, 1, 1), 3.0), torch.full((1, 2, 4, 4), -2.0)):
+        torch.testing.assert_close(ops.simam(x), x * gate)
+        torch.testing.assert_close(ops.simam_energy(x), torch.full_like(x, 0.5))
+
+
+def test_one_nan_fills_its_plane():
+    x = feature_map("contiguous")
+    x[0, 0, 0, 0] = torch.nan
+    y = ops.simam(x)
+    assert y[0, 0].isnan().all() and y[0, 1:].isfinite().all() and y[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_level_is_as_accurate_as_eager(level, shape, layout, dtype):
-    if dtype == torch.float64:  # eager's own error would be the truth's: both are float64
-        x, grad_y = feature_map(shape, dtype, layout), feature_map(shape, dtype, layout, seed=1)
+def test_every_simd_level_is_as_accurate_as_eager(simd_level, shape, layout, dtype):
+    if dtype == torch.float64:  # eager and exact would be the same computation
+        x, grad_y = planes(shape, dtype, layout), planes(shape, dtype, layout, seed=1)
         y, stats, grad_x = run(x, grad_y)
         want, want_stats = _reference(x, 1e-4)
         torch.testing.assert_close((y, stats), (want, want_stats))
         torch.testing.assert_close(grad_x, _backward_reference(grad_y, x, want_stats, 1e-4))
     else:
-        x = feature_map(shape, dtype, layout)
-        assert_accurate_statistics(assert_accurate(x, feature_map(shape, dtype, layout, seed=1)), x)
+        x = planes(shape, dtype, layout)
+        assert_accurate_statistics(assert_accurate(x, planes(shape, dtype, layout, seed=1)), x)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("offset", [100.0, -3000.0])
-def test_a_mean_far_from_zero_costs_no_accuracy(level, layout, offset):
+def test_a_mean_far_from_zero_costs_no_accuracy(simd_level, layout, offset):
     for shape in ((2, 16, 7, 7), (1, 16, 70, 70)):
-        x = feature_map(shape, layout=layout, offset=offset)
-        assert_accurate_statistics(assert_accurate(x, feature_map(shape, layout=layout, seed=1)), x)
+        x = planes(shape, layout=layout, offset=offset)
+        assert_accurate_statistics(assert_accurate(x, planes(shape, layout=layout, seed=1)), x)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-def test_planes_of_one_outlier(level, layout):
-    """The outlier's energy is past what an exponential takes, and an outlier first is no good guess of the mean."""
-    x = torch.full((1, 8, 40, 41), 0.25).contiguous(memory_format=FORMATS[layout])
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+def test_a_plane_with_one_outlier_is_as_accurate_as_eager(simd_level, layout):
+    """The outlier is the first value of each plane. The exponential of its importance overflows."""
+    x = torch.full((1, 8, 40, 41), 0.25).contiguous(memory_format=MEMORY_FORMATS[layout])
     x[:, :, 0, 0] = 1e4
-    assert_accurate(x, feature_map(x.shape, layout=layout, seed=1))
+    assert_accurate(x, planes(x.shape, layout=layout, seed=1))
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", [(2, 9, 5, 5), (2, 9, 2, 3), (2, 3, 5, 5), (1, 16, 70, 70)], ids=str)
-def test_nan_fills_its_plane_alone(level, layout, shape):
+def test_nan_and_infinity_fill_their_own_plane_only(simd_level, layout, shape):
     for value in (torch.nan, torch.inf):
-        x = feature_map(shape, layout=layout)
+        x = planes(shape, layout=layout)
         x[0, 1, -1, -1] = value
         y, _, grad_x = run(x, torch.ones_like(x))
         for result in (y, grad_x):
             assert result[0, 1].isnan().all()
             assert result[0, 0].isfinite().all() and result[0, 2:].isfinite().all() and result[1:].isfinite().all()
-    x = feature_map(shape, layout=layout)
+    x = planes(shape, layout=layout)
     y, stats, _ = run(x, x)
     grad_y = torch.ones_like(x)
     grad_y[0, 1, -1, -1] = torch.nan
@@ -130,31 +169,24 @@ def test_nan_fills_its_plane_alone(level, layout, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-def test_threads_change_no_bit(dtype, layout):
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+def test_number_of_threads_does_not_change_the_bits(dtype, layout):
     for shape in ((5, 96, 14, 14), (1, 130, 20, 20), (3, 700, 2, 3)):
-        x, grad_y = feature_map(shape, dtype, layout), feature_map(shape, dtype, layout, seed=1)
-        before = torch.get_num_threads()
-        results = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                results.append(run(x, grad_y))
-        finally:
-            torch.set_num_threads(before)
+        x, grad_y = planes(shape, dtype, layout), planes(shape, dtype, layout, seed=1)
+        results = with_threads(lambda x=x, grad_y=grad_y: run(x, grad_y))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_layouts_agree():
     for shape in ((2, 24, 9, 10), (2, 9, 2, 2), (2, 5, 9, 9)):
-        x, grad_y = feature_map(shape), feature_map(shape, seed=1)
+        x, grad_y = planes(shape), planes(shape, seed=1)
         want = run(x, grad_y)
         others = [
-            (x.contiguous(memory_format=torch.channels_last), grad_y),  # the gradient in another layout
+            (x.contiguous(memory_format=torch.channels_last), grad_y),  # x and grad_y differ in layout
             (x, grad_y.contiguous(memory_format=torch.channels_last)),
             (x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2), grad_y),  # neither NCHW nor channels_last
-            (torch.cat((x, x), 1)[:, : shape[1]], torch.cat((grad_y, x), 3)[..., : shape[3]]),
+            (torch.cat((x, x), 1)[:, : shape[1]], torch.cat((grad_y, x), 3)[..., : shape[3]]),  # slices
         ]
         for inputs in others:
             got = run(*inputs)
@@ -166,27 +198,8 @@ def test_layouts_agree():
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_in_nothing_out(shape, dtype):
+def test_empty_inputs_give_empty_results(shape, dtype):
     x = torch.empty(shape, dtype=dtype)
     y, stats, grad_x = run(x, x)
     assert y.shape == grad_x.shape == x.shape and stats.shape == (*shape[:2], 2)
     assert y.dtype == grad_x.dtype == dtype
-
-
-def test_errors_name_op_and_argument():
-    x = feature_map((2, 3, 4, 5))
-    stats = OPS.simam(x, 0.1)[1]
-    cases = [
-        (lambda: OPS.simam(x.int(), 0.1), TypeError, "simam: x must be float64, float32, float16 or bfloat16, got Int"),
-        (lambda: OPS.simam(x[0], 0.1), ValueError, r"simam: x must be \[N, C, H, W\], got \[3, 4, 5\]"),
-        (lambda: OPS.simam(x, -1.0), ValueError, "simam: lam must be above 0 .*, got -1"),
-        (lambda: OPS.simam(x, float("nan")), ValueError, "simam: lam must be above 0 .*, got nan"),
-        (lambda: OPS.simam_backward(x[:1], x, stats, 0.1), ValueError, "simam_backward: grad_y must be .*2, 3, 4, 5"),
-        (lambda: OPS.simam_backward(x.double(), x, stats, 0.1), ValueError, "simam_backward: grad_y must be "),
-        (lambda: OPS.simam_backward(x, x, stats[:1], 0.1), ValueError, r"simam_backward: stats must be .*\[2, 3, 2\]"),
-        (lambda: OPS.simam_backward(x, x, stats.double(), 0.1), ValueError, "simam_backward: stats must be "),
-    ]
-    for call, error, message in cases:
-        with pytest.raises(error, match=message) as caught:
-            call()
-        assert "\n" not in str(caught.value)

@@ -1,23 +1,24 @@
-"""triplet_attention's native CPU kernels against the formulas: SIMD levels, types, layouts, odd shapes, NaN, ties."""
+"""triplet_attention: SIMD levels, dtypes, layouts, unusual shapes, NaN and ties against the formula in torch."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.library import opcheck
 
-from hashengine import _native
+from hashengine import ops
+from hashengine.ops._check import wide_dtype
 from hashengine.ops.triplet_attention import _backward_reference, _reference
-from tests.helpers.layouts import feature_map
+from tests.helpers.eager import eager_pool, eager_triplet, triplet_parameters
+from tests.helpers.layouts import DTYPES, LAYOUTS, MEMORY_FORMATS, assert_gradients, feature_map
 from tests.helpers.numerics import assert_as_accurate_as_eager
-
-pytestmark = pytest.mark.skipif(not _native.available(), reason="the native module is not built")
+from tests.helpers.threads import with_threads
 
 OPS = torch.ops.hashengine
-LEVELS = ("scalar", "avx2")  # avx512 takes avx2's
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 EPS = 1e-5
-# x [N, C, H, W] with kernel size and branches. One row, one value, rows of fewer and more than eight values, more rows
-# than a strip of the convolution has, chains of more than 64 additions, and batches that are split into parts.
+# Shape of x, kernel size, number of branches. There are planes of one row and of one value, rows of fewer and of more
+# than eight values, more rows than a strip of the convolution has, sums of more than 64 values, and batches that the
+# kernels split into parts.
 SHAPES = [
     ((2, 3, 1, 37), 7, 3),
     ((5, 4, 1, 1), 7, 3),
@@ -29,30 +30,6 @@ SHAPES = [
     ((2, 150, 9, 20), 3, 2),
     ((3, 5, 66, 4), 1, 3),
 ]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    from hashengine import _C
-
-    if request.param not in _C.simd_levels():
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", request.param)
-
-
-def parameters(branches: int, kernel_size: int, dtype: torch.dtype) -> list[list[Tensor]]:
-    """conv_weight, bn_weight, bn_bias, running_mean, running_var."""
-    generator = torch.Generator().manual_seed(1)
-
-    def tensors(*shape: int, low: float) -> list[Tensor]:
-        return [(torch.rand(shape, generator=generator) + low).to(dtype) for _ in range(branches)]
-
-    weight = tensors(1, 2, kernel_size, kernel_size, low=-0.5)
-    return [weight, tensors(1, low=0.5), tensors(1, low=-0.5), tensors(1, low=-0.5), tensors(1, low=0.5)]
-
-
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def run(forward, backward, x: Tensor, grad_y: Tensor, params: list[list[Tensor]], training: bool) -> dict[str, Tensor]:
@@ -76,7 +53,10 @@ def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def assert_accurate(runs: list[tuple[dict[str, Tensor], ...]], names: tuple[str, ...]) -> None:
-    """By the rule over (got, eager, exact) of several inputs together; in float64, but for the order of sums."""
+    """Compare several runs together by `assert_as_accurate_as_eager`, or up to rounding in float64.
+
+    Each run is a tuple (got, eager, exact) of results by name.
+    """
     for name in names:
         got, eager, exact = (torch.cat([result[name].flatten() for result in kind]) for kind in zip(*runs, strict=True))
         if got.dtype == torch.float64:
@@ -85,17 +65,79 @@ def assert_accurate(runs: list[tuple[dict[str, Tensor], ...]], names: tuple[str,
             assert_as_accurate_as_eager(got, eager, exact)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_schema_fake_autograd_and_gradients_are_consistent(layout, branches, training):
+    if layout == "empty" and training:
+        pytest.skip("an empty batch has no statistics")
+    x = feature_map(layout, torch.float64, (2, 3, 4, 2))
+    weight, gamma, beta, mean, var = triplet_parameters(branches, kernel_size=3)
+    learned = [t.requires_grad_() for t in (*weight, *gamma, *beta)]
+    inputs = (x.clone().requires_grad_(), weight, gamma, beta, mean, var, training, 1e-5)
+    opcheck(OPS.triplet_attention.default, inputs)
+
+    def function(x: Tensor, *tensors: Tensor) -> Tensor:
+        parts = [list(tensors[i * branches : (i + 1) * branches]) for i in range(3)]
+        return ops.triplet_attention(x, *parts, mean, var, training)[0]
+
+    assert_gradients(function, x, *learned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("training", [False, True])
+def test_values_and_gradients_are_as_accurate_as_eager(dtype, training):
+    x = feature_map("contiguous", dtype, (4, 6, 9, 8))
+    results, grads = [], []
+    for kind in ("fused", "eager", "exact"):
+        parameters = triplet_parameters(3, torch.float64 if kind == "exact" else torch.float32, kernel_size=3)
+        inputs = (x.double() if kind == "exact" else x.clone()).requires_grad_()
+        if kind == "fused":
+            y, _, _ = ops.triplet_attention(inputs, *parameters, training)
+        else:
+            y = eager_triplet(inputs, parameters, training)
+        y.backward(feature_map("contiguous", dtype, (4, 6, 9, 8), seed=5).to(y.dtype))
+        results.append(y.detach())
+        grads.append(inputs.grad)
+    assert results[0].dtype == grads[0].dtype == dtype
+    assert_as_accurate_as_eager(*results)
+    assert_as_accurate_as_eager(*grads)
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_equals_the_official_forward(branches, training):
+    x = feature_map("contiguous", torch.float64)
+    parameters = triplet_parameters(branches)
+    y, mean, var = ops.triplet_attention(x, *parameters, training)
+    torch.testing.assert_close(y, eager_triplet(x, parameters, training))
+    response = F.conv2d(eager_pool(x, 2), parameters[0][0], padding=3)
+    want = (response.mean(), response.var(correction=0)) if training else (parameters[3][0][0], parameters[4][0][0])
+    torch.testing.assert_close((mean[0], var[0]), want)
+
+
+def test_separate_pool_convolution_and_gate_give_the_same_result():
+    x = feature_map("contiguous", torch.float64)
+    weight, gamma, beta, mean, var = triplet_parameters(3)
+    maps = [
+        F.batch_norm(F.conv2d(pool, weight[i], padding=3), mean[i], var[i], gamma[i], beta[i])
+        for i, pool in enumerate(ops.triplet_pool(x))
+    ]
+    want, _, _ = ops.triplet_attention(x, weight, gamma, beta, mean, var, False)
+    torch.testing.assert_close(ops.triplet_gate(x, *maps), want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("training", [True, False])
-def test_is_as_accurate_as_the_reference(level, dtype, memory_format, training):
+def test_is_as_accurate_as_the_reference(simd_level, dtype, memory_format, training):
     all_runs = []
     for shape, kernel_size, branches in SHAPES:
         runs = []
         for seed in range(3):
             x, grad_y = (feature_map("contiguous", dtype, shape, 2 * seed + i) for i in range(2))
-            x = x.contiguous(memory_format=FORMATS[memory_format])
-            params = parameters(branches, kernel_size, wide(x))
+            x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+            params = triplet_parameters(branches, wide_dtype(x), kernel_size)
             got, eager = run_native(x, grad_y, params, training), run_reference(x, grad_y, params, training)
             exact_params = [[tensor.double() for tensor in kind] for kind in params]
             exact = run_reference(x.double(), grad_y.double(), exact_params, training)
@@ -105,40 +147,44 @@ def test_is_as_accurate_as_the_reference(level, dtype, memory_format, training):
             runs.append((got, eager, exact))
         assert_accurate(runs, ("y", "pooled", "response", "grad_x"))
         all_runs += runs
-    # A few numbers a branch: only many together make errors that can be compared.
+    # One run has too few of these values to compare errors, so all runs are compared together.
     assert_accurate(all_runs, ("mean", "var", "grad_conv", "grad_weight", "grad_bias"))
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_sums_of_long_axes_keep_their_accuracy(level, memory_format):
-    """Far from zero, where an addition after the other would lose the most."""
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_sums_of_long_axes_keep_their_accuracy(simd_level, memory_format):
+    """The values are far from zero, because that is the case in which sequential addition loses the most accuracy."""
     for shape in ((1, 2048, 2, 3), (1, 2, 700, 3), (1, 2, 3, 700)):
-        x = feature_map("contiguous", torch.float32, shape).add(30).contiguous(memory_format=FORMATS[memory_format])
-        pooled = OPS.triplet_attention(x, *parameters(3, 3, x.dtype), False, EPS)[3]
-        eager, exact = (_reference(v, *parameters(3, 3, v.dtype), False, EPS)[3] for v in (x, x.double()))
+        x = (
+            feature_map("contiguous", torch.float32, shape)
+            .add(30)
+            .contiguous(memory_format=MEMORY_FORMATS[memory_format])
+        )
+        pooled = OPS.triplet_attention(x, *triplet_parameters(3, x.dtype, 3), False, EPS)[3]
+        eager, exact = (_reference(v, *triplet_parameters(3, v.dtype, 3), False, EPS)[3] for v in (x, x.double()))
         assert_as_accurate_as_eager(pooled, eager, exact)
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("values", ["constant", "few values", "minus infinity"])
-def test_a_tied_maximum_has_the_lowest_index(level, memory_format, values):
+def test_a_tied_maximum_has_the_lowest_index(simd_level, memory_format, values):
     x = feature_map("contiguous", torch.float32, (2, 37, 11, 19)).round()
-    x = x.contiguous(memory_format=FORMATS[memory_format])
+    x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
     if values != "few values":
         x.fill_(2.0 if values == "constant" else -torch.inf)
-    params = parameters(3, 3, x.dtype)
+    params = triplet_parameters(3, x.dtype, 3)
     index = OPS.triplet_attention(x, *params, False, EPS)[4]
     assert torch.equal(index, _reference(x, *params, False, EPS)[4])
     assert values == "few values" or not index.any()
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_nan_and_infinity_go_where_torch_sends_them(level, memory_format):
-    x = feature_map("contiguous", torch.float32, (3, 20, 9, 21)).contiguous(memory_format=FORMATS[memory_format])
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_nan_and_infinity_propagate_as_in_torch(simd_level, memory_format):
+    x = feature_map("contiguous", torch.float32, (3, 20, 9, 21)).contiguous(memory_format=MEMORY_FORMATS[memory_format])
     x[0, 3, 2, 20] = x[0, 7, 2, 20] = x[0, 3, 8, 0] = torch.nan
     x[1, 4, 4, 4] = torch.inf
     x[1, 5, 4, 4] = -torch.inf
-    params, grad_y = parameters(3, 3, x.dtype), torch.ones_like(x)
+    params, grad_y = triplet_parameters(3, x.dtype, 3), torch.ones_like(x)
     got, want = run_native(x, grad_y, params, False), run_reference(x, grad_y, params, False)
     assert torch.equal(got["index"], want["index"])
     for name in ("y", "pooled", "response"):
@@ -147,89 +193,48 @@ def test_nan_and_infinity_go_where_torch_sends_them(level, memory_format):
     assert got["y"][0].isnan().any() and got["y"][2].isfinite().all()
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("shape", [(1, 70, 18, 9), (3, 33, 17, 20), (17, 6, 5, 9)])
-def test_the_number_of_threads_changes_no_bit(memory_format, shape):
+def test_number_of_threads_does_not_change_the_bits(memory_format, shape):
     x, grad_y = (feature_map("contiguous", torch.float32, shape, seed) for seed in (2, 3))
-    x = x.contiguous(memory_format=FORMATS[memory_format])
-    params = parameters(3, 7, x.dtype)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run_native(x, grad_y, params, True))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+    x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    params = triplet_parameters(3, x.dtype)
+    first, *others = with_threads(lambda: run_native(x, grad_y, params, True))
+    for result in others:
+        assert_same_bits(result, first)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "expanded", "permuted"])
-def test_other_strides_give_what_a_contiguous_copy_gives(layout):
+def test_other_strides_give_the_result_of_a_contiguous_copy(layout):
     x = feature_map("contiguous").permute(0, 2, 1, 3) if layout == "permuted" else feature_map(layout)
-    params, grad_y = parameters(3, 7, x.dtype), feature_map("channels_last", shape=tuple(x.shape), seed=3)
+    params, grad_y = triplet_parameters(3, x.dtype), feature_map("channels_last", shape=tuple(x.shape), seed=3)
     got = run_native(x, grad_y, params, True)
     assert_same_bits(got, run_native(x.contiguous(), grad_y.contiguous(), params, True))
     assert got["y"].stride() == got["grad_x"].stride() == torch.empty_like(x).stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_inference_equals_the_forward_in_eval_mode(level, dtype, memory_format):
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+def test_inference_equals_the_forward_in_eval_mode(simd_level, dtype, memory_format):
     for shape, kernel_size, branches in SHAPES:
-        x = feature_map("contiguous", dtype, shape).contiguous(memory_format=FORMATS[memory_format])
-        params = parameters(branches, kernel_size, wide(x))
+        x = feature_map("contiguous", dtype, shape).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+        params = triplet_parameters(branches, wide_dtype(x), kernel_size)
         want, *_ = OPS.triplet_attention(x, *params, False, EPS)
         got = OPS.triplet_attention_inference(x, *params, EPS)
         assert torch.equal(got, want) and got.stride() == want.stride()
 
 
-def test_parameters_of_another_type_are_taken_by_value():
+def test_parameters_of_another_dtype_are_converted():
     x, grad_y = feature_map("contiguous"), feature_map("contiguous", seed=3)
-    half = parameters(3, 7, torch.bfloat16)
+    half = triplet_parameters(3, torch.bfloat16)
     single = [[tensor.float() for tensor in kind] for kind in half]
     assert_same_bits(run_native(x, grad_y, half, True), run_native(x, grad_y, single, True))
 
 
 def test_an_empty_batch_gives_empty_results_and_zero_gradients():
-    x, params = feature_map("empty"), parameters(3, 7, torch.float32)
+    x, params = feature_map("empty"), triplet_parameters(3, torch.float32)
     got = run_native(x, x, params, False)
     assert got["y"].shape == got["grad_x"].shape == x.shape
     assert not got["grad_conv"].any() and not got["grad_weight"].any() and not got["grad_bias"].any()
     assert torch.equal(got["mean"], torch.cat(params[3])) and torch.equal(got["var"], torch.cat(params[4]))
     assert OPS.triplet_attention_inference(x, *params, EPS).shape == x.shape
-
-
-def test_errors_are_one_line():
-    x, params = feature_map("contiguous"), parameters(3, 3, torch.float32)
-    outputs = OPS.triplet_attention(x, *params, True, EPS)
-
-    def backward(grad_y: Tensor = x, **changed: Tensor):
-        saved = dict(zip(("mean", "var", "pooled", "index", "response"), outputs[1:], strict=True)) | changed
-        return OPS.triplet_attention_backward(grad_y, x, *params[:3], *saved.values(), True, EPS)
-
-    cases = [
-        (lambda: OPS.triplet_attention(x[0], *params, True, EPS), ValueError, r"x must be \[N, C, H, W\]"),
-        (lambda: OPS.triplet_attention(x.int(), *params, True, EPS), TypeError, "x must be float64"),
-        (lambda: OPS.triplet_attention(x[:0], *params, True, EPS), ValueError, "more than one value a branch"),
-        (lambda: OPS.triplet_attention_inference(x[:, :, :0], *params, EPS), ValueError, "at least one channel"),
-        (
-            lambda: OPS.triplet_attention(x, [*params[0][:2], torch.zeros(1, 2, 5, 5)], *params[1:], True, EPS),
-            ValueError,
-            r"conv_weight\[2\] must have the kernel size of conv_weight\[0\], 3, got 5",
-        ),
-        (
-            lambda: OPS.triplet_attention(x, *params[:4], [torch.zeros(2)] * 3, True, EPS),
-            ValueError,
-            r"running_var\[0\] must be \[1\], got \[2\]",
-        ),
-        (lambda: backward(x[:2]), ValueError, "grad_y must be"),
-        (lambda: backward(x.double()), ValueError, "grad_y must be"),
-        (lambda: backward(index=outputs[4][1:]), ValueError, "index must be"),
-        (lambda: backward(pooled=outputs[3].double()), ValueError, "pooled must be"),
-    ]
-    for call, error, message in cases:
-        with pytest.raises(error, match=message) as caught:
-            call()
-        assert str(caught.value).startswith("triplet_attention") and "\n" not in str(caught.value)

@@ -1,43 +1,21 @@
-"""The layers: state dicts found in the wild, BatchNorm's behaviour, factories, and a network they drop into."""
+"""The layers: official state dicts, BatchNorm's behaviour, factories, and training in a network."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hashengine.errors import InputError
 from hashengine.nn import GreedyHash, SimAM, TripletAttention
 from tests.helpers.layouts import feature_map
+from tests.helpers.official import OfficialTriplet
 
 OFFICIAL_NAMES = {"cw": "ChannelGateH", "hc": "ChannelGateW", "hw": "SpatialGate"}
 
 
-class OfficialGate(nn.Module):
-    """What the official modules compute in one branch, written from the paper."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Sequential()
-        self.conv.add_module("conv", nn.Conv2d(2, 1, 7, padding=3, bias=False))
-        self.conv.add_module("bn", nn.BatchNorm2d(1, eps=1e-5, momentum=0.01))
-
-    def forward(self, x: Tensor) -> Tensor:
-        pool = torch.cat((x.max(1, keepdim=True).values, x.mean(1, keepdim=True)), 1)
-        return x * torch.sigmoid(self.conv(pool))
-
-
-class Official(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cw, self.hc, self.hw = OfficialGate(), OfficialGate(), OfficialGate()
-
-    def forward(self, x: Tensor) -> Tensor:
-        cw = self.cw(x.transpose(1, 2)).transpose(1, 2)
-        hc = self.hc(x.transpose(1, 3)).transpose(1, 3)
-        return (cw + hc + self.hw(x)) / 3
-
-
-def official(seed: int = 0) -> Official:
+def official(seed: int = 0) -> OfficialTriplet:
+    """The official module with random parameters and statistics, in float64."""
     torch.manual_seed(seed)
-    model = Official().double()
+    model = OfficialTriplet().double()
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + (0.5 if name.endswith("var") else -0.3))
@@ -45,7 +23,7 @@ def official(seed: int = 0) -> Official:
 
 
 def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same state as the official repository's other module names it."""
+    """The same state with the names of the other official module."""
     return {
         key.replace(gate + ".conv.", OFFICIAL_NAMES[gate] + ".spatial.", 1): value
         for key, value in state.items()
@@ -55,7 +33,7 @@ def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rename", [lambda state: state, other_names])
 @pytest.mark.parametrize("training", [False, True])
-def test_triplet_attention_loads_both_state_dicts(rename, training):
+def test_triplet_attention_loads_both_official_state_dicts(rename, training):
     theirs = official()
     ours = TripletAttention().double()
     ours.load_state_dict(rename(theirs.state_dict()))
@@ -63,7 +41,7 @@ def test_triplet_attention_loads_both_state_dicts(rename, training):
     for step in range(3):
         x = feature_map("contiguous", torch.float64, seed=step)
         torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # running statistics and step counts, too
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # includes running statistics and step counts
 
 
 def test_triplet_attention_inside_a_model_renames_its_own_keys_only():
@@ -77,13 +55,13 @@ def test_triplet_attention_inside_a_model_renames_its_own_keys_only():
 def test_no_spatial_leaves_out_a_branch():
     layer = TripletAttention(no_spatial=True)
     assert not hasattr(layer, "hw") and sum(p.numel() for p in layer.parameters()) == 200
-    assert sum(p.numel() for p in TripletAttention(256).parameters()) == 300  # channels first, and no silent no_spatial
+    assert sum(p.numel() for p in TripletAttention(256).parameters()) == 300  # the number of channels is ignored
     x = feature_map("contiguous")
     assert layer(x).shape == x.shape
 
 
-def test_triplet_attention_with_sync_batch_norm_equals_plain():
-    """A converted SyncBatchNorm in eval mode runs the separate ops and computes the same."""
+def test_triplet_attention_with_sync_batch_norm_gives_the_same_result():
+    """With SyncBatchNorm in eval mode, the layer runs the separate ops, which must give the same result."""
     plain = TripletAttention().double()
     plain.load_state_dict(official().state_dict())
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(TripletAttention().double())
@@ -93,8 +71,8 @@ def test_triplet_attention_with_sync_batch_norm_equals_plain():
 
 
 @pytest.mark.parametrize("momentum", [0.01, None])
-def test_separate_ops_train_like_the_fused_one(momentum):
-    """A BatchNorm of another class takes the other path; outputs, gradients and statistics stay the same."""
+def test_separate_ops_give_the_same_gradients_as_the_fused_op(momentum):
+    """With another class of BatchNorm, the layer runs the separate ops; gradients and statistics stay the same."""
 
     class OtherBatchNorm(nn.BatchNorm2d):
         pass
@@ -117,7 +95,7 @@ def test_separate_ops_train_like_the_fused_one(momentum):
     torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
 
 
-def test_layers_are_built_by_factories_that_pass_channels():
+def test_factories_can_pass_the_number_of_channels():
     for layer in (SimAM, TripletAttention):
         assert layer(64)(feature_map("contiguous")).shape == (3, 4, 5, 6)
 
@@ -149,11 +127,14 @@ def test_layers_train_in_a_network():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SimAM(lam=0.0), "SimAM: lam must be above 0"),
-        (lambda: GreedyHash(-1.0), "GreedyHash: alpha must not be negative"),
-        (lambda: TripletAttention(kernel_size=4), "TripletAttention: kernel_size must be odd"),
+        (lambda: SimAM(lam=0.0), "SimAM: lam must be above 0, got 0.0"),
+        (lambda: SimAM(lam="a"), "SimAM: lam must be above 0, got 'a'"),
+        (lambda: GreedyHash(-1.0), "GreedyHash: alpha must be 0 or more, got -1.0"),
+        (lambda: GreedyHash("x"), "GreedyHash: alpha must be 0 or more, got 'x'"),
+        (lambda: TripletAttention(kernel_size=3.0), "TripletAttention: kernel_size must be an integer of .*, got 3.0"),
+        (lambda: TripletAttention(kernel_size=4), "TripletAttention: kernel_size must be odd, got 4"),
     ],
 )
 def test_wrong_arguments_are_refused(build, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         build()

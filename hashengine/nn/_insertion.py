@@ -1,0 +1,110 @@
+"""Insertion of attention into an existing module, the host, and removal of attention from its host.
+
+If the host is a residual block, the attention runs at the end of the residual branch, before the addition. Any other
+host runs the attention on its output.
+
+The attention becomes a child of the host. The existing keys of the state dict do not change. Mode, device, dtype and
+DDP apply to the attention as to any other child. How the attention runs depends on the kind of host:
+
+- A host that is not a residual block, such as a convolution or an activation, runs the attention in a forward hook. The
+  hook is a function of this Python module, so that the network can still be pickled.
+- A block of timm has a slot for attention, `se`, and runs the attention there. If the slot is taken, the module in the
+  slot is the host and runs the attention in a hook.
+- A block of torchvision has no slot: its class is replaced by a subclass that has one. The alternatives fail: a hook on
+  the block's last BatchNorm is lost when `convert_sync_batchnorm` replaces the BatchNorm, and a wrapper around the
+  BatchNorm renames its parameters.
+
+A plain attribute of the host holds the name of the inserted child; copies and pickles of the host keep the attribute.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hashengine.errors import invalid
+
+TORCHVISION, TIMM = "torchvision.models.resnet", "timm.models.resnet"
+
+_MARK = "_attention_child"  # the attribute of a host that holds the name of the inserted child
+
+
+def block_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class BasicBlock or Bottleneck of torchvision or timm if `module` is an instance of it, otherwise None.
+
+    Classes are compared by name, so that neither library has to be imported.
+    """
+    for base in type(module).__mro__:
+        if base.__module__ in (TORCHVISION, TIMM) and base.__name__ in ("BasicBlock", "Bottleneck"):
+            return base
+    return None
+
+
+def is_attached(host: nn.Module) -> bool:
+    return _MARK in vars(host)
+
+
+def check_host(where: str, name: str, host: nn.Module) -> None:
+    """Check that `host` can take attention."""
+    if is_attached(host):
+        raise invalid(where, name, "without attention", "a module that already has attention", "detach it first")
+    block = block_class(host)
+    if block is not None and block.__module__ == TORCHVISION and type(host) is not block:
+        raise invalid(where, name, f"a {block.__name__}", f"a {type(host).__name__}, whose forward may differ")
+    if hasattr(host, "attention"):
+        raise invalid(where, name, "without an attribute 'attention'", "one of its own")
+
+
+def check_model(where: str, model: Any) -> None:
+    """Check that `model` is a module that is neither wrapped nor compiled.
+
+    DDP and compiled code would not see a change inside the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise invalid(where, "model", "an nn.Module", type(model).__name__)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        advice = f"call {where} before DDP wraps the model"
+        raise invalid(where, "model", "unwrapped", "a DistributedDataParallel", advice)
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+        raise invalid(where, "model", "uncompiled", "a compiled model", f"call {where} before torch.compile")
+
+
+def insert(host: nn.Module, attention: nn.Module) -> str:
+    """Make `host` run `attention`: a residual block before its addition, any other host on its output.
+
+    Returns:
+        The name of the new child.
+    """
+    child = "attention"
+    block = block_class(host)
+    if block is None:
+        host.add_module(child, attention)
+        host.register_forward_hook(_run_attention)
+    elif block.__module__ == TIMM:
+        child = "se"
+        host.se = attention
+    else:
+        from hashengine.nn._torchvision import WITH_ATTENTION
+
+        host.__class__ = WITH_ATTENTION[block]
+        host.add_module(child, attention)
+    setattr(host, _MARK, child)
+    return child
+
+
+def remove(host: nn.Module) -> str:
+    """Undo `insert`. Returns the name of the former child."""
+    child = vars(host).pop(_MARK)
+    delattr(host, child)
+    block = block_class(host)
+    if block is None:
+        for key in [key for key, hook in host._forward_hooks.items() if hook is _run_attention]:
+            del host._forward_hooks[key]
+    elif block.__module__ == TIMM:
+        host.se = None  # type: ignore[assignment]  # in timm, an empty slot is a plain attribute
+    else:
+        host.__class__ = block
+    return child
+
+
+def _run_attention(host: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
+    return host.attention(output)
