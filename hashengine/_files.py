@@ -1,7 +1,9 @@
 """Atomic and durable replacement of files and folders.
 
-Every function makes the new content durable (fsync of each file and of the folder that names it) before the old content
+A replacement makes the new content durable (fsync of each file and of the folder that names it) before the old content
 disappears. A crash, a kill or a full disk therefore leaves either the complete old content or the complete new content.
+There are two exceptions: `write_files` replaces several files one after the other, and `replace_folder` needs two steps
+where the system cannot exchange two names.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from hashengine.errors import invalid
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_MANY_FILES = 1000  # above this number, one flush of the file system is faster than one fsync per file
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing that replaces `path` when the block ends without an exception."""
+    """Open a temporary file for writing. It replaces `path` when the block ends without an exception."""
     temporary = _temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
@@ -47,17 +49,16 @@ def write_file(path: Path, content: bytes | str) -> None:
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Replace several files in `folder`, which is created if it does not exist.
 
-    All new files are durable before the first one replaces its predecessor. Each replacement is atomic, the set of them
-    is not: a crash between two replacements leaves files of two versions, which the reader must be able to detect.
+    All new files are durable before the first one replaces its predecessor. Each replacement is atomic, but all of them
+    together are not: a crash between two replacements leaves files of two versions, and the reader must detect that.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     temporaries = {name: _temporary_beside(folder / name) for name in contents}
     try:
         for name, content in contents.items():
             with open(temporaries[name], "xb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
         for name, temporary in temporaries.items():
             os.replace(temporary, folder / name)
         sync_folder(folder)
@@ -68,7 +69,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
-    """Create a temporary folder that replaces `path` when the block ends without an exception.
+    """Create a temporary folder. It replaces `path` when the block ends without an exception.
 
     Args:
         path: the folder to create or to replace.
@@ -77,13 +78,11 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
         where: the function or command to name in an error.
 
     Raises:
-        InputError: `path` holds something else, which is left alone.
+        InputError: `path` exists and is neither empty nor an earlier output; it is not changed.
     """
     path = path.resolve()
-    is_output = (path / marker).is_file()
-    if path.exists() and not is_output and not (path.is_dir() and not any(path.iterdir())):
-        raise invalid(where, "output", f"a new folder or an earlier output that holds {marker}", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path, marker=marker, where=where)
+    make_folder(path.parent)
     temporary = _temporary_beside(path)
     temporary.mkdir()
     try:
@@ -95,8 +94,29 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # after a replacement, this is the old content
 
 
+def check_replaceable(path: Path, *, marker: str, where: str) -> None:
+    """Require that `path` does not exist, is an empty folder, or holds the file `marker` of an earlier output."""
+    is_output = (path / marker).is_file()
+    if path.exists() and not is_output and not (path.is_dir() and not any(path.iterdir())):
+        raise invalid(where, "output", f"a new folder or an earlier output that holds {marker}", repr(str(path)))
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its missing parents durably; an existing folder is left as it is."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Make the contents of an open file durable. `replace_file` and `write_files` call this for each file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: files that were created, renamed or removed there."""
+    """Make the creation, renaming and removal of files in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,15 +130,31 @@ def _temporary_beside(path: Path) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
+    """Make a folder and its contents durable: file by file, or many files by one flush of the file system."""
+    tree = list(os.walk(folder))
+    if sum(len(names) for _, _, names in tree) > _MANY_FILES and _sync_file_system(folder):
+        return
+    for parent, _, names in tree:
         for name in names:
             with open(Path(parent, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(parent))
 
 
+def _sync_file_system(folder: Path) -> bool:
+    """Make all files on the file system of `folder` durable. Returns False if that fails or is not supported."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        return syncfs(descriptor) == 0
+    finally:
+        os.close(descriptor)
+
+
 def _move_into_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; an existing `path` becomes `temporary`, in one step where the system can do that."""
+    """Rename `temporary` to `path`; an existing `path` becomes `temporary`, in one step if the system can do that."""
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(temporary, path):
@@ -133,7 +169,7 @@ def _move_into_place(temporary: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names atomically; False if the C library or the file system cannot."""
+    """Swap two names atomically. Returns False if the C library or the file system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

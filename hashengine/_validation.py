@@ -1,52 +1,72 @@
-"""Checks of what a user gives: arrays, codes, ids, filters, labels, integers and devices.
+"""Checks of arguments: arrays, codes, ids, filters, labels, integers, paths and devices.
 
-Each check takes ``where``, the function that the user called, and raises `InputError` in the form of
-`hashengine.errors`. Importing this module does not import torch: an array can be checked before anything needs torch.
+Each check takes `where`, the function that the user called, and raises `InputError` in the form of
+`hashengine.errors`. Importing this module does not import torch, so that modules that do not need torch can use it.
 """
 
 from __future__ import annotations
 
+import math
 import operator
+import os
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from hashengine.errors import invalid
+from hashengine.errors import InputError, invalid
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from typing_extensions import TypeIs
 
 Array: TypeAlias = "Tensor | np.ndarray"
 DeviceName: TypeAlias = "str | torch.device"
 Labels: TypeAlias = "tuple[Array, Array]"
 
 MAX_BITS = 65_536
+FLOATING = ("float64", "float32", "float16", "bfloat16")  # dtypes of activations and vectors
 OLDEST_CAPABILITY = (8, 0)  # the compute capability that the CUDA kernels require
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeIs[Tensor]:
+    """Whether `value` is a torch tensor; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def dtype_name(array: Array) -> str:
-    """ "uint8" for torch.uint8 and for numpy's uint8 in any byte order."""
+    """The name of a dtype without its library and byte order, such as "uint8"."""
     return str(array.dtype).removeprefix("torch.") if is_tensor(array) else array.dtype.name
 
 
+class _WritableView:
+    """The memory of a read-only array, exported as writable; it keeps the array alive."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = array.__array_interface__ | {"data": (address, False)}
+
+
 def as_tensor(array: Array) -> Tensor:
-    """`array` as a tensor on its device, without its autograd graph; a copy only where torch cannot view the memory."""
+    """`array` as a tensor on its device, without its autograd graph. The caller must not write to the tensor.
+
+    The tensor shares the memory of `array` if that is a torch tensor, or a C-contiguous numpy array in native byte
+    order, even a read-only or mapped one. Other arrays are copied.
+    """
     import torch
 
     if not isinstance(array, np.ndarray):
         return array.detach()
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    # torch supports neither negative strides nor, without a warning, read-only memory.
-    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+    if not array.flags.c_contiguous or array.size == 0:  # torch does not support negative strides
+        return torch.from_numpy(array.copy())
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_WritableView(array)))
 
 
 def to_callers_type(model: Array, *results: Tensor) -> tuple[Any, ...]:
@@ -57,8 +77,9 @@ def to_callers_type(model: Array, *results: Tensor) -> tuple[Any, ...]:
 
 
 def check_array(where: str, name: str, array: Any, dtypes: Collection[str], advice: str = "") -> None:
-    """A torch tensor or a numpy array of one of `dtypes`."""
-    expected = " or ".join(dtypes)
+    """Require a torch tensor or a numpy array of one of `dtypes`."""
+    *others, last = dtypes
+    expected = f"{', '.join(others)} or {last}" if others else last
     if not isinstance(array, np.ndarray) and not is_tensor(array):
         raise invalid(where, name, f"a torch tensor or a numpy array of {expected}", type(array).__name__)
     if dtype_name(array) not in dtypes:
@@ -66,39 +87,65 @@ def check_array(where: str, name: str, array: Any, dtypes: Collection[str], advi
 
 
 def check_integer(where: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
-    """An integer from `low` to `high`, inclusive; `meaning` says what `high` is, such as "the number of codes"."""
+    """Require an integer from `low` to `high`, inclusive. `meaning` explains `high`, such as "the number of codes"."""
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < low or (high is not None and number > high):
-        limit = "" if high is None else f" to {high}" + (f" ({meaning})" if meaning else "")
-        expected = f"an integer of at least {low}" if high is None else f"an integer, {low}{limit}"
+        expected = f"at least {low}" if high is None else f"{low} to {high}" + (f" ({meaning})" if meaning else "")
+        if number is None:
+            expected = f"an integer {'of' if high is None else 'from'} {expected}"
         raise invalid(where, name, expected, repr(value))
     return number
 
 
+def check_number(where: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    """Require a real number that is greater than `above`, or at least `least`; NaN is neither."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises RuntimeError for several values
+        number = math.nan
+    if above is not None and not number > above:
+        raise invalid(where, name, f"above {above}", repr(value))
+    if least is not None and not number >= least:
+        raise invalid(where, name, f"{least} or more", repr(value))
+
+
+def nan_error(where: str, name: str) -> InputError:
+    """The error for a NaN among activations."""
+    return invalid(where, name, "free of NaN, which has no sign", "at least one", "check for a diverged model")
+
+
 def check_bits(where: str, bits: Any) -> int:
-    """The length of a code: a multiple of 8 up to `MAX_BITS`."""
+    """Require the length of a code: a positive multiple of 8 up to `MAX_BITS`."""
     number = check_integer(where, "bits", bits, 8, MAX_BITS)
     if number % 8:
         raise invalid(where, "bits", "a multiple of 8", number)
     return number
 
 
-def check_codes(where: str, name: str, codes: Any, bits: int | None = None) -> Tensor:
-    """Packed codes, uint8 [rows, bits / 8], as a tensor on their device; of any width if `bits` is None."""
+def check_code_array(where: str, name: str, codes: Any, bits: int | None = None) -> None:
+    """Require packed codes, uint8 [rows, bits / 8], torch or numpy. If `bits` is None, they may have any width."""
     check_array(where, name, codes, ("uint8",), "pack activations with hashengine.ops.pack_bits first")
-    shape = list(codes.shape)
+    shape = codes.shape
     if bits is not None and (len(shape) != 2 or shape[1] != bits // 8):
-        raise invalid(where, name, f"[rows, {bits // 8}], for {bits} bits", shape)
+        raise invalid(where, name, f"[rows, {bits // 8}], for {bits} bits", list(shape))
     if len(shape) != 2 or shape[1] == 0:
-        raise invalid(where, name, "[rows, bits / 8]", shape)
+        raise invalid(where, name, "[rows, bits / 8]", list(shape))
+
+
+def check_codes(where: str, name: str, codes: Any, bits: int | None = None) -> Tensor:
+    """Check `codes` as `check_code_array` does, and return them as a tensor on their device."""
+    check_code_array(where, name, codes, bits)
     return as_tensor(codes)
 
 
 def check_ids(where: str, ids: Any, count: int | None = None, *, unique: bool = True) -> Tensor:
-    """int64 [count] on the CPU, none of them negative; of any count if it is None."""
+    """Require ids, int64 [count], that are 0 or more, and return them on the CPU.
+
+    If `count` is None, any number of ids is valid. If `unique` is true, no id may repeat.
+    """
     check_array(where, "ids", ids, ("int64",))
     if ids.ndim != 1 or count not in (None, len(ids)):
         raise invalid(where, "ids", f"[{'rows' if count is None else count}], one per code", list(ids.shape))
@@ -113,27 +160,42 @@ def check_ids(where: str, ids: Any, count: int | None = None, *, unique: bool = 
 
 
 def check_filter(where: str, filter: Any, queries: int, count: int) -> Tensor:
-    """A mask (bool) or a bitmap (uint8) of `count` codes, for all queries or one row per query, on its device."""
+    """Require a mask (bool) or a bitmap (uint8) of `count` codes, either one for all queries or one row per query."""
     check_array(where, "filter", filter, ("bool", "uint8"))
     is_mask = dtype_name(filter) == "bool"
     width = count if is_mask else (count + 7) // 8
-    if tuple(filter.shape) not in ((width,), (queries, width)):
-        kind = "a mask (bool)" if is_mask else "a bitmap (uint8)"
-        expected = f"{kind} of {count} codes, [{width}] or one row per query, [{queries}, {width}]"
-        raise invalid(where, "filter", expected, list(filter.shape))
+    check_filter_shape(where, filter.shape, width, queries, count)
     return as_tensor(filter)
 
 
+def check_filter_shape(where: str, shape: Sequence[int], width: int, queries: int, count: int) -> None:
+    """Require the shape [width], or [queries, width], of a filter of `count` codes."""
+    if len(shape) not in (1, 2) or shape[-1] != width or (len(shape) == 2 and shape[0] != queries):
+        expected = f"[{width}], or [{queries}, {width}] with one row per query, for {count} codes"
+        raise invalid(where, "filter", expected, list(shape))
+
+
 def check_labels(where: str, labels: Any, queries: int, count: int) -> tuple[Tensor, Tensor]:
-    """Labels of queries and codes, on their devices: int64 [Q] and [N], or multi-hot bool [Q, L] and [N, L]."""
+    """Require labels of queries and codes. Returns int64 [Q] and [N], or multi-hot bool [Q, L] and [N, L]."""
+    given = check_label_pair(where, labels)
+    query_labels = _check_label_side(where, "query_labels", given[0], queries)
+    code_labels = _check_label_side(where, "code_labels", given[1], count)
+    check_labels_of_one_kind(where, query_labels, code_labels)
+    return query_labels, code_labels
+
+
+def check_label_pair(where: str, labels: Any) -> Sequence[Any]:
+    """Require a pair of anything."""
     if not isinstance(labels, (tuple, list)) or len(labels) != 2:
         raise invalid(where, "labels", "a pair (query_labels, code_labels)", type(labels).__name__)
-    query_labels = _check_label_side(where, "query_labels", labels[0], queries)
-    code_labels = _check_label_side(where, "code_labels", labels[1], count)
+    return labels
+
+
+def check_labels_of_one_kind(where: str, query_labels: Tensor, code_labels: Tensor) -> None:
+    """Require both to be integers, or both multi-hot with the same number of columns."""
     if query_labels.shape[1:] != code_labels.shape[1:]:
         actual = f"{list(query_labels.shape)} and {list(code_labels.shape)}"
-        raise invalid(where, "labels", "of one kind and width for queries and codes", actual)
-    return query_labels, code_labels
+        raise invalid(where, "query_labels and code_labels", "of one kind and width", actual)
 
 
 def _check_label_side(where: str, name: str, labels: Any, rows: int) -> Tensor:
@@ -148,45 +210,42 @@ def _check_label_side(where: str, name: str, labels: Any, rows: int) -> Tensor:
     tensor = as_tensor(labels)
     if tensor.dim() == 1:
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise invalid(where, name, f"integers where their shape is [{rows}]", dtype_name(tensor))
+            raise invalid(where, name, f"integers for the shape [{rows}]", dtype_name(tensor))
         return tensor.long()
     if tensor.dtype == torch.bool:
         return tensor
     ones = tensor == 1
     if not bool((ones | (tensor == 0)).all()):
-        raise invalid(where, name, f"zeros and ones where their shape is [{rows}, labels]", "other values")
+        raise invalid(where, name, f"zeros and ones for the shape [{rows}, labels]", "other values")
     return ones
 
 
+def check_path(where: str, name: str, path: Any) -> Path:
+    """Require a path: a string or a path object."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise invalid(where, name, "a path", type(path).__name__)
+    return Path(path)
+
+
 def check_threads(where: str, num_threads: int | None) -> int:
-    """The number of threads as the ops take it: 0 for all of torch's."""
+    """The number of threads in the form that the ops take. None becomes 0, which means all of torch's threads."""
     return 0 if num_threads is None else check_integer(where, "num_threads", num_threads, 1)
 
 
 def check_device(where: str, name: DeviceName, *, auto: bool = False, capability: bool = False) -> torch.device:
-    """A CPU or CUDA device that is present; a CUDA device gets its number.
+    """Require a CPU or CUDA device that is present. A CUDA device without a number gets that of the current device.
 
     Args:
         where: the function or command to name in an error.
         name: "cpu", "cuda", "cuda:1" or a torch.device.
-        auto: accept "auto" as well: a GPU if torch sees one, else the CPU.
+        auto: accept "auto" as well: a GPU if torch sees one, otherwise the CPU.
         capability: refuse a GPU that is too old for the CUDA kernels.
     """
     import torch
 
-    names = ["'cpu', 'cuda', 'cuda:1' or a torch.device", "'auto', 'cpu', 'cuda', 'cuda:1' or a torch.device"][auto]
-    if auto and name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(name, (str, torch.device)):
-        raise invalid(where, "device", names, type(name).__name__)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise invalid(where, "device", names, repr(name)) from None
+    device = check_device_name(where, name, auto=auto)
     if device.type == "cpu":
         return torch.device("cpu")
-    if device.type != "cuda":
-        raise invalid(where, "device", names, repr(str(device)))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         advice = "torch finds no GPU, and 'hashengine doctor' says why"
@@ -201,6 +260,24 @@ def check_device(where: str, name: DeviceName, *, auto: bool = False, capability
     return torch.device("cuda", number)
 
 
+def check_device_name(where: str, name: DeviceName, *, auto: bool = False) -> torch.device:
+    """Require the name of a CPU or CUDA device, which need not be present; the arguments are as in `check_device`."""
+    import torch
+
+    names = ["'cpu', 'cuda', 'cuda:1' or a torch.device", "'auto', 'cpu', 'cuda', 'cuda:1' or a torch.device"][auto]
+    if auto and name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(name, (str, torch.device)):
+        raise invalid(where, "device", names, type(name).__name__)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise invalid(where, "device", names, repr(name)) from None
+    if device.type not in ("cpu", "cuda"):
+        raise invalid(where, "device", names, repr(str(device)))
+    return device
+
+
 def _version(number: int) -> str:
     import torch
 
@@ -208,7 +285,7 @@ def _version(number: int) -> str:
 
 
 def check_devices(where: str, devices: DeviceName | Sequence[DeviceName]) -> tuple[torch.device, ...]:
-    """One device or several, as `check_device` returns them; a device may be named more than once."""
+    """Check one or several devices as `check_device` does; a device may be named more than once."""
     names = tuple(devices) if isinstance(devices, (list, tuple)) else (devices,)
     if not names:
         raise invalid(where, "device", "a device or a list of at least one", "an empty list")

@@ -1,24 +1,36 @@
-"""The exception policy: one exception, in one form, for every mistake of a user.
+"""The exception policy: which mistakes and failures raise which exception.
 
-`InputError` is raised for whatever a caller can put right: a value out of range, a wrong dtype or shape, a missing
-device, a damaged file, an optional package that is not installed. Its message is one line of this form::
+`InputError` is raised for a mistake that the caller can correct: a value out of range, a wrong dtype or shape, a
+missing device, a damaged file, an optional package that is not installed. Its message is one line of this form:
 
     <where>: <what> must be <expected>, got <actual>[; <what to do>]
 
-    search: k must be 1 to 50, got 0
+    search: k must be 1 to 50 (the number of codes), got 0
     add: codes must be uint8, got float32; pack activations with hashengine.ops.pack_bits first
-    HashNet.from_pretrained: model must be a folder with config.json, got 'photos'
+    encode: model must be a model folder that holds model.safetensors, got 'photos': No such file or directory
 
-``<where>`` is the function, command or file that the user named. `InputError` is a ``ValueError``, so ``except
-ValueError`` catches it too. The native ops below ``torch.ops.hashengine`` raise a plain ``ValueError`` of the same form.
+`<where>` is the function or command that the user called, or the file that the user named. `InputError` is a
+`ValueError`, so `except ValueError` catches it too. The ops in `torch.ops.hashengine` raise a plain `ValueError` with a
+message of the same form. A function or layer that calls an op lets this `ValueError` through, because an op's arguments
+are checked only in the kernel that runs.
 
-Two other kinds pass through unchanged: ``OSError`` where the machine refuses (a full disk, no permission) and
-``torch.cuda.OutOfMemoryError``. The commands print both kinds and `InputError` in one line. Any other exception is a
-defect of hashengine, and its traceback is the bug report.
+Other exceptions have these meanings:
+
+- `OSError`: the operating system reports a failure, such as a full disk. It passes through unchanged.
+- `torch.cuda.OutOfMemoryError`: a GPU is full. It passes through unchanged.
+- torch's `RuntimeError` or `TypeError`: an argument of an op, a layer or a network has a Python type that torch refuses
+  before the op runs, such as a numpy array for a tensor.
+- `ImportError`: HASHENGINE_REQUIRE_NATIVE is set, and the native module cannot be loaded.
+- `NotImplementedError`: the loss of a hashing method that has a closed form instead, or the closed form of a method
+  that has a loss, was asked for.
+
+The commands print `InputError`, the `ValueError` of an op, `OSError` and `OutOfMemoryError` in one line. Any other
+exception in a command is a defect of hashengine, and its traceback is the bug report.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # importing hashengine must not import pydantic
@@ -26,30 +38,55 @@ if TYPE_CHECKING:  # importing hashengine must not import pydantic
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave; the message is one line that says how to put it right.
+    """A mistake in the user's input; the message is one line that says what to correct.
 
     Commands print the message without a traceback and exit with code 2.
     """
 
 
 def invalid(where: str, what: str, expected: str, actual: object, advice: str = "") -> InputError:
-    """Make an `InputError` of the one form.
+    """Make an `InputError` with a message in the form that this module describes.
 
     Args:
         where: the function, command or file that the user named.
         what: the argument, option or field that is wrong.
-        expected: what it must be, worded to follow "must be".
-        actual: what came instead; formatted with ``str``.
-        advice: what to do about it, if that does not follow from `expected`.
+        expected: the words that follow "must be".
+        actual: the value that was given, or its description; formatted with `str`.
+        advice: what the user can do, if that does not follow from `expected`.
     """
     return InputError(f"{where}: {what} must be {expected}, got {actual}" + (f"; {advice}" if advice else ""))
 
 
+def missing_package(where: str, package: str, extra: str) -> InputError:
+    """The error for an optional package that `where` needs and that the extra `extra` of hashengine installs."""
+    return invalid(where, package, "installed", "no such package", f"pip install 'hashengine[{extra}]'")
+
+
 def input_error(error: ValidationError, where: str) -> InputError:
-    """Turn the first failure of a pydantic validation into an `InputError` that names `where` and the field."""
+    """Turn the first failure of a pydantic validation into an `InputError` that names `where` and the field.
+
+    A validator of a field raises `ValueError("must be <expected>")`. A validator of the whole model raises
+    `ValueError("<field> must be <expected>, got <actual>")`.
+    """
     first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):  # a validator has written the whole message
+        return cause
     field = ".".join(str(part) for part in first["loc"])
-    prefix = ": ".join(part for part in (where, field) if part)
+    if first["type"] == "extra_forbidden":
+        return invalid(where, repr(field), "a known option", "an unknown one")
+    if first["type"] == "missing":
+        return invalid(where, field, "given", "nothing")
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in ("missing", "extra_forbidden") else f", got {first['input']!r}"
-    return InputError(f"{prefix}: {message}{got}" if prefix else message + got)
+    if not field and re.search(r"\bmust be .*, got ", message):
+        return InputError(f"{where}: {message}")
+    return invalid(where, field or "the input", _expected(message), repr(first["input"]))
+
+
+def _expected(message: str) -> str:
+    """What a message of pydantic, or of a validator, says that the value must be."""
+    if found := re.match(r"\w+ should have (at (?:least|most) \d+ \w+)", message):
+        return f"of {found[1]}"
+    if found := re.match(r"(?:\w+ should|must) be (.*?)(?:, (?:unable to|got) .*)?$", message):
+        return found[1]
+    return f"valid ({message[:1].lower()}{message[1:]})"

@@ -1,60 +1,141 @@
-"""HammingIndex: packed codes in memory, exact search over them, and a folder to keep them in."""
+"""HammingIndex: packed codes with ids, exact search over them, and a folder to store them in."""
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from hashengine.errors import InputError
-from hashengine.index._arguments import (
+from hashengine._validation import (
     Array,
-    checked_codes,
-    checked_filter,
-    checked_integer,
-    checked_labels,
-    checked_threads,
-    like,
+    DeviceName,
+    Labels,
+    check_bits,
+    check_codes,
+    check_devices,
+    check_filter,
+    check_ids,
+    check_integer,
+    check_labels,
+    check_path,
+    check_threads,
+    to_callers_type,
 )
-from hashengine.index._collection import CodeCollection
-from hashengine.index._devices import keep, moved
-from hashengine.index._parts import lanes
-from hashengine.index._search import Progress, Search
-from hashengine.index._state import State
-from hashengine.index.rerank import checked_candidates, checked_vectors, ranked
+from hashengine.errors import InputError, invalid
+from hashengine.index import execution, folder
+from hashengine.index.code_memory import (
+    GrowingCodes,
+    GrowingRows,
+    RowMemory,
+    ShardedCodes,
+    allocate_rows,
+    map_rows,
+    rows_per_transfer,
+)
+from hashengine.index.devices import (
+    CPU,
+    explain_out_of_memory,
+    record_streams,
+    synchronize_devices,
+    synchronize_streams,
+    to_device,
+)
+from hashengine.index.execution import CountRequest, DeviceWorker, Progress, RangeRequest, TopKRequest, assign_workers
+from hashengine.index.lock import ReadersWriterLock
+from hashengine.index.rerank import check_candidates, check_query_vectors, rank_candidates
+from hashengine.index.snapshot import Snapshot
 from hashengine.ops import unpack_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Self
 
 _RESULT_BYTES = 12  # an int32 distance and an int64 id
 
 
-class HammingIndex(CodeCollection):
+class HammingIndex:
     """Exact nearest neighbours by Hamming distance over packed codes.
 
     Results are ordered by (distance, insertion position), for every k up to the number of codes; removal, update and
-    compaction keep that order. A code has the id that it came with or, where codes come without, its insertion position
-    for good: neither removal nor compaction changes an id. Answers are the same on every device, bit for bit.
+    compaction keep that order. The id of a code is the one that it was added with. Codes added without ids are numbered
+    in insertion order. Neither removal nor compaction changes an id. Answers are the same on every device, bit for bit.
 
     Threads may search while another one writes: a search sees one state of the index from beginning to end.
 
-    On a GPU, :meth:`search` of queries that lie there runs on the current stream and, where k is at most 4,096, does
-    not wait for it. A CUDA graph of it searches the codes as they were when it was captured: keep the index, unchanged,
-    as long as the graph is used. Ids of one's own take 8 bytes a code there, on the first of several GPUs.
+    On a GPU, `search` runs on the current stream. It does not wait for the stream if the index is on one GPU and not
+    streamed, the queries are on this GPU too, k is at most 4,096, and `progress` is not given. A CUDA graph of a search
+    reads the codes that the index had during capture: keep the index, unchanged, as long as the graph is used. Ids that
+    are not positions take 8 bytes per code on the GPU, or on the first of several GPUs.
 
     Args:
-        bits: length of a code, a multiple of 8 up to 65,536.
-        device: what searches the codes, "cpu", "cuda", "cuda:1", a torch.device, or a list of them. Over several, the
-            codes are dealt: each has its share, in memory and in work.
-        streamed: keep the codes in host memory, and copy them through the device chunk by chunk in each search: for
-            more codes than it holds. Several devices take turns. Ask for many queries at once: the copy is what takes
-            time.
+        bits: the length of a code, a multiple of 8 up to 65,536.
+        device: the devices that search the codes: "cpu", "cuda", "cuda:1", a torch.device, or a list of these. Codes
+            and work are divided equally among several devices.
+        streamed: keep the codes in host memory, and copy them to the device in chunks during each search. This allows
+            more codes than fit into the device's memory. Several devices take the chunks in turn. The copies take most
+            of the time, so pass many queries per call.
 
     Raises:
-        InputError: bits out of range, or no such device, or a GPU before compute capability 8.0.
+        InputError: bits that are not a multiple of 8 or out of range, no such device, or a GPU of a compute capability
+            below 8.0.
 
     Example:
         >>> index = HammingIndex(64)
         >>> index.add(codes)  # uint8 [N, 8], torch or numpy
         >>> distances, ids = index.search(queries, k=10)  # int32 and int64 [Q, 10]
     """
+
+    bits: int
+    """The length of a code."""
+
+    def __init__(self, bits: int, device: DeviceName | Sequence[DeviceName] = "cpu", streamed: bool = False) -> None:
+        self.bits = check_bits("HammingIndex", bits)
+        self._devices = check_devices("HammingIndex", device)
+        self._streamed = bool(streamed)
+        self._last_saved: folder.SavePoint | None = None
+        self._writer = threading.Lock()  # held by add, remove, update, compact and save
+        self._rows_lock = ReadersWriterLock()  # a search is a reader; an update, which overwrites rows, is a writer
+        self._publish_codes(GrowingCodes.from_blocks([], 0, self.bits // 8, self._code_devices), 0)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that search the codes."""
+        return self._devices
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the codes stay in host memory and are copied to the devices during each search."""
+        return self._streamed
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes in insertion order, uint8 [N, bits / 8]. Do not write to them: they may be a view.
+
+        They are on the device that stores them, or on the CPU if they are streamed or stored on several devices.
+        """
+        return self._snapshot.live_codes()
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids in insertion order, int64 [N], on the CPU."""
+        return self._snapshot.live_ids()
+
+    def __len__(self) -> int:
+        return self._snapshot.count
+
+    def __repr__(self) -> str:
+        devices = "" if self._devices == (CPU,) else f", device={', '.join(map(str, self._devices))}"
+        return f"{type(self).__name__}(bits={self.bits}, codes={len(self)}{devices}{', streamed' * self._streamed})"
+
+    # Searching.
 
     def search(
         self,
@@ -64,35 +145,35 @@ class HammingIndex(CodeCollection):
         filter: Array | None = None,
         num_threads: int | None = None,
         progress: Progress | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Any, Any]:
         """The k nearest codes of each query.
 
         Args:
             queries: uint8 [Q, bits / 8], torch or numpy.
             k: 1 to the number of codes.
-            filter: which codes may be found, by insertion position: bool [N] for the N codes in the index, or its
-                bitmap, uint8 [ceil(N / 8)], the first code in the least significant bit (numpy.packbits with
-                bitorder="little"); with a row a query, [Q, N] or [Q, ceil(N / 8)]. Default: all.
-            num_threads: at least 1; of torch's threads, at most so many. Default: all.
-            progress: called with (queries done, queries) now and then.
+            filter: the codes that may be found. Either a mask, bool [N], with one value per code in insertion order; or
+                its bitmap, uint8 [ceil(N / 8)], with the first code in the least significant bit (`numpy.packbits` with
+                bitorder="little"). Both may have one row per query: [Q, N] or [Q, ceil(N / 8)]. Default: all codes.
+            num_threads: the largest number of torch's threads to use, at least 1. Default: all.
+            progress: called with (number of queries done, number of queries) from time to time.
 
         Returns:
-            ``distances`` int32 [Q, k], ascending, and ``ids`` int64 [Q, k], in the queries' library, on their device.
-            Where the filter leaves fewer than k codes, the rest is ``bits + 1`` and -1.
+            `distances` int32 [Q, k], ascending, and `ids` int64 [Q, k], in the queries' library, on their device. If
+            the filter leaves fewer than k codes, the remaining results have the distance `bits + 1` and the id -1.
 
         Raises:
-            TypeError: a wrong dtype.
-            InputError: a wrong shape, an empty index, or k out of range.
+            InputError: a wrong dtype or shape, an empty index, or k out of range.
         """
-        rows = checked_codes(queries, "queries", self.bits)
-        with self._rows_lock.reading():
-            state = self._state
-            if state.count == 0:
-                raise InputError("search: the index is empty; add codes first")
-            k = checked_integer(k, "search: k", 1, state.count, "the number of codes")
-            with self._gpu_memory("search", _RESULT_BYTES * len(rows) * k):
-                found = self._search(state, rows, filter, num_threads, progress).topk(k, state.ids_of)
-        return like(queries, *found)
+        query_codes = check_codes("search", "queries", queries, self.bits)
+        with self._reading() as snapshot:
+            if snapshot.count == 0:
+                raise invalid("search", "the index", "one that holds codes", "an empty one", "add codes first")
+            k = check_integer("search", "k", k, 1, snapshot.count, "the number of codes")
+            row_filter, threads = self._check_options("search", snapshot, len(query_codes), filter, num_threads)
+            with self._explain_out_of_memory("search", _RESULT_BYTES * len(query_codes) * k):
+                request = TopKRequest(snapshot, query_codes, snapshot.row_filter(row_filter), threads, k)
+                distances, ids = execution.run(request, self._workers(snapshot), progress)
+        return to_callers_type(queries, distances, ids)
 
     def range_search(
         self,
@@ -103,98 +184,360 @@ class HammingIndex(CodeCollection):
         max_results: int | None = None,
         num_threads: int | None = None,
         progress: Progress | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """The codes at a distance of at most ``radius``, as FAISS lays them out; FAISS's own radius is exclusive.
+    ) -> tuple[Any, Any, Any]:
+        """The codes at a distance of at most `radius` from each query, in FAISS's layout.
+
+        The radius is inclusive; that of FAISS is exclusive.
 
         Args:
-            queries, filter, num_threads, progress: as for :meth:`search`.
+            queries: as for `search`.
             radius: 0 to bits, inclusive.
-            max_results: at least 1; of a query that has more, the nearest. Default: all.
+            filter: as for `search`.
+            max_results: the number of nearest results to keep per query, at least 1. Default: all.
+            num_threads: as for `search`.
+            progress: as for `search`.
 
         Returns:
-            ``lims`` int64 [Q + 1]; query q has ``distances`` int32 and ``ids`` int64 in ``[lims[q], lims[q + 1])``,
-            ordered by (distance, insertion position).
+            `lims` int64 [Q + 1]; query q has `distances` int32 and `ids` int64 in `[lims[q], lims[q + 1])`, ordered by
+            (distance, insertion position).
 
         Raises:
-            TypeError: a wrong dtype.
-            InputError: a wrong shape, or radius or max_results out of range.
+            InputError: a wrong dtype or shape, or radius or max_results out of range.
         """
-        rows = checked_codes(queries, "queries", self.bits)
-        radius = checked_integer(radius, "range_search: radius", 0, self.bits, "the number of bits")
+        query_codes = check_codes("range_search", "queries", queries, self.bits)
+        radius = check_integer("range_search", "radius", radius, 0, self.bits, "the number of bits")
         if max_results is not None:
-            max_results = checked_integer(max_results, "range_search: max_results", 1)
-        with self._rows_lock.reading():
-            state = self._state
-            with self._gpu_memory("range_search", 8 * len(rows)):
-                search = self._search(state, rows, filter, num_threads, progress)
-                found = search.within(radius, max_results, state.ids_of)
-        return like(queries, *found)
+            max_results = check_integer("range_search", "max_results", max_results, 1)
+        with self._reading() as snapshot:
+            row_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
+            with self._explain_out_of_memory("range_search", 8 * len(query_codes)):
+                bitmap = snapshot.row_filter(row_filter)
+                request = RangeRequest(snapshot, query_codes, bitmap, threads, radius, max_results)
+                lims, distances, ids = execution.run(request, self._workers(snapshot), progress)
+        return to_callers_type(queries, lims, distances, ids)
 
     def count(
         self,
         queries: Array,
         *,
         filter: Array | None = None,
-        labels: tuple[Array, Array] | None = None,
+        labels: Labels | None = None,
         num_threads: int | None = None,
         progress: Progress | None = None,
-    ) -> Array | tuple[Array, Array]:
-        """How many codes lie at each distance from each query.
+    ) -> Any:
+        """The number of codes at each distance from each query.
 
         Args:
-            queries, filter, num_threads, progress: as for :meth:`search`.
-            labels: (query_labels, code_labels), the codes' in insertion order: integers [Q] and [N], relevant where
-                they are equal; or zeros and ones [Q, L] and [N, L], relevant where they share a label.
+            queries: as for `search`.
+            filter: as for `search`.
+            labels: (query_labels, code_labels); code_labels are in insertion order. Either integers [Q] and [N]: a code
+                is relevant if it has the query's label. Or zeros and ones [Q, L] and [N, L]: a code is relevant if it
+                shares a label with the query.
+            num_threads: as for `search`.
+            progress: as for `search`.
 
         Returns:
-            ``counts`` int64 [Q, bits + 1]; with labels (``counts``, ``relevant``), the same of relevant codes only.
+            `counts` int64 [Q, bits + 1]. With labels, (`counts`, `relevant`); `relevant` counts only relevant codes.
 
         Raises:
-            TypeError: a wrong dtype.
-            InputError: a wrong shape, or multi-hot labels that are not zeros and ones.
+            InputError: a wrong dtype or shape, or multi-hot labels that are not zeros and ones.
         """
-        rows = checked_codes(queries, "queries", self.bits)
-        with self._rows_lock.reading():
-            state = self._state
-            query_labels, code_labels = None, None
+        query_codes = check_codes("count", "queries", queries, self.bits)
+        with self._reading() as snapshot:
+            row_filter, threads = self._check_options("count", snapshot, len(query_codes), filter, num_threads)
+            row_labels: tuple[Tensor, Tensor] | None = None
             if labels is not None:
-                query_labels, code_labels = checked_labels(labels, len(rows), state.count)
-                code_labels = state.scattered(code_labels)
-            with self._gpu_memory("count", 8 * len(rows) * (self.bits + 1)):
-                search = self._search(state, rows, filter, num_threads, progress)
-                counts, relevant = search.counted(query_labels, code_labels)
-        return like(queries, counts)[0] if labels is None else like(queries, counts, relevant)
+                query_labels, code_labels = check_labels("count", labels, len(query_codes), snapshot.count)
+                row_labels = (query_labels, snapshot.expand_to_rows(code_labels))
+            with self._explain_out_of_memory("count", 8 * len(query_codes) * (self.bits + 1)):
+                request = CountRequest(snapshot, query_codes, snapshot.row_filter(row_filter), threads, row_labels)
+                counts, relevant = execution.run(request, self._workers(snapshot), progress)
+        return to_callers_type(queries, counts)[0] if labels is None else to_callers_type(queries, counts, relevant)
 
-    def _search(
-        self, state: State, queries: Tensor, filter: Array | None, num_threads: int | None, progress: Progress | None
-    ) -> Search:
-        threads = checked_threads(num_threads)
-        if filter is not None:
-            filter = checked_filter(filter, len(queries), state.count)
-            filter = moved(filter, self._devices[0]) if filter.is_cuda else filter
-        keep((*state.codes.parts, state.home_ids, state.home_live))
-        bitmap = state.bitmap(filter)
-        every_lane = lanes(state.codes, self._devices, self._streamed)
-        return Search(every_lane, len(state.codes), queries, bitmap, threads, progress)
+    def rerank(self, query_activations: Array, ids: Array) -> tuple[Any, Any]:
+        """Order candidates by the dot product of the query's activations with the bits of their codes as -1 or +1.
 
-    def rerank(self, query_activations: Array, ids: Array) -> tuple[Array, Array]:
-        """Order candidates by the dot product of a query before it was binarised with the +-1 bits of their codes.
-
-        The products are computed on the CPU, wherever the codes lie, so that they are the same.
+        The products are always computed on the CPU, so that they do not depend on the device that stores the codes.
 
         Args:
-            query_activations: floating [Q, bits].
-            ids: int64 [Q, k], as :meth:`search` gives them; -1 is no candidate.
+            query_activations: floating [Q, bits], the queries before they were binarised.
+            ids: int64 [Q, k], as `search` returns them; -1 means no candidate.
 
-        Returns, Raises: as for :func:`~hashengine.index.rerank_vectors`.
+        Returns:
+            `scores` float32 [Q, k], descending, and `ids` int64 [Q, k] in that order, as for
+            `hashengine.index.rerank_vectors`.
+
+        Raises:
+            InputError: a wrong dtype or shape, an id that is not in the index, or activations that are not finite.
         """
-        queries = checked_vectors(query_activations, "query_activations", self.bits)
-        wanted = checked_candidates(ids, len(queries))
+        queries = check_query_vectors("rerank", "query_activations", query_activations, self.bits)
+        wanted = check_candidates("rerank", ids, len(queries))
         rows = torch.full_like(wanted, -1)
+        with self._reading() as snapshot:
+            rows[wanted >= 0] = snapshot.rows_of(wanted[wanted >= 0], "rerank")
+
+            def signs_of(rows: Tensor) -> Tensor:
+                return 2 * unpack_bits(snapshot.codes.gather(rows).cpu()).float() - 1
+
+            scores, order = rank_candidates(queries, rows, signs_of)
+        return to_callers_type(ids, scores, wanted.gather(1, order))
+
+    def reconstruct(self, ids: Array) -> Any:
+        """The codes of ids int64 [M], which may repeat: uint8 [M, bits / 8], in the ids' library, on their device.
+
+        Raises:
+            InputError: a wrong dtype or shape, or an id that is not in the index.
+        """
+        wanted = check_ids("reconstruct", ids, unique=False)
+        with self._reading() as snapshot:
+            record_streams(snapshot.codes.parts)
+            codes = snapshot.codes.gather(snapshot.rows_of(wanted, "reconstruct"))
+        return to_callers_type(ids, codes)[0]
+
+    # Changing the codes.
+
+    def add(self, codes: Array, ids: Array | None = None) -> None:
+        """Append codes. In an index, either all codes are added with ids or all are added without.
+
+        Args:
+            codes: uint8 [N, bits / 8], torch on any device or numpy; copied.
+            ids: int64 [N], not negative, unique in the index. The id of a removed code may be used again.
+
+        Raises:
+            InputError: a wrong dtype or shape, ids that are negative or taken, or ids for only some codes of the index.
+            torch.cuda.OutOfMemoryError: a GPU is full; then nothing is added.
+        """
+        new_codes = check_codes("add", "codes", codes, self.bits)
+        new_ids = None if ids is None else check_ids("add", ids, len(new_codes))
+        if len(new_codes) == 0:
+            return
+        with self._writer:
+            snapshot = self._snapshot
+            total = len(snapshot.codes) + len(new_codes)
+            new_ids, next_id = snapshot.allocate_ids(len(new_codes), new_ids)
+            with self._explain_out_of_memory("add", self._bytes_per_device(total)):
+                memory = self._memory.append(len(snapshot.codes), new_codes, new_ids)
+                all_ids = None if new_ids is None else memory.ids.first(total)
+                device_ids = None if new_ids is None else memory.device_ids.first(total)
+                self._publish(snapshot.appended(memory.codes.first(total), all_ids, device_ids, next_id), memory)
+
+    def remove(self, ids: Array) -> None:
+        """Remove codes; their memory is freed by `compact`.
+
+        Args:
+            ids: int64 [M], without repetition.
+
+        Raises:
+            InputError: a wrong dtype or shape, or an id that repeats or is not in the index; then nothing is removed.
+        """
+        wanted = check_ids("remove", ids)
+        with self._writer:
+            snapshot = self._snapshot
+            rows = snapshot.rows_of(wanted, "remove").numpy()
+            if len(rows):
+                with self._explain_out_of_memory("remove", len(snapshot.codes) // 8):
+                    self._publish(snapshot.without(rows), self._memory)
+
+    def update(self, ids: Array, codes: Array) -> None:
+        """Replace codes. They keep their places in the order. This waits until the running searches end.
+
+        Args:
+            ids: int64 [M], without repetition.
+            codes: uint8 [M, bits / 8].
+
+        Raises:
+            InputError: a wrong dtype or shape, or an id that repeats or is not in the index; then nothing changes.
+        """
+        new_codes = check_codes("update", "codes", codes, self.bits)
+        wanted = check_ids("update", ids, len(new_codes))
+        with self._writer:
+            stored = self._snapshot.codes
+            rows = self._snapshot.rows_of(wanted, "update")
+            if len(rows):
+                self._last_saved = None  # the next save must write these rows again
+                with self._explain_out_of_memory("update", new_codes.nbytes):
+                    replacements = stored.scatter(rows, new_codes)
+                with self._rows_lock.writing():
+                    synchronize_devices(self._code_devices)  # kernels of a search may run after it has returned
+                    stored.overwrite(replacements)
+                    synchronize_streams(self._code_devices)
+
+    def compact(self) -> None:
+        """Free the memory of removed codes; the next save frees it in the folder. Ids do not change."""
+        with self._writer:
+            snapshot = self._snapshot
+            if snapshot.live is not None:
+                with self._explain_out_of_memory("compact", self._bytes_per_device(snapshot.count)):
+                    blocks = snapshot.codes.blocks(snapshot.live_rows())
+                    codes = GrowingCodes.from_blocks(blocks, snapshot.count, self.bits // 8, self._code_devices)
+                    self._publish_codes(codes, snapshot.count, snapshot.live_ids(), None, snapshot.next_id)
+                self._last_saved = None  # rows have moved
+
+    # Folders, devices, copies.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to a folder. If it was last saved to or loaded from there, only what is new is written.
+
+        The folder contains a manifest and a file with the codes as they are in memory, row after row. A save appends
+        the new codes to that file. But after an update or a compaction, or if another save has changed the folder, it
+        writes all codes to a new file. A failure before the new manifest replaces the old one leaves the old index.
+
+        Raises:
+            InputError: the path cannot be written to, contains a damaged index, or is in use by another save.
+            OSError: the disk is full or fails.
+        """
+        with self._writer:
+            snapshot = self._snapshot
+            ids = None if snapshot.ids is None else snapshot.ids.numpy()
+            contents = folder.Contents(self.bits, snapshot.next_id, snapshot.codes, ids, snapshot.live)
+            self._last_saved = folder.save(check_path("save", "path", path), contents, self._last_saved)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        mmap: bool = False,
+        device: DeviceName | Sequence[DeviceName] = "cpu",
+        streamed: bool = False,
+    ) -> Self:
+        """Read an index from the folder that `save` wrote.
+
+        Args:
+            path: the folder.
+            mmap: map the codes instead of reading them. Sizes, and all checksums except that of the codes, are checked.
+                Changes stay in memory until they are saved; the map never writes to the file. On Linux, added codes are
+                stored behind the map, without copying it, until they take three times its size or 64 MB, whichever is
+                more. Beyond that, and on other systems, `add` copies all codes to memory. `compact` copies the
+                remaining codes to memory. `update` copies the pages that it changes.
+            device: as for the constructor.
+            streamed: as for the constructor; mapped codes that a GPU searches are always streamed.
+
+        Raises:
+            InputError: the folder contains no index, a version that this release does not know, or damaged files.
+            torch.cuda.OutOfMemoryError: a GPU is full.
+        """
+        path, devices = check_path("load", "path", path), check_devices("load", device)
+        index = cls(8, devices, streamed or (mmap and devices != (CPU,)))
+        while True:
+            stored = folder.open_folder(path)
+            index.bits = stored.bits
+            try:
+                index._read(stored, mmap)
+                return index
+            except (InputError, FileNotFoundError):
+                if stored.is_current():
+                    raise
+                # Another process has saved in the meantime and removed the files of this manifest: read the new ones.
+
+    def _read(self, stored: folder.StoredIndex, mmap: bool) -> None:
+        rows, bytes_per_code = stored.rows, self.bits // 8
+        with explain_out_of_memory("load", self._code_devices, self._bytes_per_device(rows)):
+            if mmap and rows:
+                codes = GrowingCodes([GrowingRows(map_rows(stored.codes_file(), rows, bytes_per_code))])
+            elif self._code_devices == (CPU,):
+                memory = allocate_rows((rows, bytes_per_code), torch.uint8)
+                stored.read_codes_into(memory.numpy())
+                codes = GrowingCodes([GrowingRows(memory)])
+            else:
+                blocks = map(torch.from_numpy, stored.code_blocks(rows_per_transfer(bytes_per_code)))
+                codes = GrowingCodes.from_blocks(blocks, rows, bytes_per_code, self._code_devices)
+            ids, live = stored.read_ids_and_live()
+            self._publish_codes(codes, rows, None if ids is None else torch.from_numpy(ids), live, stored.next_id)
+        self._last_saved = stored.save_point
+
+    def to(self, device: DeviceName | Sequence[DeviceName] | None = None, *, streamed: bool | None = None) -> Self:
+        """The same index on other devices: this one if nothing changes, otherwise an independent copy.
+
+        Args:
+            device: as for the constructor. Default: the devices of this index.
+            streamed: as for the constructor. Default: that of this index.
+
+        Raises:
+            InputError: no such device.
+            torch.cuda.OutOfMemoryError: a GPU is full.
+        """
+        devices = self._devices if device is None else check_devices("to", device)
+        streamed = self._streamed if streamed is None else bool(streamed)
+        if (devices, streamed) == (self._devices, self._streamed):
+            return self
+        index = type(self)(self.bits, devices, streamed)
+        with self._writer:
+            index._copy_from(self._snapshot, self._snapshot.codes.blocks(), "to")
+            index._last_saved = self._last_saved
+        return index
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """The state without locks, which can be neither copied nor pickled, and with the codes on the CPU."""
         with self._rows_lock.reading():
-            state = self._state
-            rows[wanted >= 0] = state.rows_of(wanted[wanted >= 0], "rerank")
-            scores, order = ranked(
-                queries, rows, lambda rows: 2 * unpack_bits(state.codes.take(rows).cpu()).float() - 1
-            )
-        return like(ids, scores, wanted.gather(1, order))
+            snapshot, last_saved = self._snapshot, self._last_saved
+            snapshot = replace(snapshot, codes=ShardedCodes((snapshot.codes.host_rows(),)), device_ids=None)
+        return self.bits, self._devices, self._streamed, snapshot, last_saved
+
+    def __setstate__(self, contents: tuple[Any, ...]) -> None:
+        bits, devices, streamed, snapshot, last_saved = contents
+        self.__init__(bits, devices, streamed)  # type: ignore[misc]  # unpickling does not call __init__
+        if self._code_devices == (CPU,):
+            codes = GrowingCodes(map(GrowingRows, snapshot.codes.parts))
+            self._publish_codes(codes, len(snapshot.codes), snapshot.ids, snapshot.live, snapshot.next_id)
+        else:
+            self._copy_from(snapshot, snapshot.codes.blocks(), "load")
+        self._last_saved = last_saved
+
+    # Helpers of the methods above.
+
+    @property
+    def _code_devices(self) -> tuple[torch.device, ...]:
+        """Where the codes are stored."""
+        return (CPU,) if self._streamed else self._devices
+
+    def _bytes_per_device(self, rows: int) -> int:
+        return rows * self.bits // 8 // len(self._code_devices)
+
+    def _explain_out_of_memory(self, where: str, needed: int) -> AbstractContextManager[None]:
+        return explain_out_of_memory(where, self._devices, needed, self._streamed)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Snapshot]:
+        """Yield the current snapshot. No update overwrites its codes until the block ends."""
+        with self._rows_lock.reading():
+            yield self._snapshot
+
+    def _check_options(
+        self, where: str, snapshot: Snapshot, queries: int, filter: Array | None, num_threads: int | None
+    ) -> tuple[Tensor | None, int]:
+        """The filter, copied to the first device if it is on another GPU, and the number of threads."""
+        threads = check_threads(where, num_threads)
+        if filter is None:
+            return None, threads
+        checked = check_filter(where, filter, queries, snapshot.count)
+        return (to_device(checked, self._devices[0]) if checked.is_cuda else checked), threads
+
+    def _workers(self, snapshot: Snapshot) -> list[DeviceWorker]:
+        record_streams((*snapshot.codes.parts, snapshot.device_ids, snapshot.device_live))
+        return assign_workers(snapshot.codes, self._devices, self._streamed)
+
+    def _publish(self, snapshot: Snapshot, memory: RowMemory) -> None:
+        """Make a snapshot current. Its rows are the first rows of `memory`, and the next `add` appends to `memory`."""
+        _ = snapshot.device_live  # copied to the device here, so that no search waits for the copy
+        synchronize_streams(self._code_devices)  # searches may use other streams
+        self._memory, self._snapshot = memory, snapshot
+
+    def _publish_codes(
+        self,
+        codes: GrowingCodes,
+        rows: int,
+        ids: Tensor | None = None,
+        live: np.ndarray | None = None,
+        next_id: int | None = 0,
+    ) -> None:
+        """Publish a snapshot of the first `rows` rows of new memory."""
+        snapshot = Snapshot.from_rows(codes.first(rows), ids, live, next_id)
+        memory = RowMemory.from_ids(codes, snapshot.codes.first_device, snapshot.ids, snapshot.device_ids)
+        self._publish(snapshot, memory)
+
+    def _copy_from(self, snapshot: Snapshot, blocks: Iterable[Tensor], where: str) -> None:
+        """Publish a copy of another index's snapshot, with its codes given block by block."""
+        rows = len(snapshot.codes)
+        with self._explain_out_of_memory(where, self._bytes_per_device(rows)):
+            codes = GrowingCodes.from_blocks(blocks, rows, self.bits // 8, self._code_devices)
+            self._publish_codes(codes, rows, snapshot.ids, snapshot.live, snapshot.next_id)

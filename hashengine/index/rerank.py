@@ -1,4 +1,4 @@
-"""Reranking of what a search found by float scores."""
+"""Ordering candidates by float scores."""
 
 from __future__ import annotations
 
@@ -8,80 +8,82 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hashengine.errors import InputError
-from hashengine.index._arguments import Array, check_array, like, on_cpu
+from hashengine._validation import FLOATING, Array, as_tensor, check_array, to_callers_type
+from hashengine.errors import invalid
 
-_ENTRIES = 1 << 24  # floats held at once: 64 MB
+_FLOATS_PER_BLOCK = 1 << 24  # 64 MB of candidate vectors at a time
 
 
 def rerank_vectors(query_vectors: Array, vectors: Array, ids: Array) -> tuple[Array, Array]:
-    """Order candidates by the dot product with their own vectors; normalise both sides for cosine similarity.
+    """Order candidates by the dot product of query and candidate vector: cosine similarity if both are normalised.
 
     Args:
         query_vectors: floating [Q, D], torch or numpy.
-        vectors: floating [N, D], row i the vector of id i; only the rows asked for are read, so it may be mapped.
-        ids: int64 [Q, k], as :meth:`HammingIndex.search` gives them; -1 is no candidate.
+        vectors: floating [N, D], row i for id i. Only the rows of candidates are read, so the array may be mapped.
+        ids: int64 [Q, k], as `HammingIndex.search` returns them; -1 means no candidate.
 
     Returns:
-        ``scores`` float32 [Q, k], descending, and ``ids`` int64 [Q, k] in that order, in the ids' library, on their
-        device. Ties keep the order that they came in; -1 stands last with the score -inf.
+        `scores` float32 [Q, k], descending, and `ids` int64 [Q, k] in that order, both in the library and on the device
+        of the given ids. Ties keep their order in `ids`; -1 is last, with the score -inf.
 
     Raises:
-        TypeError: a wrong dtype.
-        InputError: a wrong shape, an id without a row, or vectors of queries that are not finite.
+        InputError: a wrong dtype or shape, an id without a row, or query vectors that are not finite.
     """
-    check_array(vectors, "vectors", "floating point")
+    check_array("rerank_vectors", "vectors", vectors, FLOATING)
     if vectors.ndim != 2:
-        raise InputError(f"vectors must be [N, D], got {list(vectors.shape)}")
-    queries = checked_vectors(query_vectors, "query_vectors", vectors.shape[1])
-    rows = checked_candidates(ids, len(queries))
+        raise invalid("rerank_vectors", "vectors", "[N, D]", list(vectors.shape))
+    queries = check_query_vectors("rerank_vectors", "query_vectors", query_vectors, vectors.shape[1])
+    rows = check_candidates("rerank_vectors", ids, len(queries))
     if rows.numel() and int(rows.max()) >= len(vectors):
-        raise InputError(f"ids must be below {len(vectors)}, the number of vectors, got {int(rows.max())}")
+        expected = f"below {len(vectors)}, the number of vectors"
+        raise invalid("rerank_vectors", "ids", expected, int(rows.max()))
 
     def vectors_of(rows: Tensor) -> Tensor:
-        return on_cpu(vectors[rows.numpy() if isinstance(vectors, np.ndarray) else rows.to(vectors.device)]).float()
+        index = rows.numpy() if isinstance(vectors, np.ndarray) else rows.to(vectors.device)
+        return as_tensor(vectors[index]).cpu().float()
 
-    scores, order = ranked(queries, rows, vectors_of)
-    return like(ids, scores, rows.gather(1, order))
+    scores, order = rank_candidates(queries, rows, vectors_of)
+    return to_callers_type(ids, scores, rows.gather(1, order))
 
 
-def checked_vectors(vectors: Array, name: str, width: int) -> Tensor:
-    """float32 [rows, width]."""
-    check_array(vectors, name, "floating point")
-    tensor = on_cpu(vectors)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {vectors.dtype}")
-    if tensor.dim() != 2 or tensor.shape[1] != width:
-        raise InputError(f"{name} must be [rows, {width}], got {list(tensor.shape)}")
+def check_query_vectors(where: str, name: str, vectors: Array, width: int) -> Tensor:
+    """Require finite vectors [rows, width], and return them as float32 on the CPU."""
+    check_array(where, name, vectors, FLOATING)
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise invalid(where, name, f"[rows, {width}]", list(vectors.shape))
+    tensor = as_tensor(vectors).cpu()
     if not bool(tensor.isfinite().all()):
-        raise InputError(f"{name} must be finite, got NaN or infinity; look for a diverged model")
+        raise invalid(where, name, "finite", "NaN or infinity", "check whether the model has diverged")
     return tensor.float()
 
 
-def checked_candidates(ids: Array, queries: int) -> Tensor:
-    """int64 [queries, k], -1 or more."""
-    check_array(ids, "ids", "int64")
-    if ids.dtype not in (torch.int64, np.int64):
-        raise TypeError(f"ids must be int64, got {ids.dtype}")
+def check_candidates(where: str, ids: Array, queries: int) -> Tensor:
+    """Require candidate ids int64 [queries, k] of -1 or more, and return them on the CPU."""
+    check_array(where, "ids", ids, ("int64",))
     if ids.ndim != 2 or len(ids) != queries:
-        raise InputError(f"ids must be [{queries}, k], a row a query, got {list(ids.shape)}")
-    tensor = on_cpu(ids)
+        raise invalid(where, "ids", f"[{queries}, k], one row per query", list(ids.shape))
+    tensor = as_tensor(ids).cpu()
     if tensor.numel() and int(tensor.min()) < -1:
-        raise InputError(f"ids must not be below -1, got {int(tensor.min())}")
+        raise invalid(where, "ids", "-1 or more", int(tensor.min()))
     return tensor
 
 
-def ranked(queries: Tensor, rows: Tensor, vectors_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Scores float32 [Q, k], descending, and the places int64 [Q, k] of ``rows`` [Q, k] in that order.
+def rank_candidates(queries: Tensor, rows: Tensor, vectors_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Order candidates by their dot products with the queries.
 
     Args:
-        vectors_of: rows [q, k], none below 0, to float32 [q, k, D].
+        queries: float32 [Q, D].
+        rows: int64 [Q, k], the candidates of each query; -1 means no candidate.
+        vectors_of: returns the vectors, float32 [q, k, D], of rows int64 [q, k] without -1.
+
+    Returns:
+        Scores float32 [Q, k], descending, and for each the position int64 [Q, k] of its candidate in `rows`.
     """
     scores = torch.full(rows.shape, -torch.inf)
-    block = max(1, _ENTRIES // max(1, rows.shape[1] * queries.shape[1]))
+    block = max(1, _FLOATS_PER_BLOCK // max(1, rows.shape[1] * queries.shape[1]))
     for first in range(0, len(rows) if (rows >= 0).any() else 0, block):
         part = slice(first, first + block)
-        known = rows[part].where(rows[part] >= 0, rows.max())
+        known = rows[part].where(rows[part] >= 0, rows.max())  # -1 reads another row; its score is replaced below
         scores[part] = (vectors_of(known) @ queries[part].unsqueeze(2)).squeeze(2)
     scores.masked_fill_(rows < 0, -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)

@@ -1,8 +1,8 @@
-"""python -m tests.fuzz --seconds 60, or with files of inputs to run those again.
+"""python -m tests.fuzz --seconds 60 fuzzes the functions that read files. Given files of inputs are run instead.
 
-A coverage-guided fuzzer, atheris, of the readers of files. It runs in a process of its own into which
-AddressSanitizer's runtime is loaded first, so that every allocation is one of its own; Python's, numpy's and torch's
-code is not instrumented, the searches of tests/hamming_levels.py are.
+The fuzzer is atheris. It is guided by coverage and runs in a process of its own. AddressSanitizer's runtime is loaded
+there before all other libraries, so that it intercepts every call of malloc. The C++ searches that
+tests/helpers/hamming_levels.py builds are instrumented; the native code of Python, numpy and torch is not.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tests.helpers.paths import ROOT
 
+if TYPE_CHECKING:  # at run time, main() imports numpy while atheris instruments imports
+    import numpy as np
+
 CORPUS = Path(__file__).parent / "corpus"
-KEPT = ROOT / "build" / "fuzz"
+KEPT = ROOT / "build" / "fuzz"  # the folder where the fuzzer saves each failing input
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g"]
-LONGEST = 16384  # bytes of an input
-_FOLDER = "HASHENGINE_FUZZ_FOLDER"  # tells the process under the runtime that it is that
+LONGEST = 16384  # the size of the largest input in bytes
+_FOLDER = "HASHENGINE_FUZZ_FOLDER"  # this environment variable is set in the process that runs with the sanitizer
 
 
-def under_the_runtime() -> int:
-    """This program again, with the sanitizer's runtime, in one library with the fuzzer's, before all others."""
+def run_with_sanitizer() -> int:
+    """Run this program again, with the library of AddressSanitizer and the fuzzer preloaded; return its exit status."""
     atheris = importlib.util.find_spec("atheris")
     if atheris is None:
         sys.exit("tests.fuzz needs atheris, which has wheels for Linux on x86-64 with Python 3.11 to 3.14")
@@ -34,24 +39,26 @@ def under_the_runtime() -> int:
     command = [os.environ.get("CXX", "g++"), "-print-file-name=libstdc++.so"]
     libstdcxx = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     settings = {
-        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # the runtime looks for what it intercepts of libstdc++ at once
+        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # the sanitizer's runtime looks up functions in it
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONMALLOC": "malloc",  # Python's own pools would hide what lies in them
+        "PYTHONMALLOC": "malloc",  # the sanitizer would not see allocations in Python's own pools
         "OMP_NUM_THREADS": "1",
     }
-    # In memory where that is a folder: a save waits for the disk. And from here, since the fuzzer ends its process.
+    # The folder is in memory if possible, because a save waits for the disk. This process creates and removes it,
+    # because the fuzzer ends its own process without cleaning up.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | settings | {_FOLDER: folder}).returncode
 
 
 class Heap:
-    """Refuses calls that take much more memory than the files that they read."""
+    """Fails if a call allocates much more memory than the size of the files that it reads."""
 
-    TIMES = 16  # the text of a manifest and what it was parsed to
-    BESIDES = 1 << 23  # numpy parses up to 10,000 characters of a header as Python, which takes some 400 bytes each
+    # A call may allocate FACTOR * size + CONSTANT bytes to read files of `size` bytes.
+    FACTOR = 16  # for the text of a manifest and its parsed values
+    CONSTANT = 1 << 23  # numpy parses a header of up to 10,000 characters as Python, with about 400 bytes per character
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         library, compiler = folder / "heap.so", os.environ.get("CXX", "g++")
         command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(Path(__file__).with_name("heap.cpp"))]
         subprocess.run([*command, "-o", str(library)], check=True)
@@ -60,25 +67,26 @@ class Heap:
             getattr(self._library, name).restype = ctypes.c_int64
         assert self._library.heap_watch()
 
-    def measured(self, call, size: int):
+    def measure(self, call: Callable[[], Any], size: int) -> Any:
+        """Make a call that reads files of `size` bytes in total, and return its result."""
         self._library.heap_start()
         before = self._library.heap_used()
         try:
             return call()
         finally:
             taken = self._library.heap_peak() - before
-            assert taken <= self.TIMES * size + self.BESIDES, f"{taken} bytes taken to read {size}"
+            assert taken <= self.FACTOR * size + self.CONSTANT, f"{taken} bytes of memory to read {size} bytes"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the readers of files.")
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers; 0: another each time")
-    parser.add_argument("inputs", nargs="*", help="run these alone")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the random inputs (0: a random seed)")
+    parser.add_argument("inputs", nargs="*", help="files of inputs; if there are any, only these inputs are run")
     options = parser.parse_args()
     if _FOLDER not in os.environ:
-        sys.exit(under_the_runtime())
-    del os.environ["LD_PRELOAD"]  # the compiler can do without
+        sys.exit(run_with_sanitizer())
+    del os.environ["LD_PRELOAD"]  # the compiler must run without it
 
     import atheris
 
@@ -90,13 +98,13 @@ def main() -> None:
     library, heap = LevelLibrary(folder, SANITIZERS), Heap(folder)
     levels = native_levels() or ["scalar"]
 
-    def search(queries, codes, live) -> None:
+    def search(queries: np.ndarray, codes: np.ndarray, live: np.ndarray) -> None:
         for level in levels if len(codes) else ():
             found = library.topk(level, 1, queries, codes, len(codes), live)
             assert_same(found, nearest(queries, codes, len(codes), live))
 
     def check(data: bytes) -> None:
-        readers.check(data, folder / "files", search, heap.measured)
+        readers.check(data, folder / "files", search, heap.measure)
 
     corpus = folder / "corpus"
     corpus.mkdir()

@@ -1,10 +1,10 @@
-// How much of the heap is in use, and how much was, as AddressSanitizer's allocator tells.
+// The heap memory in use and its peak, in bytes, counted by hooks of AddressSanitizer's allocator.
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 
-extern "C" {  // as sanitizer/allocator_interface.h, which not every GCC comes with, declares them
+extern "C" {  // as declared in sanitizer/allocator_interface.h, which some GCC packages lack
 int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, size_t), void (*)(const volatile void*));
 size_t __sanitizer_get_allocated_size(const volatile void*);
 }
@@ -26,7 +26,7 @@ void freed(const volatile void* pointer) {
 }  // namespace
 
 extern "C" {
-// 0 where there is no room for another hook.
+// Returns 0 if no more hooks can be installed.
 int heap_watch() { return __sanitizer_install_malloc_and_free_hooks(allocated, freed); }
 
 void heap_start() { peak = used.load(); }

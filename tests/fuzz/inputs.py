@@ -1,8 +1,9 @@
-"""What the fuzzer's bytes mean, as files for the readers, and what it starts from.
+"""How the fuzzer's inputs encode files, and the inputs that the fuzzer starts from.
 
-The first byte chooses a reader, the second holds flags. Then comes a file for `read_codes`, or the files of an index;
-or, since checksums would refuse nearly all that is made by chance, the number of an index that the library wrote and
-edits of it, after which its checksums are made right again.
+The first byte of an input selects one of `READERS`, and the second byte holds flags. For "npy" and "u8bin", the rest is
+the contents of a file that `read_codes` reads. For "index", it is the contents of all files of an index. For "edited
+index", it is the number of one of `_indexes` and a list of edits of this index's files. After these edits, the sizes
+and checksums in the manifest are corrected unless a flag forbids it, because nearly every edit changes a checksum.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from hashengine import HammingIndex
-from hashengine.index import _manifest, write_codes
+from hashengine.index import write_codes
+from hashengine.index.folder import KINDS, MANIFEST, manifest_text, with_checksum
 
 READERS = ("edited index", "index", "npy", "u8bin")
 MMAP, LSB_FIRST = 1, 2
-KEEP_FILES, KEEP_MANIFEST = 4, 8  # of an edited index: leave its sizes and checksums as they were
-_KINDS = ("codes", "ids", "live")
+# KEEP_FILES: keep wrong sizes and checksums of files in the manifest. KEEP_MANIFEST: keep its own wrong checksum.
+KEEP_FILES, KEEP_MANIFEST = 4, 8
 _CODES = np.random.default_rng(0).integers(0, 256, (20, 8), dtype=np.uint8)
 _SEPARATOR = b"\n====\n"
 _DEPTHS = (300, 900, 3000)
@@ -36,18 +38,21 @@ Files = dict[str, bytes]
 
 
 def files_of(data: bytes) -> tuple[str, int, Files]:
-    """The reader, the flags and the files that `data` means."""
+    """The reader ("index", "npy" or "u8bin"), the flags, and the files by name that `data` encodes."""
     reader, flags, body = READERS[data[0] % len(READERS)] if data else "index", (data[1:2] or b"\0")[0], data[2:]
     if reader == "edited index":
         return "index", flags, _edited(body, flags)
     if reader == "index":
-        parts = (body.split(_SEPARATOR, len(_KINDS)) + [b""] * len(_KINDS))[: 1 + len(_KINDS)]
+        parts = (body.split(_SEPARATOR, len(KINDS)) + [b""] * len(KINDS))[: 1 + len(KINDS)]
         return reader, flags, dict(zip(_names(), parts, strict=True))
     return reader, flags, {f"codes.{reader}": body}
 
 
 def seeds() -> dict[str, bytes]:
-    """Each kind of file as the library writes it."""
+    """Valid inputs by name: one for "npy", one for "u8bin", and two for each index of `_indexes`.
+
+    One of these two contains the files of the index. The other names the index and has an empty list of edits.
+    """
     found = {f"edited_{name}": bytes([0, 0, number]) for number, name in enumerate(_indexes())}
     for name, files in _indexes().items():
         found[name] = bytes([1, 0]) + _SEPARATOR.join(files.values())
@@ -60,11 +65,12 @@ def seeds() -> dict[str, bytes]:
 
 
 def _names() -> list[str]:
-    return [_manifest.MANIFEST, *(f"{kind}-0.bin" for kind in _KINDS)]
+    return [MANIFEST, *(f"{kind}-0.bin" for kind in KINDS)]
 
 
 @functools.cache
 def _indexes() -> dict[str, Files]:
+    """The files of several small indexes, by the name of the index. A file that the index does not have is empty."""
     found = {}
     for name in ("positions", "own_ids", "removed", "compacted", "empty"):
         index = HammingIndex(64)
@@ -76,42 +82,47 @@ def _indexes() -> dict[str, Files]:
             index.compact()
         with tempfile.TemporaryDirectory() as folder:
             index.save(folder)
-            manifest = json.loads(Path(folder, _manifest.MANIFEST).read_text())
+            manifest = json.loads(Path(folder, MANIFEST).read_text())
             found[name] = files = dict.fromkeys(_names(), b"")
-            for kind in filter(manifest.get, _KINDS):
+            for kind in filter(manifest.get, KINDS):
                 files[f"{kind}-0.bin"] = Path(folder, manifest[kind]["file"]).read_bytes()
                 manifest[kind]["file"] = f"{kind}-0.bin"
-        files[_manifest.MANIFEST] = _manifest.text(_manifest.checksummed(manifest)).encode()
+        files[MANIFEST] = manifest_text(with_checksum(manifest)).encode()
         if name == "own_ids":
             old = {field: manifest[field] for field in manifest if field not in ("next_id", "live", "crc32")}
-            found["version_1"] = files | {_manifest.MANIFEST: _manifest.text(old | {"version": 1}).encode()}
+            found["version_1"] = files | {MANIFEST: manifest_text(old | {"version": 1}).encode()}
     return found
 
 
 def _edited(body: bytes, flags: int) -> Files:
-    """The number of an index, then edits of three bytes: of what, where, and to what."""
+    """The files of an index after some edits.
+
+    The first byte of `body` is the number of the index in `_indexes`. Each edit takes three more bytes: target, place
+    and change.
+    """
     files = list(_indexes().values())[(body[:1] or b"\0")[0] % len(_indexes())]
-    manifest = json.loads(files[_manifest.MANIFEST])
-    contents = {kind: bytearray(files[f"{kind}-0.bin"]) for kind in _KINDS}
+    manifest = json.loads(files[MANIFEST])
+    contents = {kind: bytearray(files[f"{kind}-0.bin"]) for kind in KINDS}
     edits = list(zip(body[1::3], body[2::3], body[3::3], strict=False))
     for target, place, change in edits:
         if target % 4:
-            _edit_file(contents[_KINDS[target % 4 - 1]], place, change)
-    for kind in filter(manifest.get, _KINDS):
+            _edit_file(contents[KINDS[target % 4 - 1]], place, change)
+    for kind in filter(manifest.get, KINDS):
         if not flags & KEEP_FILES:
             manifest[kind] |= {"bytes": len(contents[kind]), "crc32": zlib.crc32(contents[kind])}
     for target, place, change in edits:
         if not target % 4:
             _edit_field(manifest, place, change)
     if not flags & KEEP_MANIFEST and "crc32" in manifest:
-        manifest = _manifest.checksummed(manifest)
-    text = _manifest.text(manifest)
+        manifest = with_checksum(manifest)
+    text = manifest_text(manifest)
     for depth in _DEPTHS:
         text = text.replace(f'"nested {depth}"', "[" * depth + "]" * depth)
     return dict(zip(_names(), [text.encode(), *map(bytes, contents.values())], strict=True))
 
 
 def _edit_file(contents: bytearray, place: int, change: int) -> None:
+    """Change the byte at `place`. If the file has no such byte, append eight bytes or truncate the file."""
     if place < len(contents):
         contents[place] = change
     elif place % 2:
@@ -121,7 +132,8 @@ def _edit_file(contents: bytearray, place: int, change: int) -> None:
 
 
 def _edit_field(manifest: dict[str, Any], place: int, change: int) -> None:
-    entries = [entry for entry in map(manifest.get, _KINDS) if isinstance(entry, dict)]
+    """Add, change or remove a field of the manifest or of one of its file entries."""
+    entries = [entry for entry in map(manifest.get, KINDS) if isinstance(entry, dict)]
     places = [(fields, name) for fields in (manifest, *entries) for name in (*fields, "more")]
     fields, name = places[place % len(places)]
     value = fields.get(name)

@@ -1,7 +1,9 @@
-"""What must hold whatever files hold: they are what they say, and searches of it are right, or one clear line is told.
+"""The check of the fuzzer: any input either loads and is searched correctly, or raises an InputError of one line.
 
-The check runs under AddressSanitizer: codes that were read end at the end of an allocation, so a read beyond them is
-seen. A map has no such end; there a file that is too short would end the process with SIGBUS.
+`python -m tests.fuzz` runs this check under AddressSanitizer; tests/fuzz/test_readers.py runs it without. The searches
+that are compiled with the sanitizer get a copy of the codes that ends with the last code, so that the sanitizer detects
+a read beyond the codes. The searches of the index itself are compiled without it. But if an index maps more codes than
+its file contains, a read beyond the last page of the file ends the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,23 +22,25 @@ from hashengine.index import read_codes
 from tests.fuzz.inputs import LSB_FIRST, MMAP, files_of
 from tests.helpers.hamming_levels import assert_same, nearest
 
-Search = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # queries, codes, which of them are live
-Measured = Callable[[Callable[[], Any], int], Any]  # what to call, and the size of the files that it reads
+Search = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # called with queries, codes and a mask of live codes
+Measure = Callable[[Callable[[], Any], int], Any]  # called with a function and the size of the files that it reads
 
 _LONGEST_MESSAGE = 1000
 
 
-def plainly(call: Callable[[], Any], size: int) -> Any:
+def call_unmeasured(call: Callable[[], Any], size: int) -> Any:
     return call()
 
 
-def check(data: bytes, folder: Path, search: Search | None = None, measured: Measured = plainly) -> None:
-    """Read what `data` says; an AssertionError, or any other but an InputError, is a bug.
+def check(data: bytes, folder: Path, search: Search | None = None, measure: Measure = call_unmeasured) -> None:
+    """Read the files that `data` encodes, and check the result. An exception that leaves this function is a bug.
 
     Args:
-        folder: where to put the files; it is emptied first.
-        search: searches once more, under sanitizers.
-        measured: makes the call, and complains where it takes more memory than files of that size should.
+        data: an input of the fuzzer.
+        folder: the folder for the files; it is emptied first.
+        search: searches again with kernels that are compiled with sanitizers, and checks the answers. Default: none.
+        measure: calls a function, and fails if it allocates too much memory for the size of the files that it reads.
+            Default: only calls the function.
     """
     reader, flags, files = files_of(data)
     shutil.rmtree(folder, ignore_errors=True)
@@ -45,14 +49,14 @@ def check(data: bytes, folder: Path, search: Search | None = None, measured: Mea
         (folder / name).write_bytes(contents)
     mmap, size = bool(flags & MMAP), sum(map(len, files.values()))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python's and numpy's, of odd headers
+        warnings.simplefilter("ignore")  # Python and numpy warn about odd headers
         try:
             if reader == "index":
-                index = measured(lambda: HammingIndex.load(folder, mmap=mmap), size)
+                index = measure(lambda: HammingIndex.load(folder, mmap=mmap), size)
             else:
                 bit_order = "lsb_first" if flags & LSB_FIRST and not mmap else "msb_first"
                 file = folder / f"codes.{reader}"
-                codes = measured(lambda: read_codes(file, bit_order=bit_order, mmap=mmap), size)
+                codes = measure(lambda: read_codes(file, bit_order=bit_order, mmap=mmap), size)
         except InputError as error:
             message = str(error)
             assert message.isprintable() and str(folder) in message, repr(message)
@@ -64,7 +68,7 @@ def check(data: bytes, folder: Path, search: Search | None = None, measured: Mea
         order = "little" if bit_order == "lsb_first" else "big"
         assert codes.dtype == np.uint8 and codes.ndim == 2 and codes.shape[1] > 0
         np.testing.assert_array_equal(codes, np.packbits(np.unpackbits(stored, axis=1, bitorder=order), axis=1))
-        if codes.shape[1] > 8192:  # longer than an index takes
+        if codes.shape[1] > 8192:  # too long for the codes of an index
             return
         index = HammingIndex(8 * codes.shape[1])
         index.add(codes)
@@ -73,13 +77,13 @@ def check(data: bytes, folder: Path, search: Search | None = None, measured: Mea
 
 
 def _check_index(index: HammingIndex, search: Search | None) -> None:
-    state, ids = index._state, index.ids()
+    snapshot, ids = index._snapshot, index.ids
     codes = index.reconstruct(ids).numpy()
     assert len(index) == len(ids) == len(ids.unique()) and bool((ids >= 0).all())
     np.testing.assert_array_equal(codes, index.codes)
     queries = np.concatenate([codes[-1:], np.full((1, index.bits // 8), 0x5A, np.uint8)])
     if search is not None:
-        search(queries, state.codes[:].numpy(), state.live_mask())
+        search(queries, np.array(snapshot.codes[:]), snapshot.live_mask())
     for k in {1, len(index)} if len(index) else ():
         distances, positions = nearest(queries, codes, k)
         assert_same(index.search(queries, k), (distances, ids.numpy()[positions]))
@@ -88,12 +92,14 @@ def _check_index(index: HammingIndex, search: Search | None) -> None:
 
 
 def _check_save(index: HammingIndex, folder: Path, mmap: bool) -> None:
-    """What was read can grow, be kept and be read again."""
+    """Check that a code can be added to the index, and that the index can then be saved and loaded again."""
     code = np.full((1, index.bits // 8), 0xA5, np.uint8)
-    before = index.ids()
-    own_ids = index._state.next_id is None
+    before = index.ids
+    own_ids = index._snapshot.next_id is None
     index.add(code, np.setdiff1d(np.arange(len(before) + 1), before)[:1] if own_ids else None)
     index.save(folder)
-    again = HammingIndex.load(folder, mmap=mmap)  # a map leaves wrong codes unseen once more
-    assert torch.equal(again.codes, index.codes) and torch.equal(again.ids(), index.ids())
-    assert torch.equal(again.ids()[:-1], before) and (again.codes[-1:].numpy() == code).all()
+    # If the first load mapped the codes, it did not check their checksum. A wrong checksum stays wrong when the save
+    # appends to the file, so that only another load with mmap=True accepts it.
+    again = HammingIndex.load(folder, mmap=mmap)
+    assert torch.equal(again.codes, index.codes) and torch.equal(again.ids, index.ids)
+    assert torch.equal(again.ids[:-1], before) and (again.codes[-1:].numpy() == code).all()

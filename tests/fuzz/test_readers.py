@@ -1,11 +1,11 @@
-"""The readers of files against what the fuzzer of tests/fuzz starts from, and what it found once."""
+"""Reads the fuzzer's initial inputs, and the inputs in tests/fuzz/corpus, each of which revealed a defect."""
 
 import subprocess
 import sys
 
 import pytest
 
-from hashengine.index import _manifest, storage
+from hashengine.index import folder
 from tests.fuzz import inputs, readers
 from tests.helpers.paths import ROOT
 
@@ -15,24 +15,24 @@ SEEDS = inputs.seeds()
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("name", [*SEEDS, *FOUND])
-def test_files_are_what_they_say_or_one_line_tells(tmp_path, name, mmap):
+def test_files_load_correctly_or_raise_an_error_of_one_line(tmp_path, name, mmap):
     data = bytearray((SEEDS | FOUND)[name])
     data[1] |= inputs.MMAP if mmap else 0
     readers.check(bytes(data), tmp_path / "files")
 
 
 @pytest.mark.parametrize(
-    ("module", "check", "missed"),
+    ("check", "found"),
     [
-        (storage, "_check_rows", "ids_twice"),
-        (_manifest, "_check", "file_name_newline"),
-        (_manifest, "_check", "bytes_not_an_integer"),
+        ("_check_rows", "ids_twice"),
+        ("_check_manifest", "file_name_newline"),
+        ("_check_manifest", "bytes_not_an_integer"),
     ],
 )
-def test_a_check_that_is_missing_is_noticed(tmp_path, monkeypatch, module, check, missed):
-    monkeypatch.setattr(module, check, lambda *args: None)
+def test_a_missing_check_is_detected(tmp_path, monkeypatch, check, found):
+    monkeypatch.setattr(folder, check, lambda *args: None)
     with pytest.raises((AssertionError, TypeError)):
-        readers.check(FOUND[missed], tmp_path / "files")
+        readers.check(FOUND[found], tmp_path / "files")
 
 
 @pytest.mark.slow

@@ -1,17 +1,18 @@
-"""HammingKNN against brute force, and in pytorch-metric-learning."""
+"""HammingKNN, compared with brute force, and as part of pytorch-metric-learning."""
 
 import numpy as np
 import pytest
 import torch
 
-from hashengine import InputError
+from hashengine import HammingIndex, InputError
 from hashengine.index import HammingKNN
 from hashengine.ops import pack_bits
-from tests.index.test_index import codes_of
+from tests.helpers.indexes import codes_of
+from tests.helpers.toy_searcher import ToySearcher
 
 
 def brute_force(query, reference, k, own):
-    """Neighbours by (distance, position) over unpacked bits, each query's own row left out where ``own``."""
+    """Neighbours by (distance, position) over unpacked bits, without the query's own row if `own`."""
     bits = [np.unpackbits(np.asarray(codes), axis=1).astype(np.int64) for codes in (query, reference)]
     distances = (bits[0][:, None] != bits[1][None]).sum(2)
     order = distances.argsort(axis=1, kind="stable")
@@ -52,30 +53,49 @@ def test_knn_packs_activations(dtype):
 @pytest.mark.parametrize(
     ("query", "k", "reference", "own", "message"),
     [
-        (torch.ones(4, 8), 4, None, False, r"k must be 1 to .*\(3\), got 4"),
-        (torch.ones(4, 8), 5, torch.ones(4, 8), False, r"k must be 1 to .*\(4\), got 5"),
-        (torch.ones(4, 8), 1, torch.ones(3, 8), True, "begin with the 4 queries .* got 3"),
-        (torch.ones(1, 8), 1, None, False, "more than 1 rows"),
-        (torch.ones(4, 12), 1, None, False, "query must be .* multiple of 8"),
-        (torch.ones(8), 1, None, False, "query must be .* multiple of 8"),
-        (torch.ones(4, 8), 1, torch.ones(4, 16), False, r"reference must be \[rows, 1\] for 8 bits"),
-        (torch.full((4, 8), torch.nan), 1, None, False, "NaN"),
+        (torch.ones(4, 8), 4, None, False, r"k must be 1 to 3 \(the number of other references\), got 4"),
+        (torch.ones(4, 8), 5, torch.ones(4, 8), False, r"k must be 1 to 4 .*, got 5"),
+        (
+            torch.ones(4, 8),
+            1,
+            torch.ones(3, 8),
+            True,
+            "at least as many as the 4 queries .* got 3 rows",
+        ),
+        (torch.ones(1, 8), 1, None, False, "reference must be at least 2 rows, got 1"),
+        (torch.ones(4, 12), 1, None, False, "query must be .* multiple of 8, got"),
+        (torch.ones(8), 1, None, False, "query must be .* multiple of 8, got"),
+        (torch.ones(4, 8), 1, torch.ones(4, 16), False, r"reference must be \[rows, 1\], for 8 bits"),
+        (torch.full((4, 8), torch.nan), 1, None, False, "query must be free of NaN"),
     ],
 )
-def test_knn_refuses_in_one_line(query, k, reference, own, message):
+def test_invalid_arguments_raise_an_error_of_one_line(query, k, reference, own, message):
     with pytest.raises(InputError, match=message) as caught:
         HammingKNN()(query, k, reference, own)
     assert "\n" not in str(caught.value)
 
 
-def test_knn_refuses_integers():
-    with pytest.raises(TypeError, match="packed codes of uint8, got torch.int64"):
+def test_integer_activations_are_refused():
+    with pytest.raises(InputError, match="HammingKNN: query must be uint8, float64, .*, got int64"):
         HammingKNN()(torch.zeros(4, 8, dtype=torch.int64), 1)
 
 
-def test_knn_in_pytorch_metric_learning():
+def test_pytorch_metric_learning_can_use_knn():
     accuracy = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
     labels = torch.arange(90) % 3
-    activations = torch.nn.functional.one_hot(labels, 8) - 0.5  # a code a class
+    activations = torch.nn.functional.one_hot(labels, 8) - 0.5  # one code per class
     calculator = accuracy.AccuracyCalculator(include=("precision_at_1", "r_precision"), knn_func=HammingKNN())
     assert calculator.get_accuracy(activations, labels) == {"precision_at_1": 1.0, "r_precision": 1.0}
+
+
+@pytest.mark.parametrize("make", [HammingIndex, ToySearcher])
+@pytest.mark.parametrize("own", [False, True])
+def test_knn_of_a_searcher_equals_knn_of_its_codes(make, own):
+    codes = torch.from_numpy(codes_of(50, 16))
+    searcher = make(16)
+    searcher.add(codes)
+    found = HammingKNN()(codes[:9], 5, searcher, own)
+    for result, expected in zip(found, HammingKNN()(codes[:9], 5, codes, own), strict=True):
+        assert torch.equal(result, expected)
+    with pytest.raises(InputError, match="HammingKNN: query must be of 16 bits, got 64 bits"):
+        HammingKNN()(codes_of(3), 1, searcher)

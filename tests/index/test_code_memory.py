@@ -1,0 +1,139 @@
+"""Memory for codes: shards of several devices, growing memory, and maps of files."""
+
+import gc
+import itertools
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hashengine import HammingIndex
+from hashengine.index import code_memory
+from hashengine.index.code_memory import BlockCyclicShard, allocate_rows
+from tests.helpers.index_operations import BITS, UNCHECKED, few_codes, use_small_blocks
+from tests.helpers.indexes import assert_same_index, codes_of, index_of
+
+
+@UNCHECKED
+@given(rows=st.integers(0, 300), count=st.integers(1, 5), block=st.sampled_from([8, 16, 64]))
+def test_shards_divide_the_rows(rows, count, block):
+    bitmap = torch.from_numpy(np.packbits(np.arange(rows) % 3 == 0, bitorder="little")).expand(2, -1)
+    numbers, seen = torch.arange(rows), []
+    for index in range(count):
+        shard = BlockCyclicShard(index, count, block)
+        own = shard.slice_of(numbers)
+        assert len(own) == shard.size(rows) and bool((own.diff() > 0).all())
+        assert torch.equal(shard.global_rows(torch.arange(len(own))), own)
+        assert shard.global_rows(torch.tensor([-1])).tolist() == [-1]
+        bits = np.unpackbits(shard.slice_of(bitmap, -1, 8).numpy(), axis=1, count=len(own), bitorder="little")
+        assert (bits == (own % 3 == 0).numpy()).all()
+        seen.append(own)
+    assert torch.equal(torch.cat(seen).sort().values, numbers)
+
+
+def test_the_sizes_of_shards_differ_by_at_most_one_block(monkeypatch):
+    use_small_blocks(monkeypatch)
+    index = HammingIndex(BITS, ["cpu"] * 3)
+    for seed in range(100):
+        index.add(few_codes(5, seed))
+    assert sorted(map(len, index._snapshot.codes.parts)) == [164, 168, 168]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((0, 8), torch.uint8), ((3, 5), torch.uint8), ((70_001,), torch.int64)])
+def test_rows_start_at_a_cache_line(shape, dtype):
+    rows = allocate_rows(shape, dtype)
+    assert rows.shape == shape and rows.dtype == dtype and rows.data_ptr() % 64 == 0
+    rows.fill_(7)
+    assert (rows == 7).all()
+
+
+def test_changes_of_a_mapped_index_never_reach_the_file(tmp_path):
+    index_of().save(tmp_path)
+    (file,) = tmp_path.glob("codes-*.bin")
+    before = file.read_bytes()
+    index = HammingIndex.load(tmp_path, mmap=True)
+    index.update(np.arange(50), ~codes_of(50))
+    index.remove(np.array([1]))
+    index.add(codes_of(5))
+    index.update(np.arange(2, 55), codes_of(53, seed=4))
+    assert file.read_bytes() == before
+    assert_same_index(HammingIndex.load(tmp_path), index_of())
+    index.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path, mmap=True), index)
+
+
+def anonymous_memory() -> int:
+    """The resident memory of this process that is not backed by a file, in bytes."""
+    fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return int(fields["Anonymous"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a map has room for more rows on Linux only")
+def test_adding_codes_to_a_map_does_not_copy_it(tmp_path):
+    codes = codes_of(1 << 22)
+    index = HammingIndex(64)
+    index.add(codes)
+    index.save(tmp_path)
+    (file,) = tmp_path.glob("codes-*.bin")
+    inode = file.stat().st_ino
+    index = HammingIndex.load(tmp_path, mmap=True)
+    queries, added = codes[[5, -1]], codes_of(3001, seed=1)
+    index.search(queries, 1)  # the first search allocates more than others
+    before = anonymous_memory()
+    index.add(added[:1])
+    index.add(added[1:])
+    index.update(np.array([7]), codes[:1])
+    index.remove(np.array([8]))
+    assert index.search(queries, 2)[0][:, 0].tolist() == [0, 0]
+    assert anonymous_memory() - before < codes.nbytes // 4
+    assert str(file) in Path("/proc/self/maps").read_text()
+    codes[7] = codes[0]
+    np.testing.assert_array_equal(index._snapshot.codes[:], np.concatenate([codes, added]))
+    del index
+    gc.collect()
+    assert str(file) not in Path("/proc/self/maps").read_text()
+
+    index = HammingIndex.load(tmp_path, mmap=True)
+    index.add(added)
+    index.save(tmp_path)
+    index.add(added)
+    index.save(tmp_path)
+    assert [path.stat().st_ino for path in tmp_path.glob("codes-*.bin")] == [inode]
+    assert len(pickle.dumps(index)) < 1.1 * index.codes.nbytes
+    np.testing.assert_array_equal(HammingIndex.load(tmp_path).codes[1 << 22 :], np.concatenate([added, added]))
+
+
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 5000])  # a page of 4 KB has 512 codes of 8 bytes
+@pytest.mark.parametrize("room", ["none", "little", "much"])
+def test_codes_can_be_added_to_a_mapped_index(tmp_path, monkeypatch, count, room):
+    if room == "none":
+        monkeypatch.setattr(code_memory, "MAP_GROWTH_FACTOR", 1 << 46)  # more address space than Linux gives a process
+    elif room == "little":
+        monkeypatch.setattr(code_memory, "MAP_GROWTH_BYTES", 64)
+        monkeypatch.setattr(code_memory, "MAP_GROWTH_FACTOR", 1)
+    codes = codes_of(count + 3000)
+    index = HammingIndex(64)
+    index.add(codes[:count])
+    index.save(tmp_path)
+    (file,) = tmp_path.glob("codes-*.bin")
+    contents = file.read_bytes()
+    with open(file, "ab") as tail:
+        tail.write(b"left by an interrupted save")
+    index = HammingIndex.load(tmp_path, mmap=True)
+    index.update(np.array([count - 1]), ~codes[count - 1 : count])
+    codes[count - 1] ^= 255
+    kept = []
+    for start, end in itertools.pairwise([count, count + 3, count + 600, count + 601, count + 3000]):
+        kept.append(index.codes)
+        index.add(codes[start:end])
+    np.testing.assert_array_equal(index.codes, codes)
+    for seen in kept:
+        np.testing.assert_array_equal(seen, codes[: len(seen)])
+    assert file.read_bytes()[: len(contents)] == contents
+    index.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path, mmap=True), index)
