@@ -1,64 +1,147 @@
-"""A model on disk: a folder with config.json and model.safetensors, written so that a crash leaves a whole model."""
+"""A model on disk: a folder with config.json and model.safetensors.
 
-import os
+config.json describes the network and the method that trained it; the method determines the kind of the network's head.
+model.safetensors holds the weights of the network and of the method, and the content of config.json as metadata.
+
+Version 1 of the format was designed for greedy hash alone. For greedy hash, config.json therefore has a field `alpha`
+at the top level, and the names of the classifier's weights are stored unchanged, such as `classifier.weight`. For any
+other method, the field `method` of config.json holds the name and the options of the method, and the names of the
+method's weights are stored with the prefix `method.`.
+"""
+
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import pydantic_core
 import safetensors.torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hashengine.errors import InputError, input_error
+from hashengine._files import write_files
+from hashengine.errors import InputError, input_error, invalid
 from hashengine.models.config import HashNetConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-
-def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write files into `folder`, made if missing. All are on disk before the first one replaces its predecessor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
-    try:
-        for name, content in contents.items():
-            with open(partial[name], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in contents:
-            os.replace(partial[name], folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+_GREEDY_HASH = "greedy_hash"
+_GREEDY_HASH_PREFIX = "classifier."
+_METHOD_PREFIX = "method."
 
 
-def save(folder: Path, config: HashNetConfig, weights: dict[str, Tensor]) -> None:
-    """Write the model. The weights carry a copy of the config, so that `load` notices files of two different saves."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    content = safetensors.torch.save(weights, metadata={"config": config.model_dump_json()})
-    replace_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: config.model_dump_json(indent=2).encode() + b"\n"})
+class MethodState(NamedTuple):
+    """The method that trained a network, as plain values.
+
+    Attributes:
+        name: the method's name.
+        options: its options.
+        weights: its own parameters and buffers, by name, without those of the head, which belongs to the network.
+    """
+
+    name: str
+    options: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
-def load(folder: Path) -> tuple[HashNetConfig, dict[str, Tensor]]:
-    """Read what `save` wrote. Raises InputError, naming the file, where one is missing, truncated or foreign."""
+class Model(NamedTuple):
+    """What a model folder holds: a network, its weights by name, and the method that trained it, if any did."""
+
+    network: HashNetConfig
+    weights: dict[str, Tensor]
+    method: MethodState | None
+
+
+class _MethodSection(BaseModel):
+    name: str
+    options: dict[str, Any]
+
+
+class _Header(BaseModel):
+    """The fields of config.json that do not describe the network."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal["hashengine.HashNet"] = "hashengine.HashNet"
+    version: Literal[1] = 1
+    alpha: float | None = None
+    method: _MethodSection | None = None
+
+
+def save(folder: Path, model: Model) -> None:
+    """Write the model; a crash leaves the previous model, the new model, or a mix of both that `load` refuses."""
+    described = document(model)
+    weights = dict(model.weights)
+    if model.method is not None:
+        prefix = "" if model.method.name == _GREEDY_HASH else _METHOD_PREFIX
+        weights |= {prefix + name: tensor for name, tensor in model.method.weights.items()}
+    content = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        metadata={"config": pydantic_core.to_json(described).decode()},
+    )
+    write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: pydantic_core.to_json(described, indent=2) + b"\n"})
+
+
+def load(folder: Path) -> Model:
+    """Read what `save` wrote.
+
+    Raises:
+        InputError: a file is missing, truncated or foreign, or the two files are from different saves.
+        OSError: a file cannot be read, for example because the permission is missing.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise InputError(
-                f"model: expected a folder written by save_pretrained, got {str(folder)!r}, which has no {name}"
-            )
+            expected = "a folder written by 'hashengine train fit' or save_pretrained"
+            raise invalid("HashNet.from_pretrained", "model", expected, f"{str(folder)!r}, which has no {name}")
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
-        config = HashNetConfig.model_validate_json(config_path.read_bytes())
+        header = _Header.model_validate_json(config_path.read_bytes())
     except ValidationError as error:
         raise input_error(error, str(config_path)) from None
-    except InputError as error:
-        raise InputError(f"{config_path}: {error}") from None
+    network = HashNetConfig.checked(str(config_path), **(header.model_extra or {}))
+    weights_path.open("rb").close()  # safe_open would call any file that cannot be opened a missing file
     try:
         with safe_open(weights_path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights_path}: expected whole safetensors weights, got a damaged file: {error}") from None
-    if metadata.get("config") != config.model_dump_json():
-        raise InputError(f"{weights_path}: expected the weights saved with {config_path}, got others: save both anew")
-    return config, weights
+    except SafetensorError as error:
+        raise invalid(
+            str(weights_path), "the file", "complete safetensors weights", f"a damaged file: {error}"
+        ) from None
+    model = Model(network, weights, _split_off_method(header, weights))
+    if metadata.get("config") != pydantic_core.to_json(document(model)).decode():
+        expected = f"the weights saved together with {config_path}"
+        raise invalid(str(weights_path), "the file", expected, "weights of another save", "save the model again")
+    return model
+
+
+def _split_off_method(header: _Header, weights: dict[str, Tensor]) -> MethodState | None:
+    """Move the method's weights from `weights` to the result; None if `header` names no method."""
+    if header.method is not None:
+        name, options, prefix, removed = header.method.name, header.method.options, _METHOD_PREFIX, _METHOD_PREFIX
+    elif header.alpha is not None:
+        name, options, prefix, removed = _GREEDY_HASH, {"alpha": header.alpha}, _GREEDY_HASH_PREFIX, ""
+    else:
+        return None
+    own = [key for key in weights if key.startswith(prefix)]
+    return MethodState(name, options, {key.removeprefix(removed): weights.pop(key) for key in own})
+
+
+def document(model: Model) -> dict[str, Any]:
+    """The content of config.json, its fields in the order of the format."""
+    fields = {"format": "hashengine.HashNet", "version": 1, **model.network.model_dump(mode="json")}
+    method = model.method
+    if method is not None and method.name == _GREEDY_HASH:
+        statistics = {name: fields.pop(name) for name in ("mean", "std")}  # alpha is stored before these fields
+        fields |= method.options | statistics
+    elif method is not None:
+        fields["method"] = {"name": method.name, "options": method.options}
+    return fields
+
+
+def describe_mismatch(folder: Path, error: RuntimeError) -> InputError:
+    """The error for weights whose names or shapes are not those of the network in config.json."""
+    reason = " ".join(str(error).split())
+    return invalid(str(folder / WEIGHTS_FILE), "weights", f"those of the network in {CONFIG_FILE}", reason)

@@ -1,69 +1,81 @@
-"""What a hash network is made of, checked: the content of its config.json."""
+"""The description of a hash network, as config.json stores it."""
+
+from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from typing_extensions import Self
 
-from hashengine.errors import input_error
+from hashengine._config import Config
 
 
-class Config(BaseModel):
-    """A frozen pydantic model that refuses unknown fields and tells a mistake in one line, as an `InputError`."""
+def _is_whole_bytes(bits: int) -> int:
+    if bits % 8:
+        raise ValueError("must be a multiple of 8")
+    return bits
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __init__(self, **values):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise input_error(error) from None
+# The options that `HashNetConfig` and `hashengine.training.FitConfig` share. A description is the help of the option.
+Bits = Annotated[
+    int,
+    Field(gt=0, description="length of a code, a multiple of 8"),
+    AfterValidator(_is_whole_bytes),
+]
+Attention = Annotated[Literal["none", "simam", "triplet"], Field(description="attention layer in every residual block")]
+ImageSize = Annotated[int, Field(ge=8, le=256)]
+Widths = Annotated[
+    tuple[Annotated[int, Field(gt=0)], ...],
+    Field(min_length=1, description="channels of each stage of the network"),
+]
+StemStride = Literal[1, 2]
+
+DEFAULT_BITS: Bits = 32
+DEFAULT_ATTENTION: Attention = "simam"
+DEFAULT_WIDTHS: Widths = (32, 64, 128)
 
 
 class HashNetConfig(Config):
-    """Everything needed to build a `HashNet`; its weights come on top.
+    """The description of a `HashNet`, without its weights and without the method that trained it.
 
     Attributes:
         bits: length of a code, a positive multiple of 8.
-        classes: the names of the classes, in the order of the classifier's outputs; at least two.
+        classes: the names of the training classes, in the order of their labels; at least two.
         channels: 1 for grey images, 3 for RGB.
-        image_size: height and width in pixels that the network sees, 8 to 256.
-        attention: the attention inside every residual block.
+        image_size: height and width in pixels of the network's input, 8 to 256.
+        attention: the attention layer inside every residual block, or "none".
         widths: channels of each stage; every stage but the first halves height and width.
-        stem_stride: 2 halves height and width before the first stage: 4 times less work, for 28 pixels and above.
-        alpha: weight of the quantisation penalty, `alpha * mean(||u| - 1|^3)`.
-        mean, std: per channel, of pixels scaled to 0..1; images are normalised with them inside the network.
+        stem_stride: the stride of the first convolution. 2 halves height and width before the first stage, which
+            quarters the work; this is meant for images of 24 pixels and more.
+        mean: the mean of the pixels, scaled to 0..1: one number per channel, or one for all channels. The network
+            subtracts it from its scaled input.
+        std: the standard deviation of the scaled pixels: one number per channel, or one for all channels. The network
+            divides by it after the subtraction.
     """
 
-    format: Literal["hashengine.HashNet"] = "hashengine.HashNet"
-    version: Literal[1] = 1
-    bits: Annotated[int, Field(gt=0)] = 32
+    bits: Bits = DEFAULT_BITS
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     channels: Literal[1, 3] = 3
-    image_size: Annotated[int, Field(ge=8, le=256)] = 32
-    attention: Literal["none", "simam", "triplet"] = "simam"
-    widths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (32, 64, 128)
-    stem_stride: Literal[1, 2] = 1
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    image_size: ImageSize = 32
+    attention: Attention = DEFAULT_ATTENTION
+    widths: Widths = DEFAULT_WIDTHS
+    stem_stride: StemStride = 1
     mean: tuple[float, ...] = (0.5,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
 
-    @field_validator("bits")
-    @classmethod
-    def _whole_bytes(cls, bits: int) -> int:
-        if bits % 8:
-            raise ValueError("expected a multiple of 8, since codes are packed into bytes")
-        return bits
-
     @field_validator("classes")
     @classmethod
-    def _distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(classes)) < len(classes):
-            raise ValueError("expected every class once")
+            raise ValueError("must be distinct names")
         return classes
 
     @model_validator(mode="after")
-    def _statistics_per_channel(self):
+    def _has_statistics_per_channel(self) -> Self:
         for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.channels):
-                raise ValueError(f"{name}: expected one number or one for each of the {self.channels} channels")
+            count = len(getattr(self, name))
+            if count not in (1, self.channels):
+                raise ValueError(
+                    f"{name} must be one number or one for each of the {self.channels} channels, got {count}"
+                )
         return self

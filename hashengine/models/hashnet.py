@@ -1,127 +1,180 @@
-"""The hash network: backbone, hash layer, greedy sign, classifier; and its way from an image to packed bits."""
+"""The hash network, which consists of a backbone and a hash layer, and the path from an image to packed bits."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from hashengine import ops
-from hashengine.errors import InputError
+from hashengine import methods, ops
+from hashengine._validation import check_integer, dtype_name
+from hashengine.errors import invalid
 from hashengine.images import image_tensor
-from hashengine.models import checkpoint
+from hashengine.models import checkpoint, memory_format
 from hashengine.models.config import HashNetConfig
 from hashengine.models.resnet import SmallResNet
-from hashengine.nn import GreedyHash
+
+MakeHead = Callable[[int, int], nn.Module]
 
 
 class HashOutput(NamedTuple):
     """What `HashNet` computes for N images.
 
     Attributes:
-        u: [N, bits], the hash layer's activations; bit i of a code is set where `u[:, i] >= 0`.
-        b: [N, bits], their greedy sign, -1 or +1; gradients pass straight through to `u`.
-        penalty: scalar, the quantisation penalty of `u`, already weighted by `alpha`.
-        logits: [N, classes], the classifier on `b`.
+        activations: [N, bits], the output of the hash layer; bit i of a code is set if `activations[:, i] >= 0`.
+        features: [N, dim], the output of the backbone.
     """
 
-    u: Tensor
-    b: Tensor
-    penalty: Tensor
-    logits: Tensor
+    activations: Tensor
+    features: Tensor
 
 
 class HashNet(nn.Module):
-    """A network that hashes images to `config.bits` bits, by GreedyHash (Su et al., NeurIPS 2018).
+    """A network that hashes images to `config.bits` bits: a backbone with optional attention, then a hash layer.
 
-    Its training loss is `cross_entropy(out.logits, labels) + out.penalty`: the classifier sees the bits alone, so that
-    images of one class are driven to one code.
+    A `hashengine.methods.HashingMethod` makes the hash layer and defines how the network is trained.
+
+    The weights of the convolutions are channels_last if training in that layout is safe on the network's device,
+    otherwise contiguous (see `memory_format`). After each `.to(...)`, the network arranges its weights in this layout.
+
+    Args:
+        config: what the network consists of.
+        head: a function that makes the hash layer from the numbers of features and bits.
+
+    Attributes:
+        trained_by: the method that trained the network, as plain values that are saved with it; None before training.
     """
 
-    def __init__(self, config: HashNetConfig):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: HashNetConfig, head: MakeHead = nn.Linear):
         super().__init__()
         self.config = config
+        self.trained_by: checkpoint.MethodState | None = None
         self.backbone = SmallResNet(config.channels, config.widths, config.stem_stride, config.attention)
-        self.hash_layer = nn.Linear(self.backbone.features, config.bits)
-        self.greedy_hash = GreedyHash(config.alpha)
-        self.classifier = nn.Linear(config.bits, len(config.classes), bias=False)
-        for name in ("mean", "std"):  # not persistent: they are in the config, once
+        self.hash_layer = head(self.backbone.features, config.bits)
+        for name in ("mean", "std"):  # not persistent: config.json stores them
             self.register_buffer(name, torch.tensor(getattr(config, name)).reshape(1, -1, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)  # the faster layout for these convolutions, by a quarter on CPUs
+        self._arrange_weights()
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         return self.mean.device
 
-    def hash_activations(self, images: Tensor) -> Tensor:
-        """uint8 images [N, channels, image_size, image_size] -> the hash layer's activations u [N, bits]."""
-        self._check_images(images)
-        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self.hash_layer(self.backbone(x))
-
     def forward(self, images: Tensor) -> HashOutput:
-        """Hash uint8 images [N, channels, image_size, image_size], as `preprocess` makes them."""
-        u = self.hash_activations(images)
-        b, penalty = self.greedy_hash(u)
-        return HashOutput(u, b, penalty, self.classifier(b))
+        """Hash uint8 images [N, channels, image_size, image_size], as `preprocess` makes them.
+
+        Raises:
+            InputError: the images have another type or shape.
+        """
+        self._check_images("HashNet", images)
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        features = self.backbone(self._arrange_input(x))
+        return HashOutput(self.hash_layer(features), features)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A PIL image of any size and mode -> uint8 [channels, image_size, image_size], by `images.image_tensor`."""
+        """Convert a PIL image of any size and mode to uint8 [channels, image_size, image_size]."""
         return image_tensor(image, self.config.image_size, self.config.channels)
 
     @torch.inference_mode()
     def encode(self, images: Tensor, batch_size: int = 512) -> Tensor:
-        """Hash uint8 images [N, channels, image_size, image_size] to packed codes, uint8 [N, bits/8] on their device.
+        """Hash images to packed codes.
 
-        Runs in evaluation mode, on the model's device, `batch_size` images at a time; the mode is put back afterwards.
+        Runs in evaluation mode on the network's device and restores the mode afterwards.
+
+        Args:
+            images: uint8 [N, channels, image_size, image_size].
+            batch_size: the number of images per call of the network.
+
+        Returns:
+            uint8 [N, bits / 8] on the device of `images`, packed as by `hashengine.ops.pack_bits`.
 
         Raises:
-            InputError: `images` have another type or shape, or a batch's activations are not finite.
+            InputError: `images` have another type or shape, `batch_size` is below 1, or the activations of a batch are
+                not finite.
         """
-        self._check_images(images)
+        self._check_images("HashNet.encode", images)
+        check_integer("HashNet.encode", "batch_size", batch_size, 1)
         codes = torch.empty(len(images), self.config.bits // 8, dtype=torch.uint8, device=images.device)
         was_training = self.training
         self.eval()
         try:
             for start in range(0, len(images), batch_size):
                 batch = slice(start, start + batch_size)
-                u = self.hash_activations(images[batch].to(self.device))
+                u = self(images[batch].to(self.device)).activations
                 if not torch.isfinite(u).all():
-                    raise InputError(
-                        "images: expected finite activations, got NaN or infinity from the hash layer "
-                        f"for images {start} to {start + len(u) - 1}: the weights are damaged, train the model anew"
+                    raise invalid(
+                        "HashNet.encode",
+                        "activations",
+                        "finite",
+                        f"NaN or infinity for images {start} to {start + len(u) - 1}",
+                        "the weights are damaged: train the model again",
                     )
                 codes[batch] = ops.pack_bits(u).to(codes.device)
         finally:
             self.train(was_training)
         return codes
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors into `folder`; a failure leaves an earlier save whole."""
-        checkpoint.save(Path(folder), self.config, self.state_dict())
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into `folder`.
+
+        If the writing fails with an error, an earlier save in `folder` stays intact. A crash may leave one file of the
+        earlier save and one of the new save; `from_pretrained` refuses such a folder.
+        """
+        checkpoint.save(Path(folder), checkpoint.Model(self.config, self.state_dict(), self.trained_by))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "HashNet":
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """The model that `save_pretrained` wrote into `folder`, on the CPU, in evaluation mode.
 
         Raises:
-            InputError: a file is missing, truncated, foreign or of another save; the message names it.
+            InputError: a file is missing, truncated or foreign, or the two files are from different saves; the message
+                names the file.
         """
-        config, weights = checkpoint.load(Path(folder))
-        model = cls(config)
+        config, weights, trained_by = checkpoint.load(Path(folder))
+        head: MakeHead = nn.Linear
+        if trained_by is not None:
+            method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))
+            head = method(**trained_by.options).head
+        model = cls(config, head)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{Path(folder, checkpoint.WEIGHTS_FILE)}: does not fit config.json: {reason}") from None
+            raise checkpoint.describe_mismatch(Path(folder), error) from None
+        model.trained_by = trained_by
         return model.eval()
 
-    def _check_images(self, images: Tensor) -> None:
-        expected = (self.config.channels, self.config.image_size, self.config.image_size)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != expected:
-            raise InputError(
-                f"images: expected uint8 [N, {', '.join(map(str, expected))}], "
-                f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}: see HashNet.preprocess"
-            )
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert the tensors and restore the layout. torch calls this for every `.to`, `.cuda`, `.half` and so on."""
+        super()._apply(fn, recurse)
+        self._arrange_weights()
+        return self
+
+    def _arrange_weights(self) -> None:
+        layout = self._layout = memory_format.training_format(self.device)
+        # Unlike Tensor.contiguous, Tensor.to also sets the strides of dimensions of size 1. torch chooses the layout of
+        # a convolution by these strides.
+        super()._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)
+
+    def _arrange_input(self, x: Tensor) -> Tensor:
+        """`x` in the layout for the convolutions. With contiguous weights, they use the layout of `x`."""
+        if self._layout == torch.channels_last:
+            return x
+        layout = torch.contiguous_format if torch.is_grad_enabled() else torch.channels_last
+        return x.to(memory_format=layout)
+
+    def _check_images(self, where: str, images: Any) -> None:
+        shape = (self.config.channels, self.config.image_size, self.config.image_size)
+        if not isinstance(images, Tensor):
+            raise invalid(where, "images", "a torch tensor", type(images).__name__)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+            expected = f"uint8 [N, {', '.join(map(str, shape))}], as HashNet.preprocess makes them"
+            raise invalid(where, "images", expected, f"{dtype_name(images)} {list(images.shape)}")

@@ -1,4 +1,6 @@
-"""A small residual network (He et al., CVPR 2016) native to images of 8 to 64 pixels, with attention in every block."""
+"""A small residual network (He et al., CVPR 2016) for small images, with optional attention in every block."""
+
+from __future__ import annotations
 
 from torch import Tensor, nn
 
@@ -8,13 +10,13 @@ from hashengine.nn import SimAM, TripletAttention
 class ResidualBlock(nn.Module):
     """conv - BN - ReLU - conv - BN plus the shortcut, then ReLU; [N, inputs, H, W] -> [N, outputs, H/stride, W/stride].
 
-    Each attention stands where its authors put it: SimAM between the second convolution and its BN (Yang et al., ICML
-    2021), triplet attention last on the residual branch (Misra et al., WACV 2021).
+    The attention, if there is any, is where its authors put it: SimAM between the second convolution and its BN (Yang
+    et al., ICML 2021), triplet attention at the end of the residual branch (Misra et al., WACV 2021).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, attention: str):
         super().__init__()
-        branch = [
+        branch: list[nn.Module] = [
             nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
             nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
@@ -26,17 +28,18 @@ class ResidualBlock(nn.Module):
         elif attention == "triplet":
             branch.append(TripletAttention(outputs))
         self.branch = nn.Sequential(*branch)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add both paths and apply the activation."""
         return self.activation(self.branch(x) + self.shortcut(x))
 
 
 class SmallResNet(nn.Sequential):
-    """A stem, one residual block a stage, and global average pooling: [N, channels, H, W] -> [N, features]."""
+    """A stem, one residual block per stage, and global average pooling: [N, channels, H, W] -> [N, features]."""
 
     def __init__(self, channels: int, widths: tuple[int, ...], stem_stride: int, attention: str):
         stem = nn.Sequential(

@@ -1,3 +1,5 @@
+"""HashNet: results, codes, saved models, and errors of one line."""
+
 import json
 
 import numpy as np
@@ -9,7 +11,7 @@ from torch import nn
 
 from hashengine import ops
 from hashengine.errors import InputError
-from hashengine.models import HashNet, HashNetConfig
+from hashengine.models import HashNet, HashNetConfig, checkpoint
 from hashengine.nn import SimAM, TripletAttention
 
 CLASSES = ("ant", "bee", "cat")
@@ -28,18 +30,16 @@ def random_images(count: int, channels: int = 1, size: int = 8) -> torch.Tensor:
 
 @pytest.mark.parametrize("attention", ["none", "simam", "triplet"])
 @pytest.mark.parametrize(("channels", "size", "stem_stride"), [(1, 8, 1), (3, 32, 2)])
-def test_forward_gives_what_the_loss_and_the_code_need(attention, channels, size, stem_stride):
-    model = network(attention=attention, channels=channels, image_size=size, stem_stride=stem_stride, alpha=0.5).train()
-    u, b, penalty, logits = model(random_images(5, channels, size))
-    assert u.shape == b.shape == (5, 16) and logits.shape == (5, 3)
-    assert torch.equal(b, torch.where(u >= 0, 1.0, -1.0))
-    torch.testing.assert_close(penalty, 0.5 * ((u.abs() - 1).abs() ** 3).mean())
-    torch.testing.assert_close(logits, b @ model.classifier.weight.T)
-    (logits.sum() + penalty).backward()
+def test_forward_returns_activations_and_features(attention, channels, size, stem_stride):
+    model = network(attention=attention, channels=channels, image_size=size, stem_stride=stem_stride).train()
+    activations, features = model(random_images(5, channels, size))
+    assert activations.shape == (5, 16) and features.shape == (5, 16)
+    torch.testing.assert_close(activations, model.hash_layer(features))
+    activations.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_attention_stands_where_its_authors_put_it():
+def test_each_attention_layer_is_where_its_authors_put_it():
     branches = {name: [*network(attention=name).backbone[1].branch] for name in ("none", "simam", "triplet")}
     plain = [type(layer) for layer in branches["none"]]
     assert plain[-2:] == [nn.Conv2d, nn.BatchNorm2d]
@@ -51,35 +51,42 @@ def test_pixels_are_normalised_with_the_configured_statistics():
     images = random_images(4)
     plain, scaled = network(mean=(0.0,), std=(1.0,)), network(mean=(0.3,), std=(0.2,))
     expected = plain.hash_layer(plain.backbone((images / 255 - 0.3) / 0.2))
-    torch.testing.assert_close(scaled.hash_activations(images), expected)
+    torch.testing.assert_close(scaled(images).activations, expected)
 
 
-def test_encode_packs_the_signs_batch_by_batch_and_leaves_the_model_as_it_was():
+def test_encode_packs_the_signs_in_batches_and_leaves_the_model_unchanged():
     model, images = network().train(), random_images(10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     codes = model.encode(images, batch_size=4)
     assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert codes.dtype == torch.uint8 and codes.shape == (10, 2)
     with torch.no_grad():
-        assert torch.equal(codes, torch.cat([ops.pack_bits(model.eval()(part).u) for part in images.split(4)]))
+        assert torch.equal(
+            codes, torch.cat([ops.pack_bits(model.eval()(part).activations) for part in images.split(4)])
+        )
     assert model.encode(images[:0]).shape == (0, 2)
 
 
 def test_encode_refuses_activations_that_are_not_finite():
     model = network()
     nn.init.constant_(model.hash_layer.bias, float("nan"))
-    with pytest.raises(InputError, match="expected finite activations, got NaN"):
+    with pytest.raises(InputError, match="activations must be finite, got NaN or infinity for images 0 to 1"):
         model.encode(random_images(2))
 
 
 @pytest.mark.parametrize("images", [random_images(2).float(), random_images(2, size=9), random_images(2)[0]])
 def test_images_of_another_type_or_shape_are_refused(images):
     for entry in (network(), network().encode):
-        with pytest.raises(InputError, match=r"images: expected uint8 \[N, 1, 8, 8\], got"):
+        with pytest.raises(InputError, match=r"images must be uint8 \[N, 1, 8, 8\].*, got"):
             entry(images)
 
 
-def test_preprocess_fits_any_picture_to_the_network():
+def test_images_that_are_no_tensor_are_refused():
+    with pytest.raises(InputError, match=r"HashNet.encode: images must be a torch tensor, got list"):
+        network().encode([1, 2])
+
+
+def test_preprocess_makes_the_input_of_the_network_from_a_larger_photo():
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
     for channels in (1, 3):
         model = network(channels=channels, image_size=16)
@@ -98,7 +105,7 @@ def test_a_saved_model_gives_the_same_codes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_model_intact(tmp_path, monkeypatch):
     model = network()
     model.save_pretrained(tmp_path)
 
@@ -124,13 +131,16 @@ def edit_config(folder, **changes):
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: .*JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "config.json: "),
-        (lambda folder: edit_config(folder, version=2), "config.json: version: .*got 2"),
-        (lambda folder: edit_config(folder, format="x"), "config.json: format: .*got 'x'"),
-        (lambda folder: edit_config(folder, bits=24), "model.safetensors: expected the weights saved with"),
+        (lambda folder: edit_config(folder, version=2), "config.json: version must be 1, got 2"),
+        (lambda folder: edit_config(folder, format="x"), "config.json: format must be .*got 'x'"),
+        (
+            lambda folder: edit_config(folder, bits=24),
+            "model.safetensors: the file must be the weights saved together with",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"foreign"), "model.safetensors: .*damaged"),
     ],
 )
-def test_a_foreign_or_damaged_folder_is_refused_in_one_line(tmp_path, damage, complaint):
+def test_a_foreign_or_damaged_folder_raises_an_error_of_one_line(tmp_path, damage, complaint):
     network().save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(InputError, match=complaint) as caught:
@@ -138,7 +148,7 @@ def test_a_foreign_or_damaged_folder_is_refused_in_one_line(tmp_path, damage, co
     assert "\n" not in str(caught.value)
 
 
-def test_every_truncation_of_the_weights_is_noticed(tmp_path):
+def test_truncated_weights_are_detected(tmp_path):
     network().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
@@ -148,13 +158,27 @@ def test_every_truncation_of_the_weights_is_noticed(tmp_path):
             HashNet.from_pretrained(tmp_path)
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
+def test_weights_that_cannot_be_read_are_not_called_damaged(tmp_path, monkeypatch):
+    network().save_pretrained(tmp_path)
+
+    def denied(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "safe_open", denied)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        HashNet.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
     model = network()
     model.save_pretrained(tmp_path)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     weights["hash_layer.bias"] = torch.zeros(3)
-    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"config": model.config.model_dump_json()})
-    with pytest.raises(InputError, match="does not fit config.json: .*hash_layer.bias") as caught:
+    config = json.dumps(json.loads((tmp_path / "config.json").read_text()), separators=(",", ":"))
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"config": config})
+    with pytest.raises(
+        InputError, match="weights must be those of the network in config.json, got .*hash_layer.bias"
+    ) as caught:
         HashNet.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -162,17 +186,17 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"bits": 12}, "bits: expected a multiple of 8.*got 12"),
-        ({"bits": 0}, "bits: .*greater than 0, got 0"),
-        ({"classes": ("one",)}, "classes: .*at least 2"),
-        ({"classes": ("a", "a")}, "classes: expected every class once"),
-        ({"channels": 2}, "channels: .*got 2"),
-        ({"attention": "big"}, "attention: .*got 'big'"),
-        ({"std": (1.0, 2.0)}, "std: expected one number or one for each"),
-        ({"depth": 3}, "depth: "),
+        ({"bits": 12}, "^HashNetConfig: bits must be a multiple of 8, got 12"),
+        ({"bits": 0}, "bits must be greater than 0, got 0"),
+        ({"classes": ("one",)}, "classes must be of at least 2 items"),
+        ({"classes": ("a", "a")}, "classes must be distinct names"),
+        ({"channels": 2}, "channels must be 1 or 3, got 2"),
+        ({"attention": "big"}, "attention must be .*got 'big'"),
+        ({"std": (1.0, 2.0)}, "std must be one number or one for each"),
+        ({"depth": 3}, "'depth' must be a known option"),
     ],
 )
-def test_a_config_tells_a_mistake_in_one_line(options, complaint):
+def test_a_mistake_in_a_config_raises_an_error_of_one_line(options, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         HashNetConfig(**{"classes": CLASSES} | options)
     assert "\n" not in str(caught.value)

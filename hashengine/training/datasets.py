@@ -1,30 +1,42 @@
 """Data sets as two disjoint folders of class folders: `database`, to train on and to search in, and `query`."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from hashengine.errors import InputError
+from hashengine import _progress
+from hashengine._defaults import DATA_SETS, SEED
+from hashengine._files import replace_folder
+from hashengine._validation import check_integer, check_path
+from hashengine.errors import invalid, missing_package
 from hashengine.images import list_images
-from training.data import list_classes
+from hashengine.training.data import list_classes
 
+WHERE = "train prepare"  # the command that error messages name
 SPLIT_FILE = "split.json"
 DIGITS_QUERIES = 300
 FOLDER_QUERY_SHARE = 0.1
 
 
 class Picture(NamedTuple):
-    """One image of a data set: its class, its name in the class folder, and uint8 pixels or the file to copy."""
+    """One image of a data set.
+
+    Attributes:
+        label: its class.
+        name: its path in the class folder.
+        content: uint8 pixels, or the file to copy.
+    """
 
     label: str
     name: str
@@ -32,46 +44,58 @@ class Picture(NamedTuple):
 
 
 class Split(NamedTuple):
+    """A data set, divided into the images of the database and the queries."""
+
     database: list[Picture]
     query: list[Picture]
 
 
-def prepare(source: str, output: Path, *, seed: int = 0, queries: int | None = None, root: Path | None = None) -> dict:
-    """Write `output`/database/<class>/..., `output`/query/<class>/... and split.json; return the latter's content.
+def prepare(
+    source: str | Path,
+    output: str | Path,
+    *,
+    seed: int = SEED,
+    queries: int | None = None,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write `output`/database/<class>/..., `output`/query/<class>/... and split.json; return the content of split.json.
 
-    The folder appears under its name only when it is complete. One that already holds this very split is kept, so that
+    The folder appears under its name only when it is complete. A folder that already holds this very split is kept, so
     an interrupted pipeline can be run again from its start.
 
     Args:
-        source: "digits" (scikit-learn's 8x8 digits, 300 of the 1,797 held out), "fashion-mnist" or "cifar10"
+        source: "digits" (scikit-learn's 8 x 8 digits, 300 of the 1,797 held out), "fashion-mnist" or "cifar10"
             (torchvision's; the official test images are the queries), or a folder of class folders (a tenth held out).
-        output: the folder to make.
-        seed: of every random choice; held-out images are drawn from each class in proportion to its size.
-        queries: the number of queries instead of the one above.
-        root: where torchvision's files are, or are downloaded to where they are missing.
+        output: the folder to write.
+        seed: seed of every random choice; held-out images are drawn from each class in proportion to its size.
+        queries: the number of queries, instead of the default for `source`.
+        root: the folder of torchvision's files, which are downloaded to it if they are missing; by default in the
+            user's cache.
 
     Raises:
-        InputError: the data set is unknown or unusable, an extra is missing, or `output` holds something else.
+        InputError: an argument is invalid, the data set is unknown or unusable, an extra is missing, or `output`
+            contains something other than this split.
     """
-    request = {"version": 1, "source": source, "seed": seed, "queries_asked": queries}
+    check_path(WHERE, "source", source)
+    source, output = str(source), check_path(WHERE, "output", output)
+    root = None if root is None else check_path(WHERE, "root", root)
+    seed = check_integer(WHERE, "seed", seed, 0)
+    queries = None if queries is None else check_integer(WHERE, "queries", queries, 1)
+    request: dict[str, Any] = {"version": 1, "source": source, "seed": seed, "queries_asked": queries}
     if source not in SOURCES and Path(source).is_dir():
-        files = [f"{path.relative_to(source)} {path.stat().st_size}" for path in list_images(source)]
+        files = [f"{path.relative_to(source)} {path.stat().st_size}" for path in list_images(source, WHERE)]
         request |= {"source": str(Path(source).resolve()), "files_sha256": _digest("\n".join(files))}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        return _already_there(output, request)
-    if queries is not None and queries < 1:
-        raise InputError(f"queries: expected at least 1, got {queries}")
+        return _same_split(output, request)
     if source in SOURCES:
         split = SOURCES[source](seed, queries, root)
     elif Path(source).is_dir():
         split = _class_folders(Path(source), seed, queries)
     else:
-        raise InputError(f"source: expected {', '.join(SOURCES)} or a folder of class folders, got {source!r}")
+        raise invalid(WHERE, "source", f"{', '.join(SOURCES)} or a folder of class folders", repr(source))
 
-    partial = output.absolute().with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        digests = {side: _write(pictures, partial / side) for side, pictures in split._asdict().items()}
+    with replace_folder(output, marker=SPLIT_FILE, where=WHERE) as temporary:
+        digests = {side: _write(pictures, temporary / side) for side, pictures in split._asdict().items()}
         record = request | {
             side: {
                 "images": len(pictures),
@@ -82,28 +106,30 @@ def prepare(source: str, output: Path, *, seed: int = 0, queries: int | None = N
         }
         shared = set(digests["database"].values()) & set(digests["query"].values())
         record["queries_identical_to_a_database_image"] = sum(d in shared for d in digests["query"].values())
-        (partial / SPLIT_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (temporary / SPLIT_FILE).write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def _already_there(output: Path, request: dict) -> dict:
+def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The record in `output`; raises InputError if it is not the record of `request`."""
     try:
         record = json.loads((output / SPLIT_FILE).read_text())
-        same = all(record[key] == value for key, value in request.items())
+        is_same = all(record[key] == value for key, value in request.items())
     except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise InputError(f"output: expected a new folder, or one with this very split, got {str(output)!r}: remove it")
+        is_same = False
+    if not is_same:
+        raise invalid(WHERE, "output", "a new folder, or one with this very split", repr(str(output)), "remove it")
     return record
 
 
 def _write(pictures: list[Picture], folder: Path) -> dict[str, str]:
-    """Write the pictures; return path within `folder` -> SHA-256 of the pixels, or of the file where one is copied."""
+    """Write the pictures into `folder`.
+
+    Returns:
+        For each path in `folder`, the SHA-256 of the picture's pixels, or of the file if the picture is a copied file.
+    """
     digests = {}
-    for picture in tqdm(pictures, f"writing {folder.name}", unit="img", leave=False, disable=None):
+    for picture in _progress.track(pictures, f"writing {folder.name}", len(pictures), "img"):
         path = folder / picture.label / picture.name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(picture.content, Path):
@@ -123,15 +149,14 @@ def _digest(data: bytes | str) -> str:
 
 
 def _draw(labels: list[str], count: int, seed: int) -> set[int]:
-    """`count` indices, at random, from each class in proportion to its size, and never a whole class."""
+    """Draw `count` indices at random, from each class in proportion to its size, but never a whole class."""
     members: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         members.setdefault(label, []).append(index)
-    if count > len(labels) - len(members):
-        raise InputError(
-            f"queries: expected at most {len(labels) - len(members)} of these {len(labels)} images, since "
-            f"one of each class must stay, got {count}"
-        )
+    most = len(labels) - len(members)
+    if count > most:
+        expected = f"at most {most} of these {len(labels)} images, because one of each class must remain"
+        raise invalid(WHERE, "queries", expected, count)
     quota = {label: count * len(indices) / len(labels) for label, indices in members.items()}
     share = {label: int(quota[label]) for label in members}
     by_remainder = sorted(members, key=lambda label: share[label] - quota[label])
@@ -158,7 +183,7 @@ def _digits(seed: int, queries: int | None, root: Path | None) -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("source: digits needs scikit-learn: pip install 'hashengine[train]'") from None
+        raise missing_package(WHERE, "scikit-learn", "train") from None
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn's grey levels are 0 to 16
     return _hold_out(_numbered(pixels, map(str, digits.target)), DIGITS_QUERIES if queries is None else queries, seed)
@@ -169,16 +194,16 @@ def _torchvision(dataset: str) -> Callable[[int, int | None, Path | None], Split
         try:
             from torchvision import datasets
         except ImportError:
-            raise InputError(f"source: {dataset} needs torchvision: pip install 'hashengine[train]'") from None
+            raise missing_package(WHERE, "torchvision", "train") from None
         sides = []
         for train in (True, False):
             try:
                 data = getattr(datasets, dataset)(root or default_root(), train=train, download=True)
             except (OSError, RuntimeError) as error:
-                raise InputError(
-                    f"source: cannot read or download {dataset} in {str(root or default_root())!r}: "
-                    f"{' '.join(str(error).split())}: give the folder that has it with --root"
-                ) from None
+                reason = " ".join(str(error).split())
+                actual = f"{str(root or default_root())!r}: {reason}"
+                expected = f"a folder with {dataset}, or one to which it can be downloaded"
+                raise invalid(WHERE, "root", expected, actual, "name the folder that holds it with --root") from None
             names = [data.classes[int(label)].replace("/", "-") for label in data.targets]
             sides.append(_numbered(np.asarray(data.data), names))
         database, query = sides
@@ -194,13 +219,16 @@ def default_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hashengine"
 
 
-def _numbered(pixels: np.ndarray, labels) -> list[Picture]:
+def _numbered(pixels: np.ndarray, labels: Iterable[str]) -> list[Picture]:
     return [Picture(label, f"{i:05d}.png", image) for i, (label, image) in enumerate(zip(labels, pixels, strict=True))]
 
 
 def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
-    """Hold out images of a user's folder, none of which has a copy of itself left in the database."""
-    by_class = list_classes(folder)
+    """Split a user's folder.
+
+    An image that has an identical copy in the folder is not held out, so the database contains no copy of a query.
+    """
+    by_class = list_classes(folder, WHERE)
     pictures = [
         Picture(label, path.relative_to(folder / label).as_posix(), path)
         for label, paths in by_class.items()
@@ -208,7 +236,7 @@ def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
     ]
     if queries is None:
         queries = max(1, round(FOLDER_QUERY_SHARE * len(pictures)))
-    progress = tqdm(pictures, "comparing files", unit="img", leave=False, disable=None)
+    progress = _progress.track(pictures, "comparing files", len(pictures), "img")
     digests = [_content_digest(picture.content) for picture in progress]
     copies = Counter(digests)
     unique = [picture for picture, digest in zip(pictures, digests, strict=True) if copies[digest] == 1]
@@ -217,4 +245,4 @@ def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
     return Split([picture for picture in pictures if picture.content not in held_out], query)
 
 
-SOURCES = {"digits": _digits, "fashion-mnist": _torchvision("FashionMNIST"), "cifar10": _torchvision("CIFAR10")}
+SOURCES = dict(zip(DATA_SETS, (_digits, _torchvision("FashionMNIST"), _torchvision("CIFAR10")), strict=True))

@@ -1,0 +1,110 @@
+"""How the library reports to a person: progress and notes, on stderr.
+
+By default progress is a bar on a terminal and nothing elsewhere, and a note is a line. `configure` changes both for
+the whole process; the commands' options --quiet and --log-json call it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+_JSON_SECONDS = 1.0  # the least time between two lines of a task, except before its last line
+
+_quiet = False
+_json = False
+
+
+class Progress(Protocol):
+    """A task whose steps are counted."""
+
+    def update(self, steps: int = 1) -> object:
+        """Count `steps` more."""
+
+    def set_postfix(self, **values: Any) -> object:
+        """Show values next to the count."""
+
+
+def configure(*, quiet: bool = False, log_json: bool = False) -> None:
+    """Choose how progress and notes appear.
+
+    Args:
+        quiet: show neither progress nor notes.
+        log_json: write both as JSON objects, one per line: `{"event": "progress", "task": ..., "done": ..., "total":
+            ..., "unit": ...}` at most once per second and at the end of a task, and `{"event": "note", "message":
+            ...}`.
+    """
+    global _quiet, _json
+    _quiet, _json = quiet, log_json
+
+
+def note(message: str, **values: Any) -> None:
+    """Write a line to stderr, above the progress bar if there is one. Only a JSON line contains `values`."""
+    if _quiet:
+        return
+    if _json:
+        write_json("note", message=message, **values)
+    else:
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+
+
+def write_json(event: str, **values: Any) -> None:
+    """Write one JSON object to stderr."""
+    print(json.dumps({"event": event} | values), file=sys.stderr, flush=True)
+
+
+def logs_json() -> bool:
+    """Whether progress and notes are JSON lines."""
+    return _json
+
+
+@contextmanager
+def task(name: str, total: int, unit: str) -> Iterator[Progress]:
+    """Show the progress of a task of `total` steps."""
+    if _json and not _quiet:
+        lines = _JsonLines(name, total, unit)
+        yield lines
+        lines.close()
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=name, total=total, unit=unit, leave=False, disable=True if _quiet else None) as bar:
+        yield bar
+
+
+def track(items: Iterable[T], name: str, total: int, unit: str) -> Iterator[T]:
+    """Yield the items and show their progress as a task in which each item is a step."""
+    with task(name, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+class _JsonLines:
+    def __init__(self, name: str, total: int, unit: str):
+        self._name, self._total, self._unit = name, total, unit
+        self._done, self._written = 0, time.monotonic()
+        self._values: dict[str, Any] = {}
+
+    def update(self, steps: int = 1) -> None:
+        self._done += steps
+        if time.monotonic() - self._written >= _JSON_SECONDS and self._done < self._total:
+            self._write()
+
+    def set_postfix(self, **values: Any) -> None:
+        self._values = values
+
+    def close(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        write_json("progress", task=self._name, done=self._done, total=self._total, unit=self._unit, **self._values)

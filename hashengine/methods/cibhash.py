@@ -1,0 +1,113 @@
+"""CIBHash: two augmented views of an image should have the same code, and codes of other images should differ.
+
+Qiu, Su, Ou, Yu and Chen, "Unsupervised Hashing with Contrastive Information Bottleneck", IJCAI 2021. Unsupervised.
+
+- Head: linear, ReLU, linear; the result is u. In the paper's model, `p = sigmoid(u)` is the probability that a bit is
+  set. The code is the more probable value, `b = sign(p - 0.5) = sign(u)`, with a straight-through gradient.
+- Loss: the contrastive loss of SimCLR (NT-Xent) on the codes of the 2N views, with cosine similarities divided by the
+  temperature, plus `bottleneck_weight` times the information bottleneck: the symmetric Kullback-Leibler divergence
+  between the Bernoulli distributions of an image's two views, summed over the bits and averaged over the images. As in
+  the authors' code, each direction has a gradient for its first distribution only; the second is constant.
+- Straight-through gradient: the backward treats the sign as the identity but differentiates the sigmoid, so that
+  d b / d u = d p / d u. The authors' code has the same gradient, because it applies the sign to p.
+- Defaults from the authors' code: temperature 0.3, bottleneck weight 0.001, 1,024 hidden units. The authors train only
+  the head, with Adam (learning rate 0.001, batch of 64), on features of a frozen VGG16 with ImageNet weights.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
+
+from hashengine._config import Config
+from hashengine.errors import invalid
+from hashengine.methods.base import Batch, HashingMethod
+
+
+class CibHashOptions(Config):
+    """The options of CIBHash."""
+
+    temperature: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="divides the cosine similarities of the contrastive loss")
+    ] = 0.3
+    bottleneck_weight: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="weight of the divergence between the two views")
+    ] = 0.001
+    hidden: Annotated[int, Field(gt=0, description="hidden units of the head")] = 1024
+
+
+class CibHashMethod(HashingMethod):
+    """CIBHash; its only parameters are those of the head."""
+
+    name = "cibhash"
+    Options = CibHashOptions
+    options: CibHashOptions
+    views = 2
+
+    def head(self, dim: int, bits: int) -> nn.Module:
+        """Two linear layers with a ReLU between them."""
+        return nn.Sequential(nn.Linear(dim, self.options.hidden), nn.ReLU(), nn.Linear(self.options.hidden, bits))
+
+    def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
+        """The contrastive loss of the codes and the weighted bottleneck, in float32, or in float64 for float64.
+
+        Raises:
+            InputError: the batch has no second view, or has only one image, which cannot be compared with others.
+        """
+        if batch.second is None:
+            raise invalid(self.name, "batch", "two views of each image", "one")
+        if len(batch.activations) < 2:
+            raise invalid(self.name, "batch", "at least 2 images", len(batch.activations))
+        first, second = (_at_least_float32(u) for u in (batch.activations, batch.second.activations))
+        contrastive = _contrastive(self.binarise(first), self.binarise(second), self.options.temperature)
+        bottleneck = (_divergence(first, second.detach()) + _divergence(second, first.detach())) / 2
+        return {"contrastive": contrastive, "bottleneck": self.options.bottleneck_weight * bottleneck}
+
+    def binarise(self, u: Tensor) -> Tensor:
+        """The sign of u, with the gradient of sigmoid(u)."""
+        return _SignOfSigmoid.apply(u)
+
+
+class _SignOfSigmoid(torch.autograd.Function):
+    """sign(u), with the gradient of sigmoid(u).
+
+    It is not computed as sign(sigmoid(u) - 0.5), which would be wrong for tiny negative u: sigmoid rounds them to 0.5.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        return torch.where(u >= 0, 1.0, -1.0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        p = torch.sigmoid(ctx.saved_tensors[0])
+        return gradients[0] * p * (1 - p)
+
+
+def _at_least_float32(u: Tensor) -> Tensor:
+    return u.to(torch.promote_types(u.dtype, torch.float32))
+
+
+def _contrastive(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """NT-Xent (Chen et al., SimCLR, ICML 2020): each view must find its partner among the other 2N - 1 views."""
+    count = len(first)
+    codes = normalize(torch.cat((first, second)), dim=1)
+    similarities = codes @ codes.T / temperature
+    similarities = similarities.masked_fill(torch.eye(2 * count, dtype=torch.bool, device=codes.device), -torch.inf)
+    partner = torch.arange(2 * count, device=codes.device).roll(count)
+    return cross_entropy(similarities, partner)
+
+
+def _divergence(u: Tensor, other: Tensor) -> Tensor:
+    """KL(Bernoulli(sigmoid(u)) || Bernoulli(sigmoid(other))), summed over bits and averaged over images.
+
+    Computed from logarithms of the sigmoid, which stay finite if the probability rounds to 0 or 1.
+    """
+    set_bit = torch.sigmoid(u) * (logsigmoid(u) - logsigmoid(other))
+    clear_bit = torch.sigmoid(-u) * (logsigmoid(-u) - logsigmoid(-other))
+    return (set_bit + clear_bit).sum(1).mean()

@@ -1,0 +1,198 @@
+"""The options of a training run and of a sweep: one checked object each, from a YAML file, a command line, or both.
+
+The descriptions of the fields are the help of `hashengine train fit` and `sweep`. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from hashengine import methods
+from hashengine._config import Config
+from hashengine._defaults import SEED
+from hashengine._validation import check_device_name
+from hashengine.errors import invalid
+from hashengine.models.config import (
+    DEFAULT_ATTENTION,
+    DEFAULT_BITS,
+    DEFAULT_WIDTHS,
+    Attention,
+    Bits,
+    HashNetConfig,
+    ImageSize,
+    StemStride,
+    Widths,
+)
+
+_IMAGES_PER_RUN = 200_000  # divided by the number of images, this is the default number of epochs, within 3..20
+
+
+class FitConfig(Config):
+    """How a hash network is trained. A field that is None is chosen from the images; training.json records the choice.
+
+    The options of the method, such as greedy hash's `alpha`, are given like fields; they become `method_options`.
+    """
+
+    where: ClassVar[str] = "fit"
+
+    images: Annotated[Path, Field(description="folder of class folders to train on")]
+    output: Annotated[Path, Field(description="the model folder to write")]
+    method: Annotated[
+        str, Field(description="hashing method; 'hashengine train methods' lists them and their options")
+    ] = methods.DEFAULT
+    bits: Bits = DEFAULT_BITS
+    attention: Attention = DEFAULT_ATTENTION
+    epochs: Annotated[
+        Annotated[int, Field(gt=0)] | None,
+        Field(description="passes over the images; by default 3 to 20, so that about 200,000 images are read in all"),
+    ] = None
+    batch_size: Annotated[int, Field(ge=2, description="images per step")] = 64
+    lr: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="highest learning rate of the one-cycle schedule")
+    ] = 4e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight decay of AdamW")] = 0.01
+    image_size: Annotated[
+        ImageSize | None, Field(description="pixels per side; by default the images' own size, at most 64")
+    ] = None
+    widths: Widths = DEFAULT_WIDTHS
+    stem_stride: Annotated[
+        StemStride | None,
+        Field(description="2 halves height and width before the first stage; by default 2 for 24 pixels and more"),
+    ] = None
+    shift: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Field(description="an image moves at random by up to this many pixels; by default an eighth of its size"),
+    ] = None
+    flip: Annotated[
+        bool, Field(description="mirror half of the images at random: for photographs, not for digits or text")
+    ] = False
+    seed: Annotated[int, Field(ge=0, description="seed of the weights, image order and augmentation")] = SEED
+    device: Annotated[
+        str, Field(description="where to train: auto, cpu, cuda or cuda:1; auto takes a GPU if there is one")
+    ] = "auto"
+    method_options: Annotated[dict[str, Any], Field(validate_default=True)] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_method_options(cls, values: Any) -> Any:
+        """Move the values that are not fields of this class into `method_options`."""
+        if not isinstance(values, dict):
+            return values
+        own = {name: value for name, value in values.items() if name not in cls.model_fields}
+        known = {name: value for name, value in values.items() if name in cls.model_fields}
+        return known | {"method_options": known.get("method_options", {}) | own}
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in methods.names():
+            raise ValueError(f"must be one of {', '.join(methods.names())}")
+        return name
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, name: str) -> str:
+        check_device_name(cls.where, name, auto=True)
+        return name
+
+    @field_validator("method_options")
+    @classmethod
+    def _fit_the_method(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Check the given options and add the others with their defaults. Imports the method and therefore torch."""
+        if "method" not in info.data:  # the method is invalid, which pydantic reports
+            return options
+        method = methods.find(info.data["method"], cls.where)
+        unknown = sorted(set(options) - set(method.Options.model_fields))
+        if unknown:
+            own = ", ".join(method.Options.model_fields) or "none"
+            expected = f"an option of training or of the method {method.name} ({own})"
+            raise invalid(cls.where, repr(unknown[0]), expected, "an unknown one")
+        return method.Options.checked(cls.where, **options).model_dump(mode="json")
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain values, those of the method included, as training.json stores them."""
+        return self.model_dump(mode="json", exclude={"method_options"}) | self.method_options
+
+    def network(
+        self,
+        classes: tuple[str, ...],
+        channels: int,
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> HashNetConfig:
+        """The description of the network that these options define for the given images."""
+        return HashNetConfig.checked(
+            self.where,
+            bits=self.bits,
+            classes=classes,
+            channels=channels,
+            image_size=image_size,
+            attention=self.attention,
+            widths=self.widths,
+            stem_stride=self.stem_stride or (2 if image_size >= 24 else 1),
+            mean=mean,
+            std=std,
+        )
+
+    def epochs_for(self, images: int) -> int:
+        """`epochs`, or the default for this number of images."""
+        return self.epochs or min(20, max(3, round(_IMAGES_PER_RUN / images)))
+
+    def shift_for(self, image_size: int) -> int:
+        """`shift`, or the default for images of this size."""
+        return image_size // 8 if self.shift is None else self.shift
+
+
+class SweepConfig(Config):
+    """The runs of a sweep: the options that all runs share, and a grid of those that vary."""
+
+    where: ClassVar[str] = "train sweep"
+
+    output: Annotated[Path, Field(description="folder to write: one model folder per run, table.md and table.json")]
+    queries: Annotated[
+        Path | None, Field(description="folder of class folders with query images, which measure the mAP of each run")
+    ] = None
+    grid: Annotated[
+        dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]],
+        Field(description="values of an option of 'fit', as OPTION=VALUE,VALUE,...; one run per combination"),
+    ] = {}
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_shared_options(cls, values: Any) -> Any:
+        """Move the values that are not fields of this class into `options`."""
+        if not isinstance(values, dict):
+            return values
+        own = {name: value for name, value in values.items() if name not in cls.model_fields}
+        known = {name: value for name, value in values.items() if name in cls.model_fields}
+        return known | {"options": known.get("options", {}) | own}
+
+    @field_validator("grid")
+    @classmethod
+    def _leaves_the_folders_alone(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        if "output" in grid:
+            raise ValueError("must be without the option 'output', because the sweep names the folder of each run")
+        return grid
+
+
+def read_yaml(path: Path, where: str) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise invalid(where, "config", "a readable file", f"{str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise invalid(where, "config", "YAML", f"{str(path)!r}: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise invalid(where, "config", "lines of 'option: value'", f"{type(options).__name__} in {str(path)!r}")
+    return options

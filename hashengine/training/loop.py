@@ -1,0 +1,171 @@
+"""Training a hash network: from a folder of class folders to a saved model and its record."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import operator
+import time
+
+import torch
+from torch import Tensor
+
+from hashengine import _environment, _progress, methods
+from hashengine._files import make_folder, write_file
+from hashengine._validation import check_device
+from hashengine.errors import InputError, invalid
+from hashengine.methods.base import Batch, HashingMethod, View
+from hashengine.models import HashNet
+from hashengine.models.checkpoint import MethodState, Model, document
+from hashengine.training import data
+from hashengine.training.config import FitConfig
+from hashengine.training.runs import RECORD_FILE, Run
+
+_ENCODE_BATCH = 512
+
+
+def fit(config: FitConfig) -> Run:
+    """Train as `config` says and write config.json, model.safetensors and training.json into `config.output`.
+
+    The saved model is that of the last epoch; no image outside `config.images` is read, so there is no validation. On
+    the CPU of one machine, the same configuration and number of threads give the same weights.
+
+    Raises:
+        InputError: an option, the folder of images or an image is unusable, or the loss became infinite or NaN.
+    """
+    device = check_device("fit", config.device, auto=True)
+    images = data.load(config.images, config.image_size)
+    image_size = images.images.shape[-1]
+    make_folder(config.output)  # an unwritable folder is reported before training
+    epochs, shift = config.epochs_for(len(images.labels)), config.shift_for(image_size)
+    network, method = build(config, images)
+    network.to(device).train()
+    method.to(device).train()
+    batches = data.Batches(images, config.batch_size, shift, config.flip, config.seed, device, views=method.views)
+
+    started = time.perf_counter()
+    if method.has_closed_form:
+        epochs, history = 1, [_fit_closed_form(network, method, batches.images)]
+        seen = len(images.labels)
+    else:
+        history = train(network, method, batches, epochs, config)
+        seen = epochs * len(batches) * batches.batch_size
+    seconds = time.perf_counter() - started
+
+    network.trained_by = MethodState(method.name, config.method_options, method.state_dict())
+    parameters = sum(p.numel() for module in (network, method) for p in module.parameters())
+    record = {
+        "version": 1,
+        "options": config.record(),
+        "network": document(Model(network.config, {}, network.trained_by)),
+        "chosen": {"epochs": epochs, "shift": shift, "batch_size": batches.batch_size},
+        "images": len(images.labels),
+        "parameters": parameters,
+        "epochs": history,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(seen / seconds, 1),
+        "device": _environment.device_name(device),
+        "versions": {name: _environment.versions()[name] for name in ("hashengine", "torch", "python")},
+    }
+    network.save_pretrained(config.output)
+    write_file(config.output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    return Run(config.output, record)
+
+
+def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, HashingMethod]:
+    """An untrained network for `images` and the method that trains it, both from `config.seed`, on the CPU.
+
+    The caller's random state is preserved.
+    """
+    method = methods.create(config.method, **config.method_options)
+    channels, size = images.images.shape[1], images.images.shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = HashNet(config.network(images.classes, channels, size, *images.statistics()), method.head)
+        method.add_parameters(config.bits, len(images.classes))
+    return network, method
+
+
+def train(
+    network: HashNet, method: HashingMethod, batches: data.Batches, epochs: int, config: FitConfig
+) -> list[dict[str, float]]:
+    """Train network and method in place.
+
+    Args:
+        network: the network, in training mode.
+        method: the method, with its parameters on the same device.
+        batches: the batches, with as many views of each image as the method needs.
+        epochs: passes over the batches.
+        config: only the learning rate and the weight decay are used.
+
+    Returns:
+        For each epoch, its number and the means of the loss terms and of the method's measures, on augmented images.
+
+    Raises:
+        InputError: the loss became infinite or NaN.
+    """
+    parameters = [*network.parameters(), *method.parameters()]
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    total = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total)
+    history, step = [], 0
+    with _progress.task("training", total, "step") as progress:
+        for epoch in range(1, epochs + 1):
+            # The sums stay on the device because reading a value in every step would synchronize a GPU.
+            sums = torch.zeros((), device=network.device)
+            for views, labels in batches:
+                batch = _forward(network, views, labels)
+                try:
+                    terms = method.loss(batch, step, epoch)
+                except ValueError as error:  # ops reject NaN on the CPU; on a GPU, the mean loss becomes NaN
+                    if bool(torch.isfinite(batch.activations).all()):
+                        raise
+                    raise _diverged(epoch, config.lr) from error
+                with torch.no_grad():
+                    measures = method.measures(batch)
+                loss = functools.reduce(operator.add, terms.values())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                reported = {name: term.detach() for name, term in terms.items()} | measures
+                values = torch.stack([value.float() for value in reported.values()])
+                sums = sums + values
+                progress.update()
+                step += 1
+            means = dict(zip(reported, (sums / len(batches)).tolist(), strict=True))
+            loss_mean = sum(means[name] for name in terms)
+            if not math.isfinite(loss_mean):
+                raise _diverged(epoch, config.lr)
+            history.append({"epoch": epoch, **means})
+            progress.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{loss_mean:.3f}")
+    return history
+
+
+def _forward(network: HashNet, views: tuple[Tensor, ...], targets: Tensor) -> Batch:
+    """The network's outputs for each view of the images, each view normalised by its own batch statistics."""
+    first, *others = (View(*network(images)) for images in views)
+    return Batch(first.activations, first.features, targets, *others)
+
+
+@torch.no_grad()
+def _fit_closed_form(network: HashNet, method: HashingMethod, images: Tensor) -> dict[str, float]:
+    """Replace the network's hash layer by the method's closed form for the features of `images`.
+
+    Returns:
+        The record of the only epoch.
+    """
+    network.eval()
+    features = []
+    with _progress.task("computing features", len(images), "img") as progress:
+        for part in images.split(_ENCODE_BATCH):
+            features.append(network(part).features)
+            progress.update(len(part))
+    network.hash_layer = method.fit(torch.cat(features), network.config.bits)
+    return {"epoch": 1, **method.figures()}
+
+
+def _diverged(epoch: int, lr: float) -> InputError:
+    actual = f"infinity or NaN in epoch {epoch}"
+    return invalid("fit", "the loss", "finite", actual, f"lower the learning rate, which is {lr}")

@@ -1,0 +1,226 @@
+"""Finished training runs, and a table of their results: mean and standard deviation over the seeds.
+
+A run is a model folder with training.json in it. `sweep` adds evaluation.json if it has queries; the file contains the
+mean average precision of the run for these queries.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hashengine._files import write_file
+from hashengine.errors import invalid
+
+if TYPE_CHECKING:
+    from hashengine.models import HashNet
+
+RECORD_FILE = "training.json"
+EVALUATION_FILE = "evaluation.json"
+
+_NOT_COMPARED = ("images", "output", "seed", "device")  # options that do not divide runs into groups
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        folder: the model folder.
+        record: the content of its training.json.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read the record in a model folder.
+
+        Raises:
+            InputError: `folder` holds no training.json, or a damaged one.
+        """
+        path = Path(folder, RECORD_FILE)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record["options"], record["epochs"][-1], record["seconds"]  # noqa: B018 - raises if one is missing
+        except OSError as error:
+            expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
+            raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise invalid(str(path), "the file", "the record of a training run", f"a damaged one: {error!r}") from None
+        return cls(Path(folder), record)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run, the method's among them."""
+        return self.record["options"]
+
+    def model(self) -> HashNet:
+        """The trained network, on the CPU, in evaluation mode."""
+        from hashengine.models import HashNet
+
+        return HashNet.from_pretrained(self.folder)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The network, the images, the time and the last epoch, each as a name and a text."""
+        record, network, last = self.record, self.record["network"], self.record["epochs"][-1]
+        rate = f"{record['images_per_second']:,.0f} images per second on {record['device']}"
+        return [
+            (
+                "network",
+                f"{network['bits']} bits, method {record['options']['method']}, attention {network['attention']}, "
+                f"{record['parameters']:,} parameters",
+            ),
+            (
+                "images",
+                f"{record['images']:,} of {len(network['classes'])} classes, {network['image_size']} pixels per side",
+            ),
+            ("training", f"{len(record['epochs'])} epochs in {record['seconds']:.1f} s, {rate}"),
+            ("last epoch", ", ".join(f"{name} {value:.4f}" for name, value in last.items() if name != "epoch")),
+        ]
+
+    def figures(self) -> dict[str, float]:
+        """The results of the run by name: its mAP if evaluated, the values of its last epoch, and its seconds."""
+        figures: dict[str, float] = {}
+        evaluation = self.folder / EVALUATION_FILE
+        if evaluation.is_file():
+            figures["mAP"] = json.loads(evaluation.read_text(encoding="utf-8"))["mean_average_precision"]["expected"]
+        last = self.record["epochs"][-1]
+        figures |= {name: value for name, value in last.items() if name != "epoch"}
+        return figures | {"seconds": self.record["seconds"]}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same options except for the seed, the folders and the device.
+
+    Attributes:
+        options: the values of the options in which the groups of the table differ.
+        seeds: the seeds of the runs, sorted.
+        mean: the mean of each figure over the runs.
+        deviation: the sample standard deviation of each figure; None for a single run.
+        runs: the folders of the runs.
+    """
+
+    options: dict[str, Any]
+    seeds: list[int]
+    mean: dict[str, float]
+    deviation: dict[str, float | None]
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Groups of runs, in the order of their first run.
+
+    Attributes:
+        common: the options that all runs share.
+        groups: the groups, one per row of the table.
+    """
+
+    common: dict[str, Any]
+    groups: list[Group]
+
+    def to_json(self) -> str:
+        """The table as JSON."""
+        groups = [vars(group) for group in self.groups]
+        return json.dumps({"version": 1, "common": self.common, "groups": groups}, indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """The table as Markdown: each figure as its mean, with the standard deviation over the seeds."""
+        header, rows = self.cells()
+        lines = [header, ["---"] * len(header), *rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table's header and rows as text."""
+        options = list(dict.fromkeys(name for group in self.groups for name in group.options))
+        figures = list(dict.fromkeys(name for group in self.groups for name in group.mean))
+        rows = []
+        for group in self.groups:
+            row = [_plain(group.options.get(name)) for name in options]
+            row += [", ".join(map(str, group.seeds))]
+            row += [_with_deviation(group.mean.get(name), group.deviation.get(name)) for name in figures]
+            rows.append(row)
+        return [*options, "seeds", *figures], rows
+
+
+def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -> RunTable:
+    """The table of the runs in `folders`; a folder that is not a run stands for the runs directly in it.
+
+    Args:
+        folders: model folders, or folders of them.
+        output: a file to write the table to, .md or .json.
+
+    Raises:
+        InputError: there is no run, the record of one is damaged, or `output` has another suffix.
+    """
+    if output is not None and Path(output).suffix not in (".md", ".json"):
+        raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
+    runs = [Run.load(folder) for given in folders for folder in _run_folders(Path(given))]
+    if not runs:
+        raise invalid("train report", "runs", "at least one folder", "none")
+    results = table(runs)
+    if output is not None:
+        write_file(Path(output), results.to_markdown() if Path(output).suffix == ".md" else results.to_json())
+    return results
+
+
+def table(runs: Sequence[Run]) -> RunTable:
+    """Group `runs` by all options but the seed, the folders and the device."""
+    compared = [{name: _key(value) for name, value in run.options.items() if name not in _NOT_COMPARED} for run in runs]
+    names = list(dict.fromkeys(name for options in compared for name in options))
+    differing = [name for name in names if len({options.get(name) for options in compared}) > 1]
+    members: dict[tuple[str | None, ...], list[Run]] = {}
+    for run, options in zip(runs, compared, strict=True):
+        members.setdefault(tuple(options.get(name) for name in names), []).append(run)
+    first = runs[0].options
+    common = {name: first[name] for name in names if name not in differing and name in first}
+    return RunTable(common, [_group(group, differing) for group in members.values()])
+
+
+def _group(runs: list[Run], differing: list[str]) -> Group:
+    runs = sorted(runs, key=lambda run: run.options.get("seed", 0))
+    figures = [run.figures() for run in runs]
+    names = [name for name in figures[0] if all(name in values for values in figures)]
+    columns = {name: [values[name] for values in figures] for name in names}
+    return Group(
+        options={name: runs[0].options[name] for name in differing if name in runs[0].options},
+        seeds=[run.options.get("seed", 0) for run in runs],
+        mean={name: statistics.fmean(values) for name, values in columns.items()},
+        deviation={name: statistics.stdev(values) if len(values) > 1 else None for name, values in columns.items()},
+        runs=[str(run.folder) for run in runs],
+    )
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    if (folder / RECORD_FILE).is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise invalid("train report", "run", "a model folder or a folder of them", repr(str(folder)))
+    return sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _with_deviation(mean: float | None, deviation: float | None) -> str:
+    """The mean and the deviation as text, with four decimals, or with one if the mean is 100 or more."""
+    if mean is None:
+        return ""
+    decimals = 1 if math.fabs(mean) >= 100 else 4
+    spread = "" if deviation is None else f" ± {deviation:.{decimals}f}"
+    return f"{mean:.{decimals}f}{spread}"

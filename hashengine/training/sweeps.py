@@ -1,0 +1,110 @@
+"""A sweep: one training run for every combination of the options in a grid, and the table of the results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hashengine import _progress, metrics
+from hashengine._files import write_file
+from hashengine._validation import check_device
+from hashengine.errors import invalid
+from hashengine.training import data
+from hashengine.training.config import FitConfig, SweepConfig
+from hashengine.training.loop import fit
+from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, RunTable, table
+
+TABLE_FILES = ("table.md", "table.json")
+
+
+def sweep(config: SweepConfig) -> RunTable:
+    """Train one run for each combination of `config.grid` into a folder of its own, and write the table of results.
+
+    Complete runs are kept, so an interrupted sweep continues after the last complete run. If `config.queries` is given,
+    these images search the training images with the codes of each run, and the mean average precision is written to
+    the run's evaluation.json. The table is written to table.md and table.json in `config.output` after each run.
+
+    Raises:
+        InputError: an option of a run is unusable, which is found before the first run starts; or the folder of a run
+            contains a run with other options.
+    """
+    planned = list(plan(config))
+    runs: list[Run] = []
+    for number, options in enumerate(planned, start=1):
+        run = _finished(options)
+        if run is None:
+            _progress.note(f"run {number} of {len(planned)}: {options.output}")
+            run = fit(options)
+        if config.queries is not None and not (run.folder / EVALUATION_FILE).is_file():
+            evaluate(run, config.queries)
+        runs.append(run)
+        _write(config.output, table(runs))
+    return table(runs)
+
+
+def plan(config: SweepConfig) -> Iterator[FitConfig]:
+    """The checked options of each run. Its folder is named after the values that the run takes from the grid."""
+    names = list(config.grid)
+    for values in itertools.product(*config.grid.values()):
+        chosen = dict(zip(names, values, strict=True))
+        name = ",".join(f"{option}={_in_file_name(value)}" for option, value in chosen.items()) or "run"
+        options = FitConfig.checked("train sweep", **config.options | chosen | {"output": config.output / name})
+        check_device("train sweep", options.device, auto=True)
+        yield options
+
+
+def evaluate(run: Run, queries: Path) -> dict[str, Any]:
+    """Measure the retrieval of a run's training images by the images in `queries`; write evaluation.json.
+
+    Raises:
+        InputError: the folder of queries or of training images is unusable.
+    """
+    network = run.model().to(check_device("train sweep", run.options["device"], auto=True))
+    channels, size = network.config.channels, network.config.image_size
+    sides = []
+    for folder in (queries, Path(run.options["images"])):
+        images = data.read_into_memory(data.list_classes(folder, "train sweep"), channels, size)
+        sides.append((network.encode(images.images), [images.classes[label] for label in images.labels.tolist()]))
+    (query_codes, query_classes), (codes, classes) = sides
+    number = {name: index for index, name in enumerate(sorted({*query_classes, *classes}))}
+    query_labels, labels = (torch.tensor([number[name] for name in side]) for side in (query_classes, classes))
+    counts = metrics.distance_counts(query_codes, codes, labels=(query_labels, labels))
+    found = counts.mean_average_precision()
+    record = {
+        "version": 1,
+        "queries": len(query_codes),
+        "database": len(codes),
+        "at": None,
+        "mean_average_precision": {"expected": found.expected, "minimum": found.minimum, "maximum": found.maximum},
+    }
+    write_file(run.folder / EVALUATION_FILE, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _finished(config: FitConfig) -> Run | None:
+    """The run in the folder of `config`, or None if it is incomplete: it is complete if it has training.json."""
+    if not (config.output / RECORD_FILE).is_file():
+        return None
+    run = Run.load(config.output)
+    wanted, found = ({k: v for k, v in options.items() if k != "output"} for options in (config.record(), run.options))
+    if wanted != found:
+        differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        actual = f"one with other {', '.join(differing)}"
+        found_run = f"the run in {str(config.output)!r}"
+        raise invalid("train sweep", found_run, "one with these options", actual, "remove it")
+    return run
+
+
+def _in_file_name(value: Any) -> str:
+    text = "-".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("/", "-")
+
+
+def _write(folder: Path, results: RunTable) -> None:
+    write_file(folder / TABLE_FILES[0], results.to_markdown())
+    write_file(folder / TABLE_FILES[1], results.to_json())

@@ -1,0 +1,114 @@
+"""Data sets become two disjoint folders of class folders."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hashengine.errors import InputError
+from hashengine.training import prepare
+from tests.helpers.tiny_images import write_noise
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_digits_are_split_into_300_stratified_queries_and_the_rest(digits):
+    from sklearn.datasets import load_digits
+
+    record = json.loads((digits / "split.json").read_text())
+    database, query = names(digits / "database"), names(digits / "query")
+    assert (len(database), len(query)) == (1497, 300) == (record["database"]["images"], record["query"]["images"])
+    source = load_digits()
+    assert database | query == {f"{label}/{i:05d}.png" for i, label in enumerate(source.target)}
+    for label, total in enumerate(np.bincount(source.target)):
+        assert abs(record["query"]["classes"][str(label)] - 300 * total / 1797) < 1
+    path = sorted(query)[0]
+    pixels = np.asarray(Image.open(digits / "query" / path))
+    assert np.array_equal(np.rint(pixels / 255 * 16), source.images[int(Path(path).stem)])
+
+
+def test_the_seed_decides_the_split_and_the_same_split_is_not_written_again(digits, tmp_path):
+    again, other = prepare("digits", tmp_path / "again"), prepare("digits", tmp_path / "other", seed=1)
+    first = json.loads((digits / "split.json").read_text())
+    assert again == first and other["query"]["sha256"] != first["query"]["sha256"]
+    before = (tmp_path / "again" / "split.json").stat().st_mtime_ns
+    assert prepare("digits", tmp_path / "again") == first
+    assert (tmp_path / "again" / "split.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="^train prepare: output must be .*remove it"):
+        prepare("digits", tmp_path / "again", seed=1)
+
+
+def test_a_folder_of_class_folders_keeps_names_and_holds_out_no_copies(tmp_path):
+    source = write_noise(tmp_path / "photos", {"a": 30, "b": 20})
+    for number in range(15):  # a copy of every second image of "a"
+        (source / "a" / f"copy {number}.png").write_bytes((source / "a" / f"{2 * number}.png").read_bytes())
+    record = prepare(str(source), tmp_path / "split")
+    database, query = names(tmp_path / "split" / "database"), names(tmp_path / "split" / "query")
+    assert database | query == names(source) and not database & query
+    assert len(query) == round(0.1 * 65) and record["queries_identical_to_a_database_image"] == 0
+    assert all(path.startswith("b/") or int(Path(path).stem) % 2 for path in query)
+
+
+def test_a_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
+    source = write_noise(tmp_path / "photos", {"a": 9, "b": 9})
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(str(source), tmp_path / "split")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_official_sets_come_from_torchvision_with_the_test_images_as_queries(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    class Stub:
+        classes = ["T-shirt/top", "Bag"]
+
+        def __init__(self, root, train, download):
+            assert root == tmp_path / "root" and download
+            self.targets = torch.arange(40 if train else 20) % 2
+            self.data = torch.randint(0, 256, (len(self.targets), 28, 28), dtype=torch.uint8)
+
+    monkeypatch.setattr(datasets, "FashionMNIST", Stub)
+    record = prepare("fashion-mnist", tmp_path / "all", root=tmp_path / "root")
+    assert record["database"]["classes"] == {"Bag": 20, "T-shirt-top": 20} and record["query"]["images"] == 20
+    assert prepare("fashion-mnist", tmp_path / "some", queries=6, root=tmp_path / "root")["query"]["classes"] == {
+        "Bag": 3,
+        "T-shirt-top": 3,
+    }
+
+
+@pytest.mark.parametrize(("source", "package"), [("digits", "sklearn"), ("cifar10", "torchvision")])
+def test_the_error_for_a_missing_package_names_the_extra(tmp_path, monkeypatch, source, package):
+    for module in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"must be installed, .*pip install 'hashengine\[train\]'"):
+        prepare(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": "a"}, "seed must be an integer of at least 0, got 'a'"),
+        ({"queries": 0}, "queries must be at least 1, got 0"),
+        ({"queries": 1.5}, "queries must be an integer of at least 1, got 1.5"),
+        ({"root": 3}, "root must be a path, got int"),
+        ({"output": None}, "output must be a path, got NoneType"),
+        ({"source": ["digits"]}, "source must be a path, got list"),
+    ],
+)
+def test_invalid_arguments_are_refused(tmp_path, arguments, complaint):
+    with pytest.raises(InputError, match=f"^train prepare: {complaint}$"):
+        prepare(**({"source": "digits", "output": tmp_path / "out"} | arguments))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,145 @@
+"""Training: from a folder of class folders to a model folder and its record."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hashengine import metrics
+from hashengine.errors import InputError
+from hashengine.methods.base import Batch, HashingMethod
+from hashengine.models import HashNet, checkpoint
+from hashengine.training import FitConfig, Run, fit
+from hashengine.training.data import load
+from tests.helpers.tiny_images import write_noise
+
+
+def tiny(images: Path, output: Path, **options) -> FitConfig:
+    return FitConfig(**dict(images=images, output=output, epochs=2, batch_size=8, widths=(8,), device="cpu") | options)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    return write_noise(tmp_path / "images", {"a": 12, "b": 12})
+
+
+def mean_average_precision(model: HashNet, digits: Path) -> float:
+    query, database = load(digits / "query"), load(digits / "database")
+    codes = [model.encode(side.images) for side in (query, database)]
+    counts = metrics.distance_counts(*codes, labels=(query.labels, database.labels))
+    return counts.mean_average_precision().expected
+
+
+def test_a_short_training_on_digits_makes_codes_that_separate_the_classes(digits, tmp_path):
+    output = tmp_path / "model"
+    run = fit(FitConfig(images=digits / "database", output=output, epochs=4, widths=(16, 32), device="cpu"))
+    record = run.record
+    assert mean_average_precision(run.model(), digits) > 0.7  # uninformative codes give about 0.1
+    assert record == json.loads((output / "training.json").read_text()) == Run.load(output).record
+    losses = [epoch["classification"] for epoch in record["epochs"]]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 2
+    assert record["images"] == 1497 and record["network"]["classes"] == list("0123456789")
+
+
+def test_itq_and_cibhash_make_codes_that_beat_chance_on_digits(digits, tmp_path):
+    for method, options in (("itq", {}), ("cibhash", {"epochs": 2, "hidden": 64, "lr": 1e-3})):
+        config = FitConfig(
+            images=digits / "database",
+            output=tmp_path / method,
+            method=method,
+            widths=(16, 32),
+            device="cpu",
+            **options,
+        )
+        assert mean_average_precision(fit(config).model(), digits) > 0.2
+
+
+@pytest.mark.parametrize("attention", ["none", "simam", "triplet"])
+def test_the_seed_decides_the_model_and_the_caller_keeps_the_random_state(images, tmp_path, attention):
+    state = torch.get_rng_state()
+    weights = []
+    for run, seed in enumerate((3, 3, 4)):
+        fit(tiny(images, tmp_path / str(run), seed=seed, attention=attention, flip=True))
+        weights.append((tmp_path / str(run) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_diverging_training_is_reported_and_writes_no_model(images, tmp_path):
+    with pytest.raises(InputError, match="^fit: the loss must be finite, got .* lower the learning rate"):
+        fit(tiny(images, tmp_path / "model", lr=1e30, epochs=5))
+    assert not any((tmp_path / "model").iterdir())
+
+
+def test_greedy_hash_is_saved_with_alpha_as_a_field_of_the_config(images, tmp_path):
+    run = fit(tiny(images, tmp_path / "model", alpha=0.25))
+    config = json.loads((run.folder / "config.json").read_text())
+    assert list(config) == [
+        "format", "version", "bits", "classes", "channels", "image_size", "attention", "widths", "stem_stride", "alpha",
+        "mean", "std",
+    ]  # fmt: skip
+    assert config["alpha"] == 0.25 and config == run.record["network"]
+    loaded = checkpoint.load(run.folder)
+    assert loaded.method.name == "greedy_hash" and loaded.method.options == {"alpha": 0.25}
+    assert list(loaded.method.weights) == ["classifier.weight"]
+    assert run.record["options"] == {**run.record["options"], "method": "greedy_hash", "alpha": 0.25, "epochs": 2}
+    assert list(run.record["epochs"][0]) == ["epoch", "classification", "penalty", "accuracy"]
+
+
+class Proxies(HashingMethod):
+    """A method for these tests, with a parameter of its own."""
+
+    from hashengine.methods.itq import ItqOptions as Options
+
+    name = "proxies"
+
+    def add_parameters(self, bits: int, classes: int) -> None:
+        """Register one proxy per class."""
+        self.proxies = torch.nn.Parameter(torch.randn(classes, bits))
+
+    def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, torch.Tensor]:
+        """The squared distance to the proxy."""
+        steps.append((step, epoch))
+        return {"distance": (batch.activations - self.proxies[batch.targets]).square().mean()}
+
+
+steps: list[tuple[int, int]] = []
+
+
+def test_the_parameters_of_another_method_are_trained_and_saved_with_a_prefix(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("hashengine.methods.names", lambda: ["proxies"])
+    monkeypatch.setattr("hashengine.methods.find", lambda name, where="": Proxies)
+    steps.clear()
+    run = fit(tiny(images, tmp_path / "model", method="proxies", iterations=3))
+    assert steps == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["method"] == {"name": "proxies", "options": {"iterations": 3, "rotation_seed": 0}}
+    assert "alpha" not in config
+    loaded = checkpoint.load(run.folder)
+    assert list(loaded.method.weights) == ["proxies"] and not any(name.startswith("method.") for name in loaded.weights)
+    torch.manual_seed(0)
+    assert not torch.equal(loaded.method.weights["proxies"], torch.randn(2, 32))
+    assert list(run.record["epochs"][0]) == ["epoch", "distance"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("cibhash", {"hidden": 12}), ("itq", {"bits": 8}), ("greedy_hash", {})]
+)
+def test_a_model_is_saved_again_without_loss(images, tmp_path, method, options):
+    run = fit(tiny(images, tmp_path / "model", method=method, **options))
+    run.model().save_pretrained(tmp_path / "copy")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (run.folder / name).read_bytes()
+    pixels = load(images).images
+    assert torch.equal(HashNet.from_pretrained(tmp_path / "copy").encode(pixels), run.model().encode(pixels))
+
+
+def test_the_closed_form_records_its_error(images, tmp_path):
+    (epoch,) = fit(tiny(images, tmp_path / "model", method="itq", bits=8)).record["epochs"]
+    assert epoch["epoch"] == 1 and epoch["error"] < epoch["error_of_random_rotation"]
+
+
+def test_more_bits_than_a_closed_form_allows_are_rejected(images, tmp_path):
+    with pytest.raises(InputError, match="^itq: bits must be at most 8"):
+        fit(tiny(images, tmp_path / "model", method="itq", bits=16))

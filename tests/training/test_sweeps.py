@@ -1,0 +1,118 @@
+"""A sweep trains one run per combination, continues after an interruption, and writes a table of the results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hashengine.errors import InputError
+from hashengine.training import Run, SweepConfig, report, sweep
+from hashengine.training import sweeps as sweeps_module
+from hashengine.training.runs import table
+from tests.helpers.tiny_images import make_images
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    make_images(tmp_path / "database", per_class=6)
+    make_images(tmp_path / "query", per_class=2, seed=1)
+    return tmp_path
+
+
+def config(data: Path, **options) -> SweepConfig:
+    shared = {"images": data / "database", "epochs": 1, "batch_size": 8, "widths": [8], "device": "cpu"}
+    grid = {"bits": [8, 16], "seed": [0, 1]}
+    return SweepConfig(**{"output": data / "runs", "queries": data / "query", "grid": grid} | shared | options)
+
+
+def folders(data: Path) -> list[str]:
+    return sorted(path.name for path in (data / "runs").iterdir() if path.is_dir())
+
+
+def test_each_combination_is_a_run_with_its_evaluation(data):
+    results = sweep(config(data))
+    assert folders(data) == [f"bits={bits},seed={seed}" for bits in (16, 8) for seed in (0, 1)]
+    for name in folders(data):
+        run = Run.load(data / "runs" / name)
+        assert f"bits={run.options['bits']},seed={run.options['seed']}" == name
+        assert run.model().config.bits == run.options["bits"]
+        evaluation = json.loads((run.folder / "evaluation.json").read_text())
+        assert (evaluation["queries"], evaluation["database"]) == (6, 18)
+        assert 0 < run.figures()["mAP"] <= 1
+    assert [(group.options, group.seeds) for group in results.groups] == [({"bits": 8}, [0, 1]), ({"bits": 16}, [0, 1])]
+    assert (data / "runs" / "table.md").read_text() == results.to_markdown()
+    assert json.loads((data / "runs" / "table.json").read_text()) == json.loads(results.to_json())
+    assert sorted(map(str, report([data / "runs"]).groups)) == sorted(map(str, results.groups))
+
+
+def test_an_interrupted_sweep_continues_and_keeps_complete_runs(data, monkeypatch):
+    fit, trained = sweeps_module.fit, []
+
+    def interrupted(options):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(options.output.name)
+        return fit(options)
+
+    monkeypatch.setattr(sweeps_module, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config(data))
+    assert len(folders(data)) == 3
+    before = {name: (data / "runs" / name / "training.json").stat().st_mtime_ns for name in folders(data)}
+    monkeypatch.setattr(sweeps_module, "fit", lambda options: trained.append(options.output.name) or fit(options))
+    results = sweep(config(data))
+    assert len(trained) == 4 and len(results.groups) == 2
+    assert {name: (data / "runs" / name / "training.json").stat().st_mtime_ns for name in before} == before
+
+
+def test_a_folder_with_a_run_of_other_options_is_refused(data):
+    sweep(config(data, grid={"seed": [0]}))
+    with pytest.raises(InputError, match="^train sweep: the run in .*seed=0.* got one with other epochs; remove it"):
+        sweep(config(data, grid={"seed": [0]}, epochs=2))
+
+
+def test_a_mistake_in_any_run_is_found_before_the_first_run_starts(data):
+    with pytest.raises(InputError, match="^fit: alpha must be"):
+        sweep(config(data, grid={"alpha": [0.1, -1]}))
+    with pytest.raises(InputError, match="^train sweep: bits must be a multiple of 8"):
+        sweep(config(data, grid={"bits": [8, 12]}))
+    assert not (data / "runs").exists()
+
+
+def test_methods_can_be_compared(data):
+    results = sweep(config(data, grid={"method": ["greedy_hash", "itq"]}, bits=8))
+    header, rows = results.cells()
+    assert "method" in header
+    assert [row[header.index("method")] for row in rows] == ["greedy_hash", "itq"]
+    assert "mAP" in header
+
+
+def hand_made(folder: Path, seed: int, bits: int, accuracy: float) -> Run:
+    options = {"images": "i", "output": str(folder), "device": "cpu", "seed": seed, "bits": bits, "widths": [8, 16]}
+    return Run(folder, {"options": options, "epochs": [{"epoch": 1, "accuracy": accuracy}], "seconds": 100 * accuracy})
+
+
+def test_the_table_holds_mean_and_deviation_over_the_seeds(tmp_path):
+    runs = [hand_made(tmp_path / str(i), *values) for i, values in enumerate([(1, 8, 0.5), (0, 8, 0.7), (0, 16, 2.0)])]
+    results = table(runs)
+    assert results.common == {"widths": [8, 16]}
+    first, second = results.groups
+    assert (first.options, first.seeds) == ({"bits": 8}, [0, 1])
+    assert first.mean["accuracy"] == pytest.approx(0.6) and first.deviation["accuracy"] == pytest.approx(0.02**0.5)
+    assert second.deviation == {"accuracy": None, "seconds": None}
+    assert results.to_markdown().splitlines() == [
+        "| bits | seeds | accuracy | seconds |",
+        "| --- | --- | --- | --- |",
+        "| 8 | 0, 1 | 0.6000 ± 0.1414 | 60.0000 ± 14.1421 |",
+        "| 16 | 0 | 2.0000 | 200.0 |",
+    ]
+
+
+def test_a_damaged_or_missing_run_gives_an_error_of_one_line(tmp_path):
+    with pytest.raises(InputError, match="^train report: run must be a model folder or a folder of them"):
+        report([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="^train report: runs must be at least one folder, got none"):
+        report([tmp_path])
+    (tmp_path / "training.json").write_text('{"options": {}, "epochs": []}')
+    with pytest.raises(InputError, match="training.json: the file must be the record of a training run"):
+        report([tmp_path])
