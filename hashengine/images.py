@@ -1,37 +1,40 @@
-"""Finding and reading image files: the one place where the library meets pictures that users bring."""
+"""Finding and reading image files."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
-from hashengine.errors import InputError
+from hashengine.errors import InputError, invalid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files under `folder`, at any depth, sorted by path; told apart by their suffix, not by their content.
+def list_images(folder: str | os.PathLike[str], where: str = "list_images") -> list[Path]:
+    """All image files under `folder`, at any depth, sorted by path; recognised by their suffix, not their content.
 
-    Names that begin with a dot are skipped, folders included. Links to files are listed; links to folders are not
-    followed, so that a loop of links cannot trap the walk.
+    Files and folders whose names begin with a dot are skipped. Links to files are listed; links to folders are not
+    followed, because they can form a loop.
 
     Raises:
-        InputError: `folder` is missing, is no folder, cannot be read, or holds no image.
+        InputError: `folder` is missing, is not a folder, cannot be read, or holds no image; the error names `where`.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(
-            f"folder: expected a folder of images, got {str(folder)!r}, which is "
-            + ("a file" if folder.exists() else "missing")
-        )
+        problem = "which is a file" if folder.exists() else "which is missing"
+        raise invalid(where, "folder", "a folder of images", f"{str(folder)!r}, {problem}")
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"folder: cannot read {error.filename!r}: {error.strerror}")
+        raise invalid(where, "folder", "readable", f"{error.filename!r}: {error.strerror}")
 
     images = []
     for parent, subfolders, names in os.walk(folder, onerror=refuse):
@@ -42,44 +45,44 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
         ]
     if not images:
-        raise InputError(
-            f"folder: expected images under {str(folder)!r}, found no file named like one "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))})"
-        )
+        expected = f"a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        raise invalid(where, "folder", expected, f"{str(folder)!r}, which holds none")
     return sorted(images)
 
 
-def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
-    """The image in the file `path`, fully decoded, turned upright as its EXIF data say, in `mode` "RGB" or "L" (grey).
+def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
+    """The image in the file `path`, decoded, turned upright by its EXIF orientation, in `mode` "RGB" or "L" (grey).
 
-    Transparent parts become white, 16-bit grey keeps its upper 8 bits, an animation gives its first frame. Safe to call
-    from several threads.
+    Transparent parts become white, 16-bit grey keeps its upper 8 bits, and an animation gives its first frame. Several
+    threads may call this function at the same time.
 
     Raises:
-        InputError: the file is missing, truncated, no image, or declares more pixels than Pillow's limit against
-            decompression bombs (2 * `PIL.Image.MAX_IMAGE_PIXELS`); the message names the file.
+        InputError: an unknown `mode`; or the file, which the message names, is missing, truncated, not an image, or
+            declares more pixels than Pillow's limit against decompression bombs (2 * `PIL.Image.MAX_IMAGE_PIXELS`).
     """
     if mode not in ("RGB", "L"):
-        raise InputError(f"mode: expected 'RGB' or 'L', got {mode!r}")
+        raise invalid("read_image", "mode", "'RGB' or 'L'", repr(mode))
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white instead of scaling
+            if upright.mode.startswith("I"):  # 16-bit grey: convert() clips it to white instead of scaling it
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             return upright.convert(mode)
-    except Exception as error:  # on damaged bytes decoders raise what they please: OSError, SyntaxError, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"cannot read image {os.fspath(path)!r}: {reason}") from error
+        raise InputError(f"{os.fspath(path)}: the file must be a readable image, got {reason}") from error
 
 
-def image_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
-    """A PIL image of any size and mode -> uint8 [channels, size, size], grey where `channels` is 1, RGB where it is 3.
+def image_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
+    """A PIL image of any size and mode as uint8 [channels, size, size]: grey for 1 channel, RGB for 3.
 
-    An image of another shape is scaled until its shorter side fits, then cropped around its centre.
+    An image of another size is scaled until its shorter side is `size` pixels, then cropped around its centre.
     """
+    import torch
+
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -87,16 +90,14 @@ def image_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def label_of(path: str | os.PathLike, root: str | os.PathLike) -> str:
-    """The class of the image `path` in `root`, a folder of class folders: the first folder below `root`.
-
-    An image that lies directly in `root` has no class: the empty string.
+def label_of(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
+    """The class of the image `path`: the first folder below `root` on its path; "" if the image is directly in `root`.
 
     Raises:
-        InputError: `path` does not lie under `root`.
+        InputError: `path` is not under `root`.
     """
     try:
         parts = Path(path).relative_to(root).parts
     except ValueError:
-        raise InputError(f"path: expected a file under {os.fspath(root)!r}, got {os.fspath(path)!r}") from None
+        raise invalid("label_of", "path", f"a file under {os.fspath(root)!r}", repr(os.fspath(path))) from None
     return parts[0] if len(parts) > 1 else ""

@@ -1,4 +1,4 @@
-"""A few small images in class folders and an untrained model that tells them apart, for tests of the image search."""
+"""Small images in class folders, and an untrained model for them."""
 
 from pathlib import Path
 
@@ -25,9 +25,20 @@ def make_images(folder: Path, per_class: int, seed: int = 0) -> Path:
 
 
 def make_model(folder: Path, bits: int = 32, seed: int = 0) -> Path:
-    """Save an untrained network with codes of `bits` bits to `folder`."""
+    """Save an untrained network of `bits` bits to `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = HashNet(HashNetConfig(bits=bits, classes=CLASSES, channels=1, image_size=8, widths=(8, 16)))
     model.save_pretrained(folder)
+    return folder
+
+
+def write_noise(folder: Path, counts: dict[str, int], size: int = 8, seed: int = 0) -> Path:
+    """Write random grey images to `folder`/<class>/<i>.png; the first class is dark, so that it can be learned."""
+    generator = np.random.default_rng(seed)
+    for index, (label, count) in enumerate(counts.items()):
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 100 if index == 0 else 256, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number}.png")
     return folder

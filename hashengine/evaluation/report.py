@@ -1,27 +1,30 @@
-"""A page to look at: queries with their nearest images, the figures, the timings, in one file that needs no network."""
+"""The report: one HTML page with queries, their nearest images, figures and timings. Viewing it needs no network."""
+
+from __future__ import annotations
 
 import base64
 import io
+import math
 import os
-import platform
 import random
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import jinja2
-import numpy as np
-import torch
 from pydantic import BaseModel
 
-import hashengine
-from hashengine.errors import InputError
+from hashengine import _environment
+from hashengine._defaults import REPORT_ROWS, SEED
+from hashengine._files import make_folder, write_file
+from hashengine._validation import check_integer
+from hashengine.errors import InputError, invalid
+from hashengine.evaluation.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults
 from hashengine.images import read_image
-from hashengine.retrieval.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults, replacing
 
 WORST_ROWS = 4
 THUMBNAIL_PIXELS = 160
-PIXEL_ART_PIXELS = 64  # up to this size an image is enlarged by whole pixels, so that it shows what the network saw
+PIXEL_ART_PIXELS = 64  # images with at most this many pixels per side are enlarged without smoothing
 
 
 class TrainingRecord(Record):
@@ -35,7 +38,7 @@ class TrainingRecord(Record):
 
 
 class Timing(BaseModel):
-    """A step, how long it took, and what that means per item."""
+    """A step, its time in seconds, and a detail such as its rate."""
 
     step: str
     seconds: float
@@ -43,7 +46,13 @@ class Timing(BaseModel):
 
 
 class Report(Record):
-    """report.json: the page's figures. `drawn` are queries chosen by `seed`, `worst` those with the most wrong hits."""
+    """The figures of the page: report.json.
+
+    Attributes:
+        seed: the seed with which the queries were drawn.
+        drawn: queries drawn at random.
+        worst: the queries with the most hits of another class.
+    """
 
     created: datetime
     bits: int
@@ -58,41 +67,45 @@ class Report(Record):
 
 
 def write_report(
-    output: str | os.PathLike,
-    index: str | os.PathLike,
-    results: str | os.PathLike,
+    output: str | os.PathLike[str],
+    index: str | os.PathLike[str],
+    results: str | os.PathLike[str],
     *,
-    evaluation: str | os.PathLike | None = None,
-    training: str | os.PathLike | None = None,
-    rows: int = 12,
-    seed: int = 0,
+    evaluation: str | os.PathLike[str] | None = None,
+    training: str | os.PathLike[str] | None = None,
+    rows: int = REPORT_ROWS,
+    seed: int = SEED,
 ) -> Report:
-    """Write the page to `output` (.html) and its figures beside it (.json).
+    """Write the page to `output` (.html), and its figures next to it (.json).
 
     Args:
-        index, results, evaluation, training: what `hashengine index`, `search` and `evaluate` and
-            `python -m training fit` wrote.
-        rows: how many queries to draw for the picture grid, from all classes in turn.
-        seed: of that draw.
+        output: the page.
+        index: the folder that `hashengine index` wrote.
+        results: the file that `hashengine search` wrote.
+        evaluation: the file that `hashengine evaluate` wrote.
+        training: the training.json that `hashengine train fit` wrote.
+        rows: the number of queries in the picture grid, drawn from all classes in turn.
+        seed: the seed of that draw.
 
     Raises:
-        InputError: a file is missing or damaged, or they do not belong together.
+        InputError: a file is missing or damaged, or the files do not belong together.
     """
-    if rows < 1:
-        raise InputError(f"queries: expected at least 1 row for the picture grid, got {rows}")
+    check_integer("report", "queries", rows, 1)
     output = Path(output)
     if output.suffix != ".html":
-        raise InputError(f"output: expected a name that ends in .html, got {str(output)!r}")
-    indexed = IndexRecord.read(Path(index, "index.json"), "index", "hashengine index")
-    found = SearchResults.read(Path(results), "results", "hashengine search")
-    measured = Evaluation.read(Path(evaluation), "evaluation", "hashengine evaluate") if evaluation else None
-    trained = TrainingRecord.read(Path(training), "training", "python -m training fit") if training else None
+        raise invalid("report", "output", "a name that ends in .html", repr(str(output)))
+    indexed = IndexRecord.read(Path(index, "index.json"), "report", "index", "hashengine index")
+    found = SearchResults.read(Path(results), "report", "results", "hashengine search")
+    measured = Evaluation.read(Path(evaluation), "report", "evaluation", "hashengine evaluate") if evaluation else None
+    trained = TrainingRecord.read(Path(training), "report", "training", "hashengine train fit") if training else None
     if found.encode.fingerprint != indexed.fingerprint:
-        raise InputError(f"results: expected those of a search in {os.fspath(index)!r}, got those of {found.index!r}")
+        raise invalid("report", "results", f"of a search in {os.fspath(index)!r}", f"those of one in {found.index!r}")
     if measured and (measured.bits, measured.database) != (found.bits, found.database):
-        raise InputError(
-            f"evaluation: expected that of {found.database} codes of {found.bits} bits like the results, "
-            f"got that of {measured.database} codes of {measured.bits} bits"
+        raise invalid(
+            "report",
+            "evaluation",
+            f"of {found.database} codes of {found.bits} bits, as the results",
+            f"that of {measured.database} codes of {measured.bits} bits",
         )
 
     drawn = draw(found.queries, rows, seed)
@@ -103,35 +116,35 @@ def write_report(
         queries=len(found.queries),
         evaluation=measured,
         timings=timings(indexed, found, measured, trained),
-        environment=environment(),
+        environment=_environment.describe_machine(),
         seed=seed,
         drawn=drawn,
         worst=worst(found.queries, WORST_ROWS),
     )
-    page = render(report)
-    with replacing(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    make_folder(output.parent)
+    write_file(output, render(report))
     report.write(output.with_suffix(".json"))
     return report
 
 
 def draw(queries: list[QueryResult], count: int, seed: int) -> list[QueryResult]:
-    """`count` queries at random, from the classes in turn, in the order of the classes."""
-    by_label = defaultdict(list)
+    """Draw `count` queries at random from the classes in turn, and return them in the order of the classes."""
+    by_label: dict[str, list[QueryResult]] = defaultdict(list)
     for query in queries:
         by_label[query.label].append(query)
     generator = random.Random(seed)
     labels = sorted(by_label)
-    for group in (labels, *by_label.values()):
+    generator.shuffle(labels)
+    for group in by_label.values():
         generator.shuffle(group)
-    drawn = []
+    drawn: list[QueryResult] = []
     while len(drawn) < min(count, len(queries)):
         drawn += [by_label[label].pop() for label in labels if by_label[label]][: count - len(drawn)]
     return sorted(drawn, key=lambda query: query.label)
 
 
 def worst(queries: list[QueryResult], count: int) -> list[QueryResult]:
-    """Up to `count` queries with the most hits of another class, none without one."""
+    """The `count` queries with the most hits of another class; fewer if fewer have such a hit."""
     wrong = {id(query): sum(hit.label != query.label for hit in query.hits) for query in queries if query.label}
     mistaken = [query for query in queries if wrong.get(id(query))]
     return sorted(mistaken, key=lambda query: -wrong[id(query)])[:count]
@@ -140,26 +153,26 @@ def worst(queries: list[QueryResult], count: int) -> list[QueryResult]:
 def timings(
     index: IndexRecord, results: SearchResults, evaluation: Evaluation | None, training: TrainingRecord | None
 ) -> list[Timing]:
-    """The steps in their order, those that were run."""
+    """The steps that were run, in their order."""
     encoding = sum(source.seconds for source in index.sources)
     encoded = sum(source.count for source in index.sources)
     steps = []
     if training:
         epochs, rate = len(training.epochs), training.images_per_second
-        detail = f"{epochs} epochs of {training.images:,} images, {rate:,.0f} images a second"
+        detail = f"{epochs} epochs of {training.images:,} images, {rate:,.0f} images per second"
         steps.append(Timing(step="train", seconds=training.seconds, detail=detail))
     steps += [
-        Timing(step="encode the database", seconds=encoding, detail=f"{encoded / encoding:,.0f} images a second"),
+        Timing(step="encode the database", seconds=encoding, detail=f"{encoded / encoding:,.0f} images per second"),
         Timing(
             step="encode the queries",
             seconds=results.encode.seconds,
-            detail=f"{results.encode.count / results.encode.seconds:,.0f} images a second",
+            detail=f"{results.encode.count / results.encode.seconds:,.0f} images per second",
         ),
         Timing(step="index", seconds=index.seconds, detail=f"{results.database:,} codes of {results.bits // 8} bytes"),
         Timing(
             step="search",
             seconds=results.seconds,
-            detail=f"{results.queries_per_second:,.0f} queries a second, k = {results.k}",
+            detail=f"{results.queries_per_second:,.0f} queries per second, k = {results.k}",
         ),
     ]
     if evaluation:
@@ -167,31 +180,9 @@ def timings(
     return steps
 
 
-def environment() -> dict[str, str]:
-    """The machine and the versions that the figures were made with."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "processor": f"{_processor()}, {os.cpu_count()} threads",
-        "GPU": ", ".join(gpus) or "none",
-        "system": f"{platform.system()} {platform.machine()}",
-        "hashengine": hashengine.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "Python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def render(report: Report) -> str:
-    """The page of `report`, its images inlined."""
-    loader = jinja2.PackageLoader("hashengine.retrieval", "")
+    """The page of `report`, with its images inlined."""
+    loader = jinja2.PackageLoader("hashengine.evaluation", "")
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["duration"] = duration
     return templates.get_template("report.html.j2").render(
@@ -208,11 +199,15 @@ def _curve(evaluation: Evaluation) -> tuple[list[int], list[float], list[float]]
 
 
 def duration(seconds: float) -> str:
-    """A time with three digits and the unit that suits it."""
-    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1 or unit == "µs":
-            value = seconds * scale
-            return f"{value:.{max(0, 2 - int(np.log10(max(value, 1))))}f} {unit}"
+    """A time with three digits, in s, ms or µs."""
+    for unit, scale in (("s", 1), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{_three_digits(seconds * scale)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} µs"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f}"
 
 
 class Picture(BaseModel):
@@ -223,14 +218,14 @@ class Picture(BaseModel):
 
 
 def picture(path: str) -> Picture | None:
-    """The image in the file `path`, scaled down to a thumbnail where it is larger; None where it cannot be read."""
+    """The image in the file `path` as a thumbnail; None if it cannot be read."""
     try:
         image = read_image(path)
     except InputError:
         return None
     pixels = max(image.size)
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    # Small images are kept exact; photographs would be ten times larger as PNG.
+    # PNG keeps the exact pixels of small images. For a photograph, it would be ten times larger than JPEG.
     kind = "png" if pixels <= PIXEL_ART_PIXELS else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85)

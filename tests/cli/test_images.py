@@ -1,23 +1,22 @@
-"""The command line: what it prints, where it prints it, and how it tells a mistake."""
+"""The commands of image search: what they print, where they print it, and how they report a mistake."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from hashengine.cli import app
-from hashengine.retrieval import demo as demo_module
+from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.tiny_images import make_images, make_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, images, and everything that the commands make of them."""
+    """A folder with a model, images, and the outputs of `encode`, `index`, `search` and `evaluate`."""
     folder = tmp_path_factory.mktemp("commands")
     make_model(folder / "model")
     make_images(folder / "images" / "database", per_class=5)
@@ -28,31 +27,6 @@ def folder(tmp_path_factory):
     succeed("search", folder / "index", folder / "query", "-k", 3, "--output", folder / "results.json")
     succeed("evaluate", folder / "index", folder / "query", "--output", folder / "evaluation.json")
     return folder
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments):
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refuse(*arguments) -> str:
-    """The one line of a mistake: nothing on stdout, exit code 2."""
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    return result.stderr
-
-
-@pytest.mark.parametrize("command", ["encode", "index", "search", "evaluate", "report", "demo", "doctor"])
-def test_every_command_has_help(command):
-    assert command in succeed("--help").stdout
-    assert "Usage:" in succeed(command, "--help").stdout
 
 
 def test_one_image_gives_tab_separated_neighbours(folder):
@@ -81,17 +55,17 @@ def test_a_folder_of_images_is_searched_like_its_codes(folder, tmp_path):
     assert len(here["queries"]) == 6 and all(len(query["hits"]) == 3 for query in here["queries"])
 
 
-def test_evaluation_prints_what_it_writes(folder):
+def test_evaluation_prints_the_figures_that_it_writes(folder):
     lines = succeed("evaluate", folder / "index", folder / "query").stdout.splitlines()
     written = json.loads((folder / "evaluation.json").read_text())["mean_average_precision"]
     assert lines[1].split("\t") == ["mAP", *(f"{written[name]:.4f}" for name in ("expected", "minimum", "maximum"))]
 
 
-def test_map_at_a_depth_says_so(folder):
+def test_the_name_of_mean_average_precision_contains_the_cut(folder):
     assert "mAP@2\t" in succeed("evaluate", folder / "index", folder / "query", "--at", 2).stdout
 
 
-def test_index_append_adds_behind(folder, tmp_path):
+def test_index_with_append_adds_codes_after_those_of_the_index(folder, tmp_path):
     succeed("index", folder / "query", "--output", tmp_path / "index")
     assert (
         "15 codes added, 21 in the index"
@@ -99,7 +73,7 @@ def test_index_append_adds_behind(folder, tmp_path):
     )
 
 
-def test_report_command(folder, tmp_path):
+def test_report_writes_a_page_and_its_figures(folder, tmp_path):
     succeed(
         "report", "--index", folder / "index", "--results", folder / "results.json",
         "--evaluation", folder / "evaluation.json", "--output", tmp_path / "report.html",
@@ -108,7 +82,7 @@ def test_report_command(folder, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["queries"] == 6
 
 
-def test_unreadable_images_cost_a_line_each(folder, tmp_path):
+def test_an_unreadable_image_is_counted_and_recorded(folder, tmp_path):
     images = make_images(tmp_path / "images", per_class=1)
     (images / "bars" / "broken.jpg").write_bytes(b"not a picture")
     result = succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
@@ -116,42 +90,48 @@ def test_unreadable_images_cost_a_line_each(folder, tmp_path):
     assert "broken.jpg" in json.loads((tmp_path / "codes" / "encode.json").read_text())["errors"][0]["path"]
 
 
-def test_mistakes_in_encode(folder, tmp_path):
+def test_mistakes_in_encode_are_refused(folder, tmp_path):
     model, output = ("--model", folder / "model"), ("--output", tmp_path / "codes")
     images = folder / "images" / "query"
     assert "missing" in refuse("encode", tmp_path / "nowhere", *model, *output)
     (tmp_path / "empty").mkdir()
-    assert "expected images" in refuse("encode", tmp_path / "empty", *model, *output)
+    assert "a folder with images" in refuse("encode", tmp_path / "empty", *model, *output)
     (tmp_path / "empty" / "a.png").write_bytes(b"")
     result = invoke("encode", tmp_path / "empty", *model, *output)
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(
-        "error: folder: expected a readable image"
+        "error: encode: folder must be a folder with a readable image"
     )
-    assert "model: expected a model folder" in refuse("encode", images, "--model", tmp_path, *output)
-    assert "batch_size: expected at least 1, got 0" in refuse("encode", images, *model, *output, "--batch-size", 0)
-    assert "output: expected a new folder" in refuse("encode", images, *model, "--output", folder / "model")
+    assert "encode: model must be a model folder" in refuse("encode", images, "--model", tmp_path, *output)
+    assert "encode: batch_size must be at least 1, got 0" in refuse(
+        "encode", images, *model, *output, "--batch-size", 0
+    )
+    assert "encode: output must be a new folder" in refuse("encode", images, *model, "--output", folder / "model")
     assert not (tmp_path / "codes").exists()
 
 
-def test_mistakes_in_index(folder, tmp_path):
-    assert "codes: expected a codes folder" in refuse("index", folder / "model", "--output", tmp_path / "index")
-    assert "index: expected an index" in refuse("index", folder / "query", "--output", tmp_path / "i", "--append")
+def test_mistakes_in_index_are_refused(folder, tmp_path):
+    assert "index: codes must be a codes folder" in refuse("index", folder / "model", "--output", tmp_path / "index")
+    assert "index: index must be a folder written by" in refuse(
+        "index", folder / "query", "--output", tmp_path / "i", "--append"
+    )
     succeed(
         "encode", folder / "images" / "query", "--model", make_model(tmp_path / "m", 16), "--output", tmp_path / "c"
     )
-    assert "expected codes of 32 bits" in refuse("index", tmp_path / "c", "--output", folder / "index", "--append")
+    assert "codes must be codes of 32 bits" in refuse("index", tmp_path / "c", "--output", folder / "index", "--append")
 
 
-def test_mistakes_in_search(folder, tmp_path):
+def test_mistakes_in_search_are_refused(folder, tmp_path):
     index, query = folder / "index", folder / "images" / "query" / "bars" / "0.png"
-    assert "index: expected an index" in refuse("search", tmp_path, query)
-    assert "query: expected an image" in refuse("search", index, tmp_path / "none.png")
-    assert "output: expected a file" in refuse("search", index, folder / "query")
-    assert "k: expected 1 to 15" in refuse("search", index, query, "-k", 0)
-    assert "k: expected 1 to 15" in refuse("search", index, query, "-k", 16)
+    assert "search: index must be a folder written by" in refuse("search", tmp_path, query)
+    assert "search: query must be an image" in refuse("search", index, tmp_path / "none.png")
+    assert "search: output must be a file" in refuse("search", index, folder / "query")
+    assert "search: k must be 1 to 15" in refuse("search", index, query, "-k", 0)
+    assert "search: k must be 1 to 15" in refuse("search", index, query, "-k", 16)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     assert "broken.png" in refuse("search", index, tmp_path / "broken.png")
-    assert "expected codes of 32 bits" in refuse("search", index, query, "--model", make_model(tmp_path / "m16", 16))
+    assert "query must be codes of 32 bits" in refuse(
+        "search", index, query, "--model", make_model(tmp_path / "m16", 16)
+    )
     assert "another one" in refuse("search", index, query, "--model", make_model(tmp_path / "m1", seed=1))
 
 
@@ -168,55 +148,29 @@ def test_a_damaged_index_is_refused(folder, tmp_path, damage):
     refuse("search", index, folder / "images" / "query" / "bars" / "0.png", "-k", 1)
 
 
-def test_mistakes_in_evaluate_and_report(folder, tmp_path):
-    assert "queries: expected a codes folder" in refuse("evaluate", folder / "index", folder / "images")
+def test_mistakes_in_evaluate_and_report_are_refused(folder, tmp_path):
+    assert "evaluate: queries must be a codes folder" in refuse("evaluate", folder / "index", folder / "images")
     report = ("report", "--index", folder / "index", "--output", tmp_path / "report.html", "--results")
-    assert "results: expected a file written by 'hashengine search'" in refuse(*report, tmp_path / "none.json")
-    assert "results: expected a file" in refuse(*report, folder / "evaluation.json")
+    assert "report: results must be a file written by 'hashengine search'" in refuse(*report, tmp_path / "none.json")
+    assert "report: results must be a file" in refuse(*report, folder / "evaluation.json")
     assert "ends in .html" in refuse(
         "report", "--index", folder / "index", "--results", folder / "results.json", "--output", tmp_path / "report"
     )
 
 
-def test_the_demo_empties_only_its_own_folder(tmp_path):
-    (tmp_path / "thesis.txt").write_text("almost done")
-    assert "output: expected a new folder or an earlier demo's" in refuse("demo", "--output", tmp_path)
-    data = make_images(tmp_path / "out" / "data", per_class=1)
-    assert "output: expected a folder without the data" in refuse("demo", "--data", data, "--output", tmp_path / "out")
-    assert (tmp_path / "thesis.txt").exists() and (data / "dots" / "0.png").exists()
-
-
-def test_the_demo_stops_at_the_first_failing_step_and_starts_over(tmp_path, monkeypatch, capfd):
-    ran = []
-    monkeypatch.setattr(demo_module, "run", lambda command: ran.append(command) or (3 if "fit" in command else 0))
-    for _ in range(2):
-        ran.clear()
-        assert demo_module.run_demo("digits", tmp_path / "demo", 32) == 3
-        assert [command[3] for command in ran] == ["prepare", "fit"]
-        printed = capfd.readouterr().out
-        assert printed.count("\n$ python -m training ") == 2
-        (tmp_path / "demo" / "left-over").write_text("from the first run")
-    demo_module.start_over(tmp_path / "demo", "digits")
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER]
-
-
-def test_the_demo_mirrors_photographs_only():
-    for data, mirrors in (("digits", False), ("fashion-mnist", False), ("cifar10", True), ("photos/", True)):
-        (fit,) = [command for command in demo_module.commands(data, Path("demo"), 32) if "fit" in command]
-        assert ("--flip" in fit) == mirrors
-
-
-def test_the_module_is_the_command(folder):
+def test_python_m_hashengine_is_the_same_command(folder):
     result = subprocess.run(
         [sys.executable, "-m", "hashengine", "search", "nowhere", "x.png"], capture_output=True, text=True
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: index: expected an index")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: search: query must be an image, a folder of images or a codes folder"
+    )
     assert "Traceback" not in result.stderr
 
 
-def test_interrupt_ends_with_130_and_no_traceback(folder, tmp_path):
-    # The first image is a pipe without a writer: the command is inside its own work, waiting, when the signal comes.
+def test_an_interrupt_ends_the_command_with_status_130_and_no_traceback(folder, tmp_path):
+    # The first image is a pipe without a writer: the command blocks while it reads, until the signal arrives.
     images = tmp_path / "images"
     images.mkdir()
     os.mkfifo(images / "a.png")
@@ -234,6 +188,7 @@ def test_interrupt_ends_with_130_and_no_traceback(folder, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with open(images / "a.png", "wb"):  # returns when the command has opened the other end
         process.send_signal(signal.SIGINT)
+        time.sleep(2)  # the end of the pipe, which makes the image unreadable, must come after the signal
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors

@@ -1,0 +1,179 @@
+"""What all commands share: the handling of errors, and the options --threads, --quiet and --log-json."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from typer.core import TyperGroup
+
+from hashengine import _progress
+from hashengine._validation import check_integer
+from hashengine.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., None])
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's; some versions of typer have a copy of it
+MISTAKE, REFUSED = 2, 1  # exit codes: a mistake in the input; a failure of the machine
+
+
+class Commands(TyperGroup):
+    """A group of commands that reports expected errors in one line; any other exception keeps its traceback."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the options before the name of a command."""
+        if parent is None:  # before the options are parsed, so that --log-json also covers mistakes in them
+            _progress.configure(log_json="--log-json" in args)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except UsageError as error:
+            _report_usage(error)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that `ctx` names."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of stdout, such as `head`, has closed it; typer exits without a message
+        except UsageError as error:
+            _report_usage(error)
+        except Exception as error:
+            if not _is_expected(error):
+                raise
+            _report(str(error), MISTAKE if _is_mistake(error) else REFUSED)
+
+
+def _report(message: str, code: int) -> NoReturn:
+    """Write an error in one line, and exit."""
+    message = " ".join(message.split())
+    if _progress.logs_json():
+        _progress.write_json("error", message=message)
+    else:
+        typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _report_usage(error: Any) -> NoReturn:
+    """Report a mistake that typer found on the command line, in the form of `hashengine.errors`."""
+    kind = type(error).__name__
+    if kind == "NoArgsIsHelpError":  # a group without the name of a command: its help
+        raise error
+    command = error.ctx.command_path if error.ctx else ""
+    where = command.partition(" ")[2] or "hashengine"
+    parameter = getattr(error, "param", None)
+    if kind == "NoSuchOption":
+        _report(f"{where}: {error.option_name!r} must be a known option, got an unknown one", MISTAKE)
+    if kind == "MissingParameter" and parameter is not None:
+        _report(f"{where}: {parameter.name} must be given", MISTAKE)
+    message = error.message.strip().rstrip(".")
+    if parameter is None:
+        _report(f"{where}: {message[:1].lower()}{message[1:]}", MISTAKE)
+    words = re.sub(r"^\w+ should ", "must ", message)
+    _report(f"{where}: {parameter.name}" + (f" {words}" if words != message else f": {words}"), MISTAKE)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the policy of `hashengine.errors` allows this exception to reach a user."""
+    torch = sys.modules.get("torch")
+    is_out_of_memory = torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
+    return isinstance(error, OSError) or is_out_of_memory or _is_mistake(error)
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether `error` is an `InputError`, or the `ValueError` of a native op, which is raised below torch's `_ops`."""
+    if isinstance(error, InputError) or not isinstance(error, ValueError):
+        return isinstance(error, InputError)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == "torch._ops"
+
+
+def command_line(help: str) -> typer.Typer:
+    """Make an empty command line that reports errors as every command line of this project does."""
+    return typer.Typer(
+        cls=Commands, help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of torch and of the search.", show_default="all", rich_help_panel="Common"),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Write neither progress nor notes to stderr.", rich_help_panel="Common")
+]
+LogJson = Annotated[
+    bool, typer.Option("--log-json", help="Write progress and notes to stderr as JSON lines.", rich_help_panel="Common")
+]
+
+_COMMON = [
+    inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads),
+    inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+    inspect.Parameter("log_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=LogJson),
+]
+
+
+def command(app: typer.Typer, before: Callable[[], None] | None = None, **settings: Any) -> Callable[[F], F]:
+    """Register a function as a command of `app` that also takes the common options.
+
+    Args:
+        app: the command line.
+        before: a function that is called first, before torch is imported.
+        settings: passed on to `typer.Typer.command`.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            if before is not None:
+                before()
+            _apply(given.pop("threads"), given.pop("quiet"), given.pop("log_json"))
+            function(**given)
+
+        signature = inspect.signature(function, eval_str=True)
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
+        return_none = inspect.Signature([*own, *_COMMON], return_annotation=None)
+        run.__signature__ = return_none  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in return_none.parameters.values()}
+        app.command(**settings)(run)
+        return function
+
+    return decorate
+
+
+def _apply(threads: int | None, quiet: bool, log_json: bool) -> None:
+    _progress.configure(quiet=quiet, log_json=log_json)
+    if threads is not None:
+        check_integer("hashengine", "threads", threads, 1)
+        import torch
+
+        torch.set_num_threads(threads)  # by default, a search uses this number too
+
+
+DeviceOption = Annotated[
+    str, typer.Option(help="Where the network runs: auto, cpu, cuda or cuda:1; auto takes a GPU if there is one.")
+]
+BatchSize = Annotated[int, typer.Option(help="Images per call of the network.")]
+IndexFolder = Annotated[Path, typer.Argument(help="A folder written by 'hashengine index'.", show_default=False)]
+
+
+def print_table(columns: tuple[str, ...], rows: list[tuple[object, ...]], title: str | None = None) -> None:
+    """Print a table if stdout is a terminal, otherwise tab-separated lines with a header."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            print(*row, sep="\t")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)

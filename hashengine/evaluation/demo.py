@@ -1,0 +1,136 @@
+"""All steps of image search on real images: prepare, train, encode, index, search, evaluate, report.
+
+Each step calls a function of the library. A note before the step shows the command that does the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from hashengine import _progress
+from hashengine._defaults import NEIGHBOURS
+from hashengine._files import check_replaceable, make_folder, write_file
+from hashengine.errors import invalid
+from hashengine.evaluation.encode import CodesFolder, encode_folder
+from hashengine.evaluation.evaluate import evaluate
+from hashengine.evaluation.image_index import ImageIndex
+from hashengine.evaluation.report import Report, write_report
+
+MARKER = ".hashengine-demo"
+# Images of these data sets are not mirrored in training: unlike photographs, all images of a class face the same way.
+_WITHOUT_MIRRORING = ("digits", "fashion-mnist")
+
+
+class Step(NamedTuple):
+    """One step of the demo.
+
+    Attributes:
+        command: the command that a user would type.
+        run: runs the step and returns a line that describes the result.
+    """
+
+    command: list[str]
+    run: Callable[[], str]
+
+
+def run_demo(data: str, output: Path, bits: int) -> Report:
+    """Run every step into `output`, which is emptied first.
+
+    Args:
+        data: a name that `hashengine.training.prepare` knows, or a folder of class folders.
+        output: the folder for the data, the model, the codes, the index and the report.
+        bits: length of a code.
+
+    Raises:
+        InputError: `output` has contents that no demo made, `output` contains `data`, or a step raises it.
+    """
+    start_over(output, data)
+    scripts = Path(sys.executable).parent
+    if shutil.which("hashengine") != str(scripts / "hashengine") and (scripts / "activate").is_file():
+        _progress.note(f"To try the commands below, type first: source {shlex.quote(str(scripts / 'activate'))}")
+    for step in steps(data, output, bits):
+        _progress.note(f"$ {shlex.join(step.command)}")
+        _progress.note(step.run())
+    return Report.read(output / "report.json", "demo", "report", "hashengine report")
+
+
+def start_over(output: Path, data: str) -> None:
+    """Create `output`, or empty it, and mark it as a demo's. Only a folder with this mark is emptied."""
+    if Path(data).is_dir() and Path(data).resolve().is_relative_to(output.resolve()):
+        raise invalid(
+            "demo", "output", "a folder that does not contain the data", f"{str(output)!r}, which is emptied first"
+        )
+    check_replaceable(output, marker=MARKER, where="demo")
+    if output.exists():
+        shutil.rmtree(output)
+    make_folder(output)
+    write_file(output / MARKER, "Made by 'hashengine demo', which empties this folder when it starts over.\n")
+
+
+def steps(data: str, output: Path, bits: int) -> list[Step]:
+    """The steps, in their order."""
+    images, model, index = output / "images", output / "model", output / "index"
+    results, evaluation, page = output / "results.json", output / "evaluation.json", output / "report.html"
+    flip = data not in _WITHOUT_MIRRORING
+
+    def prepare() -> str:
+        from hashengine import training
+
+        record = training.prepare(data, images)
+        return f"{record['database']['images']:,} images in the database, {record['query']['images']:,} queries"
+
+    def fit() -> str:
+        from hashengine import training
+
+        config = training.FitConfig(images=images / "database", output=model, bits=bits, flip=flip)
+        record = training.fit(config).record
+        rate = f"{record['images_per_second']:,.0f} images per second on {record['device']}"
+        return f"{len(record['epochs'])} epochs in {record['seconds']:.1f} s, {rate}"
+
+    def encode(side: str) -> Callable[[], str]:
+        def run() -> str:
+            codes = encode_folder(images / side, model)
+            codes.save(output / side)
+            return codes.record.summary()
+
+        return run
+
+    def build() -> str:
+        built = ImageIndex.build(CodesFolder.load(output / "database"), index)
+        return f"{len(built.items):,} codes in the index"
+
+    def search() -> str:
+        found = ImageIndex.load(index).search(CodesFolder.load(output / "query"), NEIGHBOURS)
+        found.write(results)
+        return found.summary()
+
+    def measure() -> str:
+        found = evaluate(ImageIndex.load(index), CodesFolder.load(output / "query"))
+        found.write(evaluation)
+        return f"mAP {found.mean_average_precision.expected:.4f}"
+
+    def report() -> str:
+        write_report(page, index, results, evaluation=evaluation, training=model / "training.json")
+        return f"wrote {page} and {page.with_suffix('.json')}"
+
+    return [
+        _step(prepare, "train", "prepare", data, "--output", images),
+        _step(fit, "train", "fit", "--images", images / "database", "--bits", bits, *["--flip"] * flip,
+              "--output", model),
+        _step(encode("database"), "encode", images / "database", "--model", model, "--output", output / "database"),
+        _step(encode("query"), "encode", images / "query", "--model", model, "--output", output / "query"),
+        _step(build, "index", output / "database", "--output", index),
+        _step(search, "search", index, output / "query", "-k", NEIGHBOURS, "--output", results),
+        _step(measure, "evaluate", index, output / "query", "--output", evaluation),
+        _step(report, "report", "--index", index, "--results", results, "--evaluation", evaluation,
+              "--training", model / "training.json", "--output", page),
+    ]  # fmt: skip
+
+
+def _step(run: Callable[[], str], *arguments: object) -> Step:
+    return Step(["hashengine", *map(str, arguments)], run)

@@ -1,0 +1,183 @@
+"""A folder of images becomes a folder of codes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hashengine import _progress
+from hashengine._defaults import BATCH_SIZE
+from hashengine._files import replace_folder
+from hashengine._validation import DeviceName, check_device, check_integer
+from hashengine.errors import InputError, invalid
+from hashengine.evaluation.records import EncodeRecord, Item, Unreadable, read_items, write_items
+from hashengine.images import label_of, list_images, read_image
+from hashengine.models import HashNet
+from hashengine.models.checkpoint import WEIGHTS_FILE
+
+
+@dataclass(frozen=True)
+class CodesFolder:
+    """The codes of a folder of images.
+
+    Attributes:
+        codes: uint8 [N, bits / 8].
+        items: the N images.
+        record: how the codes were made.
+    """
+
+    codes: np.ndarray
+    items: list[Item]
+    record: EncodeRecord
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write to `folder` atomically; an earlier codes folder there is replaced.
+
+        Raises:
+            InputError: `folder` exists and is neither empty nor a codes folder.
+        """
+        with replace_folder(Path(folder), marker="encode.json", where="encode") as temporary:
+            np.save(temporary / "codes.npy", self.codes)
+            write_items(temporary / "items.csv", self.items)
+            self.record.write(temporary / "encode.json")
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], where: str = "CodesFolder.load", argument: str = "codes"
+    ) -> CodesFolder:
+        """Read what `save` wrote.
+
+        Args:
+            folder: the codes folder.
+            where: the function or command to name in an error.
+            argument: the argument of that function or command to name in an error.
+
+        Raises:
+            InputError: a file is missing, damaged or inconsistent with the others.
+        """
+        folder = Path(folder)
+        if not is_codes_folder(folder):
+            raise invalid(where, argument, "a codes folder written by 'hashengine encode'", repr(str(folder)))
+        record = EncodeRecord.read(folder / "encode.json", where, argument, "hashengine encode")
+        items = read_items(folder / "items.csv", where, argument)
+        path = folder / "codes.npy"
+        try:
+            codes = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
+        shape = (len(items), record.bits // 8)
+        if codes.dtype != np.uint8 or codes.shape != shape:
+            expected = f"uint8 {list(shape)} in {str(path)!r}, by its items.csv and encode.json"
+            raise invalid(where, argument, expected, f"{codes.dtype} {list(codes.shape)}")
+        return cls(codes, items, record)
+
+
+def is_codes_folder(folder: Path) -> bool:
+    """Whether `folder` is an output of 'hashengine encode', which writes encode.json."""
+    return (folder / "encode.json").is_file()
+
+
+def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> str:
+    """SHA-256 of the file of weights in the model folder `model`. That file also contains a copy of config.json.
+
+    Raises:
+        InputError: `model` is not the folder of a saved model; the error names `where`.
+    """
+    try:
+        return hashlib.sha256(Path(model, WEIGHTS_FILE).read_bytes()).hexdigest()
+    except OSError as error:
+        expected = f"a model folder that holds {WEIGHTS_FILE}"
+        raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {error.strerror}") from None
+
+
+def encode_folder(
+    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    device: DeviceName = "auto",
+    warn: Callable[[str], None] = _progress.note,
+) -> CodesFolder:
+    """Encode every image under `folder`, at any depth, in the order of their paths.
+
+    Args:
+        folder: a folder of images, or an image file. The label of an image is the name of the first folder below
+            `folder` on the image's path.
+        model: a folder written by `HashNet.save_pretrained`.
+        batch_size: images per call of the network.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        warn: called with one line for each image that cannot be read. Such an image is skipped and recorded. By default
+            the line is written to stderr.
+
+    Raises:
+        InputError: there is no such folder, model or device, `batch_size` is below 1, or no image can be read.
+    """
+    check_integer("encode", "batch_size", batch_size, 1)
+    folder = Path(folder).absolute()
+    is_single = folder.is_file()
+    paths = [folder] if is_single else list_images(folder, "encode")
+    chosen, identity = check_device("encode", device, auto=True), fingerprint(model, "encode")
+    network = HashNet.from_pretrained(model).to(chosen).eval()
+
+    start = time.perf_counter()
+    codes: list[np.ndarray] = []
+    items: list[Item] = []
+    errors: list[Unreadable] = []
+    for batch_paths, images in _batches(network, paths, batch_size):
+        readable = []
+        for path, image in zip(batch_paths, images, strict=True):
+            if isinstance(image, InputError):
+                if is_single:
+                    raise image
+                warn(f"skipped: {image}")
+                errors.append(Unreadable(path=str(path), reason=str(image)))
+            else:
+                readable.append(image)
+                items.append(Item(len(items), str(path), "" if is_single else label_of(path, folder)))
+        if readable:
+            codes.append(network.encode(torch.stack(readable).to(chosen)).cpu().numpy())
+    if not items:
+        actual = f"{len(errors)} unreadable ones in {str(folder)!r}"
+        raise invalid("encode", "folder", "a folder with a readable image", actual)
+    record = EncodeRecord(
+        bits=network.config.bits,
+        count=len(items),
+        source=str(folder),
+        model=str(Path(model).absolute()),
+        fingerprint=identity,
+        device=str(chosen),
+        seconds=time.perf_counter() - start,
+        errors=errors,
+    )
+    return CodesFolder(np.concatenate(codes), items, record)
+
+
+def _batches(
+    network: HashNet, paths: list[Path], size: int
+) -> Iterator[tuple[list[Path], list[torch.Tensor | InputError]]]:
+    """Batches of paths and, for each path, the preprocessed image or the error of reading it.
+
+    The images are decoded in threads (Pillow releases the interpreter's lock), one batch ahead of the network.
+    """
+
+    def load(path: Path) -> torch.Tensor | InputError:
+        try:
+            return network.preprocess(read_image(path))
+        except InputError as error:
+            return error
+
+    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
+    with ThreadPoolExecutor() as pool, _progress.task("encoding", len(paths), "img") as progress:
+        ahead = pool.map(load, batches[0])  # decoding of the first batch starts
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            images, ahead = ahead, pool.map(load, following)
+            yield batch, list(images)
+            progress.update(len(batch))

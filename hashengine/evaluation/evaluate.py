@@ -1,0 +1,97 @@
+"""Measures how well an index ranks the images of a query's class before all others."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hashengine import _progress, metrics
+from hashengine._defaults import RADIUS
+from hashengine._validation import check_integer
+from hashengine.errors import invalid
+from hashengine.evaluation.encode import CodesFolder
+from hashengine.evaluation.image_index import ImageIndex
+from hashengine.evaluation.records import Band, Curve, Evaluation
+
+if TYPE_CHECKING:
+    from hashengine.index import Searcher
+
+DEPTHS = (1, 10, 100)
+QUERY_BLOCK = 256  # queries per call of distance_counts; progress is reported after each call
+
+
+def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, radius: int = RADIUS) -> Evaluation:
+    """Measure the ranking of the index's images for each query; an image is relevant if its label is the query's.
+
+    Args:
+        index: the images to rank.
+        queries: labelled images, encoded by the index's model.
+        at: depth of the mean average precision; None for the whole index.
+        radius: the radius in bits for the precision within a radius. A query with nothing within it scores 0.
+
+    Raises:
+        InputError: a query has no label, `at` or `radius` is out of range, or the queries come from another model.
+    """
+    index.check("evaluate", queries, "queries")
+    unlabelled = sum(not item.label for item in queries.items)
+    if unlabelled:
+        actual = f"{unlabelled} of {len(queries.items)} without a class"
+        raise invalid("evaluate", "queries", "images in class folders", actual)
+    if at is not None:
+        check_integer("evaluate", "at", at, 1, len(index.items), "the number of images in the index")
+    check_integer("evaluate", "radius", radius, 0, index.record.bits, "the number of bits")
+
+    classes = sorted({item.label for item in queries.items})
+    number = {label: i for i, label in enumerate(classes)}
+    start = time.perf_counter()
+    counts = _distance_counts(
+        queries.codes,
+        index.hamming,
+        np.array([number[item.label] for item in queries.items]),
+        np.array([number.get(item.label, -1) for item in index.items]),  # -1: a class without queries
+    )
+    depths = [depth for depth in DEPTHS if depth <= len(index.items)]
+    curve = counts.precision_recall_curve()
+    return Evaluation(
+        index=str(index.folder.absolute()),
+        bits=index.record.bits,
+        database=len(index.items),
+        queries=len(queries.items),
+        classes=len(classes),
+        at=at,
+        mean_average_precision=_band(counts.mean_average_precision(at=at)),
+        precision_at={k: _band(counts.precision_at(k)) for k in depths},
+        recall_at={k: _band(counts.recall_at(k)) for k in depths},
+        radius=radius,
+        precision_within_radius=counts.precision_within_radius(radius),
+        precision_recall_curve=Curve(
+            radius=list(range(index.record.bits + 1)),
+            precision=curve.precision.tolist(),
+            recall=curve.recall.tolist(),
+            empty=curve.empty.tolist(),
+        ),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _distance_counts(
+    queries: np.ndarray, database: Searcher, query_labels: np.ndarray, labels: np.ndarray
+) -> metrics.DistanceCounts:
+    """`metrics.distance_counts` in blocks of queries, with progress."""
+    blocks = []
+    with _progress.task("evaluating", len(queries), "query") as progress:
+        for start in range(0, len(queries), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            counts = metrics.distance_counts(queries[block], database, labels=(query_labels[block], labels))
+            blocks.append(counts)
+            progress.update(len(counts.items))
+    return metrics.DistanceCounts(
+        torch.cat([counts.items for counts in blocks]), torch.cat([counts.relevant for counts in blocks])
+    )
+
+
+def _band(value: metrics.TieAwareMean) -> Band:
+    return Band(expected=value.expected, minimum=value.minimum, maximum=value.maximum)

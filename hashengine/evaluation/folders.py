@@ -1,0 +1,78 @@
+"""Image search on folders: each function does what the command of the same step does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hashengine._defaults import BATCH_SIZE, NEIGHBOURS, RADIUS
+from hashengine._validation import DeviceName
+from hashengine.errors import invalid
+from hashengine.evaluation.encode import CodesFolder, encode_folder, is_codes_folder
+from hashengine.evaluation.evaluate import evaluate
+from hashengine.evaluation.image_index import ImageIndex
+from hashengine.evaluation.records import Evaluation, SearchResults
+
+
+def index_codes(codes: str | os.PathLike[str], output: str | os.PathLike[str], *, append: bool = False) -> ImageIndex:
+    """Build an index in `output` of the codes folder `codes`, or add them to the index that is there.
+
+    Args:
+        codes: a folder that `CodesFolder.save` wrote.
+        output: the index folder.
+        append: add to the index in `output` instead of replacing it.
+
+    Raises:
+        InputError: a folder is unusable, or the codes come from another model than the index.
+    """
+    added = CodesFolder.load(codes, "index")
+    if not append:
+        return ImageIndex.build(added, output)
+    index = ImageIndex.load(output, "index")
+    index.append(added)
+    return index
+
+
+def search_images(
+    index: str | os.PathLike[str],
+    query: str | os.PathLike[str],
+    k: int = NEIGHBOURS,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: DeviceName = "auto",
+) -> SearchResults:
+    """Find the `k` nearest images in an index.
+
+    Args:
+        index: the index folder.
+        query: an image, a folder of images, or a folder of their codes.
+        k: the number of neighbours per query.
+        model: the model folder that encodes query images; by default the index's own.
+        batch_size: images per call of the network.
+        device: where the network runs: "auto", "cpu", "cuda", "cuda:1", ...
+
+    Raises:
+        InputError: a folder or an image is unusable, `k` is out of range, or the queries come from another model.
+    """
+    if not Path(query).exists():
+        expected = "an image, a folder of images or a codes folder"
+        raise invalid("search", "query", expected, f"{os.fspath(query)!r}, which does not exist")
+    image_index = ImageIndex.load(index, "search")
+    if is_codes_folder(Path(query)):
+        queries = CodesFolder.load(query, "search", "query")
+    else:
+        queries = encode_folder(query, model or Path(index, "model"), batch_size=batch_size, device=device)
+    return image_index.search(queries, k)
+
+
+def evaluate_folders(
+    index: str | os.PathLike[str], queries: str | os.PathLike[str], *, at: int | None = None, radius: int = RADIUS
+) -> Evaluation:
+    """Measure the index in a folder by the labelled queries in a codes folder, as `evaluate` does.
+
+    Raises:
+        InputError: a folder is unusable, or for one of the reasons that `evaluate` names.
+    """
+    labelled = CodesFolder.load(queries, "evaluate", "queries")
+    return evaluate(ImageIndex.load(index, "evaluate"), labelled, at=at, radius=radius)

@@ -1,0 +1,167 @@
+"""An index of images: codes to search, the images behind them, and the model that encodes a query."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hashengine._files import replace_folder
+from hashengine._validation import check_integer
+from hashengine.errors import invalid
+from hashengine.evaluation.encode import CodesFolder, fingerprint
+from hashengine.evaluation.records import (
+    Hit,
+    IndexRecord,
+    Item,
+    QueryResult,
+    SearchResults,
+    read_items,
+    write_items,
+)
+from hashengine.index import HammingIndex, Searcher
+from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+
+
+@dataclass
+class ImageIndex:
+    """Codes of images, in which id i is the image `items[i]`.
+
+    Attributes:
+        folder: the index on disk; `hashengine.evaluation.records` describes it.
+        hamming: the codes.
+        items: the images.
+        record: what the index was built from.
+    """
+
+    folder: Path
+    hamming: Searcher
+    items: list[Item]
+    record: IndexRecord
+
+    @classmethod
+    def build(cls, codes: CodesFolder, folder: str | os.PathLike[str]) -> ImageIndex:
+        """Index `codes` and save to `folder`, with a copy of the model; an earlier index there is replaced.
+
+        Raises:
+            InputError: `codes` is empty, its model is missing or has changed, or `folder` holds something else than an
+                index.
+        """
+        if not codes.items:
+            raise invalid("index", "codes", "at least one code", "none")
+        model = codes.record.model
+        if fingerprint(model, "index") != codes.record.fingerprint:
+            expected = f"codes of the model in {model!r}"
+            raise invalid("index", "codes", expected, "codes of an earlier version of it", "encode again")
+        start = time.perf_counter()
+        with replace_folder(Path(folder), marker="index.json", where="index") as temporary:
+            (temporary / "model").mkdir()
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(Path(model, name), temporary / "model" / name)
+            hamming = HammingIndex(codes.record.bits)
+            hamming.add(codes.codes)
+            hamming.save(temporary / "codes")
+            write_items(temporary / "items.csv", codes.items)
+            IndexRecord(
+                bits=codes.record.bits,
+                fingerprint=codes.record.fingerprint,
+                sources=[codes.record],
+                seconds=time.perf_counter() - start,
+            ).write(temporary / "index.json")
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], where: str = "ImageIndex.load") -> ImageIndex:
+        """Open the index in `folder`.
+
+        Raises:
+            InputError: there is no index (the error then names `where`), or it is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "index.json").is_file():
+            raise invalid(where, "index", "a folder written by 'hashengine index'", repr(str(folder)))
+        record = IndexRecord.read(folder / "index.json", where, "index", "hashengine index")
+        hamming = HammingIndex.load(folder / "codes")
+        items = read_items(folder / "items.csv", where, "index")
+        if len(items) < len(hamming):
+            expected = f"a folder with {len(hamming)} images in {str(folder / 'items.csv')!r}"
+            raise invalid(where, "index", expected, len(items))
+        # An interrupted append leaves items and a source without codes. The codes decide what the index contains.
+        while record.sources and sum(source.count for source in record.sources) > len(hamming):
+            record.sources.pop()
+        return cls(folder, hamming, items[: len(hamming)], record)
+
+    def append(self, codes: CodesFolder) -> None:
+        """Add `codes` after those in the index, and save. After a failure, the old index is on disk and in memory.
+
+        Raises:
+            InputError: the codes come from another model or have another number of bits, or the folder no longer holds
+                this index.
+        """
+        self.check("index", codes, "codes")
+        start = time.perf_counter()
+        first = len(self.hamming)
+        hamming = HammingIndex.load(self.folder / "codes", mmap=True)
+        if len(hamming) != first:
+            expected = f"a folder with the {first} codes that were loaded from it"
+            raise invalid("index", "index", expected, f"{len(hamming)} in {str(self.folder)!r}", "load it again")
+        hamming.add(codes.codes)
+        items = [*self.items, *(Item(first + item.id, item.path, item.label) for item in codes.items)]
+        write_items(self.folder / "items.csv", items)
+        sources = [*self.record.sources, codes.record]
+        seconds = self.record.seconds + time.perf_counter() - start
+        record = self.record.model_copy(update={"sources": sources, "seconds": seconds})
+        record.write(self.folder / "index.json")
+        hamming.save(self.folder / "codes")  # last, because `load` ignores the items and the source of unsaved codes
+        self.hamming, self.items, self.record = hamming, items, record
+
+    def check(self, where: str, codes: CodesFolder, argument: str) -> None:
+        """Refuse codes that cannot be compared with those in the index.
+
+        Raises:
+            InputError: another number of bits, or another model; the error names `where` and `argument`.
+        """
+        if codes.record.bits != self.record.bits:
+            raise invalid(
+                where, argument, f"codes of {self.record.bits} bits, as the index's", f"{codes.record.bits} bits"
+            )
+        if codes.record.fingerprint != self.record.fingerprint:
+            expected = f"codes of the index's model, {str(self.folder / 'model')!r}"
+            actual = f"codes of another one, {codes.record.model!r}"
+            raise invalid(where, argument, expected, actual, "distances between them mean nothing")
+
+    def search(self, queries: CodesFolder, k: int) -> SearchResults:
+        """The `k` nearest images of each query.
+
+        Raises:
+            InputError: `k` is below 1 or above the number of images, or the queries come from another model.
+        """
+        self.check("search", queries, "query")
+        check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")
+        start = time.perf_counter()
+        distances, ids = self.hamming.search(queries.codes, k)
+        seconds = time.perf_counter() - start
+        return SearchResults(
+            index=str(self.folder.absolute()),
+            database=len(self.items),
+            bits=self.record.bits,
+            k=k,
+            seconds=seconds,
+            queries_per_second=len(queries.items) / seconds,
+            encode=queries.record,
+            queries=[
+                QueryResult(path=query.path, label=query.label, hits=self._hits(row_distances, row_ids))
+                for query, row_distances, row_ids in zip(queries.items, distances, ids, strict=True)
+            ],
+        )
+
+    def _hits(self, distances: np.ndarray, ids: np.ndarray) -> list[Hit]:
+        found = zip(distances.tolist(), ids.tolist(), strict=True)
+        return [
+            Hit(rank=rank, id=id, distance=distance, path=self.items[id].path, label=self.items[id].label)
+            for rank, (distance, id) in enumerate(found, start=1)
+        ]

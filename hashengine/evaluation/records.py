@@ -1,0 +1,241 @@
+"""The files that pass from one command to the next: what each contains, and how it is read and written.
+
+=================  ==========  ====================================================================
+file               written by  contents
+=================  ==========  ====================================================================
+CODES/codes.npy    encode      uint8 [N, bits/8], most significant bit first
+CODES/items.csv    encode      an `Item` for each row of codes.npy
+CODES/encode.json  encode      `EncodeRecord`
+INDEX/codes/       index       a saved `hashengine.HammingIndex`; its ids are the rows of items.csv
+INDEX/items.csv    index       an `Item` for each code
+INDEX/index.json   index       `IndexRecord`
+INDEX/model/       index       a copy of the model, so that the index can be moved on its own
+results.json       search      `SearchResults`
+evaluation.json    evaluate    `Evaluation`
+report.json        report      `hashengine.evaluation.report.Report`
+=================  ==========  ====================================================================
+
+Each file or folder is replaced atomically, so a failure leaves the previous one intact. Appending to an index replaces
+items.csv, index.json and codes/ in this order. Until codes/ is replaced, the index contains what it contained before.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from typing_extensions import Self
+
+from hashengine._files import make_folder, write_file
+from hashengine.errors import input_error, invalid
+
+
+class Item(NamedTuple):
+    """One image: its row, its absolute path, and the name of its class folder ("" if it has none)."""
+
+    id: int
+    path: str
+    label: str
+
+
+class Record(BaseModel):
+    """A JSON file with fixed fields."""
+
+    def write(self, path: Path) -> None:
+        """Replace `path` atomically; its folder is created if it does not exist."""
+        make_folder(path.parent)
+        write_file(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path, where: str, argument: str, written_by: str) -> Self:
+        """Read from `path`.
+
+        Args:
+            path: the file.
+            where: the function or command to name in an error.
+            argument: the argument of that function or command to name in an error.
+            written_by: the command that writes such files.
+
+        Raises:
+            InputError: the file is missing, or is not one that `written_by` writes.
+        """
+        expected = f"a file written by '{written_by}'"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise invalid(where, argument, expected, f"{str(path)!r}, which does not exist") from None
+        except IsADirectoryError:
+            raise invalid(where, argument, expected, f"{str(path)!r}, which is a folder") from None
+        except ValidationError as error:
+            found = input_error(error, str(path))
+            raise invalid(where, argument, expected, f"another one ({found})") from None
+
+
+class Unreadable(BaseModel):
+    """An image that was skipped, with the reason."""
+
+    path: str
+    reason: str
+
+
+class EncodeRecord(Record):
+    """How a folder of images became codes.
+
+    Attributes:
+        fingerprint: SHA-256 of the model's weights; only codes with the same one are comparable.
+        seconds: the time of reading and decoding the images, of the network, and of packing the codes.
+    """
+
+    bits: int
+    bit_order: Literal["msb_first"] = "msb_first"
+    count: int
+    source: str
+    model: str
+    fingerprint: str
+    device: str
+    seconds: float
+    errors: list[Unreadable] = []
+
+    def summary(self) -> str:
+        """The counts and the rate in one line."""
+        skipped = f", {len(self.errors)} skipped" if self.errors else ""
+        rate = f"{self.count / self.seconds:.0f} per second"
+        return f"{self.count} images{skipped} to {self.bits}-bit codes in {self.seconds:.2f} s ({rate})"
+
+
+class IndexRecord(Record):
+    """What an index was built from.
+
+    Attributes:
+        seconds: the time of building the index and of all appends, without the writing of codes/ in an append.
+    """
+
+    bits: int
+    fingerprint: str
+    sources: list[EncodeRecord]
+    seconds: float
+
+
+class Hit(BaseModel):
+    """A neighbour: `rank` counts from 1, `distance` is the number of differing bits, `id` the row of items.csv."""
+
+    rank: int
+    id: int
+    distance: int
+    path: str
+    label: str
+
+
+class QueryResult(BaseModel):
+    """A query image and its nearest images, by distance and then id."""
+
+    path: str
+    label: str
+    hits: list[Hit]
+
+
+class SearchResults(Record):
+    """The results of a search.
+
+    Attributes:
+        seconds: the time of the search alone, without encoding the queries.
+        encode: how the queries were encoded.
+    """
+
+    index: str
+    database: int
+    bits: int
+    k: int
+    seconds: float
+    queries_per_second: float
+    encode: EncodeRecord
+    queries: list[QueryResult]
+
+    def summary(self) -> str:
+        """The counts and the rate in one line."""
+        count = f"{len(self.queries):,} {'query' if len(self.queries) == 1 else 'queries'}"
+        rate = f"{self.queries_per_second:,.0f} per second"
+        time = f"{1000 * self.seconds:.2f} ms ({rate})"
+        return f"{count} among {self.database:,} codes of {self.bits} bits, k = {self.k}, in {time}"
+
+
+class Band(BaseModel):
+    """A measure that depends on the order of images at equal distances: its mean over all orders, and its limits."""
+
+    expected: float
+    minimum: float
+    maximum: float
+
+
+class Curve(BaseModel):
+    """Precision and recall for each radius, if all items within it are retrieved, averaged over the queries.
+
+    `empty` is the share of queries with nothing within the radius; their precision counts as 0.
+    """
+
+    radius: list[int]
+    precision: list[float]
+    recall: list[float]
+    empty: list[float]
+
+
+class Evaluation(Record):
+    """The agreement of the ranking with the labels; `at` is the depth of the mAP, null for the whole ranking."""
+
+    index: str
+    bits: int
+    database: int
+    queries: int
+    classes: int
+    at: int | None
+    mean_average_precision: Band
+    precision_at: dict[int, Band]
+    recall_at: dict[int, Band]
+    radius: int
+    precision_within_radius: float
+    precision_recall_curve: Curve
+    seconds: float
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The header and the rows of a table of the main figures, as text."""
+        bands = [("mAP" if self.at is None else f"mAP@{self.at}", self.mean_average_precision)]
+        bands += [(f"precision@{k}", band) for k, band in self.precision_at.items()]
+        bands += [(f"recall@{k}", band) for k, band in self.recall_at.items()]
+        rows = [[name, *(f"{x:.4f}" for x in (band.expected, band.minimum, band.maximum))] for name, band in bands]
+        rows.append([f"precision within radius {self.radius}", f"{self.precision_within_radius:.4f}", "", ""])
+        return ["measure", "expected", "minimum", "maximum"], rows
+
+
+def write_items(path: Path, items: Iterable[Item]) -> None:
+    """Write `items` as CSV with the columns id, path, label."""
+    content = io.StringIO(newline="")
+    writer = csv.writer(content)
+    writer.writerow(Item._fields)
+    writer.writerows(items)
+    write_file(path, content.getvalue())
+
+
+def read_items(path: Path, where: str, argument: str) -> list[Item]:
+    """Read what `write_items` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged, or its ids are not 0, 1, 2, ...; the error names `where` and
+            `argument`.
+    """
+    expected = f"a folder whose {path.name} has the columns {','.join(Item._fields)} and ids counting from 0"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            items = [Item(int(row[0]), row[1], row[2]) for row in rows]
+    except FileNotFoundError:
+        raise invalid(where, argument, expected, f"no file {str(path)!r}") from None
+    except (ValueError, IndexError, csv.Error) as error:
+        raise invalid(where, argument, expected, f"{error} in {str(path)!r}") from None
+    if tuple(header) != Item._fields or any(item.id != row for row, item in enumerate(items)):
+        raise invalid(where, argument, expected, f"others in {str(path)!r}")
+    return items

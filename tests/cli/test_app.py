@@ -1,0 +1,190 @@
+"""What all commands share: help without torch, the common options, and the policy for errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from hashengine import _progress
+from hashengine.cli._app import command, command_line
+from hashengine.cli._options import given, options_of, unknown_options
+from hashengine.errors import InputError
+from hashengine.training import FitConfig, SweepConfig
+from tests.helpers.commands import invoke, refuse, succeed
+from tests.helpers.tiny_images import make_images, make_model
+
+COMMANDS = [
+    ("encode",), ("index",), ("search",), ("evaluate",), ("report",), ("demo",), ("doctor",),
+    ("train", "prepare"), ("train", "fit"), ("train", "sweep"), ("train", "report"), ("train", "methods"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def default_progress():
+    yield
+    _progress.configure()
+
+
+@pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
+def test_every_command_has_help_and_the_common_options(name):
+    assert name[0] in succeed("--help").stdout
+    text = succeed(*name, "--help").stdout
+    assert "Usage:" in text
+    assert all(option in text for option in ("--threads", "--quiet", "--log-json"))
+
+
+def test_the_command_line_and_its_help_import_no_torch():
+    script = f"""
+import sys
+from typer.testing import CliRunner
+from hashengine.cli import app
+for arguments in [[], *{[list(name) for name in COMMANDS]}]:
+    assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 0, arguments
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_option_threads_sets_the_number_of_torchs_threads(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        images, model = make_images(tmp_path / "images", per_class=1), make_model(tmp_path / "model")
+        succeed("encode", images, "--model", model, "--output", tmp_path / "codes", "--threads", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert "threads must be at least 1, got 0" in refuse("doctor", "--threads", 0)
+
+
+def test_quiet_leaves_stderr_empty(tmp_path):
+    images, model = make_images(tmp_path / "images", per_class=1), make_model(tmp_path / "model")
+    (images / "bars" / "broken.png").write_bytes(b"")
+    result = succeed("encode", images, "--model", model, "--output", tmp_path / "codes", "--quiet")
+    assert result.stderr == ""
+    assert json.loads((tmp_path / "codes" / "encode.json").read_text())["errors"]
+
+
+def test_log_json_makes_every_line_of_stderr_an_object(tmp_path):
+    images, model = make_images(tmp_path / "images", per_class=1), make_model(tmp_path / "model")
+    (images / "bars" / "broken.png").write_bytes(b"")
+    result = succeed("encode", images, "--model", model, "--output", tmp_path / "codes", "--log-json")
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    assert {event["event"] for event in events} == {"note", "progress"}
+    (progress,) = [event for event in events if event["event"] == "progress"]
+    assert (progress["task"], progress["done"], progress["total"]) == ("encoding", 4, 4)
+    assert any("skipped: " in event.get("message", "") for event in events)
+
+
+def test_log_json_reports_a_mistake_as_an_object(tmp_path):
+    result = invoke("encode", tmp_path / "nowhere", "--model", "m", "--output", "o", "--log-json")
+    assert result.exit_code == 2
+    (event,) = [json.loads(line) for line in result.stderr.splitlines()]
+    assert event["event"] == "error" and "which is missing" in event["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--colour"], "hashengine: '--colour' must be a known option, got an unknown one"),
+        (["find"], "hashengine: no such command 'find'"),
+        (["encode"], "encode: folder must be given"),
+        (["encode", "x", "--sise", "3"], "encode: '--sise' must be a known option, got an unknown one"),
+        (["train", "prepare", "x", "-o", "y", "--seed", "one"], "train prepare: seed"),
+    ],
+)
+def test_a_mistake_in_the_options_gives_an_error_of_one_line(arguments, complaint):
+    assert refuse(*arguments).startswith(f"error: {complaint}")
+    result = invoke(*arguments, "--log-json")
+    (event,) = [json.loads(line) for line in result.stderr.splitlines()]
+    assert result.exit_code == 2 and event["event"] == "error" and event["message"].startswith(complaint)
+
+
+def run_failing(error: Exception):
+    app = command_line("A program that fails.")
+
+    @command(app)
+    def fail() -> None:
+        """Fail."""
+        raise error
+
+    @command(app)
+    def other() -> None:
+        """Exists because typer gives the only command of a program no name."""
+
+    return CliRunner().invoke(app, ["fail"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("search: k must be 1 to 5, got 0"), 2),
+        (OSError(28, "No space left on device"), 1),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), 1),
+    ],
+)
+def test_expected_errors_are_reported_in_one_line(error, code):
+    result = run_failing(error)
+    assert result.exit_code == code
+    assert result.stderr == f"error: {error}\n"
+
+
+def test_the_value_error_of_a_native_op_is_reported_in_one_line():
+    app = command_line("A program that fails.")
+
+    @command(app)
+    def fail() -> None:
+        """Fail."""
+        torch.ops.hashengine.pack_bits(torch.zeros(2, 7))
+
+    @command(app)
+    def other() -> None:
+        """Exists because typer gives the only command of a program no name."""
+
+    result = CliRunner().invoke(app, ["fail"])
+    expected = "error: pack_bits: u must be [..., bits] with bits a multiple of 8, got [2, 7]\n"
+    assert (result.exit_code, result.stderr) == (2, expected)
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), RuntimeError("another"), KeyError("a third")])
+def test_unexpected_errors_keep_their_traceback(error):
+    assert run_failing(error).exception is error
+
+
+def test_each_field_with_a_description_becomes_an_option():
+    names = {parameter.name for parameter in options_of(FitConfig, exclude=("output",))}
+    assert names == {name for name, field in FitConfig.model_fields.items() if field.description} - {"output"}
+    text = succeed("train", "fit", "--help").stdout
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)
+    assert "of the one-cycle schedule" in " ".join(text.replace("│", " ").split())
+
+
+def test_values_of_options_become_values_of_fields():
+    options = {"widths": "8,16", "stem_stride": "2", "bits": 16, "flip": True, "seed": None, "unrelated": 1}
+    assert given(FitConfig, options) == {"widths": [8, 16], "stem_stride": 2, "bits": 16, "flip": True}
+    assert given(SweepConfig, {"queries": None}) == {}
+
+
+def test_unknown_options_are_read_as_yaml():
+    arguments = ["--alpha", "0.5", "--log-terms=yes", "--name", "x"]
+    assert unknown_options("fit", arguments) == {"alpha": 0.5, "log_terms": True, "name": "x"}
+    for wrong in (["alpha"], ["--alpha"]):
+        with pytest.raises(InputError, match="^fit: an argument must be '--option value'"):
+            unknown_options("fit", wrong)
+
+
+def test_a_function_stays_callable_without_the_common_options():
+    app = typer.Typer()
+
+    @command(app)
+    def double(number: int) -> None:
+        """Double."""
+        seen.append(2 * number)
+
+    seen: list[int] = []
+    double(21)
+    assert seen == [42]

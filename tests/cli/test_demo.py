@@ -1,0 +1,94 @@
+"""The demo empties only its own folder, and the commands that it prints give the results of the demo."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hashengine.cli.demo import print_summary
+from hashengine.errors import InputError
+from hashengine.evaluation import demo as demo_module
+from hashengine.evaluation import run_demo
+from tests.helpers.commands import invoke, refuse, succeed
+from tests.helpers.tiny_images import make_images
+
+
+def test_the_demo_empties_only_its_own_folder(tmp_path):
+    (tmp_path / "thesis.txt").write_text("almost done")
+    assert "demo: output must be a new folder or an earlier output" in refuse("demo", "--output", tmp_path)
+    data = make_images(tmp_path / "out" / "data", per_class=1)
+    complaint = refuse("demo", "--data", data, "--output", tmp_path / "out").splitlines()[-1]
+    assert "demo: output must be a folder that does not contain the data" in complaint
+    assert (tmp_path / "thesis.txt").exists() and (data / "dots" / "0.png").exists()
+
+
+def test_the_demo_stops_at_a_failing_step_and_a_second_run_starts_over(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def prepare(*arguments, **options):
+        ran.append("prepare")
+        return {side: {"images": 1} for side in ("database", "query")}
+
+    def fit(*arguments, **options):
+        ran.append("fit")
+        raise InputError("fit: the loss must be finite, got NaN")
+
+    monkeypatch.setattr("hashengine.training.prepare", prepare, raising=False)
+    monkeypatch.setattr("hashengine.training.fit", fit, raising=False)
+    for _ in range(2):
+        ran.clear()
+        with pytest.raises(InputError, match="the loss must be finite"):
+            run_demo("digits", tmp_path / "demo", 32)
+        assert ran == ["prepare", "fit"]
+        assert capsys.readouterr().err.count("$ hashengine train ") == 2
+        (tmp_path / "demo" / "left-over").write_text("from the first run")
+    demo_module.start_over(tmp_path / "demo", "digits")
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER]
+
+
+def test_the_demo_trains_with_mirrored_images_for_photographs_only():
+    for data, mirrors in (("digits", False), ("fashion-mnist", False), ("cifar10", True), ("photos/", True)):
+        (fit,) = [step for step in demo_module.steps(data, Path("demo"), 32) if "fit" in step.command]
+        assert ("--flip" in fit.command) == mirrors
+
+
+def test_the_printed_commands_give_the_results_of_the_demo(tmp_path, monkeypatch, capsys):
+    """Run every command that the demo prints, and compare the model, the codes, the split and the figures."""
+    data = make_images(tmp_path / "data", per_class=14)
+    monkeypatch.chdir(tmp_path)
+    report = run_demo(str(data), Path("demo"), 16)
+    commands = [shlex.split(line[2:]) for line in capsys.readouterr().err.splitlines() if line.startswith("$ ")]
+    assert [command[1:3] if command[1] == "train" else command[1:2] for command in commands] == [
+        ["train", "prepare"], ["train", "fit"], ["encode"], ["encode"], ["index"], ["search"], ["evaluate"], ["report"],
+    ]  # fmt: skip
+    print_summary(report)
+    assert "mAP" in capsys.readouterr().out
+    Path("demo").rename("of-the-demo")
+    for program, *arguments in commands:
+        assert program == "hashengine"
+        succeed(*arguments)
+    typed, made = Path("demo"), Path("of-the-demo")
+    for name in (
+        "model/model.safetensors",
+        "model/config.json",
+        "database/codes.npy",
+        "query/codes.npy",
+        "images/split.json",
+    ):
+        assert (typed / name).read_bytes() == (made / name).read_bytes(), name
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (typed, made))
+    for figures in (first, second):
+        del figures["evaluation"]["seconds"]
+    assert {key: first[key] for key in ("evaluation", "drawn", "worst")} == {
+        key: second[key] for key in ("evaluation", "drawn", "worst")
+    }
+
+
+def test_the_demo_command_prints_the_path_of_its_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = make_images(tmp_path / "data", per_class=14)
+    result = invoke("demo", "--data", data, "--output", "demo", "--bits", 16, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "Open demo/report.html"
+    assert result.stderr == ""

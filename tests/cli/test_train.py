@@ -1,0 +1,162 @@
+"""The commands of `hashengine train`."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from hashengine.models import HashNet
+from tests.helpers.commands import invoke, succeed
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_images import make_images, write_noise
+
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
+
+
+def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
+    images = write_noise(tmp_path / "images", {"a": 12, "b": 12})
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump({"images": str(images), "bits": 24, "epochs": 1, "widths": [8]}))
+    arguments = ("--config", tmp_path / "fit.yaml", "--output", tmp_path / "model", "--bits", 16, "--alpha", 0.5)
+    assert "16 bits, method greedy_hash" in succeed("train", "fit", *arguments).stdout
+    model = HashNet.from_pretrained(tmp_path / "model")
+    assert model.trained_by.options == {"alpha": 0.5}
+    assert model.config.bits == 16 and model.config.widths == (8,) and model.config.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["fit", "--images", "missing"], "fit: folder must be a folder of images, got '.*missing', which is missing"),
+        (["fit", "--images", "empty"], "fit: folder must be a folder with images"),
+        (["fit", "--images", "one"], "fit: images must be in at least two class folders, got only 'a'"),
+        (["fit", "--images", "hollow"], "fit: every class folder must be non-empty, got no image in .*c'"),
+        (["fit", "--images", "loose"], "fit: every image must be in a class folder, got .*x.png"),
+        (["fit", "--images", "damaged"], ".*damaged/b/1.png: the file must be a readable image"),
+        (["fit", "--images", "good", "--bits", "12"], "fit: bits must be a multiple of 8, got 12"),
+        (["fit", "--images", "good", "--epochs", "0"], "fit: epochs must be greater than 0, got 0"),
+        (["fit", "--images", "good", "--attention", "big"], "fit: attention must be .*got 'big'"),
+        (
+            ["fit", "--images", "good", "--config", "absent.yaml"],
+            "train fit: config must be a readable file, got .*absent.yaml",
+        ),
+        (
+            ["fit", "--images", "good", "--config", "list.yaml"],
+            "train fit: config must be lines of 'option: value', got list",
+        ),
+        (["fit", "--images", "good", "--config", "unknown.yaml"], "fit: 'bitz' must be an option of training"),
+        (["fit"], "fit: images must be given"),
+        (["fit", "--images", "good", "--alpha", "-1"], "fit: alpha must be greater than or equal to 0, got -1"),
+        (
+            ["fit", "--images", "good", "--method", "itq", "--alpha", "1"],
+            "fit: 'alpha' must be an option of training or",
+        ),
+        (["fit", "--images", "good", "--bitz", "16"], "fit: 'bitz' must be an option of training or of the method"),
+        (["fit", "--images", "good", "--stem-stride", "3"], "fit: stem_stride must be 1 or 2, got '3'"),
+        (["fit", "--images", "good", "--widths", "8,x"], "fit: widths.1 must be a valid integer, .*got 'x'"),
+        (["fit", "--images", "good", "extra"], "train fit: an argument must be '--option value', got 'extra'"),
+        (
+            ["sweep", "--images", "good", "--grid", "bits"],
+            "train sweep: grid must be OPTION=VALUE,VALUE,..., got 'bits'",
+        ),
+        (["sweep", "--images", "good", "--grid", "bits=12"], "train sweep: bits must be a multiple of 8, got 12"),
+        (["sweep", "--images", "good", "--grid", "device=tpu"], "fit: device must be 'auto', 'cpu', .*got 'tpu'"),
+        (["report", "good"], "train report: runs must be at least one folder"),
+        (
+            ["prepare", "nothing"],
+            "train prepare: source must be digits, fashion-mnist, cifar10 or a folder.*got 'nothing'",
+        ),
+        (
+            ["prepare", "good", "--queries", "17"],
+            "train prepare: queries must be at most 16 of these 18 images.*got 17",
+        ),
+        (["prepare", "good", "--queries", "0"], "train prepare: queries must be at least 1, got 0"),
+        (["prepare", "good", "--seed", "-1"], "train prepare: seed must be at least 0, got -1"),
+        (["fit", "--images", "good", "--image-size", "4"], "fit: image_size must be .*8, got 4"),
+    ],
+)
+def test_bad_input_gives_an_error_of_one_line_and_exit_status_2(tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "good", {"a": 9, "b": 9})
+    write_noise(tmp_path / "one", {"a": 3})
+    write_noise(tmp_path / "hollow", {"a": 3, "b": 3, "c": 0})
+    write_noise(tmp_path / "loose", {"a": 3, "b": 3})
+    (tmp_path / "loose" / "x.png").write_bytes((tmp_path / "good" / "a" / "0.png").read_bytes())
+    write_noise(tmp_path / "damaged", {"a": 3, "b": 3})
+    (tmp_path / "damaged" / "b" / "1.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "unknown.yaml").write_text("bitz: 16\n")
+    output = ("--output", "out.md" if arguments[0] == "report" else "out")
+    result = invoke("train", *arguments, *output)
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == 2 and "Traceback" not in result.output and not (tmp_path / "out").exists()
+    assert re.match(f"error: {complaint}", line)
+
+
+def test_python_m_training_is_the_same_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "fit", "--images", str(tmp_path), "--output", str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: fit: folder must be a folder with images")
+    assert "Traceback" not in done.stderr
+
+
+def test_prepare_prints_the_sides_of_the_split(tmp_path):
+    source = write_noise(tmp_path / "photos", {"a": 20, "b": 20})
+    lines = succeed("train", "prepare", source, "--output", tmp_path / "split").stdout.splitlines()
+    assert [line.split("\t")[:3] for line in lines[1:]] == [["database", "36", "2"], ["query", "4", "2"]]
+
+
+def test_sweep_and_report_print_the_same_table(tmp_path):
+    images, queries = make_images(tmp_path / "images", 4), make_images(tmp_path / "queries", 1, seed=1)
+    runs = tmp_path / "runs"
+    options = (
+        "--images",
+        images,
+        "--queries",
+        queries,
+        "--output",
+        runs,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--bits",
+        8,
+    )
+    arguments = ("train", "sweep", *options, "--widths", 8, "--grid", "alpha=0.1,0.5", "--grid", "seed=0,1")
+    table = succeed(*arguments).stdout
+    header, *rows = [line.split("\t") for line in table.splitlines()]
+    assert header[:3] == ["alpha", "seeds", "mAP"] and [row[:2] for row in rows] == [["0.1", "0, 1"], ["0.5", "0, 1"]]
+    assert succeed("train", "report", runs).stdout == table
+    succeed("train", "report", runs, "--output", tmp_path / "table.json")
+    assert len(json.loads((tmp_path / "table.json").read_text())["groups"]) == 2
+
+
+def test_methods_are_listed_with_their_options():
+    rows = [line.split("\t") for line in succeed("train", "methods").stdout.splitlines()]
+    assert ["greedy_hash", "--alpha", "0.1"] in [row[:3] for row in rows]
+    assert {row[0] for row in rows[1:]} == {"cibhash", "greedy_hash", "itq"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains(recipe, tmp_path):
+    """Options on the command line, which take precedence, make the network and the run tiny."""
+    images = make_images(tmp_path / "images", per_class=4)
+    tiny = ("--images", images, "--output", tmp_path / "model", "--epochs", 1, "--widths", 8, "--image-size", 8)
+    succeed("train", "fit", "--config", recipe, *tiny)
+    run = json.loads((tmp_path / "model" / "training.json").read_text())
+    written = yaml.safe_load(recipe.read_text())
+    kept = set(written) - {"images", "output", "epochs", "widths", "image_size"}
+    assert {name: run["options"][name] for name in kept} == {name: written[name] for name in kept}
+
+
+def test_every_named_data_set_has_a_recipe():
+    assert {"digits", "fashion-mnist", "cifar10"} <= {path.stem for path in RECIPES}

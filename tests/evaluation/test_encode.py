@@ -1,0 +1,99 @@
+"""A folder of images becomes a folder of codes."""
+
+import numpy as np
+import pytest
+
+from hashengine import InputError
+from hashengine.evaluation import CodesFolder, encode_folder
+from hashengine.evaluation import encode as encode_module
+from hashengine.evaluation.records import Item
+from hashengine.images import read_image
+from hashengine.models import HashNet
+from tests.helpers.hand_made_codes import hand_made
+from tests.helpers.tiny_images import make_images
+
+
+def test_codes_are_those_of_the_model_in_the_order_of_the_paths(images, model, codes):
+    paths = sorted(images.rglob("*.png"))
+    assert [item.path for item in codes.items] == [str(path) for path in paths]
+    assert [item.label for item in codes.items] == [path.parent.name for path in paths]
+    network = HashNet.from_pretrained(model)
+    for path, code in zip(paths, codes.codes, strict=True):
+        assert np.array_equal(network.encode(network.preprocess(read_image(path))[None]).numpy()[0], code)
+
+
+def test_batches_do_not_change_the_codes(images, model, codes):
+    assert np.array_equal(encode_folder(images, model, batch_size=2).codes, codes.codes)
+
+
+def test_unreadable_images_are_skipped_reported_and_recorded(tmp_path, model):
+    images = make_images(tmp_path / "images", per_class=2)
+    broken = images / "checks" / "0.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n, or so it says")
+    reported = []
+    codes = encode_folder(images, model, batch_size=1, warn=reported.append)
+    assert [item.path for item in codes.items] == [
+        str(path) for path in sorted(images.rglob("*.png")) if path != broken
+    ]
+    assert [item.id for item in codes.items] == list(range(5))
+    assert [error.path for error in codes.record.errors] == [str(broken)]
+    assert len(reported) == 1 and str(broken) in reported[0]
+
+
+def test_a_folder_without_a_readable_image_is_refused(tmp_path, model):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(InputError, match="^encode: folder must be a folder with a readable image"):
+        encode_folder(tmp_path, model, warn=lambda line: None)
+
+
+def test_a_loaded_codes_folder_equals_the_saved_one(codes, tmp_path):
+    codes.save(tmp_path / "codes")
+    loaded = CodesFolder.load(tmp_path / "codes")
+    assert np.array_equal(loaded.codes, codes.codes)
+    assert (loaded.items, loaded.record) == (codes.items, codes.record)
+    assert {path.name for path in (tmp_path / "codes").iterdir()} == {"codes.npy", "items.csv", "encode.json"}
+
+
+def test_names_with_commas_quotes_and_line_breaks_survive(tmp_path):
+    codes = hand_made([1, 2], "ab")
+    codes.items[1] = Item(1, '/photos/"Rome, \n2019".png', "a,b")
+    codes.save(tmp_path / "codes")
+    assert CodesFolder.load(tmp_path / "codes").items == codes.items
+
+
+def test_a_failed_save_leaves_the_old_codes_intact(codes, tmp_path, monkeypatch):
+    codes.save(tmp_path / "codes")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encode_module, "write_items", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        hand_made([1], "a").save(tmp_path / "codes")
+    assert np.array_equal(CodesFolder.load(tmp_path / "codes").codes, codes.codes)
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+
+
+def test_a_folder_with_other_files_is_not_replaced(codes, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "novel.txt").write_text("call me")
+    with pytest.raises(InputError, match="^encode: output must be a new folder or an earlier output"):
+        codes.save(tmp_path / "precious")
+    assert (tmp_path / "precious" / "novel.txt").read_text() == "call me"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "shape", "csv", "json", "missing"])
+def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
+    folder = tmp_path / "codes"
+    codes.save(folder)
+    array, items, record = (folder / name for name in ("codes.npy", "items.csv", "encode.json"))
+    {
+        "truncate": lambda: array.write_bytes(array.read_bytes()[:-1]),
+        "shape": lambda: np.save(array, codes.codes[:-1]),
+        "csv": lambda: items.write_text("id,path,label\n0,a.png,a\n2,b.png,b\n"),
+        "json": lambda: record.write_text('{"bits": "many"}'),
+        "missing": array.unlink,
+    }[damage]()
+    with pytest.raises(InputError, match="^CodesFolder.load: codes must be ") as error:
+        CodesFolder.load(folder)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,111 @@
+"""An index of images: search, append, and what is refused."""
+
+import numpy as np
+import pytest
+
+from hashengine import InputError
+from hashengine.evaluation import ImageIndex, encode_folder
+from hashengine.evaluation import encode as encode_module
+from hashengine.evaluation import image_index as image_index_module
+from tests.helpers.tiny_images import CLASSES, make_model
+
+
+def hamming(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.unpackbits(a[:, None] ^ b[None], axis=2).sum(axis=2)
+
+
+def test_search_equals_brute_force(index, codes, queries):
+    results = index.search(queries, k=len(codes.items))
+    distances = hamming(queries.codes, codes.codes)
+    order = np.argsort(distances, axis=1, kind="stable")
+    for row, query in enumerate(results.queries):
+        assert [hit.id for hit in query.hits] == order[row].tolist()
+        assert [hit.distance for hit in query.hits] == distances[row, order[row]].tolist()
+        assert [hit.path for hit in query.hits] == [codes.items[i].path for i in order[row]]
+        assert [hit.rank for hit in query.hits] == list(range(1, len(codes.items) + 1))
+
+
+def test_an_index_built_by_appends_answers_like_one_built_in_one_step(images, model, queries, codes, index, tmp_path):
+    parts = [encode_folder(images / name, model) for name in CLASSES]
+    grown = ImageIndex.build(parts[0], tmp_path / "grown")
+    for part in parts[1:]:
+        ImageIndex.load(tmp_path / "grown").append(part)
+    grown = ImageIndex.load(tmp_path / "grown")
+    assert [item.path for item in grown.items] == [item.path for item in codes.items]
+    for ours, theirs in zip(grown.search(queries, 5).queries, index.search(queries, 5).queries, strict=True):
+        assert [(hit.id, hit.distance, hit.path) for hit in ours.hits] == [
+            (hit.id, hit.distance, hit.path) for hit in theirs.hits
+        ]
+
+
+def test_an_append_that_is_interrupted_during_its_save_changes_no_answer(index, queries, monkeypatch):
+    before = index.search(queries, 3).queries
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(index.hamming), "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ImageIndex.load(index.folder).append(queries)
+    assert ImageIndex.load(index.folder).search(queries, 3).queries == before
+
+
+def test_an_index_contains_its_model(index, images, model):
+    assert encode_module.fingerprint(index.folder / "model") == encode_module.fingerprint(model)
+    path = next(images.rglob("*.png"))
+    results = index.search(encode_folder(path, index.folder / "model"), 1)
+    assert results.queries[0].hits[0].distance == 0
+
+
+@pytest.mark.parametrize(
+    ("bits", "seed", "expected"),
+    [
+        (16, 0, "32 bits"),  # a model of another code length
+        (32, 1, "another one"),  # a model of the same code length with other weights
+    ],
+)
+def test_codes_of_another_model_are_refused(index, images, tmp_path, bits, seed, expected):
+    foreign = encode_folder(images, make_model(tmp_path / "other", bits, seed))
+    with pytest.raises(InputError, match=f"^search: query must be .*{expected}"):
+        index.search(foreign, 1)
+    with pytest.raises(InputError, match=f"^index: codes must be .*{expected}"):
+        index.append(foreign)
+
+
+@pytest.mark.parametrize("k", [0, -1, 22])
+def test_k_out_of_range_is_refused(index, queries, k):
+    with pytest.raises(InputError, match=f"^search: k must be 1 to 21 .* got {k}"):
+        index.search(queries, k)
+
+
+@pytest.mark.parametrize("failing", ["items.csv", "index.json", "codes"])
+def test_a_failed_append_leaves_the_old_index_on_disk_and_in_memory(index, queries, monkeypatch, failing):
+    before = index.search(queries, 21).queries
+    record = index.record.model_copy(deep=True)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if failing == "items.csv":
+            patch.setattr(image_index_module, "write_items", full_disk)
+        else:
+            owner, name = {"index.json": (type(index.record), "write"), "codes": (type(index.hamming), "save")}[failing]
+            patch.setattr(owner, name, full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            index.append(queries)
+    for old in (index, ImageIndex.load(index.folder)):
+        assert len(old.hamming) == len(old.items) == 21 and old.record.sources == record.sources
+        assert old.search(queries, 21).queries == before
+    index.append(queries)
+    for new in (index, ImageIndex.load(index.folder)):
+        assert len(new.hamming) == len(new.items) == 27
+        assert [source.count for source in new.record.sources] == [21, 6]
+        assert new.search(queries, 1).queries[0].hits[0].distance == 0
+
+
+def test_an_index_that_changed_on_disk_is_not_appended_to(index, queries):
+    ImageIndex.load(index.folder).append(queries)
+    with pytest.raises(InputError, match="^index: index must be a folder with the 21 codes .* got 27 in .*; load it"):
+        index.append(queries)
+    assert len(ImageIndex.load(index.folder).items) == 27

@@ -1,0 +1,104 @@
+"""The page with queries, their nearest images, figures and timings."""
+
+import json
+import re
+
+import pytest
+
+from hashengine import InputError
+from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder, evaluate, write_report
+from hashengine.evaluation.records import QueryResult
+from hashengine.evaluation.report import draw, duration, worst
+from tests.helpers.tiny_images import make_model
+
+
+@pytest.fixture
+def reported(index, queries, tmp_path):
+    index.search(queries, 10).write(tmp_path / "results.json")
+    evaluate(index, queries).write(tmp_path / "evaluation.json")
+    report = write_report(
+        tmp_path / "report.html",
+        index.folder,
+        tmp_path / "results.json",
+        evaluation=tmp_path / "evaluation.json",
+        rows=4,
+    )
+    return report, (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
+
+
+def test_the_page_needs_no_other_file(reported):
+    report, page, _ = reported
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 11 * (len(report.drawn) + len(report.worst))  # each query with its 10 hits
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|<script|<link|url\(", page)
+
+
+def test_the_page_and_the_json_hold_the_same_figures(reported, tmp_path):
+    _, page, figures = reported
+    assert figures["evaluation"] == json.loads((tmp_path / "evaluation.json").read_text())
+    assert f"{figures['evaluation']['mean_average_precision']['expected']:.4f}" in page
+    for timing in figures["timings"]:
+        assert duration(timing["seconds"]) in page
+    assert figures["environment"]["torch"] in page
+
+
+def test_the_frame_of_a_hit_says_whether_it_has_the_querys_label(reported):
+    report, page, _ = reported
+    hits = [(query.label, hit.label) for query in [*report.drawn, *report.worst] for hit in query.hits]
+    assert page.count('class="hit right"') == sum(query == hit for query, hit in hits)
+    assert page.count('class="hit wrong"') == sum(query != hit for query, hit in hits)
+
+
+def test_a_page_marks_no_hit_without_labels_and_shows_that_an_image_is_missing(index, queries, codes, images, tmp_path):
+    unlabelled = CodesFolder(queries.codes, [item._replace(label="") for item in queries.items], queries.record)
+    results = index.search(unlabelled, 3)
+    results.queries[0].path = "/nowhere/lost.png"
+    results.write(tmp_path / "results.json")
+    write_report(tmp_path / "page.html", index.folder, tmp_path / "results.json")
+    page = (tmp_path / "page.html").read_text()
+    assert 'class="hit right"' not in page and 'class="hit wrong"' not in page and "the most errors" not in page
+    assert page.count('<div class="missing" title="/nowhere/lost.png">') == 1
+
+
+def test_a_report_on_the_results_of_another_index_is_refused(index, images, tmp_path):
+    other = encode_folder(images, make_model(tmp_path / "other", seed=1))
+    ImageIndex.build(other, tmp_path / "other-index").search(other, 1).write(tmp_path / "results.json")
+    with pytest.raises(InputError, match="^report: results must be of a search in"):
+        write_report(tmp_path / "report.html", index.folder, tmp_path / "results.json")
+
+
+def query_results(labels: str, right: list[int]) -> list[QueryResult]:
+    """The result of one query per label, with 5 hits. The first `right[i]` hits of query i have its label."""
+    hit = {"rank": 1, "id": 0, "distance": 0, "path": ""}
+    return [
+        QueryResult(
+            path=str(i), label=label, hits=[hit | {"label": label if n < right[i] else "other"} for n in range(5)]
+        )
+        for i, label in enumerate(labels)
+    ]
+
+
+def test_drawn_queries_come_from_every_class_and_depend_on_the_seed():
+    queries = query_results("aaaabbbbcccc", [5] * 12)
+    drawn = draw(queries, 7, seed=3)
+    assert drawn == draw(queries, 7, seed=3)
+    labels = [query.label for query in drawn]
+    assert labels == sorted(labels)
+    assert sorted(labels.count(label) for label in "abc") == [2, 2, 3]
+    assert len({query.path for query in drawn}) == 7
+    assert any(draw(queries, 7, seed) != drawn for seed in range(10))
+    assert len(draw(queries, 99, seed=0)) == 12
+
+
+def test_the_worst_queries_are_those_with_the_most_wrong_hits():
+    queries = query_results("abcde", [5, 0, 3, 5, 1])
+    assert [query.label for query in worst(queries, 2)] == ["b", "e"]
+    assert [query.label for query in worst(queries, 9)] == ["b", "e", "c"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(123.4, "123 s"), (12.34, "12.3 s"), (0.0123, "12.3 ms"), (5e-5, "50.0 µs"), (0, "0.00 µs")]
+)
+def test_durations_have_three_digits_and_a_unit(seconds, text):
+    assert duration(seconds) == text
