@@ -1,4 +1,4 @@
-"""python -m benchmarks: the benchmarks' command line."""
+"""The benchmarks' command line: python -m benchmarks."""
 
 import math
 from pathlib import Path
@@ -6,32 +6,46 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import hamming as hamming_benchmark
-from benchmarks import hamming_gpu as hamming_gpu_benchmark
-from benchmarks import kernels as kernels_benchmark
-from benchmarks import mapped as mapped_benchmark
-from benchmarks import model as model_benchmark
-from benchmarks import profiling
-from benchmarks import report as report_of_kernels
-from benchmarks.cases import DEFAULT_OPS, OPS
-from benchmarks.codes import Data
-from benchmarks.gpu_data import Case
-from benchmarks.kernels import Dtype, Layout
-from benchmarks.model import Attention, Mode
-from benchmarks.shapes import Model
-from benchmarks.systems import Task, check_sizes
+from benchmarks import compare as comparing
+from benchmarks import report as reports
+from benchmarks.harness import append_rows
+from benchmarks.kernels import measure as kernel_measurements
+from benchmarks.kernels import profiling
+from benchmarks.kernels.inputs import Dtype, Layout
+from benchmarks.kernels.ops import DEFAULT_OPS, OPS
+from benchmarks.kernels.shapes import Model
+from benchmarks.networks import throughput
+from benchmarks.networks.throughput import Attention, Mode
+from benchmarks.search import cpu as cpu_search
+from benchmarks.search import gpu_suite
+from benchmarks.search import mapped as mapped_search
+from benchmarks.search.cases import Task, make_cases
+from benchmarks.search.data import Data, can_make
+from hashengine._validation import check_device
 from hashengine.cli import command_line
-from hashengine.errors import InputError
+from hashengine.errors import invalid
 
-app = command_line("Numbers of hashengine beside its peers', measured in the same run.")
+app = command_line("Measure hashengine and its peers in the same run.")
 
-
-IMAGES = Path(__file__).parents[2] / "shared" / "data"  # beside the repository
-
-Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")]
-Minutes = Annotated[float, typer.Option(min=0, help="After which no measurement is begun.")]
-Output = Annotated[Path | None, typer.Option(help="Append the results to this file, a JSON object a line.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every system; default: all cores.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+LayoutOption = Annotated[Layout, typer.Option(help="Memory format of the tensors.")]
+Minutes = Annotated[float, typer.Option(min=0, help="No measurement is started after this time.")]
+Output = Annotated[
+    Path | None, typer.Option(help="File to append the result rows to, one JSON object per line.", show_default=False)
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of rounds; each round times every system. Default: 5 on the CPU; on a GPU, as many as fit into a "
+        "second, but at least 3 and at most 15.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Measured steps of each system.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of every system; default: all cores.", show_default=False)
+]
 
 
 @app.command()
@@ -39,82 +53,103 @@ def hamming(
     task: Annotated[
         list[Task] | None,
         typer.Option(
-            help="search: the k nearest; filter: of a share of the codes; range: the radius of about k; map: mean "
-            "average precision over the full ranking. Default: search."
+            help="search: the k nearest codes; filter: the k nearest of a random share of the codes; range: all codes "
+            "within a radius that holds about k per query; map: mean average precision over the full ranking. May be "
+            "repeated; default: search.",
+            show_default=False,
         ),
     ] = None,
     codes: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 1_000_000,
-    queries: Annotated[int, typer.Option(min=1, help="Queries in a batch.")] = 1000,
-    bits: Annotated[list[int] | None, typer.Option(min=8, help="Code length; may be repeated.")] = None,
-    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Neighbours; may be repeated.")] = None,
-    share: Annotated[float, typer.Option(min=0.001, max=1, help="Of the codes that a filter lets through.")] = 0.5,
-    data: Annotated[Data, typer.Option(help="How codes are drawn, or of whose images they are learned.")] = Data.random,
-    images: Annotated[Path, typer.Option(help="Folder of the images' archives.")] = IMAGES,
+    queries: Annotated[int, typer.Option(min=1, help="Queries per batch.")] = 1000,
+    bits: Annotated[
+        list[int] | None, typer.Option(min=8, help="Bits per code; may be repeated; default: 64, 128 and 256.")
+    ] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("-k", min=1, help="Neighbours per query; may be repeated; default: 10 and 100.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of the codes that a filter lets through.")
+    ] = 0.5,
+    data: Annotated[
+        Data, typer.Option(help="How the codes are drawn, or the images from which a small network learns them.")
+    ] = Data.random,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HASHENGINE_DATA", help="Folder of the image archives that --data names.", show_default=False
+        ),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="On the CPU; in each of them every system runs once.")] = 5,
+    rounds: Rounds = None,
     output: Output = None,
 ) -> None:
-    """Exact Hamming search on the CPU beside FAISS IndexBinaryFlat, in the better of its two modes, and other peers.
+    """Measure exact Hamming search, on the CPU or on a GPU.
 
-    A bare loop over cached codes and, for a single query, a plain read of the codes are measured in the same rounds. On
-    a GPU: beside FAISS's index there, products in torch, and the device's bounds; `hamming-gpu` runs all that matters.
+    On the CPU it is compared with FAISS IndexBinaryFlat in the faster of its two modes, with other libraries, with a
+    bare loop over cached codes and, for a single query, with a plain read of the codes. On a GPU it is compared with
+    FAISS's GPU index, with searches in plain torch, and with the device's bounds; `hamming-gpu` measures all important
+    cases.
     """
-    tasks, lengths, ks = task or [Task.search], bits or [64, 128, 256], k or [10, 100]
-    if device != "cpu":
-        check_sizes(codes, lengths, ks)
-        steps = [
-            (
-                hamming_gpu_benchmark.SEARCH,
-                Case(codes, length, queries, own_k, each, data, share if each is Task.filter else 1.0),
-            )
-            for length in lengths
-            for each in tasks
-            for own_k in ((None,) if each is Task.map else ks)
-        ]
-        hamming_gpu_benchmark.run(steps, device=device, minutes=math.inf, output=output, images=images)
-        return
-    hamming_benchmark.run(
-        tasks=tasks,
+    lengths = bits or [64, 128, 256]
+    cases = make_cases(
+        "hamming",
+        tasks=task or [Task.search],
         codes=codes,
         queries=queries,
         bits=lengths,
-        ks=ks,
+        ks=k or [10, 100],
         share=share,
         data=data,
-        images=images,
-        threads=threads,
-        rounds=rounds,
-        output=output,
     )
+    if not all(can_make(data, length, images) for length in lengths):
+        typer.echo(
+            f"hamming: skipped, because --data {data.value} needs image archives; give their folder with --images or "
+            "HASHENGINE_DATA"
+        )
+        return
+    if not device.startswith("cuda"):
+        check_device("hamming", device)
+        cpu_search.run(cases, threads=threads, rounds=rounds, images=images, output=output)
+        return
+    if threads is not None:
+        raise invalid("hamming", "threads", f"left out with --device {device}", threads)
+    steps = [(gpu_suite.SEARCH, case) for case in cases]
+    gpu_suite.run(steps, where="hamming", device=device, minutes=math.inf, rounds=rounds, images=images, output=output)
 
 
 @app.command()
 def hamming_gpu(
     device: Device = "cuda",
     minutes: Minutes = 6.0,
-    shrink: Annotated[int, typer.Option(min=1, help="Divides the numbers of codes and queries, to try it.")] = 1,
+    shrink: Annotated[
+        int, typer.Option(min=1, help="Divide the numbers of codes and queries by this number, to try the command.")
+    ] = 1,
     output: Output = None,
 ) -> None:
-    """Searches, latencies and additions on a GPU, the important ones first; each row is kept as soon as it is there."""
-    steps = hamming_gpu_benchmark.planned(shrink)
-    hamming_gpu_benchmark.run(steps, device=device, minutes=minutes, output=output)
+    """Measure searches, latencies and builds on a GPU, the most important ones first.
+
+    Each row is printed and appended to --output as soon as it is measured.
+    """
+    gpu_suite.run(gpu_suite.shrunk_suite(shrink), device=device, minutes=minutes, output=output)
 
 
 @app.command()
 def mapped(
     codes: Annotated[int, typer.Option(min=1, help="Codes in the file.")] = 100_000_000,
-    queries: Annotated[int, typer.Option(min=1, help="Queries in a batch.")] = 1,
-    bits: Annotated[int, typer.Option(min=8, help="Code length.")] = 64,
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours.")] = 10,
-    cache: Annotated[int, typer.Option(min=1, help="MiB of page cache, where a memory cgroup can be made.")] = 256,
+    queries: Annotated[int, typer.Option(min=1, help="Queries per batch.")] = 1,
+    bits: Annotated[int, typer.Option(min=8, help="Bits per code.")] = 64,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per query.")] = 10,
+    cache: Annotated[
+        int, typer.Option(min=1, help="Page cache in MiB, if a memory cgroup can be created on this machine.")
+    ] = 256,
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of a search and a plain read.")] = 5,
-    folder: Annotated[Path, typer.Option(help="Where the file is written, on the disk to measure.")] = Path("build"),
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; each times one search and one read.")] = 5,
+    folder: Annotated[Path, typer.Option(help="Folder for the file, on the disk to measure.")] = Path("build"),
     output: Output = None,
 ) -> None:
-    """Searches of a mapped index that the page cache cannot keep, beside a plain read of the same file."""
-    mapped_benchmark.run(
+    """Measure searches of a mapped index that the page cache cannot hold, against a plain read of the same file."""
+    mapped_search.run(
         codes=codes,
         queries=queries,
         bits=bits,
@@ -129,36 +164,53 @@ def mapped(
 
 @app.command()
 def kernels(
-    op: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(OPS)}; may be repeated.")] = None,
-    model: Annotated[list[Model] | None, typer.Option(help="Whose layer shapes; may be repeated.")] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(OPS)}; may be repeated; default: {', '.join(DEFAULT_OPS)}.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        list[Model] | None, typer.Option(help="Network with the layer shapes; may be repeated; default: all.")
+    ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Instead of each model's own; may be repeated.")
+        list[int] | None,
+        typer.Option(
+            min=1, help="Samples per batch; may be repeated; default: each network's own.", show_default=False
+        ),
     ] = None,
     shape: Annotated[
-        tuple[int, int, int, int] | None, typer.Option(metavar="N C H W", help="One shape instead of the models'.")
+        tuple[int, int, int, int] | None,
+        typer.Option(metavar="N C H W", help="A single shape, instead of those of the networks.", show_default=False),
     ] = None,
-    dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: float32; on a GPU bfloat16, too.")] = None,
-    layout: Annotated[list[Layout] | None, typer.Option(help="Default: contiguous; may be repeated.")] = None,
+    dtype: Annotated[
+        list[Dtype] | None,
+        typer.Option(help="May be repeated; default: float32, and on a GPU also bfloat16.", show_default=False),
+    ] = None,
+    layout: Annotated[
+        list[Layout] | None,
+        typer.Option(help="Memory format of the tensors; may be repeated; default: contiguous.", show_default=False),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
-    quick: Annotated[bool, typer.Option(help="Only the smallest shape of each op, in short rounds.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile, too.")] = True,
-    cuda_graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs: no launch costs, for any system.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="About how long each table row may take.")] = 1.5,
+    quick: Annotated[bool, typer.Option(help="Measure only the smallest shape of each op, for 0.2 seconds.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too.")] = True,
+    cuda_graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs, so that no system has launch costs.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="About how many seconds all rounds of a row take.")] = 1.5,
     minutes: Minutes = math.inf,
     output: Output = None,
 ) -> None:
-    """Every op, forward and forward + backward, beside eager torch, torch.compile and a copy of the tensor."""
+    """Measure every op, forward and forward + backward, against eager torch, torch.compile and a copy of the tensor."""
     for name in op or []:
         if name not in OPS:
-            raise InputError(f"op must be one of {', '.join(OPS)}, got {name}")
-    gpu = device.startswith("cuda")
-    kernels_benchmark.run(
+            raise invalid("kernels", "op", f"one of {', '.join(OPS)}", name)
+    default_dtypes = [Dtype.float32, Dtype.bfloat16] if device.startswith("cuda") else [Dtype.float32]
+    kernel_measurements.run(
         ops=op or list(DEFAULT_OPS),
         models=model,
         batches=batch,
         shape=shape,
-        dtypes=dtype or ([Dtype.float32, Dtype.bfloat16] if gpu else [Dtype.float32]),
+        dtypes=dtype or default_dtypes,
         layouts=layout or [Layout.contiguous],
         device=device,
         threads=threads,
@@ -176,18 +228,18 @@ def profile(
     op: Annotated[str, typer.Argument(help=f"One of {', '.join(profiling.NAMES)}.")],
     shape: Annotated[
         tuple[int, int, int, int] | None,
-        typer.Option(metavar="N C H W", help="Of x; for hamming_topk: QUERIES CODES BITS K."),
+        typer.Option(metavar="N C H W", help="Shape of x; for hamming_topk: QUERIES CODES BITS K.", show_default=False),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of x.")] = Dtype.float32,
-    layout: Annotated[Layout, typer.Option(help="Of x.")] = Layout.contiguous,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of x.")] = Dtype.float32,
+    layout: LayoutOption = Layout.contiguous,
     device: Device = "cpu",
-    steps: Annotated[int, typer.Option(min=1, help="Calls under the profiler.")] = 5,
-    forward_only: Annotated[bool, typer.Option("--forward", help="Leave out the backward.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for the traces.")] = Path("build/profile"),
+    steps: Steps = 5,
+    forward_only: Annotated[bool, typer.Option("--forward", help="Leave out the backward pass.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder to write the traces to.")] = Path("build/profile"),
 ) -> None:
-    """The kernels of an op beside eager's, forward and backward, and a trace of each for ui.perfetto.dev."""
+    """Print the time of each kernel of an op, fused and in eager torch, and write traces for ui.perfetto.dev."""
     if op not in profiling.NAMES:
-        raise InputError(f"op must be one of {', '.join(profiling.NAMES)}, got {op}")
+        raise invalid("profile", "op", f"one of {', '.join(profiling.NAMES)}", op)
     profiling.run(
         op=op,
         shape=shape,
@@ -204,26 +256,33 @@ def profile(
 def model(
     name: Annotated[
         list[str] | None,
-        typer.Argument(help="Models of torchvision that attention can be attached to. Default: resnet18."),
+        typer.Argument(
+            help="Networks of torchvision to which attention can be attached; default: resnet18.", show_default=False
+        ),
     ] = None,
     attention: Annotated[
         list[Attention] | None,
-        typer.Option(help="What is put into every block; may be repeated. Default: triplet."),
+        typer.Option(help="Attention to attach to every block; may be repeated; default: triplet.", show_default=False),
     ] = None,
-    mode: Annotated[list[Mode] | None, typer.Option(help="Default: both.")] = None,
-    batch: Annotated[int, typer.Option(min=1)] = 8,
-    size: Annotated[int, typer.Option(min=32, help="Pixels of a side.")] = 224,
-    dtype: Annotated[Dtype, typer.Option(help="bfloat16 by autocast.")] = Dtype.float32,
-    layout: Annotated[Layout, typer.Option(help="Of images and weights.")] = Layout.contiguous,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="Kind of step; may be repeated; default: both.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the images in pixels.")] = 224,
+    dtype: Annotated[Dtype, typer.Option(help="float32, or bfloat16 by autocast.")] = Dtype.float32,
+    layout: LayoutOption = Layout.contiguous,
     device: Device = "cpu",
     threads: Threads = None,
-    steps: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every system steps.")] = 5,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile, too.")] = True,
+    steps: Steps = 5,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too.")] = True,
     minutes: Minutes = math.inf,
     output: Output = None,
 ) -> None:
-    """Images a second of a network without attention, and with it: eager, compiled, fused."""
-    model_benchmark.run(
+    """Measure images per second of a network without attention, with eager attention and with fused attention.
+
+    Each is also measured with torch.compile, unless --no-compile is given.
+    """
+    throughput.run(
         names=name or ["resnet18"],
         attentions=attention or [Attention.triplet],
         modes=mode or list(Mode),
@@ -241,17 +300,33 @@ def model(
 
 
 @app.command()
-def report(
-    results: Annotated[
-        Path, typer.Option(help="Folder of kernels-*.jsonl and hamming-gpu-*.jsonl.")
-    ] = report_of_kernels.RESULTS,
-    plot: Annotated[Path, typer.Option(help="The roofline plot to write.")] = report_of_kernels.PLOT,
-    search_plot: Annotated[
-        Path, typer.Option(help="The plot of searches on a GPU to write.")
-    ] = report_of_kernels.SEARCH_PLOT,
+def compare(
+    other: Annotated[Path, typer.Argument(help="Another checkout, with its native module built in place.")],
+    only: Annotated[str, typer.Option(help="Part of the names of the cells to measure; default: all cells.")] = "",
+    rounds: Annotated[int, typer.Option(min=6, help="Number of rounds, at least 6; each times both checkouts.")] = 9,
+    seconds: Annotated[float, typer.Option(min=0, help="About how many seconds a measurement takes.")] = 0.1,
+    output: Output = None,
 ) -> None:
-    """Print the tables of kernels and of searches on a GPU and draw their plots, from the kept results alone."""
-    report_of_kernels.run(results, plot, search_plot)
+    """Measure search and kernels in this checkout and in OTHER, in alternation.
+
+    A cell is one call with fixed sizes. The exit code is 1 if a cell is slower in this checkout than in OTHER.
+    """
+    comparisons = comparing.compare(other, only=only, rounds=rounds, seconds=seconds)
+    typer.echo(comparing.summary(comparisons))
+    if output is not None:
+        append_rows(output, comparing.rows(comparisons))
+    if any(comparison.is_slower for comparison in comparisons):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of the result rows, *.jsonl.")] = reports.RESULTS,
+    output: Annotated[Path, typer.Option(help="Folder to write the tables and plots to.")] = reports.OUTPUT,
+) -> None:
+    """Write the Markdown tables and the plots of the documentation, from the result rows alone."""
+    for file in reports.render(results, output):
+        typer.echo(file)
 
 
 if __name__ == "__main__":

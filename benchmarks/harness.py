@@ -1,54 +1,36 @@
-"""What every benchmark shares: timing in rounds, the machine's description, results as lines of JSON."""
+"""Parts that all benchmarks share: result rows and their files, the machine's description, and the deadline."""
 
 import json
-import platform
+import os
 import shutil
-import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-import hashengine
-from hashengine import InputError, _native
+from hashengine import _environment
 
 Step = TypeVar("Step")
-
-_SETTLE_SECONDS = 0.05  # OpenMP threads of the last system spin a while after their work; the next one must not pay
-_BURST_SECONDS = 0.05  # calls follow each other so long: the first of them wakes threads that have gone to sleep
+Row = dict[str, Any]  # one line of a results file
 
 
-def time_in_rounds(systems: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call of each system in each round, after a round to warm up; of short calls the median of a burst.
-
-    The systems take turns, so that whatever disturbs the machine disturbs them alike; compare them round by round.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for turn in range(rounds + 1):
-        for name, system in systems.items():
-            time.sleep(_SETTLE_SECONDS)
-            burst: list[float] = []
-            end = time.perf_counter() + _BURST_SECONDS
-            while not burst or time.perf_counter() < end:
-                start = time.perf_counter()
-                system()
-                burst.append(time.perf_counter() - start)
-            if turn:
-                seconds[name].append(statistics.median(burst))
-    return seconds
+class WrongAnswer(Exception):
+    """A result that failed its verification and is therefore not timed."""
 
 
-def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median of the rounds' ratios."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+def fail_if_any(failures: Sequence[str], measurements: int) -> None:
+    """End the program with exit code 1 and one line per failure, if there are failures."""
+    if failures:
+        raise SystemExit(f"{len(failures)} of {measurements} measurements failed:\n" + "\n".join(failures))
 
 
-def begun_within(minutes: float, steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps, as long as time is left to begin one; tells how many there was none for."""
+def within_minutes(minutes: float, steps: Sequence[Step]) -> Iterator[Step]:
+    """Yield the steps until `minutes` have passed; then print how many were not started."""
     deadline = time.monotonic() + 60 * minutes
     for done, step in enumerate(steps):
         if time.monotonic() > deadline:
@@ -57,58 +39,33 @@ def begun_within(minutes: float, steps: Sequence[Step]) -> Iterator[Step]:
         yield step
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name such as "cuda:1", if it is here; "cuda" is the first."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device must be cpu, cuda or cuda:N, got {name}") from None
-    if device.type != "cuda":
-        return device
-    device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device asks for a number
-    if device.index >= torch.cuda.device_count():
-        raise InputError(f"device {name} must be there, got {torch.cuda.device_count()} GPUs; see 'hashengine doctor'")
-    return device
+def set_threads(threads: int | None) -> int:
+    """Set torch's number of threads to `threads`, or to the number of cores if it is None; returns the number."""
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads
 
 
-def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Where and with what a number was measured; of a GPU too, if that is the ``device``."""
-    simd_level = "none"
-    if _native.available():
-        from hashengine import _C
+def console_width(columns: int) -> int | None:
+    """The width for a rich console: None for a terminal, which has its own width; `columns` for any other stdout."""
+    return None if sys.stdout.isatty() else columns
 
-        simd_level = _C.simd_level()
+
+def describe_machine(device: torch.device | None = None) -> Row:
+    """The machine, the versions and the commit of a measurement; also the GPU, if `device` is one."""
+    versions = _environment.versions()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": _cpu_name(),
-        "simd_level": simd_level,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "hashengine": hashengine.__version__,
+        "cpu": _environment.processor(),
+        "simd_level": _environment.simd_level(),
+        **{name: versions[name] for name in ("python", "torch", "hashengine")},
         "threads": torch.get_num_threads(),
-    } | (_describe_gpu(device) if device is not None and device.type == "cuda" else {})
-
-
-def append_results(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _describe_gpu(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
-    driver = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
-    return {
-        "gpu": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": driver.stdout.strip() if driver else "unknown",
-        "cuda": torch.version.cuda,
-    }
+    } | (_environment.describe_gpu(device) if device is not None and device.type == "cuda" else {})
 
 
 def _commit() -> str:
+    """The commit of the checkout, marked "-dirty" if a tracked file has changed."""
     if shutil.which("git") is None:
         return "unknown"
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
@@ -116,12 +73,21 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    family = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
-    return fields.get("model name", platform.processor()) + family
+def append_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Append the rows to a JSON Lines file, which is created if it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(file: Path, key: Sequence[str]) -> list[Row]:
+    """Read the newest row of each measurement from a file to which several runs were appended.
+
+    Args:
+        file: a JSON Lines file.
+        key: the fields that identify a measurement.
+    """
+    newest = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        newest[json.dumps([row.get(name) for name in key])] = row
+    return list(newest.values())

@@ -1,193 +1,73 @@
-"""From the kept results of `kernels` and `hamming-gpu` to the README's tables and plots: nothing is typed by hand."""
+"""`report`: the Markdown tables and SVG plots of the documentation, made from the result rows alone."""
 
-import json
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks import hamming_report
-from benchmarks.cases import FORWARD, FORWARD_BACKWARD
-from hashengine import InputError
+from benchmarks.harness import Row
+from benchmarks.kernels import report as kernels
+from benchmarks.networks import report as networks
+from benchmarks.search import report as search
+from hashengine.errors import invalid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PLOT = ROOT / "docs" / "kernels.svg"
-SEARCH_PLOT = ROOT / "docs" / "hamming-gpu.svg"
-REFERENCE_SHAPES = ([32, 64, 56, 56], [65536, 64])  # for which the tables tell the copies that a call costs
-_MEASUREMENT = ("op", "pass", "shape", "dtype", "layout")
-
-Row = dict[str, Any]
+OUTPUT = ROOT / "build" / "benchmark-results"
 
 
-def result_files(folder: Path = RESULTS) -> list[Path]:
-    return sorted(folder.glob("kernels-*.jsonl"))
+@dataclass(frozen=True)
+class Section:
+    """One subject of the report.
+
+    Attributes:
+        files: lists the subject's result files in a folder.
+        read: reads the newest row of each measurement from a file.
+        tables: makes the Markdown tables of one machine.
+        plot: plots all machines into a file; None if there is no plot.
+    """
+
+    files: Callable[[Path], list[Path]]
+    read: Callable[[Path], list[Row]]
+    tables: Callable[[list[Row]], str]
+    plot: Callable[[Sequence[list[Row]], Path], None] | None = None
 
 
-def read_rows(file: Path) -> list[Row]:
-    """The newest row of each measurement in a file that runs were appended to."""
-    rows = {}
-    for row in map(json.loads, file.read_text().splitlines()):
-        rows[json.dumps([row[name] for name in (*_MEASUREMENT, "cache")])] = row
-    return list(rows.values())
+SECTIONS = {
+    "search-cpu": Section(search.cpu_files, search.read, search.cpu_tables),
+    "search-gpu": Section(search.gpu_files, search.read, search.gpu_tables, search.plot_gpu),
+    "search-mapped": Section(search.mapped_files, search.read, search.mapped_tables),
+    "kernels": Section(kernels.files, kernels.read, kernels.tables, kernels.plot),
+    "networks": Section(networks.files, networks.read, networks.tables),
+}
 
 
-def as_in_a_network(rows: Iterable[Row]) -> list[Row]:
-    """One row of each measurement: the cache as successive calls leave it, warm but for tensors that it cannot hold."""
-    chosen: dict[str, Row] = {}
-    for row in rows:
-        key = json.dumps([row[name] for name in _MEASUREMENT])
-        if key not in chosen or row["cache"] == "warm":
-            chosen[key] = row
-    return list(chosen.values())
+def render(results: Path, output: Path) -> list[Path]:
+    """Write `<section>.md` and, if the section has a plot, `<section>.svg` for each of `SECTIONS` that has results.
 
+    Equal rows give equal files. The Markdown has no heading and no plot; the page that includes it adds both.
 
-def kind(row: Row) -> str:
-    return row["dtype"] if row["layout"] == "contiguous" else f"{row['dtype']} {row['layout']}"
+    Args:
+        results: the folder of the JSON Lines files.
+        output: the folder to write to.
 
+    Returns:
+        The files that were written.
 
-def geometric_means(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, float]]:
-    """Of the speed-up over each system, for each (op, pass, kind, model x batch)."""
-    speedups: dict[tuple[str, str, str, str], list[dict[str, float]]] = {}
-    for row in as_in_a_network(rows):
-        for model in row["models"]:
-            speedups.setdefault((row["op"], row["pass"], kind(row), model), []).append(row["speedup"])
-    return {
-        key: {system: _geometric_mean(each[system] for each in found) for system in found[0]}
-        for key, found in speedups.items()
-    }
-
-
-def _geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))
-
-
-def machine_line(row: Row) -> str:
-    where = row.get("gpu") or f"{row['threads']} threads of {row['cpu']}, SIMD {row['simd_level']}"
-    graphs = ", as CUDA graphs" if row.get("cuda_graphs") else ""
-    return f"{where}{graphs}, torch {row['torch']}, commit {row['commit']}"
-
-
-def markdown(rows: list[Row]) -> str:
-    """The tables of one machine: a line for each (op, pass, kind), a column for each model x batch."""
-    means = geometric_means(rows)
-    columns_of: dict[tuple[str, str, str], tuple[str, ...]] = {}
-    for *line, column in means:
-        columns_of[tuple(line)] = (*columns_of.get(tuple(line), ()), column)
-    parts = [
-        f"{machine_line(rows[0])}. Times eager / times `torch.compile`, geometric means over the layer shapes; copies: "
-        f"the time beside copying x once, at {' and '.join(map(_by, REFERENCE_SHAPES))}, and the floor:"
-    ]
-    for columns in dict.fromkeys(columns_of.values()):
-        table = [["", *columns, "copies (floor)"]]
-        for line in (line for line, own in columns_of.items() if own == columns):
-            op, direction, which = line
-            cells = (_speedups(means[op, direction, which, column]) for column in columns)
-            table.append([f"`{op}` {direction}, {which}", *cells, _reference_copies(rows, line)])
-        parts.append(_markdown_table(table))
-    parts.append(_slower_than_compiled(rows))
-    return "\n\n".join(parts)
-
-
-def _by(shape: list[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _speedups(means: Row) -> str:
-    return " / ".join(f"{means[system]:.1f}" if system in means else "-" for system in ("eager", "compile"))
-
-
-def _reference_copies(rows: list[Row], line: tuple[str, str, str]) -> str:
-    for row in as_in_a_network(rows):
-        if (row["op"], row["pass"], kind(row)) == line and row["shape"] in REFERENCE_SHAPES:
-            copies = row["copies"]["fused"]
-            return f"{copies:.1f} ({copies * row['percent_of_floor']['fused'] / 100:.1f})"
-    return "-"
-
-
-def _slower_than_compiled(rows: list[Row]) -> str:
-    slower = [
-        f"`{row['op']}` {row['pass']} {_by(row['shape'])} {kind(row)} ({row['speedup']['compile']:.2f})"
-        for row in as_in_a_network(rows)
-        if row["speedup"].get("compile", 1) < 1
-    ]
-    return f"Slower than `torch.compile`: {', '.join(slower) or 'nowhere'}."
-
-
-def _markdown_table(table: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(cells)} |" for cells in table)
-    return "\n".join([head, "|" + "---|" * len(table[0]), *body])
-
-
-def plot(machines: list[list[Row]], file: Path) -> None:
-    """Bytes that must be moved over the time taken, against the tensor's size; copying it is the roof."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "hashengine"  # the same rows draw the same file
-    panels = [(rows, which) for rows in machines for which in dict.fromkeys(map(kind, rows))]
-    lines = [(op, direction) for op in ("simam", "triplet_attention") for direction in (FORWARD, FORWARD_BACKWARD)]
-    size = (3.6 * len(lines), 3.2 * len(panels))
-    figure, grid = pyplot.subplots(len(panels), len(lines), figsize=size, squeeze=False, layout="constrained")
-    for (rows, which), axes in zip(panels, grid, strict=True):
-        for (op, direction), axis in zip(lines, axes, strict=True):
-            found = [
-                row for row in as_in_a_network(rows) if (row["op"], row["pass"], kind(row)) == (op, direction, which)
-            ]
-            _draw(axis, sorted(found, key=_tensor_bytes))
-            axis.set_title(f"{op}, {direction}, {which}", fontsize=9)
-        axes[0].set_ylabel(f"{rows[0].get('gpu') or rows[0]['cpu']}\nGB/s of the floor's bytes", fontsize=8)
-    grid[0][0].legend(fontsize=8)
-    for axis in grid[-1]:
-        axis.set_xlabel("tensor, MB", fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def _tensor_bytes(row: Row) -> int:
-    return math.prod(row["shape"]) * (4 if row["dtype"] == "float32" else 2)
-
-
-def _draw(axis: Any, rows: list[Row]) -> None:
-    if not rows:
-        return  # axes of nothing have no logarithmic scale
-    megabytes = [_tensor_bytes(row) / 1e6 for row in rows]
-    for system, style in (("copy", "k--"), ("fused", "o-"), ("compile", "s-"), ("eager", "^-")):
-        measured = [row for row in rows if system in row["seconds"]]
-        if len(measured) == len(rows):
-            moved = [2 * _tensor_bytes(row) if system == "copy" else row["floor_bytes"] for row in rows]
-            rate = [count / row["seconds"][system]["p50"] / 1e9 for count, row in zip(moved, rows, strict=True)]
-            axis.plot(megabytes, rate, style, label=system, markersize=4)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.xaxis.set_minor_formatter("")  # within a decade they would overlap
-    axis.grid(alpha=0.3)
-
-
-def run(folder: Path, plot_file: Path, search_plot_file: Path) -> None:
-    """Print the README's tables of kernels, and those of searches on a GPU, and draw the plot of each."""
-    kept = [
-        ([read_rows(file) for file in result_files(folder)], markdown, plot, plot_file),
-        (
-            [hamming_report.read_rows(file) for file in hamming_report.result_files(folder)],
-            hamming_report.markdown,
-            hamming_report.plot,
-            search_plot_file,
-        ),
-    ]
-    if not any(machines for machines, *_ in kept):
-        raise InputError(
-            f"no kernels-*.jsonl in {folder}, nor hamming-gpu-*.jsonl; run 'python -m benchmarks kernels --output' "
-            "into it first"
-        )
-    for machines, tables, draw, file in kept:
+    Raises:
+        InputError: there are no results, or matplotlib is missing.
+    """
+    machines_of = {name: [section.read(file) for file in section.files(results)] for name, section in SECTIONS.items()}
+    if not any(machines_of.values()):
+        advice = "run 'python -m benchmarks kernels --output <folder>/kernels-<machine>.jsonl' first"
+        raise invalid("report", "results", "a folder with results such as kernels-*.jsonl", repr(str(results)), advice)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, machines in machines_of.items():
         if machines:
-            print("\n\n".join(map(tables, machines)))
-            try:
-                draw(machines, file)
-            except ImportError:
-                raise InputError("the plot needs matplotlib: pip install 'hashengine[bench]'") from None
+            file = output / f"{name}.md"
+            file.write_text("\n\n".join(map(SECTIONS[name].tables, machines)) + "\n", encoding="utf-8")
+            written.append(file)
+            if (plot := SECTIONS[name].plot) is not None:
+                written.append(output / f"{name}.svg")
+                plot(machines, written[-1])
+    return written

@@ -1,7 +1,8 @@
-"""Timing of single calls, on CPU and GPU, with a warm and a cold cache, in as many rounds as the time allows."""
+"""Timing of calls: in rounds on the CPU, and through a `Clock` on either device with a warm or a cold cache."""
 
 import ctypes
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,17 +12,48 @@ import torch
 
 Call = Callable[[], Any]
 
-_SETTLE_SECONDS = 0.005  # OpenMP threads of the last system spin a while; compiled code may bring a runtime of its own
-_BURST_SECONDS = 0.05  # about what the calls of one system take in one round
-_MAX_CALLS = 64
-_AHEAD_CYCLES = 1_000_000  # about half a millisecond of a GPU, in which the CPU launches some hundred short calls
+# The pauses let the OpenMP threads of the previous system stop spinning, so that they do not slow the next one.
+_PAUSE_SECONDS_PER_TURN = 0.05
+_PAUSE_SECONDS_PER_BURST = 0.005
+_BURST_SECONDS = 0.05  # the calls of one system in one round take about this long
+_MAX_CALLS_PER_BURST = 64
+_DEFAULT_ROUNDS = (3, 15)  # the smallest and the largest number of rounds
+_DEVICE_SLEEP_CYCLES = 1_000_000  # about 0.5 ms on a GPU, in which the CPU can launch about a hundred short calls
+
+
+def time_in_rounds(systems: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of each system in each round, after one warm-up round.
+
+    The systems take turns, so that a disturbance of the machine affects all of them: compare them round by round.
+    In each round, a short call is repeated for `_BURST_SECONDS` and its median is taken, because the first call wakes
+    sleeping threads and is therefore slower.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for turn in range(rounds + 1):
+        for name, system in systems.items():
+            time.sleep(_PAUSE_SECONDS_PER_TURN)
+            burst: list[float] = []
+            end = time.perf_counter() + _BURST_SECONDS
+            while not burst or time.perf_counter() < end:
+                start = time.perf_counter()
+                system()
+                burst.append(time.perf_counter() - start)
+            if turn:
+                seconds[name].append(statistics.median(burst))
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median over the rounds of the ratio within each round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB, as it comes to do in a network's loop.
+    """Make glibc keep freed blocks of less than 32 MiB, as its dynamic threshold does in a training loop.
 
-    In a loop over one op it is chance whether such a block goes back to the system, so that its pages have to be
-    cleared anew in each call, which takes longer than most ops. Larger ones always go back, and are left so.
+    In a loop over a single op, it depends on chance whether glibc returns such a block to the system. If it does, the
+    system clears the block's pages again in the next call, which takes longer than most ops. Larger blocks are always
+    returned.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -31,25 +63,33 @@ def keep_freed_memory() -> None:
 
 
 class Clock(Protocol):
-    """Where calls run and how long they take."""
+    """Times calls on one device.
 
-    cache_bytes: int  # the last level's
-    on_chip_bytes: int  # what one core, or one thread-block cluster, can keep of a tensor between two passes over it
+    Attributes:
+        cache_bytes: size of the last-level cache.
+        on_chip_bytes: size of a thread's share of that cache or, on a GPU, of a cluster's shared memory.
+    """
+
+    cache_bytes: int
+    on_chip_bytes: int
 
     def burst(self, call: Call, calls: int, cold: bool) -> list[float]:
-        """Seconds of single calls; cold: the caches hold something else before each."""
+        """Seconds of each call, or only their mean. If `cold`, other data fills the cache before each call."""
 
     def successive(self, call: Call, calls: int) -> list[float]:
-        """Seconds of each of the calls, which follow each other as fast as the device takes them, the cache warm."""
+        """Seconds of each of `calls` back-to-back calls with a warm cache."""
 
 
 class CpuClock:
+    """Times calls on the CPU."""
+
     def __init__(self) -> None:
         self.cache_bytes = last_level_cache()
         self.on_chip_bytes = self.cache_bytes // torch.get_num_threads()
         self._eviction = torch.zeros(2 * self.cache_bytes, dtype=torch.uint8)
 
     def burst(self, call: Call, calls: int, cold: bool) -> list[float]:
+        """Seconds of each call."""
         seconds = []
         for _ in range(calls):
             if cold:
@@ -60,32 +100,39 @@ class CpuClock:
         return seconds
 
     def successive(self, call: Call, calls: int) -> list[float]:
+        """Seconds of each call."""
         return self.burst(call, calls, cold=False)
 
 
 class CudaClock:
-    """Events on the current stream. While the cache is evicted the CPU runs ahead, so that launches are not in the way;
-    with a warm cache calls follow each other as in a network, and a call that the CPU is late with takes longer."""
+    """Times calls with events on the current stream.
+
+    With a cold cache, the CPU launches ahead while the device evicts the cache, so launch latency is hidden. With a
+    warm cache, calls follow each other as in a network, and the time includes waiting for a late launch.
+    """
 
     def __init__(self, device: torch.device):
         properties = torch.cuda.get_device_properties(device)
         self.cache_bytes = properties.L2_cache_size
-        cluster = 8 if properties.major >= 9 else 1  # blocks, portably
-        self.on_chip_bytes = cluster * properties.shared_memory_per_block_optin
+        blocks_per_cluster = 8 if properties.major >= 9 else 1  # 8 is the portable maximum
+        self.on_chip_bytes = blocks_per_cluster * properties.shared_memory_per_block_optin
         self._eviction = torch.zeros(4 * self.cache_bytes, dtype=torch.uint8, device=device)
 
     def burst(self, call: Call, calls: int, cold: bool) -> list[float]:
-        def in_succession() -> None:
+        """Seconds of each call if `cold`; otherwise their mean, as the only element."""
+
+        def back_to_back() -> None:
             for _ in range(calls):
                 call()
 
         if cold:
             return self._elapsed([call] * calls, before_each=self._eviction.zero_)
-        return [self._elapsed([in_succession])[0] / calls]
+        return [self._elapsed([back_to_back])[0] / calls]
 
     def successive(self, call: Call, calls: int) -> list[float]:
+        """Seconds of each call."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-        torch.cuda._sleep(_AHEAD_CYCLES)  # the device waits for the CPU once, and not before each call
+        torch.cuda._sleep(_DEVICE_SLEEP_CYCLES)  # so that the calls are launched before the device needs them
         events[0].record()
         for event in events[1:]:
             call()
@@ -107,43 +154,56 @@ class CudaClock:
 
 
 def make_clock(device: torch.device) -> Clock:
+    """The clock of a device. A CUDA device becomes the current one, because events use its current stream."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # its current stream is the one that events are recorded on
+        torch.cuda.set_device(device)
         return CudaClock(device)
     return CpuClock()
 
 
 def time_calls(
-    systems: Mapping[str, Call], clock: Clock, *, cold: bool, seconds: float, rounds: tuple[int, int] = (3, 15)
+    systems: Mapping[str, Call],
+    clock: Clock,
+    *,
+    cold: bool,
+    seconds: float,
+    rounds: tuple[int, int] = _DEFAULT_ROUNDS,
 ) -> dict[str, list[list[float]]]:
-    """Seconds of each system's calls, a list a round, after a warm-up.
+    """Seconds of each system's calls, one list per round, after a warm-up.
 
-    The systems take turns, so that whatever disturbs the machine disturbs them alike; compare them round by round. Fast
-    calls are repeated within a round; ``seconds`` is about what all rounds may take, within the bounds of ``rounds``.
+    The systems take turns, so that a disturbance of the machine affects all of them: compare them round by round. Fast
+    calls are repeated within a round.
+
+    Args:
+        systems: the calls by name.
+        clock: the clock of their device.
+        cold: evict the cache before each call.
+        seconds: about how long all rounds together may take.
+        rounds: the smallest and the largest number of rounds, which take precedence over `seconds`.
     """
     calls, round_seconds = {}, 0.0
     for name, system in systems.items():
         clock.burst(system, 1, cold)
         start = time.perf_counter()
         clock.burst(system, 1, cold)
-        taken = max(time.perf_counter() - start, 1e-6)  # the eviction included
-        calls[name] = max(1, min(_MAX_CALLS, round(_BURST_SECONDS / taken)))
-        round_seconds += calls[name] * taken + _SETTLE_SECONDS
+        taken = max(time.perf_counter() - start, 1e-6)  # includes the time of the eviction
+        calls[name] = max(1, min(_MAX_CALLS_PER_BURST, round(_BURST_SECONDS / taken)))
+        round_seconds += calls[name] * taken + _PAUSE_SECONDS_PER_BURST
     fewest, most = rounds
     times: dict[str, list[list[float]]] = {name: [] for name in systems}
     for _ in range(max(fewest, min(most, int(seconds / round_seconds)))):
         for name, system in systems.items():
-            time.sleep(_SETTLE_SECONDS)
+            time.sleep(_PAUSE_SECONDS_PER_BURST)
             times[name].append(clock.burst(system, calls[name], cold))
     return times
 
 
 def capture_graph(call: Call) -> Call:
-    """The call as a CUDA graph's replay: its kernels without their launches' cost on the CPU."""
+    """Capture the call as a CUDA graph; returns its replay, which runs the kernels without their launch costs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # what is allocated or tuned once must not be captured
+        for _ in range(3):  # one-time allocations and tuning must not be captured
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -153,6 +213,7 @@ def capture_graph(call: Call) -> Call:
 
 
 def last_level_cache() -> int:
+    """Bytes of the first core's largest cache; 64 MiB if the system does not report it."""
     sizes = [
         int(size.removesuffix("K")) * 1024
         for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

@@ -1,0 +1,1 @@
+"""Benchmarks of whole networks with attention in every block: `model`."""

@@ -1,0 +1,1 @@
+"""Benchmarks of exact Hamming search: `hamming`, `hamming-gpu` and `mapped`."""
