@@ -1,41 +1,50 @@
-# Everything runs in .venv, which `make setup` fills; each target sets up first where that is needed.
+# Targets run in .venv, which `make setup` fills. A target that needs it runs the set-up first if it is out of date.
 
 PYTHON ?= python3
-# What to install as torch, in pip's words: TORCH="torch==2.13.0", TORCH="torch torchvision --index-url <address>".
+# The arguments with which pip installs torch: TORCH="torch==2.13.0", TORCH="torch torchvision --index-url <address>".
 TORCH ?= torch torchvision
-# digits, fashion-mnist, cifar10 or a folder of class folders
+# The images of the demo: digits, fashion-mnist, cifar10 or a folder of class folders.
 DATA ?= digits
-# of make fuzz
+# The seconds of make fuzz.
 SECONDS ?= 60
-# of make gpu-soak, gpu-bench-hamming and gpu-bench, after which no measurement is begun. gpu-bench gives half of them to
-# the search, a quarter to the kernels, a tenth to their CUDA graphs, and the rest to whole networks. 6 are to leave enough
-# of ten minutes for the setup, two on 16 cores, for the starts of five programs, and for the last measurement of each.
+# The minutes of make soak, gpu-soak, gpu-bench and gpu-bench-hamming. After them, a benchmark starts no measurement.
+# gpu-bench spends half of them on search, a quarter on kernels, a tenth on kernels in CUDA graphs, the rest on networks.
+# With the default, gpu-bench ends within ten minutes, including the set-up (two minutes on 16 cores), the start of five
+# programs and the last measurement of each.
 MINUTES ?= 6
+# The number of parallel compilers of make lint.
+JOBS ?= $(shell nproc)
 
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
+LINTERS_READY := .venv/.linters
+SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.py $(shell find csrc -mindepth 2 -type f)
 
-# The tests that need a GPU, and those of them that are short enough for a race detector.
+# GPU_TESTS need a GPU. SMALL, an expression for pytest -k, selects short ones among them, for racecheck and synccheck.
 GPU_TESTS := tests/gpu
 SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))
 
-# The name of the GPU, for the files of results.
+# The name of the GPU, as a part of the names of result files.
 GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
 
 share = $(shell awk 'BEGIN { print $(MINUTES) * $(1) }')
 
+CPP_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+TEXT_FILES = $(wildcard *.md) csrc docs hashengine training benchmarks tests
+WARNINGS := -Wall -Wextra -Wshadow -Wconversion -Werror
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full fuzz gpu-test gpu-soak gpu-sanitize gpu-bench gpu-bench-hamming gpu-profile bench lint clean
+.PHONY: help setup demo test test-full lint lint-fast lint-warnings format docs fuzz soak bench \
+	gpu-test gpu-sanitize gpu-soak gpu-bench gpu-bench-hamming gpu-profile clean
 
-help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-setup: $(READY)  ## .venv with every dependency and the native module (HASHENGINE_BUILD=auto|cpu|cuda)
+setup: $(READY)  ## install every dependency into .venv and build the native module (HASHENGINE_BUILD=auto|cpu|cuda)
 	@$(BIN)/hashengine doctor
 
-# uv installs torch in a fifth of the time; where it cannot be had, pip does. The versions that the first installation
-# chose bind the second one, which must not replace the torch that the native module is compiled against.
+# uv installs torch in a fifth of pip's time; pip is used if uv cannot be installed. The first installation chooses the
+# version of torch. The second is constrained to it, so that the native module is compiled for the torch that is used.
 $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "hashengine needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
@@ -50,38 +59,77 @@ $(READY): $(SOURCES)
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > .venv/constraints.txt; \
 	echo "building hashengine and installing its extras"; \
 	$$install $$rebuild --no-build-isolation --constraint .venv/constraints.txt --editable ".[all]"
-	@touch $@
+	@touch $@ $(LINTERS_READY)
 
 demo: $(READY)  ## train on DATA=digits, encode, index, search, evaluate; writes demo/report.html
 	$(BIN)/hashengine demo --data $(DATA)
 
-test: $(READY)  ## the test suite
+test: $(READY)  ## run the tests that take less than ten seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
-test-full: $(READY)  ## the test suite with its slow parts
+test-full: $(READY)  ## run all tests
 	$(BIN)/python -m pytest
 
-fuzz: $(READY)  ## SECONDS=60 of a fuzzer on the readers of files, under AddressSanitizer
+lint: lint-fast $(READY)  ## check format, style, spelling, compiler warnings and types; changes no file
+	$(BIN)/mypy
+
+# These checks need no torch, so .ci/run starts with them, before the set-up.
+lint-fast: $(LINTERS_READY) lint-warnings  ## run the checks of lint that need no torch; takes seconds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/codespell $(TEXT_FILES)
+
+# The compiler parses each source file of the CPU kernels, and each header of csrc/include on its own.
+lint-warnings:  ## compile the CPU kernels and the shared headers with warnings as errors; writes no object files
+	@find csrc/cpu -name '*.cpp' | xargs -P $(JOBS) -I{} $(CXX) -x c++ -fsyntax-only -fopenmp \
+		$(WARNINGS) -Wno-psabi -Icsrc/include -Icsrc {}
+	@find csrc/include -name '*.h' | xargs -P $(JOBS) -I{} sh -c \
+		'echo "#include \"{}\"" | $(CXX) -x c++ -fsyntax-only $(WARNINGS) -Icsrc/include -I. -'
+
+# Installs the packages of the extra "lint" in pyproject.toml, which lint-fast needs.
+$(LINTERS_READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@set -e; \
+	install="$(BIN)/python -m pip install --quiet"; \
+	if $$install uv; then install="$(BIN)/uv pip install --quiet --python $(BIN)/python"; fi; \
+	sed -n '/^lint = \[/,/^]/s/^    "\([^"]*\)",$$/\1/p' pyproject.toml > .venv/linters.txt; \
+	$$install --requirement .venv/linters.txt
+	@touch $@
+
+format: $(LINTERS_READY)  ## format the Python, C++ and CUDA sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+docs: $(READY)  ## build the documentation site in build/site; open its index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+fuzz: $(READY)  ## fuzz the file readers for SECONDS=60, under AddressSanitizer
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
-gpu-test: $(READY)  ## on a machine with a GPU: the tests that need it, and the CUDA build that they run
+soak: $(READY)  ## run random index operations on the CPU for MINUTES=6 and compare every answer with a second index
+	$(BIN)/python -m tests.soak --device cpu --minutes $(MINUTES)
+
+bench: $(READY)  ## time the pytest-benchmark cases
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+gpu-test: $(READY)  ## on a machine with a GPU: run the tests that need one, with the CUDA build
 	$(BIN)/python -m pytest $(GPU_TESTS)
 	$(BIN)/python -m pytest tests/cuda/test_hamming_topk.py -k gpu
 
-# Racecheck looks at shared memory, and every access costs a hundred: it takes the small cases only.
-gpu-sanitize: $(READY)  ## the same under compute-sanitizer: memcheck, racecheck, synccheck
+# Memcheck leaves out tests with 31 in their names, such as the one of more than 2^31 elements. Racecheck makes every
+# access to shared memory about a hundred times slower, so it runs the small cases only; synccheck runs the same ones.
+gpu-sanitize: $(READY)  ## run the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "not 31"
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
 	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
 
-gpu-soak: $(READY)  ## MINUTES=6 of random operations on an index on the GPU, each compared with the CPU's, bit for bit
+gpu-soak: $(READY)  ## run random index operations on the GPU for MINUTES=6 and compare every answer with the CPU's
 	$(BIN)/python -m tests.soak --device cuda --minutes $(MINUTES)
 
-bench: $(READY)  ## the pytest-benchmark cases, timed
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
-
-# Networks are not compiled here: each takes a minute until it runs, and `kernels` compiles every layer.
-gpu-bench: $(READY)  ## on a GPU, for MINUTES=6: search, kernels, networks, the important ones first; benchmarks/results
+# `model` gets --no-compile, because torch.compile takes a minute per network; `kernels` compiles every layer.
+gpu-bench: $(READY)  ## on a GPU, for MINUTES=6: measure search, kernels and networks; writes benchmarks/results
 	$(BIN)/python -m benchmarks hamming-gpu --minutes $(call share,0.5) --output benchmarks/results/hamming-gpu-$(GPU).jsonl
 	$(BIN)/python -m benchmarks kernels --minutes $(call share,0.25) --device cuda --seconds 0.5 \
 		--layout contiguous --layout channels_last --output benchmarks/results/kernels-$(GPU).jsonl
@@ -92,18 +140,14 @@ gpu-bench: $(READY)  ## on a GPU, for MINUTES=6: search, kernels, networks, the 
 		--output benchmarks/results/model-$(GPU).jsonl
 	$(BIN)/python -m benchmarks report
 
-gpu-profile: $(READY)  ## on a GPU: where the time of each op goes, kernel by kernel; traces in build/profile
-	for op in simam triplet_attention greedy_sign pack_bits hamming_topk; do \
-		$(BIN)/python -m benchmarks profile $$op --device cuda --output build/profile || exit 1; done
-
-gpu-bench-hamming: $(READY)  ## the search alone, for MINUTES=6 at most, the important measurements first
+gpu-bench-hamming: $(READY)  ## on a GPU, for MINUTES=6: measure search alone, the most important cases first
 	$(BIN)/python -m benchmarks hamming-gpu --minutes $(MINUTES) --output benchmarks/results/hamming-gpu-$(GPU).jsonl
 	$(BIN)/python -m benchmarks report
 
-lint: $(READY)  ## ruff
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+gpu-profile: $(READY)  ## on a GPU: measure the time of each kernel of five ops; writes traces to build/profile
+	for op in simam triplet_attention greedy_sign pack_bits hamming_topk; do \
+		$(BIN)/python -m benchmarks profile $$op --device cuda --output build/profile || exit 1; done
 
-clean:  ## remove what was built, and the demo; .venv stays, and is filled again by the next target
+clean:  ## remove build outputs and the demo, but not .venv; the next target sets it up again
 	rm -rf build dist demo *.egg-info hashengine/_C.*so hashengine/_build.json $(READY)
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,10 +1,13 @@
-"""Builds hashengine._C; everything else about the package is in pyproject.toml.
+"""Builds the native module hashengine._C. pyproject.toml holds everything else about the package.
 
-HASHENGINE_BUILD=auto (default)  What this machine can run: CUDA for the GPU it sees, where torch has CUDA and an nvcc
-                                 is found; else CPU; without a C++ compiler nothing, and plain torch answers.
-HASHENGINE_BUILD=cpu | cuda      That module, or a failure in one line. cuda needs no GPU.
-TORCH_CUDA_ARCH_LIST             GPU architectures, as torch writes them: "8.0 9.0a 12.0+PTX".
-CUDA_HOME, CXX, MAX_JOBS         As everywhere.
+These environment variables control the build:
+
+HASHENGINE_BUILD=auto (default)  Build what this machine can run: the CUDA module if torch has CUDA, a GPU is visible
+                                 and an nvcc is found; otherwise the CPU module; without a C++ compiler, no module
+                                 (the ops then run their plain-torch references).
+HASHENGINE_BUILD=cpu | cuda      Build the CPU or the CUDA module, or fail with one line. cuda does not need a GPU.
+TORCH_CUDA_ARCH_LIST             GPU architectures in torch's notation: "8.0 9.0a 12.0+PTX".
+CUDA_HOME, CXX, MAX_JOBS         The CUDA toolkit, the C++ compiler, and the number of parallel compilations.
 """
 
 import json
@@ -17,34 +20,39 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 
 try:
     import torch
 except ModuleNotFoundError:
-    raise SystemExit("hashengine: the build needs torch: pip install torch, or build with isolation") from None
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # at import it warns of a CUDA_HOME it guessed
+    raise SystemExit("hashengine: the build needs torch; pip install torch, or build with isolation") from None
+# On import, cpp_extension warns about the CUDA_HOME that it guesses. The guess is unused: main() sets CUDA_HOME.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
+# Loaded by path, because `import hashengine` may find another installed version, or none.
 spec = spec_from_file_location("_toolchain", ROOT / "hashengine" / "_toolchain.py")
-toolchain = module_from_spec(spec)  # by path: importing hashengine would load the module that is to be built
+toolchain = module_from_spec(spec)
 spec.loader.exec_module(toolchain)
 
 ARCHES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
-BYTES_PER_JOB = 2 << 30  # a binding takes about 1 GB to compile; the rest is for the other programs of the machine
+BYTES_PER_JOB = 2 << 30  # 2 GiB: compiling a binding takes about half of it; the rest is for other programs
 
 
 class Plan(NamedTuple):
+    """What to build, why, and with which tools."""
+
     build: str  # "none", "cpu" or "cuda"
     reason: str
     compiler: str = ""
     nvcc: toolchain.Nvcc | None = None
     arch_list: str = ""
 
-    def line(self) -> str:
+    def summary(self) -> str:
+        """One line: the decision, its reason, and how to change it."""
         what, otherwise = {
             "none": ("no native module", "HASHENGINE_BUILD=cpu makes this an error"),
             "cpu": ("the CPU module", "HASHENGINE_BUILD=cuda forces the CUDA module"),
@@ -54,56 +62,78 @@ class Plan(NamedTuple):
 
 
 def choose_arches(env: Mapping[str, str], nvcc: toolchain.Nvcc, capabilities: Sequence[tuple[int, int]]) -> str:
-    """The user's list, else the GPUs', else all that this nvcc can make of ARCHES. (torch crashes on an empty list.)"""
+    """The architectures to compile for. The list is never empty, because an empty list crashes torch's build.
+
+    TORCH_CUDA_ARCH_LIST decides if the user has set it. Otherwise, if there are GPUs and this nvcc supports all of
+    them, the list contains their capabilities. Otherwise it contains every entry of ARCHES that this nvcc supports, and
+    PTX for newer GPUs.
+    """
     if given := env.get("TORCH_CUDA_ARCH_LIST", "").strip():
         return given
     names = [arch for arch in ARCHES if int(re.sub(r"\D", "", arch)) in nvcc.arches]
     seen = sorted({"9.0a" if gpu == (9, 0) else f"{gpu[0]}.{gpu[1]}" for gpu in capabilities})
     if seen and all(10 * major + minor in nvcc.arches for major, minor in capabilities):
         return " ".join(seen)
-    # PTX for GPUs that come later; that of 9.0a runs on no other, so there plain 9.0 is added.
-    later = names[-1].rstrip("a") + "+PTX"
-    return " ".join([*(names if names[-1].endswith("a") else names[:-1]), later])
+    # The driver can compile PTX for newer GPUs. PTX of 9.0a runs on 9.0 only, so the PTX of plain 9.0 is added.
+    newest = names[-1].rstrip("a") + "+PTX"
+    return " ".join([*(names if names[-1].endswith("a") else names[:-1]), newest])
 
 
-def give_up(asked: str, build: str, missing: toolchain.Missing, compiler: str = "") -> Plan:
-    if asked != "auto":
-        raise SystemExit(f"hashengine: HASHENGINE_BUILD={asked} cannot be done: {missing}")
+def fall_back(requested: str, build: str, missing: toolchain.Missing, compiler: str = "") -> Plan:
+    """Plan `build` because a tool is missing. Exit if the user requested a particular build."""
+    if requested != "auto":
+        raise SystemExit(f"hashengine: HASHENGINE_BUILD={requested} is not possible: {missing}")
     return Plan(build, str(missing), compiler)
 
 
-def decide(env: Mapping[str, str], torch_cuda: str | None, gpus: Mapping[str, tuple[int, int]], wheels=()) -> Plan:
-    """What to build. torch_cuda: torch.version.cuda; gpus: capability by name; wheels: see toolchain.wheel_homes."""
-    asked = env.get("HASHENGINE_BUILD") or "auto"
-    if asked not in ("auto", "cpu", "cuda"):
-        raise SystemExit(f"hashengine: HASHENGINE_BUILD must be auto, cpu or cuda, got {asked!r}")
+def decide(
+    env: Mapping[str, str],
+    torch_cuda: str | None,
+    gpus: Mapping[str, tuple[int, int]],
+    wheels: Sequence[str] = (),
+) -> Plan:
+    """Decide what to build.
+
+    Args:
+        env: the environment variables.
+        torch_cuda: torch.version.cuda.
+        gpus: the compute capability of each GPU, by name.
+        wheels: the result of toolchain.wheel_homes.
+    """
+    requested = env.get("HASHENGINE_BUILD") or "auto"
+    if requested not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"hashengine: HASHENGINE_BUILD must be auto, cpu or cuda, got {requested!r}")
     compiler = toolchain.find_compiler(env)
     if isinstance(compiler, toolchain.Missing):
-        return give_up(asked, "none", compiler)
-    if asked == "cpu":
-        return Plan("cpu", "HASHENGINE_BUILD=cpu asks for it", compiler)
+        return fall_back(requested, "none", compiler)
+    if requested == "cpu":
+        return Plan("cpu", "HASHENGINE_BUILD=cpu requests it", compiler)
     if torch_cuda is None:
         nvcc = toolchain.Missing("this torch has no CUDA", "pip install a CUDA build of torch")
-    elif asked == "auto" and not gpus:
+    elif requested == "auto" and not gpus:
         nvcc = toolchain.Missing("torch sees no GPU")
     else:
         nvcc = toolchain.find_nvcc(env, torch_cuda, wheels)
     if isinstance(nvcc, toolchain.Missing):
-        return give_up(asked, "cpu", nvcc, compiler)
-    why = "HASHENGINE_BUILD=cuda asks for it" if asked == "cuda" else f"this machine has {' and '.join(gpus)}"
-    arches = choose_arches(env, nvcc, () if asked == "cuda" else tuple(gpus.values()))
+        return fall_back(requested, "cpu", nvcc, compiler)
+    why = "HASHENGINE_BUILD=cuda requests it" if requested == "cuda" else f"this machine has {' and '.join(gpus)}"
+    arches = choose_arches(env, nvcc, () if requested == "cuda" else tuple(gpus.values()))
     return Plan("cuda", f"{why} (nvcc {nvcc.release} in {nvcc.home})", compiler, nvcc, arches)
 
 
 def sources(build: str) -> list[str]:
-    """The file list is the switch between the builds; no source asks which one it is in."""
-    patterns = ["csrc/cpu/*.cpp", "csrc/binding/*.cpp"] + ["csrc/cuda/*.cu"] * (build == "cuda")
+    """The source files of a build. No .cpp file has parts that are compiled in only one of the builds."""
+    patterns = ["csrc/cpu/**/*.cpp", "csrc/binding/*.cpp"] + ["csrc/cuda/**/*.cu"] * (build == "cuda")
     files = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
     return [file for file in files if build == "cuda" or not file.endswith("_cuda.cpp")]
 
 
 def cudart_folders(nvcc: toolchain.Nvcc, links: Path) -> list[str]:
-    """The runtime wheel has libcudart.so.13 and no libcudart.so, so there -lcudart needs a link to it."""
+    """Extra folders in which the linker finds libcudart.
+
+    The wheel of the CUDA runtime has libcudart.so.13 but no libcudart.so, which -lcudart needs. In that case, a
+    symbolic link libcudart.so is made in `links`, and `links` is returned.
+    """
     libraries = sorted(Path(nvcc.home).glob("lib*/libcudart.so*"))
     if not libraries or any(library.name == "libcudart.so" for library in libraries):
         return []
@@ -114,13 +144,15 @@ def cudart_folders(nvcc: toolchain.Nvcc, links: Path) -> list[str]:
 
 
 def extension(plan: Plan) -> Extension:
-    # -fopenmp to compile and not to link: the OpenMP runtime is the one that torch has loaded, under whatever name, so
-    # that there is never a second pool of threads.
+    """The extension module that a plan describes."""
+    # -fopenmp is passed to the compiler but not to the linker: the module uses the OpenMP runtime that torch has
+    # loaded. A second runtime would bring a second pool of threads.
     options = {
         "sources": sources(plan.build),
-        "include_dirs": [str(ROOT / "csrc" / "include")],
+        "include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         "extra_compile_args": {
-            # psabi: how vectors would be passed through calls; csrc/cpu/lanes.h inlines all of them.
+            # -Wpsabi warns that the instruction set determines how a function receives a vector type. That does not
+            # matter here, because all functions in csrc/cpu/common/lanes.h are inlined.
             "cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wno-psabi"],
             "nvcc": ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"],
         },
@@ -132,20 +164,24 @@ def extension(plan: Plan) -> Extension:
 
 
 def job_count() -> int:
+    """How many files to compile in parallel: limited by the cores and by the available memory."""
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     by_memory = int(available[1]) * 1024 // BYTES_PER_JOB if available else 1
     return max(1, min(len(os.sched_getaffinity(0)), by_memory))
 
 
 class BuildNative(cpp_extension.BuildExtension):
+    """Builds the module of a plan and writes _build.json next to it."""
+
     plan: Plan
 
-    def run(self):
-        print(self.plan.line(), file=sys.stderr, flush=True)
+    def run(self) -> None:
+        print(self.plan.summary(), file=sys.stderr, flush=True)
         if self.plan.build == "none":
             self.extensions = []
-        # Kept between builds, also where pip would build in a folder of its own, so that ninja compiles only what
-        # changed; but never shared between torch releases, whose headers may be older than an object file.
+        # Every build uses this folder, even if pip would use a temporary one, so that ninja compiles only what changed.
+        # Each torch version has its own folder: ninja compares file times, and the headers of another version may be
+        # older than an object file.
         name = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
         self.build_temp = str(ROOT / "build" / name)
         super().run()
@@ -156,14 +192,14 @@ class BuildNative(cpp_extension.BuildExtension):
                 stale.unlink()
         (module.parent / "_build.json").write_text(json.dumps(self.record(), indent=2) + "\n")
 
-    def record(self) -> dict:
-        """For hashengine/_native.py and `hashengine doctor`."""
+    def record(self) -> dict[str, Any]:
+        """How the module was built, for hashengine/_native.py and `hashengine doctor`."""
         plan = self.plan
         return {
             "version": self.distribution.get_version(),
             "build": plan.build,
             "reason": plan.reason,
-            "decision": plan.line(),
+            "decision": plan.summary(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
@@ -174,6 +210,7 @@ class BuildNative(cpp_extension.BuildExtension):
 
 
 def main() -> None:
+    """Decide what to build for this machine, and build it."""
     torch_cuda, devices = torch.version.cuda, range(torch.cuda.device_count() if torch.version.cuda else 0)
     gpus = {torch.cuda.get_device_name(device): torch.cuda.get_device_capability(device) for device in devices}
     plan = BuildNative.plan = decide(os.environ, torch_cuda, gpus, toolchain.wheel_homes(torch_cuda))
@@ -183,7 +220,7 @@ def main() -> None:
         os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = plan.nvcc.home
         os.environ["TORCH_CUDA_ARCH_LIST"] = plan.arch_list
     os.environ.setdefault("MAX_JOBS", str(job_count()))
-    # ninja from a wheel is off PATH in an environment that is used without being activated.
+    # In an environment that is not activated, a ninja that was installed from a wheel is not on PATH.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     setup(ext_modules=[extension(plan)], cmdclass={"build_ext": BuildNative})
 

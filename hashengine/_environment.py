@@ -1,4 +1,4 @@
-"""What this machine and this installation are: processor, GPUs, versions, instruction sets.
+"""Describes the machine and the installation: processor, GPUs, versions, instruction sets.
 
 `doctor`, reports, training records and benchmarks all describe the machine with these functions.
 """
@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hashengine._version import __version__
 
 
 def processor() -> str:
-    """The processor's name, with family and model where Linux reports them: "AMD EPYC family 25 model 1"."""
+    """The processor's name, with family and model if Linux reports them: "AMD EPYC family 25 model 1"."""
     fields = _cpuinfo()
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name + (f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else "")
@@ -29,7 +30,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The fields of the first logical processor; empty where /proc/cpuinfo cannot be read."""
+    """The fields of the first logical processor; empty if /proc/cpuinfo cannot be read."""
     try:
         block = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
     except OSError:
@@ -39,18 +40,19 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def logical_cpus() -> int:
-    """The logical processors that this process may use."""
+    """The number of logical processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def gpu_names() -> list[str]:
+    """The name of each GPU that torch sees."""
     import torch
 
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def device_name(device: Any) -> str:
-    """A torch.device for a reader: the GPU's name, or "cpu, 2 threads"."""
+    """A torch.device, described for a reader: the GPU's name, or "cpu, 2 threads"."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -64,11 +66,13 @@ def versions(*packages: str) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    if "torch" in sys.modules:  # torch.__version__ includes the build, such as "2.15.0+cu132"
+        found["torch"] = sys.modules["torch"].__version__
     return found
 
 
 def describe_machine() -> dict[str, str]:
-    """The machine and the versions behind a figure, as a report prints them."""
+    """The machine and the versions with which results were produced, in the words of a report."""
     return {
         "processor": f"{processor()}, {logical_cpus()} threads",
         "GPU": ", ".join(gpu_names()) or "none",
@@ -93,7 +97,7 @@ def describe_gpu(device: Any) -> dict[str, str]:
 
 
 def simd_level() -> str:
-    """The instruction set that the native CPU kernels use, or "none" where there is no native module."""
+    """The instruction set that the native CPU kernels use, or "none" if there is no native module."""
     from hashengine import _native
 
     if not _native.available():

@@ -1,8 +1,8 @@
-"""The native module hashengine._C: loaded once, never needed.
+"""Loads the native module hashengine._C, which is optional.
 
-It registers the CPU and CUDA kernels of hashengine's ops with torch's dispatcher, so that loading it is all there is to
-it. Where it is missing or was built for another torch, the plain-torch reference answers: slower, with one warning that
-says why. HASHENGINE_REQUIRE_NATIVE=1 turns the warning into an ImportError.
+Loading the module registers its CPU and CUDA kernels with torch's dispatcher; nothing else has to be called. If the
+module is missing or was built for another torch, the ops run their plain-torch references, which are slower, and one
+warning says why. HASHENGINE_REQUIRE_NATIVE=1 turns the warning into an ImportError.
 """
 
 import functools
@@ -21,14 +21,14 @@ _RECORD = Path(__file__).with_name("_build.json")
 
 
 def load() -> None:
-    """Load the module; where that cannot be, warn once (RuntimeWarning) or, if it is required, raise ImportError."""
+    """Load the module. If that fails, warn once, or raise ImportError if HASHENGINE_REQUIRE_NATIVE is set."""
     module, reason = _load()
     if module is not None:
         return
     message = f"hashengine's native module is not used: {reason}; to build it: {rebuild_command()}"
     if os.environ.get("HASHENGINE_REQUIRE_NATIVE", "0") not in ("", "0"):
         raise ImportError(f"{message} (HASHENGINE_REQUIRE_NATIVE is set)")
-    warnings.warn(f"{message} (until then plain torch answers, slower)", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{message} (until then the slower plain-torch references run)", RuntimeWarning, stacklevel=3)
 
 
 def available() -> bool:
@@ -37,15 +37,15 @@ def available() -> bool:
 
 
 def why_not() -> str | None:
-    """Why the native kernels are not in use; None where they are. `rebuild_command` says what to do."""
+    """Why the native kernels are not in use, or None if they are. `rebuild_command` gives the remedy."""
     return _load()[1]
 
 
 def build_config() -> dict[str, Any]:
-    """How the native module was built; empty where it never was.
+    """How the native module was built; empty if it was never built.
 
-    version (hashengine's), build ("none", "cpu" or "cuda"), reason, decision (the line that the build printed), python,
-    torch, torch_cuda, compiler, nvcc, arch_list; and, where the module is loaded, what it says of itself.
+    The keys are version (of hashengine), build ("none", "cpu" or "cuda"), reason, decision (the line that the build
+    printed), python, torch, torch_cuda, compiler, nvcc and arch_list. A loaded module adds its own entries.
     """
     module, _ = _load()
     return _record() | (module.build_config() if module is not None else {})
@@ -53,7 +53,7 @@ def build_config() -> dict[str, Any]:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    # The record is compared before the library is opened: a C++ ABI mismatch may crash instead of raising.
+    # The record is checked before the library is opened, because a C++ ABI mismatch may crash instead of raising.
     if reason := mismatch(_record(), torch.__version__, torch.version.cuda):
         return None, reason
     try:
@@ -72,17 +72,19 @@ def rebuild_command(build: str = "auto") -> str:
 
 
 def _record() -> dict[str, Any]:
+    """The record that setup.py wrote; empty if it cannot be read."""
     try:
-        return json.loads(_RECORD.read_text())
+        record: dict[str, Any] = json.loads(_RECORD.read_text())
     except (OSError, ValueError):
         return {}
+    return record
 
 
 def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None) -> str | None:
-    """Why a module with this build record cannot run here; None where it can.
+    """Why a module with this build record cannot run here, or None if it can.
 
-    CPython keeps its C ABI within a minor release, torch its C++ ABI within a minor one, CUDA its runtime within a
-    major one.
+    A module runs only with the minor release of CPython (C ABI), the minor release of torch (C++ ABI) and the major
+    release of CUDA that it was built for.
     """
     if not record:
         return "it was never built"

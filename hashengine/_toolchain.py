@@ -1,4 +1,4 @@
-"""Finding a C++ compiler and an nvcc that work: for setup.py, which loads this file by its path, and for the doctor."""
+"""Finds a working C++ compiler and a working nvcc, for setup.py (which loads this file by path) and for the doctor."""
 
 import os
 import re
@@ -12,12 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-# What nvcc needs beside torch's own wheels, all of one release: it asks for some of them without naming a version.
+# The wheels that nvcc needs in addition to those that torch installs. All must be of one release, but the wheel of nvcc
+# requires some of the others without a version.
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
 
 
 class Missing(NamedTuple):
-    """What is not there, and the command or advice that mends it."""
+    """A tool that was not found or does not work, and the command or advice that helps."""
 
     what: str
     remedy: str = ""
@@ -27,13 +28,15 @@ class Missing(NamedTuple):
 
 
 class Nvcc(NamedTuple):
+    """A working nvcc."""
+
     home: str
     release: str  # "13.0"
-    arches: tuple[int, ...]  # 90 for compute_90, ascending
+    arches: tuple[int, ...]  # ascending; 90 stands for compute_90
 
 
 def run(command: Sequence[str], stdin: str = "") -> tuple[int, str]:
-    """Exit status and everything printed; 127 where the program cannot be started."""
+    """The exit status of a command and everything that it prints; the status is 127 if it cannot be started."""
     try:
         done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
@@ -47,14 +50,14 @@ def version(program: str) -> str:
 
 
 def find_compiler(env: Mapping[str, str]) -> str | Missing:
-    """A C++ compiler that works, which means that it finds Python.h, OpenMP and the C++ library."""
+    """The command of a C++ compiler that finds Python.h, OpenMP and the C++ library: CXX if that is set."""
     names = [env["CXX"]] if env.get("CXX") else ["c++", "g++"]
     for compiler in names:
         program, *arguments = shlex.split(compiler)
         if path := shutil.which(program, path=env.get("PATH")):
             break
     else:
-        return Missing(f"no C++ compiler is found (looked for {', '.join(names)})", "apt-get install g++")
+        return Missing(f"no C++ compiler is found (tried {', '.join(names)})", "apt-get install g++")
     options = ["-x", "c++", "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-"]
     source = "#include <Python.h>\n#include <omp.h>\n#include <vector>\n"
     status, output = run([path, *arguments, *options], source)
@@ -65,13 +68,16 @@ def find_compiler(env: Mapping[str, str]) -> str | Missing:
 
 
 def first_error(output: str) -> str:
-    """The line of a compiler's output to show; the last one where none looks like an error."""
+    """The first line of a compiler's output that reports an error, or the last line if none does."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it prints nothing"]
     return next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1])
 
 
-def ask_nvcc(program: str) -> Nvcc | None:
-    """Nvcc knows best where it lives: what PATH finds is often a link, or a script that starts the real one."""
+def query_nvcc(program: str) -> Nvcc | None:
+    """Run nvcc to find out its home, release and architectures; None if it does not answer.
+
+    The program on PATH is often a link or a wrapper script. Therefore home is the folder that nvcc itself reports.
+    """
     here = re.search(r"_HERE_=(.+)", run([program, "--dryrun", "-v", "any.cu"])[1])
     release = re.search(r"release (\d+\.\d+)", run([program, "--version"])[1])
     if not here or not release:
@@ -81,7 +87,10 @@ def ask_nvcc(program: str) -> Nvcc | None:
 
 
 def nvcc_fault(nvcc: Nvcc) -> str:
-    """Why a kernel of one line does not compile: wheels that lack or do not fit, a host compiler that is too new."""
+    """Why nvcc cannot compile a small kernel, or "" if it can.
+
+    nvcc fails, for example, if wheels are missing, if their releases differ, or if the host compiler is too new.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cu")
         source.write_text("#include <cuda_fp16.h>\n__global__ void store(int* p) { *p = 1; }\n")
@@ -90,7 +99,7 @@ def nvcc_fault(nvcc: Nvcc) -> str:
 
 
 def wheel_homes(torch_cuda: str | None) -> list[str]:
-    """Where the nvidia-* wheels of torch's CUDA put their toolkit: site-packages/nvidia/cu13."""
+    """The folders where the nvidia-* wheels install the toolkit of torch's CUDA, such as site-packages/nvidia/cu13."""
     spec = find_spec("nvidia")
     if spec is None or torch_cuda is None:
         return []
@@ -98,16 +107,20 @@ def wheel_homes(torch_cuda: str | None) -> list[str]:
 
 
 def find_nvcc(env: Mapping[str, str], torch_cuda: str, wheels: Sequence[str]) -> Nvcc | Missing:
-    """CUDA_HOME is an order; without it the first that works on PATH, in the wheels, in /usr/local."""
+    """A working nvcc of the major version of `torch_cuda`.
+
+    If CUDA_HOME or CUDA_PATH is set, only the nvcc there is tried. Otherwise the one on PATH, those in the folders
+    `wheels` and the one in /usr/local/cuda are tried in this order.
+    """
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     programs = [os.path.join(folder, "bin", "nvcc") for folder in ([home] if home else [*wheels, "/usr/local/cuda"])]
     if not home:
         programs.insert(0, shutil.which("nvcc", path=env.get("PATH")) or "")
     major = torch_cuda.split(".")[0]
     faults = []
-    for nvcc in filter(None, map(ask_nvcc, filter(None, programs))):
+    for nvcc in filter(None, map(query_nvcc, filter(None, programs))):
         if nvcc.release.split(".")[0] != major:
-            fault = f"is CUDA {nvcc.release} and torch is built for {torch_cuda}"
+            fault = f"is CUDA {nvcc.release}, but torch is built for {torch_cuda}"
         else:
             fault = nvcc_fault(nvcc)
         if not fault:
@@ -115,7 +128,7 @@ def find_nvcc(env: Mapping[str, str], torch_cuda: str, wheels: Sequence[str]) ->
         faults.append(f"the nvcc in {nvcc.home} {fault}")
     what = faults[0] if faults else f"no nvcc is found in {home or 'PATH, the nvidia wheels or /usr/local/cuda'}"
     remedy = f"set CUDA_HOME to a CUDA {major} toolkit"
-    if int(major) >= 13:  # the wheels of CUDA 12 hold no nvcc
+    if int(major) >= 13:  # the wheels of CUDA 12 do not contain nvcc
         packages = " ".join(f'"{name}=={torch_cuda}.*"' for name in NVCC_WHEELS)
         remedy += f", or pip install {packages} and build with --no-build-isolation"
     return Missing(what, remedy)

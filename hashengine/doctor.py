@@ -1,8 +1,10 @@
-"""hashengine doctor: what was built, what this machine can run, what is missing and the command that mends it."""
+"""hashengine doctor: reports what was built, what this machine can run, what is missing and how to install it.
+
+Most checks are functions that return or yield a `Check`. No check changes anything.
+"""
 
 import importlib
 import os
-import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -15,12 +17,15 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from hashengine import _native, _toolchain
+from hashengine import _environment, _native, _toolchain
 from hashengine._version import __version__
 from hashengine.ops import pack_bits, unpack_bits
 
 OLDEST_TORCH = (2, 11)
-EXTRAS = {"torchvision": "train", "sklearn": "train", "faiss": "bench", "h5py": "hdf5"}  # imported: its extra
+_LEVEL = "HASHENGINE_SIMD_LEVEL"
+_UNSET_LEVEL = f"unset {_LEVEL}"
+# The extra of hashengine that installs each module.
+EXTRAS = {"torchvision": "train", "sklearn": "train", "faiss": "bench", "h5py": "hdf5"}
 STYLES = {"ok": "green", "warn": "yellow", "missing": "yellow", "broken": "bold red"}
 
 
@@ -28,8 +33,12 @@ STYLES = {"ok": "green", "warn": "yellow", "missing": "yellow", "broken": "bold 
 class Check:
     """One line of the report.
 
-    status: "ok"; "warn", it works but not as it could; "missing", an optional part is not there; "broken", hashengine
-    gives errors or wrong answers until it is mended. remedy: the command to run, empty where there is nothing to do.
+    Attributes:
+        name: the part that was checked.
+        status: "ok"; "warn": it works, but slower or with less than it could have; "missing": an optional part is not
+            installed; "broken": hashengine raises errors or gives wrong answers until this is repaired.
+        found: what was found.
+        remedy: what to do, usually a command to run; "" if there is nothing to do or no remedy is known.
     """
 
     name: str
@@ -39,11 +48,13 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at everything; nothing is changed."""
+    """Run every check. Nothing is changed."""
     return [
         Check("hashengine", "ok", f"{__version__} in {Path(__file__).parent}"),
-        Check("Python", "ok", f"{platform.python_version()} ({sys.executable})"),
+        Check("Python", "ok", f"{_environment.versions()['python']} ({sys.executable})"),
+        Check("processor", "ok", _environment.processor()),
         _torch(),
+        *_onednn(),
         _native_module(),
         *_simd(),
         *_threads(),
@@ -55,13 +66,13 @@ def examine() -> list[Check]:
 
 
 def print_report() -> bool:
-    """Print a table of all checks; False where something is broken."""
+    """Print all checks as a table. Returns False if a part is broken."""
     checks = examine()
     table = Table("part", "status", Column("found", overflow="fold"), show_edge=False)
     for check in checks:
         found = Text(check.found)
         if check.remedy:
-            found.append(f"\nto mend it: {check.remedy}", style="bold")
+            found.append(f"\nremedy: {check.remedy}", style="bold")
         table.add_row(check.name, Text(check.status, style=STYLES[check.status]), found)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return all(check.status != "broken" for check in checks)
@@ -74,26 +85,40 @@ def _torch() -> Check:
     return Check("torch", "ok", found)
 
 
+def _onednn() -> Iterator[Check]:
+    if not torch.backends.mkldnn.is_available():
+        return
+    from hashengine.models.memory_format import known_problem
+
+    if problem := known_problem():
+        yield Check("oneDNN", "warn", problem, "export ONEDNN_MAX_CPU_ISA=AVX2 allows the faster channels_last layout")
+    else:
+        yield Check("oneDNN", "ok", "no known problem with this torch on this processor")
+
+
 def _native_module() -> Check:
     name, record = "native module", _native.build_config()
     if not _native.available():
-        return Check(name, "warn", f"plain torch answers: {_native.why_not()}", _native.rebuild_command())
+        return Check(
+            name, "warn", f"not used, so the plain-torch references run: {_native.why_not()}", _native.rebuild_command()
+        )
     parts = [record["build"].upper(), *record["arch_list"], f"for torch {record['torch']}, by {record['compiler']}"]
     found = " ".join(parts) + (f" and nvcc {record['nvcc']}" if record["nvcc"] else "") + f"; {record['reason']}"
     if record["version"] != __version__:
-        return Check(name, "warn", f"{found}; of hashengine {record['version']}", _native.rebuild_command())
+        return Check(name, "warn", f"{found}; built from hashengine {record['version']}", _native.rebuild_command())
     if problem := _wrong_answer("cpu"):
-        return Check(name, "broken", f"{found}; {problem}", _native.rebuild_command())
+        remedy = _UNSET_LEVEL if _LEVEL in problem else _native.rebuild_command()
+        return Check(name, "broken", f"{found}; {problem}", remedy)
     return Check(name, "ok", found)
 
 
 def _wrong_answer(device: str) -> str:
-    """What goes wrong when the smallest op runs on the device; empty where nothing does."""
+    """Run `pack_bits` on the device and describe the failure, or return "" if its answer is right."""
     activations = torch.linspace(-1, 1, 64 * 17, device=device).view(17, 64)
     try:
         bits = unpack_bits(pack_bits(activations))
-    except RuntimeError as error:
-        return f"pack_bits fails on {device}: {str(error).splitlines()[0]}"
+    except Exception as error:  # a kernel that does not fit the machine or the environment may raise anything
+        return f"pack_bits fails on {device}: {(str(error) or repr(error)).splitlines()[0]}"
     return "" if torch.equal(bits, activations >= 0) else f"pack_bits gives wrong codes on {device}"
 
 
@@ -105,27 +130,27 @@ def _simd() -> Iterator[Check]:
     try:
         used = module.simd_level()
     except ValueError as error:
-        yield Check("SIMD", "broken", str(error), "unset HASHENGINE_SIMD_LEVEL")
+        yield Check("SIMD", "broken", str(error), _UNSET_LEVEL)
         return
     found = f"uses {used} of {', '.join(levels)}"
     if used == levels[-1]:
         yield Check("SIMD", "ok", found)
     else:
-        yield Check("SIMD", "warn", f"{found}: HASHENGINE_SIMD_LEVEL is set", "unset HASHENGINE_SIMD_LEVEL")
+        yield Check("SIMD", "warn", f"{found}: {_LEVEL} is set", _UNSET_LEVEL)
 
 
 def _threads() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0))
-    yield Check("threads", "ok", f"torch uses {torch.get_num_threads()} on {cores} cores")
+    cores = _environment.logical_cpus()
+    yield Check("threads", "ok", f"torch uses {torch.get_num_threads()} threads on {cores} cores")
     runtimes = openmp_runtimes()
     found = ", ".join(runtimes) or "none"
     if len(runtimes) > 1:
-        found += "; two pools of threads compete for the cores"
+        found += "; their thread pools compete for the cores"
     yield Check("OpenMP", "ok" if len(runtimes) <= 1 else "warn", found)
 
 
 def openmp_runtimes() -> list[str]:
-    """The files of the OpenMP runtimes loaded into this process."""
+    """The files of the OpenMP runtimes that this process has loaded."""
     paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
     return sorted(path for path in paths if re.match(r"lib(gomp|omp|iomp5)\b", os.path.basename(path)))
 
@@ -139,15 +164,23 @@ def _gpus() -> Iterator[Check]:
                 "GPU", "warn", f"the driver is too old for CUDA {torch.version.cuda}", "update the NVIDIA driver"
             )
         else:
-            yield Check("GPU", "warn", "there is one, and this torch has no CUDA", "pip install a CUDA build of torch")
+            yield Check(
+                "GPU", "warn", "a GPU is present, but this torch has no CUDA", "pip install a CUDA build of torch"
+            )
         return
     rebuild = _native.rebuild_command("cuda")
     has_kernels = _native.available() and _native.build_config()["build"] == "cuda"
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found = f"{properties.name}, {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        gpu = _environment.describe_gpu(torch.device("cuda", index))
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        found = f"{gpu['gpu']}, {gpu['compute_capability']}, {memory:.0f} GiB, driver {gpu['driver']}"
         if not has_kernels:
-            yield Check(f"GPU {index}", "warn", f"{found}; no CUDA kernels were built: plain torch answers", rebuild)
+            yield Check(
+                f"GPU {index}",
+                "warn",
+                f"{found}; built without CUDA kernels, so the plain-torch references run",
+                rebuild,
+            )
         elif problem := _wrong_answer(f"cuda:{index}"):
             yield Check(f"GPU {index}", "broken", f"{found}; {problem}", rebuild)
         else:
@@ -176,9 +209,11 @@ def _extra(module: str, extra: str) -> Check:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
-            return Check(module, "missing", f"of the extra {extra!r}", f'pip install "hashengine[{extra}]"')
-        return Check(module, "warn", f"it does not import: {error}", f"pip install {error.name}")
-    except Exception as error:  # whatever a library built for another torch or numpy raises
-        found = f"it does not import: {(str(error) or repr(error)).splitlines()[0]}"
-        return Check(module, "warn", found, f"reinstall it from the index that gave torch {torch.__version__}")
+            return Check(module, "missing", f"part of the extra {extra!r}", f'pip install "hashengine[{extra}]"')
+        return Check(module, "warn", f"importing it fails: {error}", f"pip install {error.name}")
+    except Exception as error:  # a library that was built for another torch or numpy may raise anything
+        found = f"importing it fails: {(str(error) or repr(error)).splitlines()[0]}"
+        return Check(
+            module, "warn", found, f"reinstall it from the package index that torch {torch.__version__} came from"
+        )
     return Check(module, "ok", getattr(imported, "__version__", "installed"))

@@ -1,4 +1,4 @@
-"""The doctor: every part is looked at, and what is wrong comes with its remedy."""
+"""The doctor checks every part, and reports each problem with its remedy."""
 
 import sys
 from types import SimpleNamespace
@@ -17,23 +17,33 @@ def check(name: str) -> doctor.Check:
     return found
 
 
-def test_every_part_is_looked_at_and_nothing_is_broken():
+def test_every_part_is_checked_and_nothing_is_broken() -> None:
     checks = doctor.examine()
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
-    expected = {"hashengine", "Python", "torch", "native module", "threads", "OpenMP", "C++ compiler", "faiss"}
+    expected = {
+        "hashengine",
+        "Python",
+        "torch",
+        "oneDNN",
+        "native module",
+        "threads",
+        "OpenMP",
+        "C++ compiler",
+        "faiss",
+    }
     assert expected <= set(names)
     assert [check for check in checks if check.status == "broken"] == []
     assert all(check.found and "\n" not in check.found for check in checks)
 
 
-def test_the_command_prints_a_line_for_each_and_succeeds():
+def test_the_command_prints_every_check_and_succeeds() -> None:
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 0
     assert torch.__version__ in result.output and "native module" in result.output
 
 
-def test_something_broken_fails_the_command_and_shows_its_remedy(monkeypatch):
+def test_a_broken_part_fails_the_command_and_shows_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = doctor.Check("native module", "broken", "pack_bits gives wrong codes on cpu", "rebuild it")
     monkeypatch.setattr(doctor, "examine", lambda: [broken])
     result = CliRunner().invoke(cli.app, ["doctor"])
@@ -41,13 +51,23 @@ def test_something_broken_fails_the_command_and_shows_its_remedy(monkeypatch):
     assert "wrong codes" in result.output and "rebuild it" in result.output
 
 
-def test_an_old_torch_is_broken(monkeypatch):
+def test_an_old_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     assert check("torch").status == "broken"
     assert check("torch").remedy == 'pip install "torch>=2.11"'
 
 
-def test_without_the_native_module_the_remedy_is_the_build(monkeypatch):
+def test_a_known_problem_of_onednn_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hashengine.models import memory_format
+
+    monkeypatch.setattr(memory_format, "known_problem", lambda: "oneDNN can corrupt memory")
+    assert (check("oneDNN").status, check("oneDNN").found) == ("warn", "oneDNN can corrupt memory")
+    assert "ONEDNN_MAX_CPU_ISA" in check("oneDNN").remedy
+    monkeypatch.setattr(memory_format, "known_problem", lambda: None)
+    assert check("oneDNN").status == "ok"
+
+
+def test_the_remedy_for_a_missing_native_module_is_the_build_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_load", lambda: (None, "it was never built"))
     found = check("native module")
     assert (found.status, found.remedy) == ("warn", _native.rebuild_command())
@@ -55,39 +75,54 @@ def test_without_the_native_module_the_remedy_is_the_build(monkeypatch):
 
 
 @needs_native
-def test_a_module_of_another_version_is_to_be_rebuilt(monkeypatch):
+def test_a_module_of_another_version_must_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     record = _native.build_config() | {"version": "0.0.1"}
     monkeypatch.setattr(_native, "build_config", lambda: record)
     assert check("native module").status == "warn"
-    assert "of hashengine 0.0.1" in check("native module").found
+    assert "built from hashengine 0.0.1" in check("native module").found
 
 
 @needs_native
-def test_wrong_codes_are_broken(monkeypatch):
+def test_a_module_that_packs_wrong_codes_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "pack_bits", lambda u: torch.zeros(u.shape[0], u.shape[1] // 8, dtype=torch.uint8))
     assert check("native module").status == "broken"
     assert "gives wrong codes on cpu" in check("native module").found
 
 
 @needs_native
-def test_simd_level(monkeypatch):
+@pytest.mark.parametrize("error", [ValueError("a check"), RuntimeError("a failure\nof two lines"), OSError()])
+def test_a_module_that_raises_is_broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(u: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(doctor, "pack_bits", fail)
+    found = check("native module")
+    assert (found.status, found.remedy) == ("broken", _native.rebuild_command())
+    assert "pack_bits fails on cpu: " in found.found and "\n" not in found.found
+
+
+@needs_native
+def test_the_simd_level_is_reported_and_an_unknown_one_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HASHENGINE_SIMD_LEVEL", raising=False)
     assert check("SIMD").status == "ok"
     monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", "mmx")
     assert check("SIMD").status == "broken"
-    assert check("SIMD").remedy == "unset HASHENGINE_SIMD_LEVEL"
+    assert check("SIMD").remedy == check("native module").remedy == "unset HASHENGINE_SIMD_LEVEL"
+    assert check("native module").status == "broken"
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1 and "must be one of auto, scalar" in " ".join(result.output.split())
     monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", "scalar")
     assert "uses scalar of scalar" in check("SIMD").found
 
 
 @pytest.mark.parametrize("module", doctor.EXTRAS)
-def test_a_missing_extra_names_its_install(monkeypatch, module):
+def test_the_remedy_for_a_missing_extra_is_its_install_command(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     found = check(module)
     assert (found.status, found.remedy) == ("missing", f'pip install "hashengine[{doctor.EXTRAS[module]}]"')
 
 
-def test_missing_tools_are_told_with_their_remedy(monkeypatch):
+def test_missing_tools_are_reported_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     monkeypatch.setattr(torch.version, "cuda", "13.2")
@@ -96,7 +131,7 @@ def test_missing_tools_are_told_with_their_remedy(monkeypatch):
     assert 'pip install "nvidia-cuda-nvcc==13.2.*"' in check("nvcc").remedy
 
 
-def test_a_gpu_without_kernels_is_told_with_the_build_that_makes_them(monkeypatch):
+def test_a_gpu_without_kernels_is_reported_with_the_build_command(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -107,7 +142,7 @@ def test_a_gpu_without_kernels_is_told_with_the_build_that_makes_them(monkeypatc
     assert "HASHENGINE_BUILD=cuda" in found.remedy
 
 
-def test_a_tool_that_fails_is_not_reported_as_working(monkeypatch):
+def test_a_tool_that_fails_is_not_reported_as_working(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_toolchain, "run", lambda command, stdin="": (1, "fatal error: cannot execute cc1plus"))
     assert check("C++ compiler").status == "missing"
     assert "cc1plus" in check("C++ compiler").found

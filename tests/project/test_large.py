@@ -1,6 +1,10 @@
-"""More than 2^31 elements on the CPU, where 32 bits do not count them; up to 16 GB, so marked slow."""
+"""Tensors and databases on the CPU with more than 2^31 elements, which 32-bit indices cannot address.
+
+The tests need up to 17 GiB of free memory.
+"""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,17 +13,17 @@ import torch
 import hashengine as he
 from hashengine import _native, ops
 
-GIGABYTES = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+FREE_GIB = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not _native.available(), reason="the native module is not built"),
 ]
-large = pytest.mark.skipif(GIGABYTES < 17, reason=f"needs 17 GB of free memory, got {GIGABYTES:.0f}")
+large = pytest.mark.skipif(FREE_GIB < 17, reason=f"needs 17 GiB of free memory, got {FREE_GIB:.0f} GiB")
 
 
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
-    """2,049 samples of 2^20 values, zero but for the first and the last."""
+    """2,049 samples of 2^20 values; only the first and the last sample are not zero."""
     x = torch.zeros(2049, 1024, 32, 32, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for sample in (0, -1):
@@ -30,7 +34,7 @@ def x() -> torch.Tensor:
 
 @large
 @pytest.mark.parametrize("layer", [he.nn.SimAM, he.nn.TripletAttention])
-def test_forward(x, layer):
+def test_the_forward_of_a_large_batch_equals_that_of_single_samples(x: torch.Tensor, layer: type) -> None:
     layer = layer().eval()
     with torch.no_grad():
         y = layer(x)
@@ -40,9 +44,11 @@ def test_forward(x, layer):
 
 @large
 @pytest.mark.parametrize("layer", [he.nn.SimAM, he.nn.TripletAttention])
-def test_backward(x, layer):
-    """In evaluation, where samples do not depend on each other, eight have the gradients that they have alone; the
-    planes of fewer would be shared out among threads, and added up in another order."""
+def test_the_backward_of_a_large_batch_equals_that_of_small_batches(x: torch.Tensor, layer: type) -> None:
+    """In evaluation mode, samples are independent: eight samples have the same gradients in a large and a small batch.
+
+    With fewer than eight samples, the planes would be divided among threads, which changes the order of the sums.
+    """
     layer = layer().eval()
 
     def gradient(x: torch.Tensor) -> torch.Tensor:
@@ -55,16 +61,16 @@ def test_backward(x, layer):
 
 
 @large
-def test_codes(x):
+def test_code_ops_on_a_large_tensor_equal_those_on_its_last_rows(x: torch.Tensor) -> None:
     u = x.view(-1, 1024)
     assert torch.equal(ops.pack_bits(u)[-5:], ops.pack_bits(u[-5:]))
     assert torch.equal(ops.greedy_sign(u, 0.1)[0][-5:], ops.greedy_sign(u[-5:], 0.1)[0])
-    grad_u = torch.ops.hashengine.greedy_sign_backward(u, None, u, 0.1)  # straight through: the gradient as it came
+    grad_u = torch.ops.hashengine.greedy_sign_backward(u, None, u, 0.1)  # straight through: the gradient is unchanged
     assert torch.equal(grad_u[-5:], u[-5:])
 
 
-def test_search_of_more_than_2_31_codes(tmp_path):
-    """A sparse file, whose last codes are the only ones that are not zero."""
+def test_search_of_more_than_2_31_codes(tmp_path: Path) -> None:
+    """The codes are a sparse file; only the last three are not zero."""
     count = 2**31 + 1000
     codes = np.memmap(tmp_path / "codes", np.uint8, "w+", shape=(count, 1))
     codes[-3:] = [[7], [255], [7]]

@@ -1,9 +1,10 @@
-"""Loading the native module: what is compared first, and what happens where it cannot be used."""
+"""Loading the native module: the checks before it is loaded, and the warnings and errors if it cannot be used."""
 
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ RECORD = {
 
 
 @pytest.fixture
-def never_built(monkeypatch):
-    """A package without a build record, loaded anew."""
+def never_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`_native` finds no build record. Its cached result of loading is dropped before the test and after it."""
     monkeypatch.setattr(_native, "_RECORD", Path("nowhere", "_build.json"))
     monkeypatch.delenv("HASHENGINE_REQUIRE_NATIVE", raising=False)
     _native._load.cache_clear()
@@ -37,9 +38,9 @@ def never_built(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "running", "reason"),
     [
-        ({}, ("2.13.0", "13.0"), None),
-        ({}, ("2.13.0+cu130", "13.0"), None),
-        ({"build": "cpu"}, ("2.13.0+cpu", None), None),
+        ({}, ("2.13.0", "13.0"), None),  # other patch release of torch, other minor release of CUDA
+        ({}, ("2.13.0+cu130", "13.0"), None),  # the same, with a suffix of torch's version
+        ({"build": "cpu"}, ("2.13.0+cpu", None), None),  # a CPU module needs no CUDA
         ({}, ("2.14.0", "13.2"), "it was built for torch 2.13.1+cu132, this is torch 2.14.0"),
         ({"torch": "2.1.0"}, ("2.13.0", "13.2"), "it was built for torch 2.1.0, this is torch 2.13.0"),
         ({"python": "3.9.1"}, ("2.13.0", "13.2"), f"it was built for Python 3.9.1, this is Python {HERE}"),
@@ -48,11 +49,11 @@ def never_built(monkeypatch):
         ({"build": "none"}, ("2.13.0", "13.2"), "it was not built, because this machine has a GPU"),
     ],
 )
-def test_mismatch(changes, running, reason):
+def test_the_reason_why_a_module_does_not_match_is_named(changes: dict, running: tuple, reason: str | None) -> None:
     assert _native.mismatch(RECORD | changes, *running) == reason
 
 
-def test_a_module_that_was_never_built_warns_with_the_command(never_built):
+def test_a_module_that_was_never_built_warns_with_the_command(never_built: None) -> None:
     with pytest.warns(RuntimeWarning) as caught:
         _native.load()
     [warning] = caught
@@ -65,31 +66,37 @@ def test_a_module_that_was_never_built_warns_with_the_command(never_built):
 
 
 @pytest.mark.parametrize("value", ["1", "yes"])
-def test_required_it_is_an_error(never_built, monkeypatch, value):
+def test_a_missing_module_is_an_error_if_it_is_required(
+    never_built: None, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("HASHENGINE_REQUIRE_NATIVE", value)
     with pytest.raises(ImportError, match="it was never built.*HASHENGINE_REQUIRE_NATIVE"):
         _native.load()
 
 
 @pytest.mark.parametrize("value", ["", "0"])
-def test_not_required_it_is_a_warning(never_built, monkeypatch, value):
+def test_a_missing_module_is_a_warning_if_it_is_not_required(
+    never_built: None, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("HASHENGINE_REQUIRE_NATIVE", value)
     with pytest.warns(RuntimeWarning):
         _native.load()
 
 
-def test_a_module_that_does_not_load_says_what_the_loader_said(never_built, monkeypatch):
+def test_a_loading_failure_is_reported_with_the_message_of_the_loader(
+    never_built: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = RECORD | {"build": "cpu", "torch": torch.__version__}
     monkeypatch.setattr(_native, "_record", lambda: record)
 
-    def fail(name):
+    def fail(name: str) -> None:
         raise ImportError("_C.so: undefined symbol: _ZN3c10\nsecond line")
 
     monkeypatch.setattr(_native.importlib, "import_module", fail)
     assert _native.why_not() == "it does not load (_C.so: undefined symbol: _ZN3c10)"
 
 
-def test_a_broken_record_is_no_record(never_built, monkeypatch, tmp_path):
+def test_a_damaged_record_counts_as_missing(never_built: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "_build.json"
     path.write_text('{"version": ')
     monkeypatch.setattr(_native, "_RECORD", path)
@@ -97,7 +104,7 @@ def test_a_broken_record_is_no_record(never_built, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not _native.available(), reason="the native module was not built")
-def test_a_loaded_module_gives_its_record_and_no_warning():
+def test_a_loaded_module_returns_its_record_and_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _native.load()
@@ -108,8 +115,8 @@ def test_a_loaded_module_gives_its_record_and_no_warning():
 
 
 @pytest.mark.skipif(not _native.available(), reason="the native module was not built")
-def test_one_openmp_runtime_serves_torch_and_the_module():
-    # A process of its own: other libraries of the test environment bring runtimes of theirs.
+def test_torch_and_the_module_share_one_openmp_runtime() -> None:
+    # In a new process, because other libraries of the test environment load OpenMP runtimes of their own.
     script = "import hashengine.doctor as d; print(d._native.available(), *d.openmp_runtimes(), sep='\\n')"
     env = {**os.environ, "PYTHONPATH": str(Path(_native.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
