@@ -102,7 +102,7 @@ template <uint32_t kCandidateBit>
 __device__ __forceinline__ bool queue_hits(const DeviceSearch& search, const Candidates& candidates,
                                            int64_t first_query, int64_t first, int64_t end,
                                            const uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
-  constexpr int kQuarter = 32, kGroup = 8;  // sums
+  constexpr int kQuarter = 32, kGroup = 8;  // numbers of sums
   const int lane = static_cast<int>(threadIdx.x % 32);
   uint32_t any[kWgmmaSums / kQuarter];
 #pragma unroll
