@@ -1,18 +1,18 @@
-# Targets run in .venv, which `make setup` fills. A target that needs it runs the set-up first if it is out of date.
+# Most targets run in .venv. They first run the set-up (`make setup`) if .venv is missing or out of date.
 
 PYTHON ?= python3
-# The arguments with which pip installs torch: TORCH="torch==2.13.0", TORCH="torch torchvision --index-url <address>".
+# The arguments of `pip install` for torch, such as "torch==2.13.0" or "torch torchvision --index-url <address>".
 TORCH ?= torch torchvision
 # The images of the demo: digits, fashion-mnist, cifar10 or a folder of class folders.
 DATA ?= digits
-# The seconds of make fuzz.
+# How many seconds `make fuzz` runs.
 SECONDS ?= 60
-# The minutes of make soak, gpu-soak, gpu-bench and gpu-bench-hamming. After them, a benchmark starts no measurement.
-# gpu-bench spends half of them on search, a quarter on kernels, a tenth on kernels in CUDA graphs, the rest on networks.
-# With the default, gpu-bench ends within ten minutes, including the set-up (two minutes on 16 cores), the start of five
-# programs and the last measurement of each.
+# How many minutes `make soak`, gpu-soak, gpu-bench and gpu-bench-hamming run. After this time, a benchmark starts no
+# measurement. gpu-bench spends half of the time on search, a quarter on kernels, a tenth on kernels in CUDA graphs and
+# the rest on networks. The default is chosen so that gpu-bench ends within ten minutes, including the set-up, the start
+# of five programs and the last measurement of each.
 MINUTES ?= 6
-# The number of parallel compilers of make lint.
+# How many compilers `make lint` runs in parallel.
 JOBS ?= $(shell nproc)
 
 BIN := .venv/bin
@@ -20,7 +20,7 @@ READY := .venv/.ready
 LINTERS_READY := .venv/.linters
 SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.py $(shell find csrc -mindepth 2 -type f)
 
-# GPU_TESTS need a GPU. SMALL, an expression for pytest -k, selects short ones among them, for racecheck and synccheck.
+# GPU_TESTS need a GPU. SMALL is an expression for pytest -k: it selects short tests, for racecheck and synccheck.
 GPU_TESTS := tests/gpu
 SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))
 
@@ -43,8 +43,8 @@ help:  ## print this list
 setup: $(READY)  ## install every dependency into .venv and build the native module (HASHENGINE_BUILD=auto|cpu|cuda)
 	@$(BIN)/hashengine doctor
 
-# uv installs torch in a fifth of pip's time; pip is used if uv cannot be installed. The first installation chooses the
-# version of torch. The second is constrained to it, so that the native module is compiled for the torch that is used.
+# uv installs torch faster than pip does; pip is used if uv cannot be installed. The first installation chooses the
+# version of torch. The second must use the same version, so that the native module is compiled for the installed torch.
 $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "hashengine needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
@@ -118,8 +118,8 @@ gpu-test: $(READY)  ## on a machine with a GPU: run the tests that need one, wit
 	$(BIN)/python -m pytest $(GPU_TESTS)
 	$(BIN)/python -m pytest tests/cuda/test_hamming_topk.py -k gpu
 
-# Memcheck leaves out tests with 31 in their names, such as the one of more than 2^31 elements. Racecheck makes every
-# access to shared memory about a hundred times slower, so it runs the small cases only; synccheck runs the same ones.
+# Memcheck leaves out tests with 31 in their names, such as the test of more than 2^31 elements. Racecheck makes
+# accesses to shared memory much slower, so it runs only the tests of SMALL. Synccheck runs the same tests.
 gpu-sanitize: $(READY)  ## run the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "not 31"
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -x $(GPU_TESTS) -k "$(SMALL)"
@@ -128,7 +128,7 @@ gpu-sanitize: $(READY)  ## run the GPU tests under compute-sanitizer: memcheck, 
 gpu-soak: $(READY)  ## run random index operations on the GPU for MINUTES=6 and compare every answer with the CPU's
 	$(BIN)/python -m tests.soak --device cuda --minutes $(MINUTES)
 
-# `model` gets --no-compile, because torch.compile takes a minute per network; `kernels` compiles every layer.
+# `model` gets --no-compile, because torch.compile takes too long for whole networks; `kernels` compiles every layer.
 gpu-bench: $(READY)  ## on a GPU, for MINUTES=6: measure search, kernels and networks; writes benchmarks/results
 	$(BIN)/python -m benchmarks hamming-gpu --minutes $(call share,0.5) --output benchmarks/results/hamming-gpu-$(GPU).jsonl
 	$(BIN)/python -m benchmarks kernels --minutes $(call share,0.25) --device cuda --seconds 0.5 \

@@ -39,7 +39,7 @@ toolchain = module_from_spec(spec)
 spec.loader.exec_module(toolchain)
 
 ARCHES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
-BYTES_PER_JOB = 2 << 30  # 2 GiB: compiling a binding takes about half of it; the rest is for other programs
+BYTES_PER_JOB = 2 << 30  # compiling a binding takes about 1 GiB of memory; the rest is for other programs
 
 
 class Plan(NamedTuple):

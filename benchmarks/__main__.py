@@ -29,7 +29,7 @@ app = command_line("Measure hashengine and its peers in the same run.")
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 LayoutOption = Annotated[Layout, typer.Option(help="Memory format of the tensors.")]
-Minutes = Annotated[float, typer.Option(min=0, help="No measurement is started after this time.")]
+Minutes = Annotated[float, typer.Option(min=0, help="After this many minutes, no measurement is started.")]
 Output = Annotated[
     Path | None, typer.Option(help="File to append the result rows to, one JSON object per line.", show_default=False)
 ]
@@ -38,11 +38,11 @@ Rounds = Annotated[
     typer.Option(
         min=1,
         help="Number of rounds; each round times every system. Default: 5 on the CPU; on a GPU, as many as fit into a "
-        "second, but at least 3 and at most 15.",
+        "second, from 3 to 15.",
         show_default=False,
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Measured steps of each system.")]
+Steps = Annotated[int, typer.Option(min=1, help="Number of measured steps of each system.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of every system; default: all cores.", show_default=False)
 ]
@@ -53,9 +53,9 @@ def hamming(
     task: Annotated[
         list[Task] | None,
         typer.Option(
-            help="search: the k nearest codes; filter: the k nearest of a random share of the codes; range: all codes "
-            "within a radius that holds about k per query; map: mean average precision over the full ranking. May be "
-            "repeated; default: search.",
+            help="search: the k nearest codes; filter: the k nearest of the codes that a random filter selects; range: "
+            "all codes within a radius, which is chosen so that it holds about k codes per query; map: mean average "
+            "precision over the full ranking. May be repeated; default: search.",
             show_default=False,
         ),
     ] = None,
@@ -68,15 +68,15 @@ def hamming(
         list[int] | None, typer.Option("-k", min=1, help="Neighbours per query; may be repeated; default: 10 and 100.")
     ] = None,
     share: Annotated[
-        float, typer.Option(min=0.001, max=1, help="Share of the codes that a filter lets through.")
+        float, typer.Option(min=0.001, max=1, help="For --task filter: the share of the codes that the filter selects.")
     ] = 0.5,
     data: Annotated[
-        Data, typer.Option(help="How the codes are drawn, or the images from which a small network learns them.")
+        Data, typer.Option(help="How the codes are drawn, or the data set of images from which a network learns them.")
     ] = Data.random,
     images: Annotated[
         Path | None,
         typer.Option(
-            envvar="HASHENGINE_DATA", help="Folder of the image archives that --data names.", show_default=False
+            envvar="HASHENGINE_DATA", help="Folder of the archive of images that --data names.", show_default=False
         ),
     ] = None,
     device: Device = "cpu",
@@ -86,10 +86,10 @@ def hamming(
 ) -> None:
     """Measure exact Hamming search, on the CPU or on a GPU.
 
-    On the CPU it is compared with FAISS IndexBinaryFlat in the faster of its two modes, with other libraries, with a
-    bare loop over cached codes and, for a single query, with a plain read of the codes. On a GPU it is compared with
-    FAISS's GPU index, with searches in plain torch, and with the device's bounds; `hamming-gpu` measures all important
-    cases.
+    On the CPU, it is compared with FAISS IndexBinaryFlat in the faster of its two modes, with other libraries, with a
+    bare distance loop over cached codes and, for a single query, with a plain read of the codes. On a GPU, it is
+    compared with FAISS's GPU index, with searches in plain torch, and with limits that follow from the hardware.
+    `hamming-gpu` measures all important cases.
     """
     lengths = bits or [64, 128, 256]
     cases = make_cases(
@@ -127,7 +127,7 @@ def hamming_gpu(
     ] = 1,
     output: Output = None,
 ) -> None:
-    """Measure searches, latencies and builds on a GPU, the most important ones first.
+    """Measure searches, latencies, index builds and streamed searches on a GPU, the most important ones first.
 
     Each row is printed and appended to --output as soon as it is measured.
     """
@@ -141,7 +141,8 @@ def mapped(
     bits: Annotated[int, typer.Option(min=8, help="Bits per code.")] = 64,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per query.")] = 10,
     cache: Annotated[
-        int, typer.Option(min=1, help="Page cache in MiB, if a memory cgroup can be created on this machine.")
+        int,
+        typer.Option(min=1, help="Size of the page cache in MiB, if this machine permits a memory cgroup."),
     ] = 256,
     threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; each times one search and one read.")] = 5,
@@ -171,12 +172,12 @@ def kernels(
         ),
     ] = None,
     model: Annotated[
-        list[Model] | None, typer.Option(help="Network with the layer shapes; may be repeated; default: all.")
+        list[Model] | None, typer.Option(help="Network whose layer shapes are measured; may be repeated; default: all.")
     ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="Samples per batch; may be repeated; default: each network's own.", show_default=False
+            min=1, help="Samples per batch; may be repeated; default: chosen per network.", show_default=False
         ),
     ] = None,
     shape: Annotated[
@@ -185,7 +186,7 @@ def kernels(
     ] = None,
     dtype: Annotated[
         list[Dtype] | None,
-        typer.Option(help="May be repeated; default: float32, and on a GPU also bfloat16.", show_default=False),
+        typer.Option(help="Dtype of x; may be repeated; default: float32, on a GPU also bfloat16.", show_default=False),
     ] = None,
     layout: Annotated[
         list[Layout] | None,
@@ -193,14 +194,16 @@ def kernels(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
-    quick: Annotated[bool, typer.Option(help="Measure only the smallest shape of each op, for 0.2 seconds.")] = False,
+    quick: Annotated[bool, typer.Option(help="Measure only the smallest shape of an op, with --seconds 0.2.")] = False,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too.")] = True,
-    cuda_graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs, so that no system has launch costs.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="About how many seconds all rounds of a row take.")] = 1.5,
+    cuda_graphs: Annotated[bool, typer.Option(help="Time the replay of a CUDA graph instead of each call.")] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="About how many seconds the rounds of a result row take.")
+    ] = 1.5,
     minutes: Minutes = math.inf,
     output: Output = None,
 ) -> None:
-    """Measure every op, forward and forward + backward, against eager torch, torch.compile and a copy of the tensor."""
+    """Measure ops, forward and forward + backward, against eager torch, torch.compile and a copy of the tensor."""
     for name in op or []:
         if name not in OPS:
             raise invalid("kernels", "op", f"one of {', '.join(OPS)}", name)
@@ -280,7 +283,7 @@ def model(
 ) -> None:
     """Measure images per second of a network without attention, with eager attention and with fused attention.
 
-    Each is also measured with torch.compile, unless --no-compile is given.
+    Each network is also measured with torch.compile, unless --no-compile is given.
     """
     throughput.run(
         names=name or ["resnet18"],
@@ -302,14 +305,15 @@ def model(
 @app.command()
 def compare(
     other: Annotated[Path, typer.Argument(help="Another checkout, with its native module built in place.")],
-    only: Annotated[str, typer.Option(help="Part of the names of the cells to measure; default: all cells.")] = "",
+    only: Annotated[str, typer.Option(help="Measure only the cells whose name contains this text.")] = "",
     rounds: Annotated[int, typer.Option(min=6, help="Number of rounds, at least 6; each times both checkouts.")] = 9,
-    seconds: Annotated[float, typer.Option(min=0, help="About how many seconds a measurement takes.")] = 0.1,
+    seconds: Annotated[float, typer.Option(min=0, help="About how many seconds a call is repeated per round.")] = 0.1,
     output: Output = None,
 ) -> None:
     """Measure search and kernels in this checkout and in OTHER, in alternation.
 
-    A cell is one call with fixed sizes. The exit code is 1 if a cell is slower in this checkout than in OTHER.
+    A cell is one call with fixed sizes. The exit code is 1 if a cell is slower in this checkout than in OTHER, by more
+    than 2% and by more than the noise.
     """
     comparisons = comparing.compare(other, only=only, rounds=rounds, seconds=seconds)
     typer.echo(comparing.summary(comparisons))

@@ -1,10 +1,10 @@
 """`python -m benchmarks compare OTHER`: this checkout next to another one, both measured in one run.
 
 A cell is one call with fixed sizes. It is timed in two processes, one per checkout, in alternating order. Each round
-gives the ratio of the two times. A cell counts as slower if the lower 98% confidence bound of the median ratio exceeds
-`TOLERANCE`, and exceeds it again when the cell is measured once more with three times as many rounds. If a cell is
-equally fast in both checkouts, noise makes it exceed the tolerance in at most 1 of 50 measurements. It does so in both
-measurements in at most 1 of 2,500 cases.
+gives the ratio of the two times. If the lower 98% confidence limit of the median ratio exceeds `TOLERANCE`, the cell is
+measured once more with three times as many rounds. It counts as slower if the confidence limit exceeds the tolerance
+again. Assume that a cell is equally fast in both checkouts and that rounds are independent. Then noise makes the limit
+exceed the tolerance in at most 1 of 50 measurements, and in both measurements of at most 1 of 2,500 cells.
 """
 
 import json
@@ -48,20 +48,20 @@ class Comparison:
 
     @property
     def is_slower(self) -> bool:
-        """Whether the lower confidence bound of the median ratio exceeds the tolerance."""
+        """Whether the lower confidence limit of the median ratio exceeds the tolerance."""
         return self.ratios[confidence_rank(len(self.ratios))] > TOLERANCE
 
 
 def confidence_rank(count: int, risk: float = 0.02) -> int:
-    """The index, in `count` sorted samples, of a lower confidence bound of the median.
+    """The index, in `count` sorted samples, of a lower confidence limit of the median.
 
-    The bound exceeds the true median with a probability of at most `risk`. The true median is below sample `i` (counted
+    The limit exceeds the true median with a probability of at most `risk`. The true median is below sample `i` (counted
     from 0) with the probability that at most `i` of `count` fair coins show heads.
     """
-    rank, below = 0, 1 / 2**count
-    while below + math.comb(count, rank + 1) / 2**count <= risk:
+    rank, probability = 0, 1 / 2**count
+    while probability + math.comb(count, rank + 1) / 2**count <= risk:
         rank += 1
-        below += math.comb(count, rank) / 2**count
+        probability += math.comb(count, rank) / 2**count
     return rank
 
 
@@ -99,7 +99,7 @@ class Worker:
         return names
 
     def seconds(self, cell: str, seconds: float) -> float:
-        """The median time of one call, which the worker repeats for about `seconds`."""
+        """The median time of one call of the cell. The worker repeats the call for about `seconds`."""
         answer = self._ask({"cell": cell, "seconds": seconds})
         assert isinstance(answer, dict)
         return float(answer["seconds"])
@@ -112,7 +112,7 @@ def compare(other: Path, *, only: str = "", rounds: int = 9, seconds: float = 0.
         other: a checkout of the project with its native module built in place.
         only: part of the names of the cells to time; empty for all cells.
         rounds: the number of times that each cell is timed in each checkout, at least 6.
-        seconds: about how long each measurement repeats the call.
+        seconds: about how long a call is repeated in each round.
 
     Raises:
         InputError: `other` has no native module, `rounds` is below 6, or no cell's name contains `only`.
@@ -121,7 +121,7 @@ def compare(other: Path, *, only: str = "", rounds: int = 9, seconds: float = 0.
         advice = "run 'python setup.py build_ext --inplace' there"
         raise invalid("compare", "other", "a folder with hashengine's native module built", other, advice)
     if rounds < 6:
-        raise invalid("compare", "rounds", "at least 6, for the confidence bound", rounds)
+        raise invalid("compare", "rounds", "at least 6, for the confidence limit", rounds)
     with Worker(ROOT) as this, Worker(other.resolve()) as that:
         cells = [cell for cell in this.cells() if only in cell]
         if not cells:
@@ -154,7 +154,7 @@ def summary(comparisons: list[Comparison]) -> str:
     ratios = sorted(comparison.ratio for comparison in comparisons)
     slower = [comparison for comparison in comparisons if comparison.is_slower]
     lines = [
-        f"{len(comparisons)} cells, time of this checkout over the other's: "
+        f"{len(comparisons)} cells, time of this checkout divided by the other's: "
         f"median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}",
         f"slower by more than the noise: {len(slower)}",
     ]

@@ -41,6 +41,7 @@ def codes(bits: int) -> torch.Tensor:
 
 
 def search_cells() -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Yield the name of each cell of the search, and a function that makes its call."""
     for bits in BITS:
         for queries, k in ((1000, 10), (1000, 100), (1000, 1000), (64, 10), (1, 10)):
             yield f"search/topk/{bits} bits/{queries} queries/k {k}", lambda b=bits, q=queries, k=k: topk(b, q, k)
@@ -55,7 +56,7 @@ def topk(bits: int, queries: int, k: int, filtered: bool = False) -> Call:
     stored = codes(bits)
     bitmap = torch.full(((CODES + 7) // 8,), 0b01010101, dtype=torch.uint8) if filtered else None
     batch = stored[:queries] ^ 1
-    return lambda: ops.hamming_topk(batch, stored, k, bitmap, 0)
+    return lambda: ops.hamming_topk(batch, stored, k, bitmap, 0)  # 0: all threads
 
 
 def radius() -> Call:
@@ -78,6 +79,7 @@ def small_index() -> Call:
 
 
 def kernel_cells() -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Yield the name of each cell of the other ops, and a function that makes its call."""
     for op in (simam, triplet_attention):
         for shape in SHAPES:
             for dtype in DTYPES:
@@ -96,7 +98,8 @@ def feature_map(shape: tuple[int, ...], dtype: str, layout: str) -> torch.Tensor
     return x.contiguous(memory_format=LAYOUTS[layout])
 
 
-def timed(forward: Callable[[], torch.Tensor], x: torch.Tensor, direction: str) -> Call:
+def call_of(direction: str, forward: Callable[[], torch.Tensor], x: torch.Tensor) -> Call:
+    """`forward` itself or, for "forward+backward", a call that also computes the gradient of x."""
     if direction == "forward":
         return forward
     gradient = torch.ones_like(x)
@@ -105,18 +108,18 @@ def timed(forward: Callable[[], torch.Tensor], x: torch.Tensor, direction: str) 
 
 
 def simam(x: torch.Tensor, direction: str) -> Call:
-    return timed(lambda: hashengine.ops.simam(x), x, direction)
+    return call_of(direction, lambda: hashengine.ops.simam(x), x)
 
 
 def triplet_attention(x: torch.Tensor, direction: str) -> Call:
     layer = hashengine.nn.TripletAttention().to(x.dtype).requires_grad_(False)
     layer.train(direction != "forward")
-    return timed(lambda: layer(x), x, direction)
+    return call_of(direction, lambda: layer(x), x)
 
 
 def greedy_sign(rows: int, direction: str) -> Call:
     u = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
-    return timed(lambda: hashengine.ops.greedy_sign(u, 0.1)[0], u, direction)
+    return call_of(direction, lambda: hashengine.ops.greedy_sign(u, 0.1)[0], u)
 
 
 def pack_bits(rows: int) -> Call:
@@ -125,7 +128,7 @@ def pack_bits(rows: int) -> Call:
 
 
 def median_seconds(call: Call, seconds: float) -> float:
-    """The median time of the calls made within `seconds`, after one warm-up call; at least one call is timed."""
+    """The median time of a call, which is repeated for `seconds` and at least once, after one warm-up call."""
     call()
     durations: list[float] = []
     end = time.perf_counter() + seconds

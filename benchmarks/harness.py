@@ -1,4 +1,4 @@
-"""Parts that all benchmarks share: result rows and their files, the machine's description, and the deadline."""
+"""Parts that the benchmarks share: result rows and their files, the machine's description, and the deadline."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Row = dict[str, Any]  # one line of a results file
 
 
 class WrongAnswer(Exception):
-    """A result that failed its verification and is therefore not timed."""
+    """A result is wrong, so the call that computed it is not timed."""
 
 
 def fail_if_any(failures: Sequence[str], measurements: int) -> None:
@@ -52,7 +52,7 @@ def console_width(columns: int) -> int | None:
 
 
 def describe_machine(device: torch.device | None = None) -> Row:
-    """The machine, the versions and the commit of a measurement; also the GPU, if `device` is one."""
+    """The machine, the versions and the commit of a measurement; also the GPU, if `device` is a CUDA device."""
     versions = _environment.versions()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -81,7 +81,7 @@ def append_rows(file: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(file: Path, key: Sequence[str]) -> list[Row]:
-    """Read the newest row of each measurement from a file to which several runs were appended.
+    """Read the newest row of each measurement; the file may have rows of several runs.
 
     Args:
         file: a JSON Lines file.

@@ -1,4 +1,4 @@
-"""How much memory a call needs in addition to what is allocated before it."""
+"""How much memory a call needs in addition to the memory that is allocated before it."""
 
 import ctypes
 import gc
@@ -54,7 +54,7 @@ def extra_resident_bytes(call: Callable[[], Any]) -> int | None:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)  # returns freed blocks to the system: the call could reuse them, and they would not be counted
+        trim(0)  # returns freed blocks to the system; otherwise blocks that the call reuses would not count
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
         before = _status_bytes("VmRSS")

@@ -17,7 +17,7 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
-    """A figure of `width` x `height` inches, and its axes, an array [rows, columns].
+    """Make a figure of `width` x `height` inches; returns it and its axes, an array [rows, columns].
 
     Raises:
         InputError: matplotlib is not installed.
@@ -38,7 +38,7 @@ def new_figure(rows: int, columns: int, width: float, height: float, **options: 
 def set_log_scales(axis: Any) -> None:
     """Set logarithmic axes with a grid and labels such as "0.1".
 
-    There are no tick marks and no minor ticks, because they would double the size of the file.
+    There are no tick marks and no minor ticks, because they would make the file much larger.
     """
     from matplotlib.ticker import FuncFormatter, NullLocator
 

@@ -19,7 +19,7 @@ def markdown_table(columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def markdown_lines(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of these titles and cells."""
+    """A Markdown table; `lines` has the cells of each line."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines))
 
 

@@ -1,4 +1,4 @@
-"""Timing of calls: in rounds on the CPU, and through a `Clock` on either device with a warm or a cold cache."""
+"""Timing of calls: by the CPU's clock, or by a `Clock` for the CPU or a GPU, with a warm or a cold cache."""
 
 import ctypes
 import itertools
@@ -12,21 +12,21 @@ import torch
 
 Call = Callable[[], Any]
 
-# The pauses let the OpenMP threads of the previous system stop spinning, so that they do not slow the next one.
+# The pauses let the OpenMP threads of the previous system stop spinning, so that they do not slow down the next one.
 _PAUSE_SECONDS_PER_TURN = 0.05
 _PAUSE_SECONDS_PER_BURST = 0.005
 _BURST_SECONDS = 0.05  # the calls of one system in one round take about this long
 _MAX_CALLS_PER_BURST = 64
 _DEFAULT_ROUNDS = (3, 15)  # the smallest and the largest number of rounds
-_DEVICE_SLEEP_CYCLES = 1_000_000  # about 0.5 ms on a GPU, in which the CPU can launch about a hundred short calls
+_DEVICE_SLEEP_CYCLES = 1_000_000  # 0.5 ms at 2 GHz; estimated to let the CPU launch about a hundred short calls
 
 
 def time_in_rounds(systems: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds per call of each system in each round, after one warm-up round.
 
-    The systems take turns, so that a disturbance of the machine affects all of them: compare them round by round.
-    In each round, a short call is repeated for `_BURST_SECONDS` and its median is taken, because the first call wakes
-    sleeping threads and is therefore slower.
+    The systems take turns, so that a disturbance of the machine affects all of them. Compare them round by round.
+    In each round, a short call is repeated for `_BURST_SECONDS`, and the median of its times is taken. The first call
+    wakes sleeping threads and is therefore slower.
     """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for turn in range(rounds + 1):
@@ -44,7 +44,7 @@ def time_in_rounds(systems: Mapping[str, Call], rounds: int) -> dict[str, list[f
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median over the rounds of the ratio within each round."""
+    """The median, over the rounds, of the ratio of the two times of a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
@@ -67,14 +67,17 @@ class Clock(Protocol):
 
     Attributes:
         cache_bytes: size of the last-level cache.
-        on_chip_bytes: size of a thread's share of that cache or, on a GPU, of a cluster's shared memory.
+        on_chip_bytes: size of a thread's share of that cache; on a GPU, size of a cluster's shared memory.
     """
 
     cache_bytes: int
     on_chip_bytes: int
 
     def burst(self, call: Call, calls: int, cold: bool) -> list[float]:
-        """Seconds of each call, or only their mean. If `cold`, other data fills the cache before each call."""
+        """Time `calls` calls. Returns the seconds of each call, or a list with only their mean.
+
+        If `cold`, other data fills the cache before each call.
+        """
 
     def successive(self, call: Call, calls: int) -> list[float]:
         """Seconds of each of `calls` back-to-back calls with a warm cache."""
@@ -107,14 +110,15 @@ class CpuClock:
 class CudaClock:
     """Times calls with events on the current stream.
 
-    With a cold cache, the CPU launches ahead while the device evicts the cache, so launch latency is hidden. With a
-    warm cache, calls follow each other as in a network, and the time includes waiting for a late launch.
+    With a cold cache, the device overwrites its cache before each call. Meanwhile the CPU launches the call, so its
+    time does not include the launch. With a warm cache, calls follow each other as in a network. The time then includes
+    the time that the device waits for a launch.
     """
 
     def __init__(self, device: torch.device):
         properties = torch.cuda.get_device_properties(device)
         self.cache_bytes = properties.L2_cache_size
-        blocks_per_cluster = 8 if properties.major >= 9 else 1  # 8 is the portable maximum
+        blocks_per_cluster = 8 if properties.major >= 9 else 1  # 8 blocks are possible on all such GPUs
         self.on_chip_bytes = blocks_per_cluster * properties.shared_memory_per_block_optin
         self._eviction = torch.zeros(4 * self.cache_bytes, dtype=torch.uint8, device=device)
 
@@ -171,7 +175,7 @@ def time_calls(
 ) -> dict[str, list[list[float]]]:
     """Seconds of each system's calls, one list per round, after a warm-up.
 
-    The systems take turns, so that a disturbance of the machine affects all of them: compare them round by round. Fast
+    The systems take turns, so that a disturbance of the machine affects all of them. Compare them round by round. Fast
     calls are repeated within a round.
 
     Args:
@@ -179,7 +183,7 @@ def time_calls(
         clock: the clock of their device.
         cold: evict the cache before each call.
         seconds: about how long all rounds together may take.
-        rounds: the smallest and the largest number of rounds, which take precedence over `seconds`.
+        rounds: the smallest and the largest number of rounds, whatever `seconds` is.
     """
     calls, round_seconds = {}, 0.0
     for name, system in systems.items():
@@ -199,7 +203,7 @@ def time_calls(
 
 
 def capture_graph(call: Call) -> Call:
-    """Capture the call as a CUDA graph; returns its replay, which runs the kernels without their launch costs."""
+    """Capture the call as a CUDA graph; returns its replay, in which the CPU does not launch each kernel."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

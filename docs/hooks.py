@@ -1,9 +1,9 @@
-"""What the documentation site generates while mkdocs builds it.
+"""Hooks that generate parts of the documentation site while mkdocs builds it.
 
-- `project/`: the documents of `DOCUMENTS`, with their links turned into links within the site;
-- `api/commands.md`: every command with its options, read from the command line's definition;
-- `benchmarks.md`: a written file, docs/benchmarks.md, in which only the `<!-- results: NAME -->` markers are replaced,
-  by the tables and plots of benchmarks/results.
+- `project/`: copies of the files in `DOCUMENTS`, with their links changed into links within the site;
+- `api/commands.md`: every command with its options, read from the definition of the command line;
+- `benchmarks.md`: in docs/benchmarks.md, each marker `<!-- results: NAME -->` is replaced by tables and a plot, which
+  are made from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def _results(section: str) -> str:
 
 
 def _in_the_site(source: str, page: str) -> str:
-    """The text of a document, with links to other documents turned into links to their pages.
+    """The text of a document, with links to other documents changed into links to their pages.
 
-    A link to another file becomes code if its text equals its path. Otherwise the path, as code, follows the text.
+    A link to any other file becomes plain text: the path in backticks, after the text of the link if that is different.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -87,7 +87,7 @@ def _in_the_site(source: str, page: str) -> str:
 
 
 def _commands() -> Iterator[str]:
-    """The page of commands: a heading, the help and a table of parameters for each."""
+    """The lines of the page of commands: a heading, the help and a table of parameters for each command."""
     yield "# Commands\n"
     yield "Results go to stdout, everything else to stderr. Exit codes: 0 success; 1 a failure of the machine, such as "
     yield "a full disk, or a broken part that `hashengine doctor` found; 2 a mistake in the input, reported in one "

@@ -9,4 +9,4 @@ def simd_level() -> str:
     """The instruction set that the CPU kernels use."""
 
 def simd_levels() -> list[str]:
-    """The instruction sets that this processor supports, slowest first."""
+    """The instruction sets that this processor supports. By default, the last one is used."""

@@ -1,9 +1,9 @@
-"""hashengine: images to short binary codes, and exact search over billions of them.
+"""hashengine turns images into short binary codes, and searches billions of codes exactly.
 
 `HammingIndex` searches codes, and `hashengine.metrics` measures the quality of a search. `hashengine.models`,
 `hashengine.methods` and `hashengine.training` define and train the networks that compute codes. `hashengine.evaluation`
-evaluates them on folders of images. `hashengine.nn` contains layers, and `hashengine.ops` the ops that layers and
-searches call.
+evaluates networks on folders of images. `hashengine.nn` contains layers. `hashengine.ops` contains the ops that layers
+and searches call.
 """
 
 from typing import TYPE_CHECKING

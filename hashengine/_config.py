@@ -1,4 +1,4 @@
-"""The base class of everything that is configured: networks, methods, training runs."""
+"""The base class of the options of networks, methods and training runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Config(BaseModel):
 
     @classmethod
     def checked(cls, where: str, /, **values: Any) -> Self:
-        """Construct from `values`; an error names `where`, such as a file, instead of the class."""
+        """Construct from `values`. An error names the argument `where`, such as a file, instead of the class."""
         new = cls.__new__(cls)
         try:
             cls.__pydantic_validator__.validate_python(values, self_instance=new)

@@ -1,6 +1,6 @@
-"""Defaults that a function of the library and its command share, so that each is written once.
+"""Default values that a library function shares with the command that calls it.
 
-The help of a command shows them without importing the function, which would import torch.
+The help of the command can show them without importing the function, because that import would also import torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,6 @@ from __future__ import annotations
 DATA_SETS = ("digits", "fashion-mnist", "cifar10")  # the names that `hashengine.training.prepare` knows
 SEED = 0
 BATCH_SIZE = 256  # images per call of the network
-NEIGHBOURS = 10  # per query
-RADIUS = 2  # bits
-REPORT_ROWS = 12  # queries in the picture grid of a report
+NEIGHBOURS = 10  # results per query of a search
+RADIUS = 2  # in bits, for precision within a radius
+REPORT_ROWS = 12  # rows of the picture grid in a report, one query per row

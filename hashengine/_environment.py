@@ -18,7 +18,7 @@ from hashengine._version import __version__
 
 
 def processor() -> str:
-    """The processor's name, with family and model if Linux reports them: "AMD EPYC family 25 model 1"."""
+    """The processor's name, with family and model if Linux reports them, such as "AMD EPYC family 25 model 1"."""
     fields = _cpuinfo()
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name + (f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else "")
@@ -30,7 +30,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The fields of the first logical processor; empty if /proc/cpuinfo cannot be read."""
+    """The fields of /proc/cpuinfo for the first logical processor; empty if the file cannot be read."""
     try:
         block = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
     except OSError:
@@ -52,7 +52,7 @@ def gpu_names() -> list[str]:
 
 
 def device_name(device: Any) -> str:
-    """A torch.device, described for a reader: the GPU's name, or "cpu, 2 threads"."""
+    """The description of a torch.device in a report: the name of the GPU, or text such as "cpu, 2 threads"."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -72,7 +72,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, str]:
-    """The machine and the versions with which results were produced, in the words of a report."""
+    """The machine and the versions, as a report shows them. The keys are the names of the rows."""
     return {
         "processor": f"{processor()}, {logical_cpus()} threads",
         "GPU": ", ".join(gpu_names()) or "none",

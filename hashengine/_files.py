@@ -1,9 +1,9 @@
 """Atomic and durable replacement of files and folders.
 
-A replacement makes the new content durable (fsync of each file and of the folder that names it) before the old content
-disappears. A crash, a kill or a full disk therefore leaves either the complete old content or the complete new content.
-There are two exceptions: `write_files` replaces several files one after the other, and `replace_folder` needs two steps
-where the system cannot exchange two names.
+Every new file is made durable (fsync) before it replaces the old content. After the replacement, the folder that
+contains the new name is made durable, too. Therefore a crash, a kill or a full disk leaves either the complete old
+content or the complete new content. There are two exceptions: `write_files` replaces several files one after the other,
+and `replace_folder` needs two steps if the system cannot exchange two names.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hashengine.errors import invalid
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_MANY_FILES = 1000  # above this number, one flush of the file system is faster than one fsync per file
+_MANY_FILES = 1000  # for more files, one flush of the file system is assumed to be faster than one fsync per file
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing. It replaces `path` when the block ends without an exception."""
+    """Open a temporary file for writing. The file replaces `path` when the `with` block ends without an exception."""
     temporary = _temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
@@ -69,7 +69,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
-    """Create a temporary folder. It replaces `path` when the block ends without an exception.
+    """Create a temporary folder. The folder replaces `path` when the `with` block ends without an exception.
 
     Args:
         path: the folder to create or to replace.
@@ -78,7 +78,7 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
         where: the function or command to name in an error.
 
     Raises:
-        InputError: `path` exists and is neither empty nor an earlier output; it is not changed.
+        InputError: `path` exists, but is neither an empty folder nor an earlier output; it is not changed.
     """
     path = path.resolve()
     check_replaceable(path, marker=marker, where=where)
@@ -91,7 +91,7 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
         _move_into_place(temporary, path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a replacement, this is the old content
+        shutil.rmtree(temporary, ignore_errors=True)  # after a replacement, `temporary` contains the old content
 
 
 def check_replaceable(path: Path, *, marker: str, where: str) -> None:
@@ -125,12 +125,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def _temporary_beside(path: Path) -> Path:
-    """A new name in the same folder, hence on the same file system, short enough for every valid `path`."""
+    """A new random path in the folder of `path`. The name has 41 characters, even if that of `path` is longer."""
     return path.with_name(f".{uuid.uuid4().hex}.partial")
 
 
 def _sync_tree(folder: Path) -> None:
-    """Make a folder and its contents durable: file by file, or many files by one flush of the file system."""
+    """Make a folder and its contents durable: one fsync per file, or for many files one flush of the file system."""
     tree = list(os.walk(folder))
     if sum(len(names) for _, _, names in tree) > _MANY_FILES and _sync_file_system(folder):
         return
@@ -154,7 +154,7 @@ def _sync_file_system(folder: Path) -> bool:
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; an existing `path` becomes `temporary`, in one step if the system can do that."""
+    """Rename `temporary` to `path`. If `path` exists, the two exchange names, in one step if the system can do that."""
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(temporary, path):

@@ -1,6 +1,8 @@
-"""Lazy imports of a package's names: `import hashengine.index.folder` must not import torch.
+"""Imports the names of a package when they are first used.
 
-A package lists its names twice: for type checkers as imports, at run time as the modules that define them::
+`import hashengine.index.folder` first runs `hashengine/__init__.py` and `hashengine/index/__init__.py`. Neither of them
+may import torch, therefore both import their names lazily. Such a package lists its names twice: as imports for type
+checkers, and as a mapping from names to defining modules for the run time::
 
     if TYPE_CHECKING:
         from hashengine.index.hamming_index import HammingIndex
@@ -23,8 +25,8 @@ def lazy_imports(
 
     Args:
         package: the package's name.
-        modules: the module that defines each name. If that module is `package.name`, the name is the submodule itself.
-        before: called before each import of such a module.
+        modules: the module that defines each name. If that module is `package.name`, the value is the submodule itself.
+        before: called before each of these imports.
     """
 
     def import_name(name: str) -> Any:
@@ -34,7 +36,7 @@ def lazy_imports(
             before()
         module = importlib.import_module(modules[name])
         value = module if modules[name] == f"{package}.{name}" else getattr(module, name)
-        setattr(sys.modules[package], name, value)  # later accesses find it there and do not call this function
+        setattr(sys.modules[package], name, value)  # so that later accesses do not call this function
         return value
 
     def names() -> list[str]:

@@ -53,7 +53,7 @@ def build_config() -> dict[str, Any]:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    # The record is checked before the library is opened, because a C++ ABI mismatch may crash instead of raising.
+    # The record is checked before the module is imported, because a C++ ABI mismatch may crash instead of raising.
     if reason := mismatch(_record(), torch.__version__, torch.version.cuda):
         return None, reason
     try:
@@ -72,7 +72,7 @@ def rebuild_command(build: str = "auto") -> str:
 
 
 def _record() -> dict[str, Any]:
-    """The record that setup.py wrote; empty if it cannot be read."""
+    """The record of the build that setup.py wrote; empty if it cannot be read."""
     try:
         record: dict[str, Any] = json.loads(_RECORD.read_text())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """How the library reports to a person: progress and notes, on stderr.
 
-By default progress is a bar on a terminal and nothing elsewhere, and a note is a line. `configure` changes both for
-the whole process; the commands' options --quiet and --log-json call it.
+By default, progress is shown as a bar if stderr is a terminal, and otherwise not at all. A note is a line of text.
+`configure` changes both for the whole process; the options --quiet and --log-json of the commands call it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
-_JSON_SECONDS = 1.0  # the least time between two lines of a task, except before its last line
+_JSON_SECONDS = 1.0  # the shortest time between two JSON lines of a task; only the last line may follow sooner
 
 _quiet = False
 _json = False
@@ -25,7 +25,7 @@ class Progress(Protocol):
     """A task whose steps are counted."""
 
     def update(self, steps: int = 1) -> object:
-        """Count `steps` more."""
+        """Count `steps` further steps as done."""
 
     def set_postfix(self, **values: Any) -> object:
         """Show values next to the count."""
@@ -45,7 +45,7 @@ def configure(*, quiet: bool = False, log_json: bool = False) -> None:
 
 
 def note(message: str, **values: Any) -> None:
-    """Write a line to stderr, above the progress bar if there is one. Only a JSON line contains `values`."""
+    """Write a line to stderr, above the progress bar if there is one. `values` are written to JSON lines only."""
     if _quiet:
         return
     if _json:
@@ -81,7 +81,7 @@ def task(name: str, total: int, unit: str) -> Iterator[Progress]:
 
 
 def track(items: Iterable[T], name: str, total: int, unit: str) -> Iterator[T]:
-    """Yield the items and show their progress as a task in which each item is a step."""
+    """Yield the items, and show the progress of a task that has one step per item."""
     with task(name, total, unit) as progress:
         for item in items:
             yield item

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-# The wheels that nvcc needs in addition to those that torch installs. All must be of one release, but the wheel of nvcc
-# requires some of the others without a version.
+# The wheels that nvcc needs in addition to those that torch installs. All must be of one release. pip does not ensure
+# that, because the wheel of nvcc requires some of the others without a version.
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
 
 
@@ -50,7 +50,7 @@ def version(program: str) -> str:
 
 
 def find_compiler(env: Mapping[str, str]) -> str | Missing:
-    """The command of a C++ compiler that finds Python.h, OpenMP and the C++ library: CXX if that is set."""
+    """The command of a C++ compiler that finds Python.h, OpenMP and the C++ library; CXX if that variable is set."""
     names = [env["CXX"]] if env.get("CXX") else ["c++", "g++"]
     for compiler in names:
         program, *arguments = shlex.split(compiler)
@@ -74,7 +74,7 @@ def first_error(output: str) -> str:
 
 
 def query_nvcc(program: str) -> Nvcc | None:
-    """Run nvcc to find out its home, release and architectures; None if it does not answer.
+    """Run nvcc to find out its home, release and architectures; None if it does not print its home and its release.
 
     The program on PATH is often a link or a wrapper script. Therefore home is the folder that nvcc itself reports.
     """

@@ -1,7 +1,7 @@
 """Checks of arguments: arrays, codes, ids, filters, labels, integers, paths and devices.
 
 Each check takes `where`, the function that the user called, and raises `InputError` in the form of
-`hashengine.errors`. Importing this module does not import torch, so that modules that do not need torch can use it.
+`hashengine.errors`. Importing this module does not import torch, because modules that work without torch use it, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OLDEST_CAPABILITY = (8, 0)  # the compute capability that the CUDA kernels requi
 
 
 def is_tensor(value: object) -> TypeIs[Tensor]:
-    """Whether `value` is a torch tensor; does not import torch."""
+    """Whether `value` is a torch tensor. This does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -44,10 +44,10 @@ def dtype_name(array: Array) -> str:
 
 
 class _WritableView:
-    """The memory of a read-only array, exported as writable; it keeps the array alive."""
+    """Presents the memory of a read-only array as writable, because torch warns about read-only arrays."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self._array = array
+        self._array = array  # keeps the memory alive
         address, _ = array.__array_interface__["data"]
         self.__array_interface__ = array.__array_interface__ | {"data": (address, False)}
 
@@ -55,8 +55,8 @@ class _WritableView:
 def as_tensor(array: Array) -> Tensor:
     """`array` as a tensor on its device, without its autograd graph. The caller must not write to the tensor.
 
-    The tensor shares the memory of `array` if that is a torch tensor, or a C-contiguous numpy array in native byte
-    order, even a read-only or mapped one. Other arrays are copied.
+    If `array` is a torch tensor, or a C-contiguous numpy array in native byte order, the result shares its memory. The
+    numpy array may also be read-only or mapped. Other arrays are copied.
     """
     import torch
 
@@ -64,16 +64,16 @@ def as_tensor(array: Array) -> Tensor:
         return array.detach()
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if not array.flags.c_contiguous or array.size == 0:  # torch does not support negative strides
+    if not array.flags.c_contiguous or array.size == 0:  # torch refuses negative strides, for example
         return torch.from_numpy(array.copy())
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_WritableView(array)))
 
 
-def to_callers_type(model: Array, *results: Tensor) -> tuple[Any, ...]:
-    """`results` in the library of `model` (numpy or torch) and on its device."""
-    if isinstance(model, np.ndarray):
+def to_callers_type(like: Array, *results: Tensor) -> tuple[Any, ...]:
+    """`results` in the library of `like` (numpy or torch) and on its device."""
+    if isinstance(like, np.ndarray):
         return tuple(result.cpu().numpy() for result in results)
-    return tuple(result.to(model.device) for result in results)
+    return tuple(result.to(like.device) for result in results)
 
 
 def check_array(where: str, name: str, array: Any, dtypes: Collection[str], advice: str = "") -> None:
@@ -104,7 +104,7 @@ def check_number(where: str, name: str, value: Any, *, above: float | None = Non
     """Require a real number that is greater than `above`, or at least `least`; NaN is neither."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises RuntimeError for several values
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several values
         number = math.nan
     if above is not None and not number > above:
         raise invalid(where, name, f"above {above}", repr(value))
@@ -185,14 +185,14 @@ def check_labels(where: str, labels: Any, queries: int, count: int) -> tuple[Ten
 
 
 def check_label_pair(where: str, labels: Any) -> Sequence[Any]:
-    """Require a pair of anything."""
+    """Require a tuple or a list with two entries, which are not checked."""
     if not isinstance(labels, (tuple, list)) or len(labels) != 2:
         raise invalid(where, "labels", "a pair (query_labels, code_labels)", type(labels).__name__)
     return labels
 
 
 def check_labels_of_one_kind(where: str, query_labels: Tensor, code_labels: Tensor) -> None:
-    """Require both to be integers, or both multi-hot with the same number of columns."""
+    """Require that both are integer labels, or that both are multi-hot labels with the same number of columns."""
     if query_labels.shape[1:] != code_labels.shape[1:]:
         actual = f"{list(query_labels.shape)} and {list(code_labels.shape)}"
         raise invalid(where, "query_labels and code_labels", "of one kind and width", actual)
@@ -233,7 +233,7 @@ def check_threads(where: str, num_threads: int | None) -> int:
 
 
 def check_device(where: str, name: DeviceName, *, auto: bool = False, capability: bool = False) -> torch.device:
-    """Require a CPU or CUDA device that is present. A CUDA device without a number gets that of the current device.
+    """Require a CPU or CUDA device that is present. The name "cuda" stands for the current CUDA device.
 
     Args:
         where: the function or command to name in an error.

@@ -35,8 +35,8 @@ class Check:
 
     Attributes:
         name: the part that was checked.
-        status: "ok"; "warn": it works, but slower or with less than it could have; "missing": an optional part is not
-            installed; "broken": hashengine raises errors or gives wrong answers until this is repaired.
+        status: "ok"; "warn": hashengine works, but is slower or can do less; "missing": an optional part is not
+            installed; "broken": hashengine raises errors or gives wrong answers until the part is repaired.
         found: what was found.
         remedy: what to do, usually a command to run; "" if there is nothing to do or no remedy is known.
     """
@@ -48,7 +48,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Run every check. Nothing is changed."""
+    """Run every check."""
     return [
         Check("hashengine", "ok", f"{__version__} in {Path(__file__).parent}"),
         Check("Python", "ok", f"{_environment.versions()['python']} ({sys.executable})"),
@@ -91,7 +91,8 @@ def _onednn() -> Iterator[Check]:
     from hashengine.models.memory_format import known_problem
 
     if problem := known_problem():
-        yield Check("oneDNN", "warn", problem, "export ONEDNN_MAX_CPU_ISA=AVX2 allows the faster channels_last layout")
+        remedy = "export ONEDNN_MAX_CPU_ISA=AVX2, which allows the faster channels_last layout"
+        yield Check("oneDNN", "warn", problem, remedy)
     else:
         yield Check("oneDNN", "ok", "no known problem with this torch on this processor")
 
@@ -132,16 +133,16 @@ def _simd() -> Iterator[Check]:
     except ValueError as error:
         yield Check("SIMD", "broken", str(error), _UNSET_LEVEL)
         return
-    found = f"uses {used} of {', '.join(levels)}"
+    found = f"uses {used}; this processor supports {', '.join(levels)}"
     if used == levels[-1]:
         yield Check("SIMD", "ok", found)
     else:
-        yield Check("SIMD", "warn", f"{found}: {_LEVEL} is set", _UNSET_LEVEL)
+        yield Check("SIMD", "warn", f"{found}; {_LEVEL} is set", _UNSET_LEVEL)
 
 
 def _threads() -> Iterator[Check]:
-    cores = _environment.logical_cpus()
-    yield Check("threads", "ok", f"torch uses {torch.get_num_threads()} threads on {cores} cores")
+    processors = _environment.logical_cpus()
+    yield Check("threads", "ok", f"torch uses {torch.get_num_threads()} threads on {processors} logical processors")
     runtimes = openmp_runtimes()
     found = ", ".join(runtimes) or "none"
     if len(runtimes) > 1:
@@ -157,16 +158,7 @@ def openmp_runtimes() -> list[str]:
 
 def _gpus() -> Iterator[Check]:
     if not torch.cuda.is_available():
-        if not Path("/dev/nvidia0").exists():
-            yield Check("GPU", "ok", "none; the CPU kernels are used")
-        elif torch.version.cuda:
-            yield Check(
-                "GPU", "warn", f"the driver is too old for CUDA {torch.version.cuda}", "update the NVIDIA driver"
-            )
-        else:
-            yield Check(
-                "GPU", "warn", "a GPU is present, but this torch has no CUDA", "pip install a CUDA build of torch"
-            )
+        yield _unavailable_gpu()
         return
     rebuild = _native.rebuild_command("cuda")
     has_kernels = _native.available() and _native.build_config()["build"] == "cuda"
@@ -178,13 +170,43 @@ def _gpus() -> Iterator[Check]:
             yield Check(
                 f"GPU {index}",
                 "warn",
-                f"{found}; built without CUDA kernels, so the plain-torch references run",
+                f"{found}; no CUDA kernels are loaded, so the plain-torch references run",
                 rebuild,
             )
         elif problem := _wrong_answer(f"cuda:{index}"):
             yield Check(f"GPU {index}", "broken", f"{found}; {problem}", rebuild)
         else:
             yield Check(f"GPU {index}", "ok", found)
+
+
+def _unavailable_gpu() -> Check:
+    """The check of the GPU if torch finds none."""
+    if not _has_gpu_device():
+        return Check("GPU", "ok", "none; the CPU kernels are used")
+    if not torch.version.cuda:
+        return Check("GPU", "warn", "a GPU is present, but this torch has no CUDA", "pip install a CUDA build of torch")
+    cause = _cuda_error()
+    if "driver" in cause and "too old" in cause:
+        remedy = "update the NVIDIA driver"
+    elif "CUDA_VISIBLE_DEVICES" in os.environ:
+        remedy = "unset CUDA_VISIBLE_DEVICES, which may hide the GPU"
+    else:
+        remedy = "run nvidia-smi, which tests the NVIDIA driver"
+    return Check("GPU", "warn", f"a GPU is present, but torch cannot use it: {cause}", remedy)
+
+
+def _has_gpu_device() -> bool:
+    """Whether the NVIDIA driver presents a GPU: a device such as /dev/nvidia0."""
+    return any(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def _cuda_error() -> str:
+    """The first line of the error that torch raises when it initialises CUDA."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others
+        return (str(error) or repr(error)).splitlines()[0]
+    return "torch reports no error"
 
 
 def _compiler() -> Check:

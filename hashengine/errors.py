@@ -21,11 +21,11 @@ Other exceptions have these meanings:
 - torch's `RuntimeError` or `TypeError`: an argument of an op, a layer or a network has a Python type that torch refuses
   before the op runs, such as a numpy array for a tensor.
 - `ImportError`: HASHENGINE_REQUIRE_NATIVE is set, and the native module cannot be loaded.
-- `NotImplementedError`: the loss of a hashing method that has a closed form instead, or the closed form of a method
-  that has a loss, was asked for.
+- `NotImplementedError`: `loss` was called of a hashing method that has only a closed form, or `fit` of a method that
+  has only a loss.
 
 The commands print `InputError`, the `ValueError` of an op, `OSError` and `OutOfMemoryError` in one line. Any other
-exception in a command is a defect of hashengine, and its traceback is the bug report.
+exception in a command, except the `ImportError` above, is a defect of hashengine, and its traceback is the bug report.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def invalid(where: str, what: str, expected: str, actual: object, advice: str = 
     """Make an `InputError` with a message in the form that this module describes.
 
     Args:
-        where: the function, command or file that the user named.
+        where: the function or command that the user called, or the file that the user named.
         what: the argument, option or field that is wrong.
         expected: the words that follow "must be".
         actual: the value that was given, or its description; formatted with `str`.
@@ -63,9 +63,9 @@ def missing_package(where: str, package: str, extra: str) -> InputError:
 
 
 def input_error(error: ValidationError, where: str) -> InputError:
-    """Turn the first failure of a pydantic validation into an `InputError` that names `where` and the field.
+    """Convert the first failure of a pydantic validation to an `InputError` that names `where` and the field.
 
-    A validator of a field raises `ValueError("must be <expected>")`. A validator of the whole model raises
+    A validator of a field raises `ValueError("must be <expected>")`. A validator of a whole options class raises
     `ValueError("<field> must be <expected>, got <actual>")`.
     """
     first = error.errors(include_url=False)[0]

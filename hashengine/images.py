@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 def list_images(folder: str | os.PathLike[str], where: str = "list_images") -> list[Path]:
-    """All image files under `folder`, at any depth, sorted by path; recognised by their suffix, not their content.
+    """All image files under `folder`, at any depth, sorted by path. The suffix of a name decides, not the content.
 
     Files and folders whose names begin with a dot are skipped. Links to files are listed; links to folders are not
     followed, because they can form a loop.
@@ -57,8 +57,8 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
     threads may call this function at the same time.
 
     Raises:
-        InputError: an unknown `mode`; or the file, which the message names, is missing, truncated, not an image, or
-            declares more pixels than Pillow's limit against decompression bombs (2 * `PIL.Image.MAX_IMAGE_PIXELS`).
+        InputError: `mode` is unknown; or the file is missing, truncated, not an image, or larger than Pillow's limit
+            against decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels. The message then names the file.
     """
     if mode not in ("RGB", "L"):
         raise invalid("read_image", "mode", "'RGB' or 'L'", repr(mode))

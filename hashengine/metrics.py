@@ -1,11 +1,11 @@
-"""Retrieval metrics of a Hamming ranking that do not depend on how ties are ordered.
+"""Retrieval metrics of Hamming rankings. The metrics do not depend on the order of tied items.
 
-With short codes, thousands of items have the same distance, and the order that a sort gives them changes mean average
-precision by several points. Here all orders of tied items are equally likely. A metric consists of its expected value
-over these orders, computed in closed form, and of its values for the worst and the best order. The expectation is that
-of McSherry and Najork, "Computing information retrieval performance measures efficiently in the presence of tied
-scores", ECIR 2008. This module extends it to a ranking that is cut inside a tie, and to both common denominators of
-average precision.
+With short codes, thousands of items can have the same distance from a query. The order that a sort gives to these tied
+items can change mean average precision by several points. Here all orders of tied items are equally likely. A metric
+has three values: the expected value over these orders, computed in closed form, and the values for the worst and the
+best order. The expected value is that of McSherry and Najork, "Computing information retrieval performance measures
+efficiently in the presence of tied scores", ECIR 2008. This module extends it to a ranking that is cut inside a tie,
+and to both common denominators of average precision.
 
 Everything follows from the number of items, and of relevant items, at each distance from a query. `distance_counts`
 counts them; each metric is a method of its result, `DistanceCounts`:
@@ -14,7 +14,7 @@ counts them; each metric is a method of its result, `DistanceCounts`:
     counts.mean_average_precision(at=1000).expected
 
 A query without a relevant item scores 0 and is part of the mean, because leaving it out would raise the score of a
-database that contains nothing relevant to it. A mistake in an argument raises `hashengine.InputError`, a ValueError.
+database that lacks relevant items. A mistake in an argument raises `hashengine.InputError`, a ValueError.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ __all__ = [
 
 Denominator = Literal["retrieved", "relevant"]
 
-_BLOCK_VALUES = 2**18  # float64 values of a block of queries: 2 MB, to fit into the cache of a CPU core
+_BLOCK_VALUES = 2**18  # float64 values per block of queries: 2 MB, which may fit into the cache of a CPU core
 
 
 @dataclass(frozen=True, eq=False)
 class TieAwareMean:
-    """A metric averaged over the queries: expected over all orders of tied items, and for the worst and best order.
+    """A metric, averaged over the queries: expected over all orders of tied items, and for the worst and best order.
 
     The arrays are float64 [Q], one value per query.
     """
@@ -72,10 +72,10 @@ class MeanAveragePrecision(TieAwareMean):
 
 @dataclass(frozen=True, eq=False)
 class PrecisionRecallCurve:
-    """Precision and recall within each radius, averaged over the queries; float64 [bits + 1], index = radius.
+    """Precision and recall within each radius, averaged over the queries; float64 [bits + 1], indexed by radius.
 
-    `empty` is the share of queries with nothing within the radius. Their precision counts as 0, so
-    `precision / (1 - empty)` is the mean over the other queries alone.
+    `empty` is the share of queries with nothing within the radius. The precision of these queries counts as 0.
+    Therefore `precision / (1 - empty)` is the mean over the other queries.
     """
 
     precision: np.ndarray
@@ -94,27 +94,28 @@ def distance_counts(queries: Array, database: Array | Searcher, *, labels: Label
             query.
 
     Raises:
-        InputError: a wrong dtype or shape, no queries, no database, or different devices.
+        InputError: a wrong dtype or shape, no queries, an empty database, or different devices.
     """
     where = "distance_counts"
     query_codes = check_codes(where, "queries", queries)
     bits = 8 * query_codes.shape[1]
     if isinstance(database, Searcher):
         if database.bits != bits:
-            raise invalid(where, "database", f"of {bits} bits, as queries are", f"{database.bits}")
+            raise invalid(where, "database", f"of {bits} bits, like the queries", f"{database.bits}")
         _check_not_empty(where, len(query_codes), len(database))
         pair = check_labels(where, labels, len(query_codes), len(database))
         items, relevant = database.count(query_codes, labels=pair)
         return DistanceCounts(items.cpu(), relevant.cpu())
     codes = check_codes(where, "database", database)
     if codes.shape[1] != query_codes.shape[1]:
-        raise invalid(where, "database", f"of {bits} bits, as queries are", f"{8 * codes.shape[1]}")
+        raise invalid(where, "database", f"of {bits} bits, like the queries", f"{8 * codes.shape[1]}")
     _check_not_empty(where, len(query_codes), len(codes))
     query_labels, code_labels = check_labels(where, labels, len(query_codes), len(codes))
     named = (("database", codes), ("query_labels", query_labels), ("code_labels", code_labels))
     for name, tensor in named:
         if tensor.device != query_codes.device:
-            raise invalid(where, name, f"on the queries' device, {query_codes.device}", tensor.device, "move one")
+            expected = f"on the queries' device, {query_codes.device}"
+            raise invalid(where, name, expected, tensor.device, "move one of them")
     items, relevant = hamming_count(query_codes, codes, labels=(query_labels, code_labels))
     return DistanceCounts(items.cpu(), relevant.cpu())
 
@@ -127,11 +128,11 @@ def _check_not_empty(where: str, queries: int, codes: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class DistanceCounts:
-    """Items at each distance from each query, and the metrics that follow from them.
+    """The number of items at each distance from each query, and the metrics that follow from these numbers.
 
     Attributes:
-        items: int64 [Q, bits + 1] on the CPU.
-        relevant: the relevant ones among them, int64 [Q, bits + 1] on the CPU.
+        items: the number of database items per query and distance, int64 [Q, bits + 1] on the CPU.
+        relevant: the number of relevant items per query and distance, int64 [Q, bits + 1] on the CPU.
     """
 
     items: Tensor
@@ -156,7 +157,7 @@ class DistanceCounts:
         if denominator not in ("retrieved", "relevant"):
             raise invalid("mean_average_precision", "denominator", "'retrieved' or 'relevant'", repr(denominator))
         position = self._check_position("mean_average_precision", "at", self._size if at is None else at)
-        # The second term approximates X, the width of the result of _hits_drawn.
+        # 10 * isqrt(position) approximates the number of columns that _hits_drawn returns.
         rows = max(1, _BLOCK_VALUES // (self.items.shape[1] + 10 * math.isqrt(position)))
         blocks = zip(self.items.split(rows), self.relevant.split(rows), strict=True)
         per_query = torch.cat([_average_precision(*block, position, denominator) for block in blocks])
@@ -165,16 +166,19 @@ class DistanceCounts:
         )
 
     def precision_at(self, k: int) -> TieAwareMean:
-        """The share of relevant items among the first `k`; `k` is 1 to the size of the database."""
+        """The number of relevant items among the first `k`, divided by `k`; `k` is 1 to the size of the database."""
         return TieAwareMean(**_mean_and_per_query(*(hits / k for hits in self._hits_at("precision_at", k))))
 
     def recall_at(self, k: int) -> TieAwareMean:
-        """The share of the relevant items that are among the first `k`; `k` is 1 to the size of the database."""
+        """The number of relevant items among the first `k`, divided by their number in the database.
+
+        `k` is 1 to the size of the database.
+        """
         total = self.relevant.sum(1, keepdim=True).clamp(min=1)
         return TieAwareMean(**_mean_and_per_query(*(hits / total for hits in self._hits_at("recall_at", k))))
 
     def precision_within_radius(self, radius: int) -> float:
-        """The share of relevant items among those at a distance of at most `radius`, averaged over the queries.
+        """The share of relevant items among all items within `radius`, averaged over the queries.
 
         A query with nothing within the radius scores 0. Ties do not matter, because a radius never divides a tie.
         """
@@ -215,14 +219,14 @@ def _mean_and_per_query(expected: Tensor, minimum: Tensor, maximum: Tensor) -> d
 
 
 class _Cut(NamedTuple):
-    """For each query, the tie in which the ranking is cut, float64 [Q, 1]. The cut keeps `taken` of the tie's items."""
+    """For each query, the tie in which the ranking is cut, float64 [Q, 1]."""
 
-    before: Tensor  # items before the tie
-    hits: Tensor  # relevant ones among them
-    items: Tensor  # items in the tie
-    relevant: Tensor  # relevant ones among them
-    taken: Tensor  # from 1 to items
-    whole: Tensor  # bool [Q, bits + 1]: the distances before the tie
+    before: Tensor  # the number of items before the tie
+    hits: Tensor  # the number of relevant items before the tie
+    items: Tensor  # the number of items in the tie
+    relevant: Tensor  # the number of relevant items in the tie
+    taken: Tensor  # the number of items in the tie that the cut keeps, at least 1
+    whole: Tensor  # bool [Q, bits + 1]: true for the distances before the tie, whose items are all kept
 
     @property
     def fewest(self) -> Tensor:
@@ -238,19 +242,20 @@ class _Cut(NamedTuple):
 def _cut_at(items: Tensor, relevant: Tensor, at: int) -> _Cut:
     reached = items.cumsum(1)
     distance = torch.searchsorted(reached, torch.full((len(items), 1), at, device=items.device))
-    n, r, last, last_hit = (
+    n, r, n_to_tie_end, r_to_tie_end = (
         counts.gather(1, distance).double() for counts in (items, relevant, reached, relevant.cumsum(1))
     )
+    before, hits = n_to_tie_end - n, r_to_tie_end - r
     whole = torch.arange(items.shape[1], device=items.device) < distance
-    return _Cut(before=last - n, hits=last_hit - r, items=n, relevant=r, taken=at - (last - n), whole=whole)
+    return _Cut(before=before, hits=hits, items=n, relevant=r, taken=at - before, whole=whole)
 
 
 def _average_precision(items: Tensor, relevant: Tensor, at: int, denominator: Denominator) -> Tensor:
     """Average precision of each query, float64 [Q, 3]: expected, minimum, maximum.
 
-    Three sums over the ties before the cut do not depend on the denominator. In the tie that is cut, everything follows
-    from the number x of relevant items that are kept: for a given x, all their places among the kept items are equally
-    likely.
+    The sums `random`, `worst` and `best` are over the ties before the one that is cut; they do not depend on the
+    denominator. In the tie that is cut, everything follows from x, the number of relevant items that the cut keeps. For
+    a given x, all places of these items among the kept items are equally likely.
     """
     cut = _cut_at(items, relevant, at)
     n, r = items.double(), relevant.double()
@@ -273,10 +278,10 @@ def _average_precision(items: Tensor, relevant: Tensor, at: int, denominator: De
 
     x, probability = _hits_drawn(cut)
     expected = (probability * random_order(x)).sum(1, keepdim=True)
-    # If the relevant items come last, the sum is convex in x. Divided by a linear divisor, it first falls, then rises.
+    # If the relevant items come last, the sum is convex in x. Its quotient by a linear divisor first falls, then rises.
     minimum = relevant_last(_lowest(relevant_last, cut.fewest, cut.most))
-    # If the relevant items come first, the precision at each further one is at least that at the one before. The sum is
-    # convex again, so the quotient first falls, then rises, and is highest for the smallest or the largest x.
+    # If the relevant items come first, the precision does not fall from one of them to the next. Again the sum is
+    # convex, and the quotient first falls, then rises. Therefore it is highest for the smallest or the largest x.
     maximum = torch.maximum(relevant_first(cut.fewest), relevant_first(cut.most))
     return torch.cat([expected, minimum, maximum], dim=1)
 
@@ -284,12 +289,14 @@ def _average_precision(items: Tensor, relevant: Tensor, at: int, denominator: De
 def _precisions(before: Tensor, hits: Tensor, size: Tensor, relevant: Tensor) -> Tensor:
     """Expected sum of the precisions at the relevant places of a tie in random order.
 
-    The tie has `size` items, `relevant` of them relevant, and follows `before` items with `hits` relevant ones. Place
-    a = 0..size-1 has a relevant item with probability relevant/size. If it has one, the expected number of relevant
-    items before it is hits + slope * a with slope = (relevant - 1)/(size - 1) (McSherry and Najork 2008). The sum over
-    a of the precisions (hits + slope * a + 1)/(before + a + 1) is slope * size plus a multiple of a harmonic sum.
+    The tie has `size` items, of which `relevant` are relevant. It follows `before` items, of which `hits` are relevant.
+    Place a = 0..size-1 has a relevant item with probability relevant/size. If it has one, the expected number of
+    relevant items before it is hits + slope * a with slope = (relevant - 1)/(size - 1) (McSherry and Najork 2008). The
+    sum over a of the precisions (hits + slope * a + 1)/(before + a + 1) is slope * size plus a multiple of a harmonic
+    sum.
     """
-    slope = torch.where(size > 1, (relevant - 1) / (size - 1), 1.0)  # one item: with slope 1, precision 1 is exact
+    # If size is 1, any slope is right. With 1, the result is exactly 1 if all items up to this one are relevant.
+    slope = torch.where(size > 1, (relevant - 1) / (size - 1), 1.0)
     places = slope * size + (hits + 1 - slope * (before + 1)) * _harmonic(before, size)
     return relevant / size.clamp(min=1) * places
 
@@ -297,9 +304,9 @@ def _precisions(before: Tensor, hits: Tensor, size: Tensor, relevant: Tensor) ->
 def _harmonic(before: Tensor, count: Tensor) -> Tensor:
     """1/(before + 1) + ... + 1/(before + count).
 
-    For large arguments, the difference of two digammas would lose most digits to cancellation. There the terms of
-    digamma(z + 1/2) = log z + 1/(24 z^2) - 7/(960 z^4) + ... are subtracted one by one. For z > 128, the sum of the
-    omitted terms is below 1e-15.
+    For large arguments, the difference of two digammas would lose most digits to cancellation. For these arguments, the
+    series digamma(z + 1/2) = log z + 1/(24 z^2) - 7/(960 z^4) + ... is subtracted term by term. For z > 128, the sum of
+    the omitted terms is below 1e-15.
     """
 
     def series(z: Tensor) -> Tensor:
@@ -313,9 +320,10 @@ def _harmonic(before: Tensor, count: Tensor) -> Tensor:
 def _hits_drawn(cut: _Cut) -> tuple[Tensor, Tensor]:
     """The possible numbers of relevant items among the kept ones, and their probabilities, float64 [Q, X] each.
 
-    The number x is hypergeometric. Values further than `reach` from its mean are left out: their probability is below
-    2**-60 in total (Hoeffding 1963, Theorem 1 and section 6). The distribution has four symmetries, so the bound holds
-    with the smallest of four counts. X grows only with the square root of the tie's size.
+    The number x has a hypergeometric distribution. Values further than `reach` from its mean are left out. Their total
+    probability is below 2**-60 (Hoeffding 1963, Theorem 1 and section 6). By symmetry, each of the four counts in
+    `draws` can take the part of the number of draws in Hoeffding's inequality; the smallest count gives the smallest
+    reach. X grows only with the square root of the tie's size.
     """
     draws = torch.stack([cut.taken, cut.items - cut.taken, cut.relevant, cut.items - cut.relevant]).amin(0)
     reach = (draws * (61 * math.log(2) / 2)).sqrt() + 1
@@ -323,7 +331,7 @@ def _hits_drawn(cut: _Cut) -> tuple[Tensor, Tensor]:
     first = torch.maximum(cut.fewest, (mean - reach).ceil())
     last = torch.minimum(cut.most, (mean + reach).floor())
     x = first + torch.arange(int((last - first).max()) + 1, device=first.device)
-    # The probabilities follow from the ratios of neighbours, which stay near 1. Factorials would lose half the digits.
+    # The probabilities are computed from the ratios of neighbouring ones, because factorials would lose digits.
     ratio = (cut.relevant - x + 1) * (cut.taken - x + 1) / (x * (cut.items - cut.relevant - cut.taken + x))
     steps = torch.where(x == first, 0.0, torch.where(x > last, -torch.inf, ratio.log()))
     return x, steps.cumsum(1).softmax(1)

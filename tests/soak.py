@@ -1,10 +1,9 @@
 """python -m tests.soak --device cuda --minutes 5: random operations on indexes, compared with an index on the CPU.
 
-Each operation is run on a pair of indexes with equal contents: one placed at random, mostly on the given devices, and
-one unsharded on the CPU.
-Their answers and their contents must be equal bit for bit. A pair goes through 5 to 40 operations (steps). Pair i of a
-run makes all its random choices with the seed plus i. The report of a difference names this sum. A run with the sum as
-its seed starts with the pair that differed.
+Each operation is run on a pair of indexes with equal contents: the first is placed at random, mostly on the given
+devices; the second is on the CPU, in one shard. Their answers and their contents must be equal bit for bit. A pair goes
+through 5 to 40 operations (steps). The pairs are counted from 0, and all random choices of pair i depend on the number
+seed + i. The report of a difference names this number. A run with it as its seed starts with the pair that differed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from tests.helpers.index_operations import use_small_blocks
 
 MOST_CODES = 200_000
 MOST_QUERIES = 300
-MOST_RESULTS = 1 << 22  # of a call; also the most values in a filter that has one mask per query
+MOST_RESULTS = 1 << 22  # per call; also the most values in a filter with a mask per query
 MOST_STEPS = 40  # per pair of indexes
 BITS = (8, 16, 32, 64, 128, 256, 512, 1024)
 KINDS = ("random", "clustered", "duplicate", "sparse")
@@ -43,7 +42,7 @@ class Difference(Exception):
 
 
 def placements(devices: list[str]) -> list[dict[str, Any]]:
-    """The possible constructor arguments of the index under test; the last entry gives a plain index on the CPU."""
+    """The possible constructor arguments of the index under test. The last entry is an index on the CPU."""
     found = [
         {"device": where, "streamed": streamed}
         for where in (devices[:1], devices[:1] * 3, devices)
@@ -54,7 +53,7 @@ def placements(devices: list[str]) -> list[dict[str, Any]]:
 
 
 class Comparison:
-    """`index`, on the devices, and `plain`, on the CPU, with equal contents. All random choices depend on one seed."""
+    """A pair of indexes with equal contents: `index` is the one under test, `plain` is on the CPU in one shard."""
 
     def __init__(self, devices: list[str], seed: int, most_codes: int, folder: Path, covered: Counter[str]) -> None:
         self.rng, self.devices, self.most_codes = np.random.default_rng(seed), devices, most_codes
@@ -78,7 +77,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def small_blocks(self) -> Iterator[None]:
-        """Make shard blocks and chunks so small that the few codes of this test fill many of them."""
+        """Make shard blocks, chunks and transfers so small that the codes of this test fill many of them."""
         rows = max(8, self.most_codes // self.pick((3, 10, 40)))
         with pytest.MonkeyPatch.context() as patch:
             block = int(self.pick((8, 64, 4096)))
@@ -93,12 +92,15 @@ class Comparison:
         return make_codes(self.kind, count, self.bits, self.rng)
 
     def given(self, values: np.ndarray) -> np.ndarray | torch.Tensor:
-        """The values as a numpy array, or as a tensor on the CPU or on the first device."""
+        """The values in a random form: a numpy array, or a tensor on the CPU or on the first device."""
         where = self.pick(("numpy", "cpu", self.devices[0]))
         return values if where == "numpy" else torch.from_numpy(np.ascontiguousarray(values)).to(where)
 
     def called(self, call: Callable[[], Any]) -> Any:
-        """The result of a call. On a GPU, some calls run on a new stream, after the work in the current stream."""
+        """Make the call and return its result.
+
+        On a GPU, some calls run on a new stream, which first waits for the work in the current stream.
+        """
         if not self.devices[0].startswith("cuda") or self.chance(0.7):
             return call()
         self.covered["on another stream"] += 1
@@ -115,7 +117,7 @@ class Comparison:
         return f"{self.operation}; {contents} on {self.place}"
 
     def step(self) -> None:
-        """Run a random operation on both indexes; on empty indexes, the operation is `add`."""
+        """Run a random operation on both indexes. If they are empty, the operation is `add`."""
         writes = [self.add, self.remove, self.update, self.compact, self.move, self.save_and_load]
         reads = [self.search, self.search, self.range_search, self.count, self.reconstruct]
         operation = self.add if len(self.plain) == 0 else self.pick(writes + 2 * reads)
@@ -191,7 +193,7 @@ class Comparison:
         self.index = self.called(lambda: self.index.to(**self.place))
 
     def save_and_load(self) -> None:
-        """Save one of the two indexes, and load `index` and sometimes `plain` from the folder."""
+        """Save one of the two indexes, then load `index`, and sometimes `plain`, from the folder."""
         path, mmap = self.folder / self.pick("ab"), self.chance(0.5)
         self.place = self.pick(placements(self.devices))
         self.operation += f" to {self.place}, mmap={mmap}"

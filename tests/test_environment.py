@@ -1,4 +1,4 @@
-"""The description of the machine: it is complete, and it also works where a source of facts is missing."""
+"""The description of the machine, also if /proc/cpuinfo, a package or the native module is missing."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def test_a_system_without_cpuinfo_is_described_too(monkeypatch: pytest.MonkeyPat
     assert _environment.cpu_flags() == frozenset()
 
 
-def test_versions_are_those_in_use_and_leave_out_what_is_not_installed() -> None:
+def test_versions_are_those_in_use_and_leave_out_packages_that_are_not_installed() -> None:
     found = _environment.versions("pillow", "no-such-package")
     assert found["hashengine"] == __version__ and found["torch"] == torch.__version__
     assert {"python", "numpy", "pillow"} <= set(found) and "no-such-package" not in found
 
 
-def test_the_machine_is_described_in_the_words_of_a_report() -> None:
+def test_the_machine_is_described_by_processor_gpu_system_and_versions() -> None:
     machine = _environment.describe_machine()
     assert machine["processor"].endswith(f", {len(os.sched_getaffinity(0))} threads")
     assert all(machine[name] for name in ("GPU", "system", "python", "torch"))
 
 
-def test_the_cpu_is_described_with_torchs_threads() -> None:
+def test_the_name_of_the_cpu_contains_the_number_of_threads_of_torch() -> None:
     assert _environment.device_name(torch.device("cpu")) == f"cpu, {torch.get_num_threads()} threads"
 
 

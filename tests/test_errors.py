@@ -1,4 +1,4 @@
-"""The exception policy: the form of a message, made from a mistake, a missing package or a failure of pydantic."""
+"""The exception policy: the messages for a mistake, for a missing package and for a failure of pydantic."""
 
 from __future__ import annotations
 

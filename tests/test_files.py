@@ -7,13 +7,25 @@ import pytest
 from hashengine import _files
 
 
-@pytest.mark.parametrize(("many", "has_syncfs", "fsyncs"), [(10, True, 6), (2, True, 1), (2, False, 6)])
-def test_a_new_folder_takes_one_fsync_per_file_and_folder_or_one_flush(tmp_path, monkeypatch, many, has_syncfs, fsyncs):
-    """3 files in 2 folders take 5 fsyncs, or one flush of the file system. The parent folder takes one more fsync."""
+@pytest.mark.parametrize(
+    ("many_files", "has_syncfs", "fsyncs"),
+    [
+        pytest.param(10, True, 6, id="few files"),
+        pytest.param(2, True, 1, id="many files"),
+        pytest.param(2, False, 6, id="many files without syncfs"),
+    ],
+)
+def test_files_are_made_durable_by_one_fsync_each_or_by_one_flush(
+    tmp_path, monkeypatch, many_files, has_syncfs, fsyncs
+):
+    """3 files in 2 folders need 5 fsyncs or one flush of the file system. The parent folder needs one more fsync.
+
+    "Many" is more than `many_files`.
+    """
     calls = []
     fsync, flush = os.fsync, _files._sync_file_system
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
-    monkeypatch.setattr(_files, "_MANY_FILES", many)
+    monkeypatch.setattr(_files, "_MANY_FILES", many_files)
     monkeypatch.setattr(_files, "_sync_file_system", lambda folder: has_syncfs and flush(folder))
     with _files.replace_folder(tmp_path / "out", marker="a", where="test") as temporary:
         (temporary / "sub").mkdir()

@@ -1,3 +1,5 @@
+"""Image files: listing, reading, labels, and the conversion to tensors."""
+
 import struct
 import zlib
 from pathlib import Path

@@ -18,7 +18,7 @@ from hashengine._lazy import lazy_imports
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A package whose names `value` and `other` are imported lazily. The hook `before` is logged in `calls`."""
+    """A package whose names `value` and `other` are imported lazily. The list `calls` has the calls of `before`."""
     (tmp_path / "lazy_part.py").write_text("value = [1]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "lazy_part", raising=False)
@@ -38,7 +38,7 @@ def test_a_name_is_imported_once(package: ModuleType) -> None:
     assert package.calls == ["before"]
 
 
-def test_an_unknown_name_is_an_attribute_error_and_imports_nothing(package: ModuleType) -> None:
+def test_an_unknown_name_raises_attribute_error_and_imports_nothing(package: ModuleType) -> None:
     with pytest.raises(AttributeError, match="module 'lazy_package' has no attribute 'absent'"):
         _ = package.absent
     assert "lazy_part" not in sys.modules and package.calls == []

@@ -102,7 +102,7 @@ def test_right_arguments_are_returned_in_the_form_that_the_library_uses() -> Non
         assert check_filter("f", filter, 2, 5).shape == filter.shape
 
 
-def test_a_tensor_shares_the_memory_of_an_array_where_torch_can() -> None:
+def test_a_tensor_shares_the_memory_of_a_contiguous_array_and_copies_others() -> None:
     array = np.arange(6).reshape(2, 3)
     assert as_tensor(array).data_ptr() == array.ctypes.data
     array.flags.writeable = False
@@ -111,7 +111,7 @@ def test_a_tensor_shares_the_memory_of_an_array_where_torch_can() -> None:
         assert as_tensor(copied).tolist() == copied.tolist()
 
 
-def test_results_are_in_the_library_of_the_argument() -> None:
+def test_results_are_of_the_same_library_as_the_argument() -> None:
     (result,) = to_callers_type(CODES, torch.ones(2))
     assert isinstance(result, np.ndarray)
     (result,) = to_callers_type(torch.ones(1), torch.ones(2))

@@ -1,7 +1,7 @@
 """The ops in plain torch, as users usually write them. The benchmarks compare the fused ops with these.
 
-Each module has the input and the parameter names of the fused module. The arithmetic is in the dtype of x, as in the
-papers' code; parameters stay float32, as under autocast.
+Each module has the same input and the same parameter names as the fused module. The arithmetic is in the dtype of x, as
+in the papers' code. Parameters stay float32, as under autocast.
 """
 
 from typing import Any
@@ -56,14 +56,14 @@ class TripletAttention(nn.Module):
 
 
 class TripletPool(nn.Module):
-    """Only the three pooled maps."""
+    """The first step of triplet attention alone: the three pooled maps."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return z_pool(x.transpose(1, 2)), z_pool(x.transpose(1, 3)), z_pool(x)
 
 
 class TripletGate(nn.Module):
-    """Only the three gates. Their maps are parameters, so that they have a gradient."""
+    """The last step of triplet attention alone: the three gates. Their maps are parameters, so they get gradients."""
 
     def __init__(self, n: int, c: int, h: int, w: int):
         super().__init__()

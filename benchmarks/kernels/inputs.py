@@ -1,4 +1,4 @@
-"""The tensors that are measured: dtype, layout and values."""
+"""The input x of a measured op: its dtype, its layout and its values."""
 
 import enum
 

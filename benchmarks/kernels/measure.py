@@ -37,16 +37,17 @@ from tests.helpers.numerics import inaccuracy
 # On the CPU, each call of an op gets newly mapped pages for an output of at least this size. The copy with which such a
 # call is compared therefore also allocates its output in each call.
 CLONE_BYTES = 32 << 20
-# At most so many elements are verified, because float64 and its graph take several hundred bytes for each element.
+# At most this many elements are verified, because the float64 module and its autograd graph need several hundred bytes
+# per element (estimated).
 VERIFIED_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
-# The largest error of the eager op over few elements varies by chance. Inputs of at most half this many elements are
-# therefore drawn up to eight times.
+# Over few elements, the largest error of the eager op depends on chance. Inputs of at most half this many elements are
+# therefore drawn two to eight times.
 DRAWN_ELEMENTS = 1 << 20
 
 _CAPTION = (
     "All values are those of the fused op. copies: its time divided by the time of copying its input. % of floor: 100 "
     "x (the time to move the op's least traffic at a copy's rate) / (the op's time). x eager, x compile: its speed-up "
-    "over eager torch and torch.compile. MB: the peak of the memory that a call allocates, with its results"
+    "over eager torch and over torch.compile. MB: the peak of the memory that a call allocates, results included"
 )
 _MEANS_CAPTION = (
     "Geometric means of the speed-ups over the layer shapes of each network. Speed-ups with a warm cache are used, or "
@@ -55,7 +56,7 @@ _MEANS_CAPTION = (
 
 
 class Measurement(NamedTuple):
-    """One op on one tensor."""
+    """One op, and the shape, dtype and layout of its input."""
 
     op: str
     workload: Workload
@@ -64,7 +65,7 @@ class Measurement(NamedTuple):
 
 
 def copy_call(x: Tensor) -> Callable[[], Tensor]:
-    """A call that copies the tensor into the same kind of memory that an op's output is in."""
+    """A call that copies the tensor. On the CPU, it allocates its output if the tensor has at least `CLONE_BYTES`."""
     if x.device.type == "cpu" and x.nbytes >= CLONE_BYTES:
         return x.clone
     out = torch.empty_like(x)
@@ -75,7 +76,7 @@ def verify(name: str, op: Op, x: Tensor, direction: str) -> int:
     """Check that the fused op is as accurate as `tests.helpers.numerics.inaccuracy` requires; integers must be equal.
 
     Returns:
-        The number of samples that were verified. It is smaller than x's batch if float64 needs too much memory.
+        The number of samples that were verified: all of x's batch, or fewer if float64 would need too much memory.
 
     Raises:
         WrongAnswer: the fused op is less accurate, or its integers differ from those of the eager op.
@@ -89,9 +90,10 @@ def verify(name: str, op: Op, x: Tensor, direction: str) -> int:
         drawn = x if seed == 0 else torch.empty_like(x).copy_(torch.randn(x.shape).to(x))
         inputs = {"fused": drawn, "eager": drawn, "exact": drawn.double()}
         draws.append([_results(modules[name], value, direction) for name, value in inputs.items()])
+    # For each module (fused, eager, exact), its results; each is concatenated over the draws.
     results = [
-        [torch.cat([y.flatten() for y in same]) for same in zip(*kind, strict=True)]
-        for kind in zip(*draws, strict=True)
+        [torch.cat([y.flatten() for y in result]) for result in zip(*of_module, strict=True)]
+        for of_module in zip(*draws, strict=True)
     ]
     for i, (fused, eager, exact) in enumerate(zip(*results, strict=True)):
         if fused.is_floating_point():
@@ -109,8 +111,8 @@ def verify(name: str, op: Op, x: Tensor, direction: str) -> int:
 def _results(module: torch.nn.Module, x: Tensor, direction: str) -> list[Tensor]:
     """A call's outputs, the gradient of x, and one vector with the gradients of all parameters.
 
-    Some parameters have one element; the eager op's error in such a gradient is mostly chance, so all parameter
-    gradients are compared as one vector.
+    All parameter gradients are compared as one vector, because some parameters have only one element. The eager op's
+    error in such a gradient is mostly chance.
     """
     results = make_call(module, x, direction)()
     count = len(list(module.parameters())) if direction == FORWARD_BACKWARD else 0
@@ -124,14 +126,14 @@ def make_systems(
     """The calls to time: a copy of x, the eager and the fused op, and the compiled eager op if `compiled`."""
     modules = build(op, x)
     if compiled:
-        torch.compiler.reset()  # each shape is compiled, and torch limits how often a function is compiled
+        torch.compiler.reset()  # without it, torch stops compiling a function after a few shapes
         modules["compile"] = torch.compile(copy.deepcopy(modules["eager"]), dynamic=False, fullgraph=True)
     calls = {"copy": copy_call(x)} | {name: make_call(module, x, direction) for name, module in modules.items()}
     return {name: capture_graph(call) for name, call in calls.items()} if cuda_graphs else calls
 
 
 def summarise(times: dict[str, list[list[float]]], floor_bytes: float, x: Tensor) -> Row:
-    """Quantiles of each system's seconds per call, and ratios between systems, which are medians over the rounds."""
+    """Quantiles of each system's seconds per call, and ratios of systems. A ratio is the median over the rounds."""
     medians = {name: [statistics.median(calls) for calls in rounds] for name, rounds in times.items()}
     seconds = {}
     for name, rounds in times.items():
@@ -145,7 +147,7 @@ def summarise(times: dict[str, list[list[float]]], floor_bytes: float, x: Tensor
         "seconds": seconds,
         "copies": copies,
         "floor_bytes": floor_bytes,
-        "percent_of_floor": {name: 100 * floor_bytes / (2 * x.nbytes) / taken for name, taken in copies.items()},
+        "percent_of_floor": {name: 100 * floor_bytes / (2 * x.nbytes) / ratio for name, ratio in copies.items()},
         "speedup": {name: median_ratio(medians[name], medians["fused"]) for name in medians if name != "fused"},
     }
 
@@ -195,7 +197,7 @@ def plan(
     gpu: bool,
     quick: bool,
 ) -> list[Measurement]:
-    """The measurements in order. The ops take turns, and each begins with its largest batches."""
+    """The measurements in order. The ops take turns, and the measurements of each op begin with its largest batches."""
     per_op = [
         [
             Measurement(name, workload, dtype, layout)
@@ -245,7 +247,7 @@ def run(
 ) -> list[Row]:
     """Verify and measure, then print the tables; returns the rows.
 
-    Rows are appended to `output` as soon as they are measured. After `minutes` no measurement is started.
+    Rows are appended to `output` as soon as they are measured. After `minutes` minutes, no measurement is started.
 
     Raises:
         SystemExit: at the end, if results were wrong.

@@ -1,4 +1,4 @@
-"""The measured ops: the eager and the fused module of each, calls of these modules, and the least memory traffic."""
+"""The measured ops. Each has an eager module, a fused module, and a floor: the bytes that a call must move at least."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from benchmarks.kernels.shapes import Model
 from hashengine import nn as fused
 from hashengine import ops
 
-FORWARD = "forward"  # in eval mode, without a graph
+FORWARD = "forward"  # in eval mode, without an autograd graph
 FORWARD_BACKWARD = "forward+backward"  # in training mode, with the gradients of x and of all parameters
 
 _IMAGE_MODELS = (Model.resnet18, Model.resnet50, Model.vgg16, Model.cifar)
-_CACHE_LINE_BYTES = 64  # in channels_last, each element of a plane is in another cache line
+_CACHE_LINE_BYTES = 64  # in channels_last, each element of a plane usually is in another cache line
 
 
 class OpModule(nn.Module):
@@ -44,7 +44,7 @@ class Op:
     Attributes:
         eager: makes the eager module for an x.
         fused: makes the fused module for an x.
-        floor: computes the least memory traffic of a call in bytes, from x, the pass and the bytes that fit on chip.
+        floor: computes the floor of a call in bytes. Its arguments: x, the pass, the bytes that fit on chip.
         models: the networks whose layer shapes are measured.
         passes: the passes that are measured.
     """
@@ -67,14 +67,14 @@ def _simam_floor(x: Tensor, direction: str, on_chip: int) -> float:
 
 
 def _triplet_floor(x: Tensor, direction: str, on_chip: int) -> float:
-    """Inference: read x, write y; if a sample does not fit on chip, read x twice.
+    """Forward: read x, write y; if a sample does not fit on chip, read x twice.
 
-    Training: the forward reads x twice and writes y and the maps. The backward reads x and the maps once and dy twice,
-    and writes dx.
+    Forward and backward: the forward reads x twice and writes y and the maps. The backward reads x and the maps once,
+    reads dy twice, and writes dx.
     """
     if direction == FORWARD:
         return x.nbytes * (2 if x[:1].nbytes <= on_chip else 3)
-    bytes_per_map_element = 4 * (2 + 1 + 1)  # 4 bytes each for the maximum, the mean, the index and the response
+    bytes_per_map_element = 4 * (2 + 1 + 1)  # 4 bytes each: maximum, mean, index of the maximum, response
     return x.nbytes * 7 + 2 * bytes_per_map_element * _map_numel(x)
 
 
@@ -85,11 +85,13 @@ def _map_numel(x: Tensor) -> int:
 
 
 def _pool_floor(x: Tensor, direction: str, on_chip: int) -> float:
+    """Forward: read x, write the maps and the indices of the maxima. Backward: read indices and gradients, write dx."""
     maps = _map_numel(x) * (2 * x.element_size() + 4)
     return x.nbytes * (1 if direction == FORWARD else 2) + maps * (1 if direction == FORWARD else 2)
 
 
 def _gate_floor(x: Tensor, direction: str, on_chip: int) -> float:
+    """Forward: read x and the maps, write y. Backward: read x, the maps and dy, write dx and the maps' gradients."""
     return x.nbytes * (2 if direction == FORWARD else 5) + _map_numel(x) * 4 * (1 if direction == FORWARD else 3)
 
 
@@ -112,7 +114,8 @@ OPS = {
     "triplet_pool": Op(lambda x: eager.TripletPool(), lambda x: OpModule(ops.triplet_pool), _pool_floor),
     "triplet_gate": Op(lambda x: eager.TripletGate(*x.shape), lambda x: FusedGate(*x.shape), _gate_floor),
 }
-# Without triplet_pool and triplet_gate, because only SyncBatchNorm needs them as separate ops.
+# Without triplet_pool and triplet_gate: TripletAttention calls them only if a part of it was changed, for example by
+# SyncBatchNorm or a hook.
 DEFAULT_OPS = ("simam", "triplet_attention", "greedy_sign", "pack_bits")
 
 
@@ -125,7 +128,7 @@ def build(op: Op, x: Tensor) -> dict[str, nn.Module]:
 
 
 def make_call(module: nn.Module, x: Tensor, direction: str) -> Callable[[], list[Tensor]]:
-    """A call of one pass. It returns the outputs and, after a backward, the gradients of x and of all parameters."""
+    """A call of one pass. It returns the outputs and, after a backward, the gradients of x and of the parameters."""
     training = direction == FORWARD_BACKWARD
     module.train(training).requires_grad_(training)
     if not training:
@@ -142,7 +145,7 @@ def make_call(module: nn.Module, x: Tensor, direction: str) -> Callable[[], list
 
 
 def _gradient_like(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normal random numbers rounded to `dtype`, so that they are the same for outputs of every dtype."""
+    """Random numbers in the dtype of y. They are rounded to `dtype` first, so they are the same for all dtypes of y."""
     generator = torch.Generator(y.device).manual_seed(2)
     numbers = torch.randn(y.shape, generator=generator, device=y.device).to(dtype)
     return torch.empty_like(y).copy_(numbers)

@@ -21,16 +21,17 @@ from hashengine.errors import invalid
 
 HAMMING = "hamming_topk"
 NAMES = (*OPS, HAMMING)
+# N, C, H, W of x; for hamming_topk: queries, codes, bits, k.
 DEFAULT_SHAPES = {HAMMING: (100, 100_000, 64, 10), "greedy_sign": (1, 1, 65536, 64), "pack_bits": (1, 1, 65536, 64)}
 
 _DEFAULT_SHAPE = (32, 64, 56, 56)
-_MAX_LINES = 12  # kernels listed per system; the others share one line
+_MAX_LINES = 12  # the table lists this many kernels per system; the others share one line
 
 Shape = tuple[int, int, int, int]
 
 
 class Kernel(NamedTuple):
-    """A kernel: how often a step calls it, and how many microseconds these calls take together."""
+    """A kernel or, on the CPU, an op: how often a step calls it, and the microseconds of these calls together."""
 
     name: str
     calls: float
@@ -75,9 +76,9 @@ def profile_system(name: str, call: Callable[[], Any], steps: int, device: torch
     kernels = []
     for event in profiler.key_averages():
         if gpu and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue  # this is the CPU's work of launching the kernels
+            continue  # the CPU's work of launching the kernels
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
-        kernel = "(between the ops)" if event.key == name else event.key
+        kernel = "(between the ops)" if event.key == name else event.key  # the whole step, less the ops in it
         kernels.append(Kernel(kernel, event.count / steps, microseconds / steps))
     return sorted(kernels, key=lambda kernel: -kernel.microseconds)
 
@@ -109,6 +110,7 @@ def run(
 
 
 def _sum(name: str, kernels: list[Kernel]) -> Kernel:
+    """The calls and the time of all these kernels, as one entry."""
     return Kernel(name, sum(kernel.calls for kernel in kernels), sum(kernel.microseconds for kernel in kernels))
 
 

@@ -13,13 +13,13 @@ from benchmarks.harness import Row, read_rows
 from benchmarks.kernels.ops import FORWARD, FORWARD_BACKWARD
 from benchmarks.tables import by, markdown_lines
 
-REFERENCE_SHAPES = ([32, 64, 56, 56], [65536, 64])  # for these, the tables state a call's time in copies of x
+REFERENCE_SHAPES = ([32, 64, 56, 56], [65536, 64])  # the tables compare calls at these shapes with a copy of x
 
 _MEASUREMENT = ("op", "pass", "shape", "dtype", "layout")
 _PLOTTED_OPS = ("simam", "triplet_attention")
 _LINE_STYLES = {"copy": "k--", "fused": "o-", "compile": "-", "eager": ":"}
 
-Line = tuple[str, str, str]  # op, pass, dtype and layout
+Line = tuple[str, str, str]  # of a table: op, pass, and the text of `dtype_and_layout`
 
 
 def files(folder: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def read(file: Path) -> list[Row]:
 def as_in_a_network(rows: Iterable[Row]) -> list[Row]:
     """One row per measurement: the one with a warm cache, because successive calls in a network leave the cache warm.
 
-    There is only a row with a cold cache if the tensor is more than twice as large as the cache.
+    If the tensor is more than twice as large as the cache, the only row is one with a cold cache, which is taken.
     """
     chosen: dict[str, Row] = {}
     for row in rows:
@@ -51,7 +51,7 @@ def dtype_and_layout(row: Row) -> str:
 
 
 def geometric_means(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, float]]:
-    """The geometric mean speed-up over each system, for each (op, pass, dtype and layout, model x batch)."""
+    """The geometric mean of the speed-ups over each system, per (op, pass, dtype and layout, model x batch)."""
     speedups: dict[tuple[str, str, str, str], list[dict[str, float]]] = {}
     for row in as_in_a_network(rows):
         for model in row["models"]:
@@ -75,15 +75,16 @@ def machine_line(row: Row) -> str:
 
 
 def tables(rows: list[Row]) -> str:
-    """The tables of one machine: a line per (op, pass, dtype and layout), a column per model x batch."""
+    """The tables of one machine, with a line per (op, pass, dtype and layout) and a column per model x batch."""
     means = geometric_means(rows)
     columns_of: dict[Line, tuple[str, ...]] = {}
     for *line, column in means:
         columns_of[tuple(line)] = (*columns_of.get(tuple(line), ()), column)
     parts = [
-        f"{machine_line(rows[0])}. Speed-up over eager torch / over `torch.compile`, geometric means over the layer "
-        f"shapes. Copies: the time of a call at {' or '.join(map(by, REFERENCE_SHAPES))} divided by the time of "
-        f"copying its input, and in brackets the smallest ratio that the memory traffic of the call allows:"
+        f"{machine_line(rows[0])}. Each cell has the speed-up over eager torch / over `torch.compile`, as geometric "
+        "means over the layer shapes. Copies: the time of a call at "
+        f"{' or '.join(map(by, REFERENCE_SHAPES))} divided by the time of copying its input. In brackets, the floor: "
+        "the smallest ratio that the memory traffic of the call allows:"
     ]
     for columns in dict.fromkeys(columns_of.values()):
         lines = []
@@ -118,7 +119,11 @@ def _slower_than_compiled(rows: list[Row]) -> str:
 
 
 def plot(machines: Sequence[list[Row]], file: Path) -> None:
-    """Plot, against the tensor's size, the least memory traffic of each call divided by its time; and a copy's rate."""
+    """Plot rates against the tensor's size.
+
+    The rate of a call is its floor in bytes divided by its time. The rate of a copy is the number of bytes that it
+    moves divided by its time.
+    """
     panels = [(rows, kind) for rows in machines for kind in dict.fromkeys(map(dtype_and_layout, rows))]
     lines = [(op, direction) for op in _PLOTTED_OPS for direction in (FORWARD, FORWARD_BACKWARD)]
     size = (3.2 * len(lines), 2.8 * len(panels))

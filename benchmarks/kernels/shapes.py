@@ -18,18 +18,18 @@ class Model(str, enum.Enum):
 class _Layers:
     features: tuple[tuple[int, ...], ...]  # shapes of one sample
     batches: tuple[int, ...]
-    gpu_batches: tuple[int, ...] = ()  # batches that are measured too, but only on a GPU
+    gpu_batches: tuple[int, ...] = ()  # on a GPU, these batches are measured too
 
 
 _IMAGENET_BATCHES = {"batches": (1, 32), "gpu_batches": (128,)}
 _LAYERS = {
-    # 224 px: the end of a residual branch in each stage, and in VGG the last convolution of each stage.
+    # For images of 224 px: the end of a residual branch in each stage, or the last convolution of each stage of VGG.
     Model.resnet18: _Layers(((64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)), **_IMAGENET_BATCHES),
     Model.resnet50: _Layers(((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)), **_IMAGENET_BATCHES),
     Model.vgg16: _Layers(
         ((64, 224, 224), (128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14)), **_IMAGENET_BATCHES
     ),
-    # 32 px, with the stem that is usual for CIFAR.
+    # For images of 32 px, with the stem that is usual for CIFAR.
     Model.cifar: _Layers(((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)), (128,)),
     # The activations of one image, of a batch, and of a data set.
     Model.head: _Layers(((16,), (64,), (128,)), (1, 128, 65536)),
@@ -45,11 +45,11 @@ class Workload:
 
 
 def workloads(models: list[Model], batches: list[int] | None, *, gpu: bool) -> list[Workload]:
-    """The shapes of the networks, each once even if several networks share it.
+    """The shapes of the networks. A shape that several networks share is listed once.
 
     Args:
         models: the networks.
-        batches: the batches to use instead of each network's own; None for its own.
+        batches: the batch sizes for all networks; None for each network's own.
         gpu: include the batches that are measured only on a GPU.
     """
     found: dict[tuple[int, ...], Workload] = {}

@@ -1,4 +1,4 @@
-"""pytest-benchmark cases of most ops and of the index's search: a quick check for regressions during development.
+"""pytest-benchmark cases of most ops and of an index's search: a quick check for regressions during development.
 
 `make bench` times each case within seconds, and pytest-benchmark can compare runs (`--benchmark-compare`). The numbers
 in the documentation come from `python -m benchmarks` instead, which verifies the answers and also measures peers. The
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from hashengine import HammingIndex, nn, ops
 
-FEATURES = (8, 64, 28, 28)  # a batch of intermediate feature maps
-ACTIVATIONS = (1024, 64)
+FEATURES = (8, 64, 28, 28)  # a batch of feature maps: N, C, H, W
+ACTIVATIONS = (1024, 64)  # images, bits
 
 
 def backward(outputs: Sequence[Tensor], inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that computes the gradient of the differentiable outputs and can be called repeatedly."""
+    """A function that computes the gradient of the inputs. It can be called repeatedly."""
     outputs = [y for y in outputs if y.requires_grad]
     grads = [torch.ones_like(y) for y in outputs]
     return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
 
-def pooled_maps(x: Tensor) -> list[Tensor]:
-    """Random maps of the shapes that triplet attention pools from x."""
+def gate_maps(x: Tensor) -> list[Tensor]:
+    """Random maps of the shapes that `triplet_gate` requires for x."""
     n, c, h, w = x.shape
     return [torch.randn(n, 1, c, w), torch.randn(n, 1, h, c), torch.randn(n, 1, h, w)]
 
@@ -37,7 +37,7 @@ ATTENTION: dict[str, Callable[[Tensor], Any]] = {
     "simam": lambda x: (ops.simam(x),),
     "simam_energy": lambda x: (ops.simam_energy(x),),
     "triplet_pool": ops.triplet_pool,
-    "triplet_gate": lambda x: (ops.triplet_gate(x, *pooled_maps(x)),),
+    "triplet_gate": lambda x: (ops.triplet_gate(x, *gate_maps(x)),),
     "triplet_attention": lambda x: (TRIPLET_ATTENTION(x),),
 }
 

@@ -1,8 +1,8 @@
-"""Times of a training step and of encoding with `HashNet` on the CPU, with contiguous and channels_last convolutions.
+"""Times of a training step and of encoding with `HashNet` on the CPU, with contiguous and with channels_last weights.
 
 `python -m benchmarks.networks.memory_format` prints the median of each layout and the ratio of the two medians. The
-layouts alternate within each round.
-With one thread it measures processor time, which other programs on the machine do not increase.
+layouts alternate within each round. Encoding convolves in channels_last even if the weights are contiguous. With
+`--threads 1`, the command measures processor time, which other programs on the machine do not increase.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from hashengine import methods
 from hashengine.methods.base import Batch
 from hashengine.models import HashNet, HashNetConfig, memory_format
 
-# Of each network: the channels and the size of its images, the stride of its stem, and the widths of its stages.
+# Per network: channels of the images, size of the images, stride of the stem, widths of the stages.
 CASES = ((1, 28, 2, (32, 64, 128)), (3, 32, 2, (32, 64, 128)), (3, 32, 1, (32, 64, 128)), (3, 32, 1, (8, 16)))
 LAYOUTS = ("contiguous", "channels_last")
 
 
 @contextmanager
-def trained_as(layout: str) -> Iterator[None]:
-    """Make networks that are built in this context use the given layout, regardless of the CPU."""
+def networks_built_with(layout: str) -> Iterator[None]:
+    """Within this context, new networks get weights in the given layout, whatever the CPU is."""
     known_problem = memory_format.known_problem
     memory_format.known_problem = lambda **_: "contiguous is wanted" if layout == "contiguous" else None
     try:
@@ -53,7 +53,7 @@ def training_step(config: HashNetConfig, images: Tensor, labels: Tensor) -> Call
 def median_milliseconds(
     calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """The median time of each call over alternating rounds; the first round is not counted."""
+    """The median time of each call. The calls alternate within each round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -84,7 +84,7 @@ def main() -> None:
             )  # fmt: skip
             steps, encoders = {}, {}
             for layout in LAYOUTS:
-                with trained_as(layout):
+                with networks_built_with(layout):
                     steps[layout] = training_step(config, images, labels)
                     network = HashNet(config).eval()
                 encoders[layout] = functools.partial(network.encode, images)

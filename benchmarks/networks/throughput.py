@@ -59,8 +59,8 @@ _LAYERS = {
 def make_models(name: str, attention: Attention, *, compiled: bool) -> dict[str, nn.Module]:
     """The network without attention and, unless `attention` is `none`, with eager and with fused attention.
 
-    If `compiled`, also a compiled copy of each. Parameters of the same name have the same values, and the attention
-    layers are in the same places.
+    If `compiled`, there is also a compiled copy of each. Parameters of the same name have the same values in all of
+    them, and the attention layers are in the same places.
     """
     try:
         import torchvision
@@ -112,7 +112,7 @@ def verify(models: dict[str, nn.Module], images: Tensor) -> None:
 
 
 def make_step(model: nn.Module, images: Tensor, mode: Mode, dtype: Dtype) -> Callable[[], None]:
-    """One optimiser step or one forward pass; bfloat16 is used through autocast."""
+    """A function that makes one optimiser step or one forward pass; bfloat16 is used through autocast."""
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype is Dtype.bfloat16)
     model.train(mode is Mode.training)
     if mode is Mode.inference:
@@ -151,9 +151,10 @@ def run(
     minutes: float,
     output: Path | None,
 ) -> list[Row]:
-    """Verify and measure; print a table and append its rows to `output` after each mode; returns all rows.
+    """Verify and measure each network with each attention in each mode; returns all rows.
 
-    After `minutes` minutes, no further mode is started.
+    Each measurement prints a table and appends its rows to `output`. After `minutes` minutes, no
+    measurement is started.
     """
     torch_device = check_device("model", device)
     if dtype is Dtype.float16:
@@ -165,19 +166,19 @@ def run(
     machine = describe_machine(torch_device) | {"benchmark": "model"}
     console = Console(width=console_width(120))
     console.print(machine_line(machine))
-    rows, models, made = [], {}, None
+    rows, models, current = [], {}, None
     for name, attention, mode in within_minutes(minutes, list(itertools.product(names, attentions, modes))):
-        if made != (name, attention):
+        if current != (name, attention):
             models.clear()  # frees the previous network's memory before the next network is allocated
             on_cpu = make_models(name, attention, compiled=compiled)
             models |= {system: model.to(torch_device, memory_format=memory_format) for system, model in on_cpu.items()}
             verify(models, images[:2])
-            made = name, attention
+            current = name, attention
         measured = _measure(models, images, mode, dtype, clock, steps)
         console.print(f"{name}, {attention.value}, {by(images.shape)}, {dtype.value}, {layout.value}: {mode.value}")
         console.print(rich_table(COLUMNS, measured))
-        what = machine | {"model": name, "attention": attention.value, "layout": layout.value}
-        measured = [what | row for row in measured]
+        common = machine | {"model": name, "attention": attention.value, "layout": layout.value}
+        measured = [common | row for row in measured]
         if output is not None:
             append_rows(output, measured)
         rows += measured
@@ -187,7 +188,10 @@ def run(
 def _measure(
     models: dict[str, nn.Module], images: Tensor, mode: Mode, dtype: Dtype, clock: Clock, steps: int
 ) -> list[Row]:
-    """One row for each of the models, without the description of the machine."""
+    """One row per model, without the fields that the rows share.
+
+    `of_plain` is the model's rate divided by the rate of the network without attention.
+    """
     calls = {system: make_step(model, images, mode, dtype) for system, model in models.items()}
     rounds = time_calls(calls, clock, cold=False, seconds=0.0, rounds=(steps, steps))
     seconds = {system: [statistics.median(burst) for burst in bursts] for system, bursts in rounds.items()}

@@ -1,6 +1,6 @@
-// Two rates with which the benchmarks compare a search: that of a bare loop that compares codes in the first-level
-// cache, and that of a plain read of memory. Neither stores results. The benchmarks compile this file for the
-// machine that they run on.
+// The benchmarks compare the rate of a CPU search with the rates of two functions: `bare_loop` compares queries with
+// codes in the first-level cache, and `read_memory` reads memory. Neither stores results. The benchmarks compile this
+// file for the machine that they run on.
 
 #include <algorithm>
 #include <cstddef>
@@ -65,7 +65,8 @@ Hits less(Vector sum, Vector bound) { return sum < bound; }
 std::uint64_t any(Hits hits) { return hits; }
 #endif
 
-// Codes are stored in groups of kLanes, word by word, so that no sum across lanes is needed.
+// Codes are stored in groups of kLanes codes: first word 0 of each code of the group, then word 1 of each, and so on.
+// Therefore a distance needs no sum across lanes. Returns nonzero if a distance is below the bound.
 template <int kWords>
 std::uint64_t scan(const std::uint64_t* codes, std::size_t count, const std::uint64_t* queries, std::uint64_t bound,
                    std::size_t passes) {

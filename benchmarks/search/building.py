@@ -18,7 +18,7 @@ _ROUNDS = 5
 
 
 def measure_build(case: Case, database: Database) -> Row:
-    """The rate of adding codes to a new index, from host memory and from the device, and the extra memory for it."""
+    """Measure adding codes to a new index: the rates from host memory and from the device, and the extra memory."""
     device, codes = database.device, database.codes
 
     def build(source: Any) -> HammingIndex:

@@ -15,7 +15,7 @@ class Task(str, enum.Enum):
     """The kind of search.
 
     - `search`: the k nearest codes.
-    - `filter`: the k nearest of a random share of the codes.
+    - `filter`: the k nearest of the codes that a random filter selects.
     - `range`: all codes within a radius that holds about k codes per query.
     - `map`: mean average precision over the full ranking, which has no k.
     """
@@ -27,16 +27,16 @@ class Task(str, enum.Enum):
 
 
 class Case(NamedTuple):
-    """One measurement.
+    """One measurement of a search.
 
     Attributes:
         codes: the number of codes in the database.
         bits: the length of a code.
         queries: the number of queries in the batch.
-        k: the number of neighbours, or about that number for `Task.range`; None for `Task.map`.
+        k: the number of neighbours; for `Task.range`, about that number; None for `Task.map`.
         task: the kind of search.
         data: how the codes are made.
-        share: the part of the codes that the filter lets through; 1 without a filter.
+        share: the share of the codes that the filter selects; 1 without a filter.
     """
 
     codes: int
@@ -83,7 +83,7 @@ def make_cases(
 
 
 def draw_mask(count: int, share: float) -> np.ndarray:
-    """The filter of a case, bool [count]: a random mask that lets about `share` of the codes through."""
+    """The filter of a case, bool [count]: a random mask that selects about `share` of the codes."""
     return np.random.default_rng(2).random(count) < share
 
 

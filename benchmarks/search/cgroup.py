@@ -32,7 +32,7 @@ def enter(folder: Path) -> None:
 
 
 def _parents() -> list[tuple[Path, str]]:
-    """The cgroups of this process, and the name of the file that limits memory in each."""
+    """The cgroups of this process that can limit memory; for each, the name of the file that sets the limit."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -19,7 +19,7 @@ from benchmarks.harness import (
     set_threads,
 )
 from benchmarks.memory_use import extra_resident_bytes
-from benchmarks.search import cpu_bounds, peers
+from benchmarks.search import cpu_rates, peers
 from benchmarks.search.cases import Case, Task, draw_mask, radius_holding
 from benchmarks.search.data import make_codes
 from benchmarks.search.mean_precision import average_precision, mean_average_precision
@@ -37,7 +37,7 @@ DEFAULT_ROUNDS = 5
 
 _VERIFIED_QUERIES = 50
 _VERIFIED_RANKINGS = 3  # the number of queries whose whole ranking is verified, which takes longer
-_CACHES_BEYOND = 4  # a buffer of this many times the last-level cache is read from memory
+_CACHES_BEYOND = 4  # a buffer of this many times the size of the last-level cache is mostly read from memory
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
     threads, rounds = set_threads(threads), rounds or DEFAULT_ROUNDS
     faiss.omp_set_num_threads(threads)
     versions = {"faiss": faiss.__version__} | peers.installed()
-    machine = describe_machine() | versions | {"threads": threads, "bare_loop_simd": cpu_bounds.simd_level()}
+    machine = describe_machine() | versions | {"threads": threads, "bare_loop_simd": cpu_rates.simd_level()}
     console = Console(width=console_width(160))
     first = cases[0]
     console.print(
@@ -93,8 +93,16 @@ def measure(case: Case, codes: Codes, threads: int, rounds: int) -> Row:
     """Verify the answers, then time each system in each round.
 
     Returns:
-        The systems' `seconds` per call in each round, the `pairs` of a query and a code that one of their calls
-        compares, the `bytes` that a call reads if it is a plain read, and ratios, which are medians over the rounds.
+        A row with these fields, each of the first three by system. Ratios are medians over the rounds.
+
+        - `seconds`: the seconds per call in each round.
+        - `pairs`: the number of (query, code) pairs that a call compares.
+        - `bytes`: the bytes that a call reads, only for plain reads.
+        - `times_faiss`: hashengine's rate divided by that of `faiss_best`, the faster mode of FAISS.
+        - `of_bare_loop`: hashengine's rate, in distances per second, divided by that of the bare loop.
+        - `of_read`: for each plain read, the rate at which a search of one query reads the codes, in bytes per second,
+          divided by the rate of the plain read.
+        - `extra_bytes`: the memory that the search needs beyond the codes, ids and answers.
 
     Raises:
         WrongAnswer: an answer of hashengine or of a peer is wrong.
@@ -106,12 +114,12 @@ def measure(case: Case, codes: Codes, threads: int, rounds: int) -> Row:
     if case.task is Task.search:
         for name, peer in peers.make_peers(codes.database, codes.queries, case.k, threads).items():
             calls[name], pairs[name] = peer
-    if bare_loop := cpu_bounds.bare_loop(case.bits, threads):
+    if bare_loop := cpu_rates.bare_loop(case.bits, threads):
         calls[BARE_LOOP], pairs[BARE_LOOP] = bare_loop
     if len(codes.queries) == 1:  # reading the codes then limits the search
         for name, buffer in _buffers_to_read(codes.database).items():
-            if bound := cpu_bounds.read_memory(buffer, threads):
-                calls[name], read_bytes[name] = bound
+            if read := cpu_rates.read_memory(buffer, threads):
+                calls[name], read_bytes[name] = read
     seconds = time_in_rounds(calls, rounds)
     row = {"seconds": seconds, "pairs": pairs, "bytes": read_bytes, "extra_bytes": extra_bytes}
     faiss_modes = [name for name in seconds if name.startswith(FAISS)]
@@ -128,16 +136,16 @@ def measure(case: Case, codes: Codes, threads: int, rounds: int) -> Row:
 
 
 def _buffers_to_read(codes: np.ndarray) -> dict[str, np.ndarray]:
-    """The codes and, if they are not much larger than the last-level cache, also a buffer that is."""
+    """The codes and, unless they are much larger than the last-level cache, also a buffer that is much larger."""
     beyond_bytes = _CACHES_BEYOND * last_level_cache()
     return {READ: codes} | ({READ_BEYOND: np.ones(beyond_bytes, np.uint8)} if codes.nbytes < beyond_bytes else {})
 
 
 def verified_calls(case: Case, codes: Codes) -> dict[str, Callable[[], Any]]:
-    """For hashengine and for FAISS's modes, a call that answers all queries; hashengine's is first.
+    """For hashengine and, unless the task is `map`, for each mode of FAISS: a call that answers all queries.
 
     Raises:
-        WrongAnswer: the answers to the first queries differ from FAISS's, or their mAP differs from numpy's.
+        WrongAnswer: answers to the first queries differ from FAISS's or, for `map`, from a computation in numpy.
     """
     if case.task is Task.map:
         _verify_map(codes)
@@ -152,7 +160,7 @@ def verified_calls(case: Case, codes: Codes) -> dict[str, Callable[[], Any]]:
 
 
 def _make_searches(case: Case, codes: Codes) -> dict[str, Callable[[np.ndarray], Arrays]]:
-    """For hashengine and for FAISS's modes, a function that searches a batch of queries."""
+    """For hashengine and for each mode of FAISS, a function that searches a batch of queries; hashengine's is first."""
     index = HammingIndex(case.bits)
     index.add(codes.database)
     mask = draw_mask(case.codes, case.share) if case.task is Task.filter else None

@@ -13,11 +13,12 @@ class Data(str, enum.Enum):
     """How the codes are made.
 
     - `random`: independent bits.
-    - `clustered`: copies of 1,000 centres with a few bits flipped; large groups of ties, as learned codes have.
+    - `clustered`: copies of 1,000 centres with a few bits flipped. They have large groups of ties, as learned codes do.
     - `equal`: a single code repeated, so that all codes are tied.
-    - `best_last`: the nearest codes at the end of the database, so that a search tightens its bound until the end.
-    - `best_first`: the nearest codes at the start of the database.
-    - `fashion_mnist`, `cifar10`: learned from these images by a small network; large groups of ties.
+    - `best_last`: all queries are near one code, and the codes nearest to it are at the end of the database. A search
+      therefore tightens its bound until the end.
+    - `best_first`: the same, but the nearest codes are at the start of the database.
+    - `fashion_mnist`, `cifar10`: a small network learns the codes from these images. They have large groups of ties.
     """
 
     random = "random"
@@ -30,7 +31,7 @@ class Data(str, enum.Enum):
 
     @property
     def is_learned(self) -> bool:
-        """Whether the codes come from images and need their archive."""
+        """Whether a network learns the codes from images, which are in an archive."""
         return self in (Data.fashion_mnist, Data.cifar10)
 
 
@@ -67,6 +68,6 @@ def make_codes(data: Data, count: int, queries: int, bits: int, images: Path | N
     if data is Data.equal:
         database[:] = database[0]
     elif data in (Data.best_last, Data.best_first):
-        batch = synthetic_codes.gather_queries(batch, rng)
+        batch = synthetic_codes.queries_near_the_first(batch, rng)
         database = synthetic_codes.sort_by_distance(database, batch[0], nearest_first=data is Data.best_first)
     return synthetic_codes.label_at_random(database, batch, rng)

@@ -14,15 +14,15 @@ from benchmarks.search.torch_search import ProductSearch
 from hashengine import HammingIndex
 from tests.helpers.faiss_oracle import FaissGpu, make_faiss_gpu
 
-_QUERIES = 10_000  # the most queries of any case of the suite
+_QUERIES = 10_000  # the largest number of queries of a case in the suite
 _CLASSES = 10
 
 
 class Database:
-    """Codes and queries on a device. Indexes of the codes and copies of them are made on first use.
+    """Codes and queries on a device. Indexes and copies of the codes are made on first use.
 
     Args:
-        case: the codes and the least number of queries.
+        case: describes the codes; the database has at least as many queries.
         device: the device of the codes and queries.
         images: the folder of the image archives; only learned codes that are not cached need it.
     """
@@ -71,7 +71,7 @@ class Database:
 
     @cached_property
     def labels(self) -> tuple[Tensor, Tensor]:
-        """Random labels of the queries and of the codes."""
+        """Random labels: those of the queries, those of the codes."""
         generator = torch.Generator(self.device).manual_seed(2)
         return tuple(
             torch.randint(0, _CLASSES, (len(rows),), device=self.device, generator=generator)
@@ -80,5 +80,5 @@ class Database:
 
     @cached_property
     def oracle(self) -> Oracle:
-        """The oracle of unfiltered searches."""
+        """The oracle for searches without a filter."""
         return make_oracle(self.host_codes, None)

@@ -1,4 +1,4 @@
-"""One search case on a device: each system's answer is verified, then all systems are timed in the same rounds."""
+"""One search case on a device: the answer of each system is verified, then the systems are timed in the same rounds."""
 
 import statistics
 import time
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.harness import Row, WrongAnswer
 from benchmarks.memory_use import peak_bytes
-from benchmarks.search import gpu_bounds, torch_search
+from benchmarks.search import gpu_limits, torch_search
 from benchmarks.search.cases import Case, Task, draw_mask, radius_holding
 from benchmarks.search.database import Database
-from benchmarks.search.gpu_bounds import Gpu, Work
+from benchmarks.search.gpu_limits import Gpu, Work
 from benchmarks.search.mean_precision import average_precision, mean_average_precision
 from benchmarks.search.oracle import make_oracle
 from benchmarks.search.row_names import FAISS, GRAPH, HOST_TO_HOST, ONE_QUERY, OURS, PRODUCT, WHOLE_MAP, XOR
@@ -23,26 +23,26 @@ from benchmarks.timing import Call, Clock, capture_graph, median_ratio, time_cal
 from hashengine import ops
 from tests.helpers.faiss_oracle import MAX_GPU_K, TopK, equal_up_to_ties
 
-_MAX_FEW_QUERIES = 32  # up to this number, launch latency matters, and XOR is the fastest search in torch
+_MAX_FEW_QUERIES = 32  # up to this number, a CUDA graph, a search of one query and XOR in torch are timed too
 _MIN_MANY_QUERIES = 1000  # from this number on, searches from and to host memory are timed too
 _MAX_SECONDS_IN_ROUNDS = 2.0  # a slower peer is called once, outside the rounds
 _MAX_PRODUCT_BYTES = 32 << 30  # a larger unpacked database is not searched by products
 _MAX_VERIFIED_PAIRS, _MAX_VERIFIED_QUERIES = 200_000_000, 50
 _MAX_VERIFIED_RANKINGS = 3
-_MAX_HOST_CODES, _MAX_HOST_K = 200_000_000, 10_000  # beyond either, answers are verified by XOR in torch
+_MAX_HOST_CODES, _MAX_HOST_K = 200_000_000, 10_000  # above either, XOR in torch verifies the answers
 
 
 @dataclass
 class Plan:
-    """The calls of one case to time, made after their answers were verified.
+    """The calls to time for one case, and how their answers were verified.
 
     Attributes:
         systems: the calls by name.
         answer_bytes: the size of hashengine's answer.
         verified_by: the name of the system whose answers were compared with hashengine's.
         verified_queries: the number of queries whose answers were compared.
-        called_once: seconds of the only call of each peer that is too slow for the rounds.
-        left_out: the reason for each system that cannot be timed.
+        called_once: for each peer that is too slow for the rounds, the seconds of its only call.
+        left_out: for each system that cannot be timed, the reason.
     """
 
     systems: dict[str, Call]
@@ -54,7 +54,7 @@ class Plan:
 
 
 class Sample:
-    """The queries whose answers are verified, spread evenly over the batch, because kernels search it in tiles."""
+    """The queries whose answers are verified. They are spread over the batch, because kernels search it in tiles."""
 
     def __init__(self, case: Case, database: Database):
         most = _MAX_VERIFIED_RANKINGS if case.task is Task.map else _MAX_VERIFIED_QUERIES
@@ -72,7 +72,7 @@ class Sample:
 
 
 def make_plan(case: Case, database: Database) -> Plan:
-    """Compare the answers of hashengine and of its peers, and collect the calls to time.
+    """Verify the answers of hashengine and of its peers, and collect the calls to time.
 
     A peer that fails, or whose answer is wrong, is left out with the reason.
 
@@ -139,7 +139,10 @@ def _add_peers(plan: Plan, case: Case, database: Database, answer: TopK) -> None
 
 
 def _add_peer(plan: Plan, name: str, make: Callable[[], Callable[[], TopK] | None], answer: TopK) -> None:
-    """Add the peer's call if it works, is right and is fast enough; `make` returns None if there is no such peer."""
+    """Add the peer's call if it works, is right and is fast enough.
+
+    `make` returns the call; it returns None if there is no such peer on this machine.
+    """
     try:
         call = make()
         if call is None:
@@ -177,7 +180,7 @@ def _plan_range(case: Case, database: Database, sample: Sample) -> Plan:
 
 
 def _plan_map(case: Case, database: Database, sample: Sample) -> Plan:
-    """Two systems: the counts by distance, from which the metric is computed, and the whole metric."""
+    """Two systems: one counts codes by distance, the other computes the whole metric from such counts."""
     codes, (query_labels, labels) = database.codes, database.labels
     queries, query_labels = database.queries[: case.queries], query_labels[: case.queries]
 
@@ -216,20 +219,22 @@ def _first_line(error: Exception) -> str:
 def measure_search(
     case: Case, database: Database, clock: Clock, gpu: Gpu | None, seconds: float, rounds: int | None = None
 ) -> list[Row]:
-    """Verify and time one case: one row with a warm cache, if the cache can hold the codes, and one with a cold cache.
+    """Verify and time one case with a cold cache and, if the cache can hold the codes, also with a warm cache.
+
+    Returns a row per state of the cache.
 
     Args:
         case: the task, the sizes and the data.
         database: the codes and queries of `case`.
         clock: the device's clock.
-        gpu: the GPU's properties for the bounds; None on a CPU.
+        gpu: the properties of the GPU from which the limits follow; None on a CPU.
         seconds: about how long the 3 to 15 rounds of a row take.
         rounds: the number of rounds, instead of `seconds`.
     """
     plan = make_plan(case, database)
     extra_bytes = max(0, peak_bytes(plan.systems[OURS], database.device) - plan.answer_bytes)
     if gpu is not None:
-        gpu = gpu_bounds.under_load(gpu, database.device, plan.systems[OURS])
+        gpu = gpu_limits.under_load(gpu, database.device, plan.systems[OURS])
     fixed_rounds = {} if rounds is None else {"rounds": (rounds, rounds)}
     rows = []
     for cache in ("warm", "cold") if database.codes.nbytes <= clock.cache_bytes else ("cold",):
@@ -245,7 +250,12 @@ def measure_search(
 
 
 def summarise(case: Case, answer_bytes: int, times: dict[str, list[list[float]]], gpu: Gpu | None) -> Row:
-    """The median seconds of each round, the rates, and ratios between systems, which are medians over the rounds."""
+    """The median seconds of each round, the rates, the limits, and ratios, which are medians over the rounds.
+
+    `times` has, per peer, how many times as fast as the peer hashengine is. `times_one_query` is the time of the batch
+    divided by the time of its first query. `limits` are rates, in distances per second, and `of_limits` is hashengine's
+    rate divided by each of them.
+    """
     medians = {name: [statistics.median(calls) for calls in rounds] for name, rounds in times.items()}
     taken = statistics.median(medians[OURS])
     row = {
@@ -261,8 +271,8 @@ def summarise(case: Case, answer_bytes: int, times: dict[str, list[list[float]]]
     if ONE_QUERY in medians:
         row["times_one_query"] = median_ratio(medians[OURS], medians[ONE_QUERY])
     if gpu is not None:
-        bounds = gpu_bounds.bounds(gpu, Work(case.queries, case.codes, case.bits, answer_bytes, case.share))
-        row |= {"bounds": bounds, "limit": gpu_bounds.tightest(bounds)}
-        row["of_bounds"] = {name: row["distances_per_s"] / rate for name, rate in bounds.items()}
+        limits = gpu_limits.rate_limits(gpu, Work(case.queries, case.codes, case.bits, answer_bytes, case.share))
+        row |= {"limits": limits, "lowest_limit": gpu_limits.lowest(limits)}
+        row["of_limits"] = {name: row["distances_per_s"] / rate for name, rate in limits.items()}
         row |= {"clock_hz": gpu.clock, "clock_is": gpu.clock_is, "memory_bytes_per_s": gpu.memory}
     return row

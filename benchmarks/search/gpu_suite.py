@@ -1,6 +1,6 @@
 """`hamming-gpu`: searches, latencies, builds and streamed searches on a GPU, the most important ones first.
 
-It needs only torch, numpy and hashengine. If the command line's packages are not installed, run
+It needs only torch, numpy and hashengine. If the packages for the command line are not installed, run
 `python -m benchmarks.search.gpu_suite --output rows.jsonl --minutes 6`.
 """
 
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Row, WrongAnswer, append_rows, describe_machine, fail_if_any, within_minutes
-from benchmarks.search import gpu_bounds
+from benchmarks.search import gpu_limits
 from benchmarks.search.building import measure_build
 from benchmarks.search.cases import Case, Task
 from benchmarks.search.data import Data
 from benchmarks.search.database import Database
 from benchmarks.search.gpu import measure_search
-from benchmarks.search.gpu_bounds import Gpu
+from benchmarks.search.gpu_limits import Gpu
 from benchmarks.search.latency import measure_latency
 from benchmarks.search.row_names import OURS
 from benchmarks.search.streaming import measure_streaming
@@ -34,11 +34,11 @@ SECONDS_PER_ROW = 1.0  # about how long the rounds of a search row take
 
 _M = 1_000_000
 
-Step = tuple[str, Case]
+Step = tuple[str, Case]  # the kind of measurement, and what to measure
 
 
 def suite() -> list[Step]:
-    """All steps in the order of their importance. Within each group, steps that search the same codes are adjacent."""
+    """All steps, the most important ones first. In each group, steps that search the same codes are adjacent."""
     large = [Case(_M, bits, 10_000, k) for bits in (64, 128) for k in (10, 100, 1000)]
     large += [Case(10 * _M, bits, 10_000, k) for bits in (64, 128) for k in (10, 100, 1000)]
     large += [Case(_M, bits, 10_000, k) for bits in (256, 512, 1024) for k in (10, 100, 1000)]
@@ -98,7 +98,7 @@ def run(
     """
     torch_device = check_device(where, device)
     clock = make_clock(torch_device)
-    gpu = gpu_bounds.describe(torch_device, clock)
+    gpu = gpu_limits.describe(torch_device, clock)
     machine = describe_machine(torch_device) | {"benchmark": NAME, "faiss": faiss_version()}
     print(_heading(machine, gpu))
     rows, failures, database = [], [], None
@@ -164,13 +164,14 @@ def describe(row: Row) -> str:
     for name, seconds in row["seconds"].items():
         if name.startswith(OURS):
             parts.append(f"{name.removeprefix(OURS)} {1e3 * statistics.median(seconds):,.3f} ms".strip())
-    if "limit" in row:
-        parts.append(f"{row['of_bounds'][row['limit']]:.0%} of {row['limit']} at {row['clock_hz'] / 1e9:.2f} GHz")
-    parts += [f"{times:,.1f} x {name}" for name, times in row["times"].items()]
+    if "lowest_limit" in row:
+        share = row["of_limits"][row["lowest_limit"]]
+        parts.append(f"{share:.0%} of the limit '{row['lowest_limit']}' at {row['clock_hz'] / 1e9:.2f} GHz")
+    parts += [f"{times:,.1f} times as fast as {name}" for name, times in row["times"].items()]
     parts += [f"{name} called once, {seconds:.1f} s" for name, seconds in row["called_once"].items()]
     parts += [f"without {name}: {reason}" for name, reason in row["left_out"].items()]
     if "times_one_query" in row:
-        parts.append(f"{row['times_one_query']:.2f} x one query's time")
+        parts.append(f"{row['times_one_query']:.2f} times the time of one query")
     return f"{what}: {', '.join(parts)}, {row['extra_bytes'] / 1e6:,.0f} MB extra"
 
 
@@ -178,7 +179,7 @@ def main() -> None:
     """The command line without typer."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search.gpu_suite", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=6.0, help="no measurement is started after this time")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after this many minutes, no measurement is started")
     parser.add_argument("--shrink", type=int, default=1, help="divides the numbers of codes and queries")
     parser.add_argument("--output", type=Path, help="file to append the result rows to, one JSON object per line")
     options = parser.parse_args()

@@ -20,19 +20,19 @@ CACHE = Path("build/real-codes")
 
 _IMAGES_HEADER_BYTES, _LABELS_HEADER_BYTES = 16, 8  # in files of the IDX format
 _FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
-# Training takes about a minute on two cores.
+# The network is small and the epochs are few, so that training is short.
 _OPTIONS: dict[str, Any] = {"attention": "none", "widths": (16, 32, 64), "batch_size": 128, "epochs": 3}
 
 
 def is_available(name: str, bits: int, images: Path | None) -> bool:
-    """Whether `load` can be called: a folder is given, or the codes are in the cache."""
+    """Whether `load` can be called: either a folder is given, or the codes are in the cache."""
     return images is not None or _cache_file(name, bits).exists()
 
 
 def load(name: str, bits: int, images: Path | None) -> Codes:
     """The codes of a data set: the training images are the database, the test images the queries.
 
-    The first call trains the network and stores the codes in `CACHE`; later calls read them.
+    The first call trains a network and stores its codes in `CACHE`; later calls read them.
 
     Args:
         name: a key of `ARCHIVES`.

@@ -1,4 +1,4 @@
-"""The latency of small batches on a device: the time from call to answer, and the time of the device alone."""
+"""The latency of small batches on a device: the time from a call to its answer, and the time of the device alone."""
 
 import statistics
 import time
@@ -20,9 +20,9 @@ _ROUNDS, _MAX_CALLS_PER_ROUND, _BURST_SECONDS = 12, 50, 0.05
 
 
 def measure_latency(case: Case, database: Database, clock: Clock) -> Row:
-    """Quantiles of single calls: with the CPU's wait for the answer, and of the device alone, as a CUDA graph.
+    """Quantiles of the times of single calls: until the CPU has the answer, and of the device alone, as a CUDA graph.
 
-    "From activations" packs the signs of floating-point activations into queries and then searches for them.
+    A system named "from activations" packs the signs of floating-point activations into queries, then searches.
     """
     device, codes = database.device, database.codes
     queries = database.queries[: case.queries].clone()
@@ -75,7 +75,7 @@ class CapturedSearch:
         self._replay()
 
     def overwritten_answer(self) -> tuple[Tensor, Tensor]:
-        """Erase the previous answer, if there is one, then replay; returns what the replay writes."""
+        """Erase the previous answer, if there is one, then replay. Returns the answer that the replay writes."""
         for part in self._answers[0] if self._answers else ():
             part.fill_(-2)
         self._replay()
@@ -110,7 +110,7 @@ def _verify(case: Case, answer: tuple[Any, Any], expected: tuple[Any, Any]) -> N
 
 
 def _quantiles(bursts: dict[str, Callable[[int], list[float]]]) -> dict[str, dict[str, float]]:
-    """Quantiles of each system's seconds per call. The systems take turns; slow ones make fewer calls per round."""
+    """Quantiles of each system's seconds per call. The systems take turns; slow systems make fewer calls per round."""
     calls, seconds = {}, {name: [] for name in bursts}
     for name, burst in bursts.items():
         burst(3)

@@ -1,4 +1,8 @@
-"""`mapped`: searches of a memory-mapped index larger than the page cache, against a plain read of the same file."""
+"""`mapped`: searches of a mapped index that the page cache cannot hold, against a plain read of the same file.
+
+A memory cgroup limits the page cache, if this machine permits one. The pages of the file are evicted before each call
+in any case, so that it is read from the disk.
+"""
 
 import json
 import os
@@ -39,9 +43,10 @@ def run(
     folder: Path,
     output: Path | None,
 ) -> Row:
-    """Save an index, search it in memory and save the answers; then time searches of the mapped file in a new process.
+    """Save an index and its answers; then time searches of the mapped file in a new process.
 
-    The row is printed, appended to `output` and returned.
+    The row is printed, appended to `output` and returned. Its field `limit` is "cgroup" if a cgroup limited the page
+    cache, "eviction" if pages were only evicted. `of_read` is the search's rate divided by the rate of the plain read.
     """
     check_bits("mapped", bits)
     if k > codes:
@@ -92,7 +97,7 @@ def _print(row: Row, file_bytes: int) -> None:
 
 
 def _save_index_and_answers(path: Path, codes: int, queries: int, bits: int, k: int) -> None:
-    """Save to `path` an index of random codes, random queries, and their answers by the index before it was saved."""
+    """Save to `path`: an index of random codes, random queries, and the answers of the index while it is in memory."""
     rng = np.random.default_rng(1)
     index = HammingIndex(bits)
     for start in range(0, codes, _ROWS_PER_DRAW):
@@ -116,14 +121,14 @@ def _measure_in_another_process(path: Path, k: int, threads: int, rounds: int, l
 
 
 def measure(path: Path, k: int, threads: int, rounds: int, limit: Path | None) -> Row:
-    """The seconds and the bytes read from the disk of searches and of plain reads, which take turns.
+    """Time searches and plain reads in turn. Returns the seconds of each call and the bytes that it read from the disk.
 
     Args:
         path: the folder that `_save_index_and_answers` wrote.
         k: the number of neighbours.
         threads: torch's number of threads.
-        rounds: the number of rounds, each of which is one search and one read.
-        limit: the cgroup to enter; None to evict pages only.
+        rounds: the number of rounds; a round is one search and one read.
+        limit: the folder of the cgroup to enter; None if there is none.
     """
     torch.set_num_threads(threads)
     answers = np.load(path / "answers.npz")
@@ -151,7 +156,7 @@ def measure(path: Path, k: int, threads: int, rounds: int, limit: Path | None) -
         found = timed("search", partial(index.search, queries, k))
         if not all(map(np.array_equal, found, (answers["distances"], answers["ids"]))):
             raise SystemExit("mapped: the answers must equal those of a search in memory")
-        del index  # pages of a mapping in use cannot be evicted
+        del index  # mapped pages cannot be evicted
         timed("read", partial(_read, file))
     return {"seconds": seconds, "disk_bytes": disk_bytes}
 

@@ -20,9 +20,9 @@ def mean_average_precision(
 def average_precision(distances: np.ndarray, relevant: np.ndarray) -> float:
     """Average precision of one query's ranking, as the expected value over all orders of tied codes.
 
-    It is the mean of the precisions at the ranks of the relevant codes. In a tie of n codes, r of them relevant, each
-    rank holds a relevant code with probability r / n, and then each other rank of the tie holds one with probability
-    (r - 1) / (n - 1).
+    Average precision is the mean of the precisions at the ranks of the relevant codes. In a tie of n codes, of which r
+    are relevant, each rank holds a relevant code with probability r / n. If it does, each other rank of the tie holds a
+    relevant code with probability (r - 1) / (n - 1).
 
     Args:
         distances: [N], the distance of each code.

@@ -1,4 +1,4 @@
-"""The answers that a search must equal before it is timed: FAISS's or, if FAISS is missing, the CPU kernels'."""
+"""The answers that a search must give before it is timed: those of FAISS or, without FAISS, of the CPU kernels."""
 
 from typing import Protocol
 
@@ -14,14 +14,17 @@ class Oracle(Protocol):
     name: str
 
     def search(self, queries: np.ndarray, k: int) -> Arrays:
-        """(distances int32 [Q, k], positions int64 [Q, k])."""
+        """The k nearest codes: distances int32 [Q, k], positions int64 [Q, k]."""
 
     def range_search(self, queries: np.ndarray, radius: int) -> Arrays:
-        """(lims [Q + 1], distances, positions) within the inclusive radius, the nearest first."""
+        """The codes within the inclusive radius: lims [Q + 1], distances, positions.
+
+        The results of query i are those from lims[i] up to, but not including, lims[i + 1].
+        """
 
 
 class CpuOracle:
-    """hashengine's CPU kernels, which verify the answers of a device if FAISS is not installed."""
+    """hashengine's CPU kernels. They verify the answers of a GPU if FAISS is not installed."""
 
     name = "hashengine on the CPU"
 
@@ -30,11 +33,11 @@ class CpuOracle:
         self._index.add(codes)
 
     def search(self, queries: np.ndarray, k: int) -> Arrays:
-        """(distances int32 [Q, k], positions int64 [Q, k])."""
+        """The k nearest codes: distances int32 [Q, k], positions int64 [Q, k]."""
         return self._index.search(queries, k, filter=self._mask)
 
     def range_search(self, queries: np.ndarray, radius: int) -> Arrays:
-        """(lims [Q + 1], distances, positions) within the inclusive radius, the nearest first."""
+        """The codes within the inclusive radius: lims [Q + 1], distances, positions."""
         return self._index.range_search(queries, radius)
 
 
@@ -44,5 +47,5 @@ def make_oracle(codes: np.ndarray, mask: np.ndarray | None) -> Oracle:
 
 
 def distances_to(codes: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The distance of each code from one query, int32 [N], computed by definition."""
+    """The distance of each code from one query, int32 [N], by the definition of the distance."""
     return np.bitwise_count(codes ^ query).sum(1, dtype=np.int32)

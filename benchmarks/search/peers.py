@@ -1,6 +1,6 @@
 """CPU libraries whose distances per second are compared with those of hashengine's search.
 
-The times of calls are not compared: these libraries get fewer queries, and NumKong computes distances without a search.
+Their times per call are not compared, because a peer may get fewer queries, and NumKong only computes distances.
 """
 
 import importlib.metadata
@@ -15,12 +15,12 @@ from benchmarks.harness import WrongAnswer
 from benchmarks.search.oracle import distances_to
 
 _VERIFIED_QUERIES = 4
-_MAX_PAIRS = 1 << 25  # pairs of a query and a code per call; USearch allocates 16 bytes for each
+_MAX_PAIRS = 1 << 25  # (query, code) pairs per call; limits the memory that USearch allocates for them
 _NUMKONG_BLOCK_CODES = 4096  # codes per call of NumKong, so that its distances stay in the cache
 
 
 class Peer(NamedTuple):
-    """A call to time, and the pairs of a query and a code whose distance it computes."""
+    """A call to time, and the number of (query, code) pairs whose distance it computes."""
 
     call: Callable[[], object]
     pairs: int
@@ -57,7 +57,7 @@ def _usearch(codes: np.ndarray, queries: np.ndarray, k: int, threads: int) -> Pe
 
 
 def _numkong(codes: np.ndarray, queries: np.ndarray, k: int, threads: int) -> Peer:
-    """All distances by NumKong, which has no search. Each block of distances is overwritten by the next one."""
+    """All distances by NumKong, which has no search. Each block of distances overwrites the previous one."""
     import numkong
 
     starts = range(0, len(codes), _NUMKONG_BLOCK_CODES)
@@ -66,7 +66,7 @@ def _numkong(codes: np.ndarray, queries: np.ndarray, k: int, threads: int) -> Pe
     for row, query in zip(found, queries, strict=False):
         _verify("numkong", row, distances_to(codes[:_NUMKONG_BLOCK_CODES], query))
 
-    # NumKong starts no threads. Python threads run it in parallel, because it releases the lock of the interpreter.
+    # NumKong starts no threads. Python threads run it in parallel, because it releases the interpreter's lock.
     def compute(blocks: list) -> None:
         out = numkong.zeros((len(queries), _NUMKONG_BLOCK_CODES), dtype="uint32")
         for block in blocks:

@@ -52,7 +52,8 @@ def read(file: Path) -> list[Row]:
 def cpu_columns(rows: Sequence[Row]) -> Columns:
     """The columns for rows of `hamming` on the CPU.
 
-    Numbers of codes and of queries have columns only if they differ; peers and reads, only if a row has them.
+    The number of codes has a column only if the rows differ in it, and so has the number of queries. A peer or a read
+    has a column only if a row has its times.
     """
     columns: dict[str, Callable[[Row], str]] = {"task": _cpu_task}
     for name in ("codes", "queries"):
@@ -67,18 +68,20 @@ def cpu_columns(rows: Sequence[Row]) -> Columns:
             columns[name] = lambda row, name=name: _cpu_rate(row, name)
     columns["queries/s"] = lambda row: f"{row['queries'] / statistics.median(row['seconds'][OURS]):,.0f}"
     columns["times FAISS's best"] = lambda row: _ratio(row.get("times_faiss"))
-    columns["of the bare loop"] = lambda row: _percent(row.get("of_bare_loop"))
+    columns["% of the bare loop's rate"] = lambda row: _percent(row.get("of_bare_loop"))
     if any(row["of_read"] for row in rows):
-        columns["of a read / beyond the cache"] = lambda row: " / ".join(map(_percent, row["of_read"].values()))
+        title = "% of a plain read's rate: of the codes / beyond the cache"
+        columns[title] = lambda row: " / ".join(map(_percent, row["of_read"].values()))
     columns["extra MiB"] = lambda row: "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.0f}"
     return columns
 
 
 def cpu_caption(rows: Sequence[Row]) -> str:
     """What the columns mean."""
-    caption = "rates in G distances/s, 10^9 pairs of a query and a code per second; ratios are medians over rounds; "
+    caption = "rates in G distances/s, 10^9 distances per second; ratios are medians over the rounds; "
+    caption += "times FAISS's best: the rate divided by that of FAISS's faster mode; "
     caption += "extra MiB: memory beyond codes, ids and answers"
-    notes = {"usearch": "searches fewer queries", "numkong": "fewer queries, and only their distances"}
+    notes = {"usearch": "may get fewer queries", "numkong": "may get fewer queries, and only computes distances"}
     return "; ".join([caption, *(f"{name}: {notes[name]}" for name in _CPU_PEERS if _has(rows, name))])
 
 
@@ -93,8 +96,8 @@ def cpu_tables(rows: list[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     parts = [
         f"{row['threads']} threads of {row['cpu']}, SIMD {row['simd_level']}, torch {row['torch']}, "
-        f"FAISS {row['faiss']}, commit {commits}. G distances/s and, in brackets, the ratio to the rate "
-        "of FAISS's `IndexBinaryFlat` in the faster of its modes:"
+        f"FAISS {row['faiss']}, commit {commits}. Each cell has the rate in 10^9 distances/s and, in brackets, the "
+        "same rate divided by that of FAISS's `IndexBinaryFlat` in the faster of its modes:"
     ]
     for data in dict.fromkeys(row["data"] for row in rows):
         parts.append(f"Data: {data}.")
@@ -105,7 +108,7 @@ def cpu_tables(rows: list[Row]) -> str:
 
 
 def _cpu_overview(rows: list[Row]) -> str:
-    """A table with a line for each code length and a column for each `_question`."""
+    """A table with a line per code length and a column per kind of search, which `_question` names."""
     cells = {(row["bits"], _question(row)): row for row in rows}
     tasks = [task.value for task in Task]
     in_order = sorted(rows, key=lambda row: (row["codes"], tasks.index(row["task"]), row["k"]))
@@ -135,7 +138,7 @@ def _cpu_task(row: Row) -> str:
 
 
 def _filter_share(row: Row) -> float:
-    """The share of the codes that the filter lets through; rows without the field were measured with 0.5."""
+    """The share of the codes that the filter selects; rows without the field were measured with 0.5."""
     return row.get("share", 0.5)
 
 
@@ -168,7 +171,7 @@ def mapped_tables(rows: list[Row]) -> str:
         "page cache": _page_cache,
         "search GB/s": lambda row: _mapped_rate(row, "search"),
         "read GB/s": lambda row: _mapped_rate(row, "read"),
-        "of a plain read": lambda row: _percent(row["of_read"]),
+        "% of a plain read's rate": lambda row: _percent(row["of_read"]),
     }
     row = rows[-1]
     machine = f"{row['threads']} threads of {row['cpu']}, commit {row['commit']}"
@@ -186,7 +189,10 @@ def _mapped_rate(row: Row, name: str) -> str:
 def gpu_tables(rows: list[Row]) -> str:
     """The tables of one machine: searches, latencies, builds and streamed searches."""
     searches, latencies = _searches(rows), [row for row in rows if row["task"] == "latency"]
-    parts = [f"{_gpu_machine(rows)}. Rates and ratios are medians over the rounds:"]
+    parts = [
+        f"{_gpu_machine(rows)}. Rates and ratios are medians over the rounds. x NAME: how many times as fast as the "
+        "system NAME. extra MB: memory beyond codes and answers:"
+    ]
     if searches:
         parts.append(markdown_table(_search_columns(searches), searches))
     if latencies:
@@ -232,13 +238,13 @@ def _search_columns(rows: list[Row]) -> Columns:
     for name, title in titles.items():
         if _has(rows, name):
             columns[title] = lambda row, name=name: _milliseconds(row["seconds"].get(name))
-    if any("limit" in row for row in rows):
-        columns["of the bound"] = _share_of_bound
+    if any("lowest_limit" in row for row in rows):
+        columns["% of the lowest limit"] = _share_of_limit
     for name in _GPU_PEERS:
         if any(name in row["times"] for row in rows):
             columns[f"x {name}"] = lambda row, name=name: _ratio(row["times"].get(name), missing="-")
     if _has(rows, ONE_QUERY):
-        columns["x one query's time"] = lambda row: _ratio(row.get("times_one_query"), 2, missing="-")
+        columns["time / time of one query"] = lambda row: _ratio(row.get("times_one_query"), 2, missing="-")
     columns["extra MB"] = lambda row: f"{row['extra_bytes'] / 1e6:,.0f}"
     return columns
 
@@ -248,8 +254,9 @@ def _gpu_task(row: Row) -> str:
     return row["task"] + share + ("" if row["data"] == "random" else f", {row['data']}")
 
 
-def _share_of_bound(row: Row) -> str:
-    return f"{row['of_bounds'][row['limit']]:.0%} of {row['limit']}" if "limit" in row else "-"
+def _share_of_limit(row: Row) -> str:
+    name = row.get("lowest_limit")
+    return "-" if name is None else f"{row['of_limits'][name]:.0%} of {name}"
 
 
 def _milliseconds(seconds: list[float] | None) -> str:
@@ -271,11 +278,11 @@ def _latency_columns(rows: list[Row]) -> Columns:
 
 
 def plot_gpu(machines: Sequence[list[Row]], file: Path) -> None:
-    """Distances per second against the sizes of the database and of the batch; dashes mark the tightest bound."""
+    """Plot distances per second against the number of codes and of queries; dashed lines show the lowest limit."""
     figure, grid = plots.new_figure(len(machines), 2, 10, 4.2 * len(machines), sharey="row")
     for rows, axes in zip(machines, grid, strict=True):
         plain = [row for row in _searches(rows) if (_gpu_task(row), row["bits"], row["k"]) == ("search", 64, 10)]
-        # The row with a cold cache follows the row with a warm one in the file, so it replaces that row here.
+        # In the file, the row with a cold cache follows the row with a warm cache, so it replaces that row here.
         plain = list({(row["codes"], row["queries"]): row for row in plain}.values())
         for axis, along, fixed in zip(axes, ("codes", "queries"), ("queries", "codes"), strict=True):
             _draw(axis, plain, along, fixed)
@@ -285,7 +292,7 @@ def plot_gpu(machines: Sequence[list[Row]], file: Path) -> None:
 
 
 def _draw(axis: Any, rows: list[Row], along: str, fixed: str) -> None:
-    """One colour per value of `fixed`, one marker per system."""
+    """Draw rates against the field `along`: one colour per value of the field `fixed`, one marker per system."""
     for number, value in enumerate(sorted({row[fixed] for row in rows})):
         colour = f"C{number % 10}"
         line = sorted((row for row in rows if row[fixed] == value), key=lambda row: row[along])
@@ -295,10 +302,10 @@ def _draw(axis: Any, rows: list[Row], along: str, fixed: str) -> None:
             if found:
                 sizes = [row[along] for row in found]
                 axis.plot(sizes, rates, style, color=colour, label=f"{system}, {value:,} {fixed}", markersize=4)
-        bounded = [row for row in line if "limit" in row]
-        if bounded:
-            bounds = [row["bounds"][row["limit"]] for row in bounded]
-            axis.plot([row[along] for row in bounded], bounds, "_--", color=colour, alpha=0.5, markersize=8)
+        limited = [row for row in line if "lowest_limit" in row]
+        if limited:
+            limits = [row["limits"][row["lowest_limit"]] for row in limited]
+            axis.plot([row[along] for row in limited], limits, "_--", color=colour, alpha=0.5, markersize=8)
     if rows:
         plots.set_log_scales(axis)
         axis.legend(fontsize=5, ncols=2)

@@ -1,6 +1,6 @@
 """Searching codes that stay in host memory: an index streams them through the device, chunk by chunk.
 
-No streamed search can be faster than copying the codes from pinned memory to the device; that copy is timed for
+A streamed search cannot be faster than a copy of the codes from pinned memory to the device. That copy is timed for
 comparison.
 """
 
@@ -20,7 +20,10 @@ _ROUNDS = 5
 
 
 def measure_streaming(case: Case, database: Database) -> Row:
-    """Verify a streamed search against a search of codes on the device. Then time it, and the copy of the codes."""
+    """Verify a streamed search against a search of codes on the device. Then time it, and the copy of the codes.
+
+    `of_copy` is the rate of the search divided by the rate of the copy, both in codes per second.
+    """
     device, queries = database.device, database.queries[: case.queries]
     index = HammingIndex(case.bits, device, streamed=True)
     index.add(database.codes)

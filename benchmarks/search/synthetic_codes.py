@@ -1,4 +1,4 @@
-"""Random codes of known difficulty, and any number of slightly changed copies of given codes."""
+"""Codes with independent bits, codes around centres, and copies of given codes with a few bits flipped."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from tests.helpers.codes import rare_bits
 
 _CLASSES = 10
 _CENTRES = 1000
-_CLUSTER_HALVINGS = 4  # a bit of a clustered code differs from its centre's with probability 1/16
-_COPY_HALVINGS = 6  # a bit of a copy differs from its original's with probability 1/64
+_CLUSTER_HALVINGS = 4  # a bit of a clustered code differs from the centre's bit with probability 2^-4
+_COPY_HALVINGS = 6  # a bit of a copy differs from the original's bit with probability 2^-6
 
 
 class Codes(NamedTuple):
-    """A data set: database and queries, uint8 [N, bits / 8], and the class of each row, int64 [N]."""
+    """A data set: codes uint8 [N, bits / 8], queries uint8 [Q, bits / 8], and their classes, int64 [N] and [Q]."""
 
     database: np.ndarray
     queries: np.ndarray
@@ -39,8 +39,8 @@ def label_at_random(database: np.ndarray, queries: np.ndarray, rng: np.random.Ge
     return Codes(database, queries, rng.integers(0, _CLASSES, len(database)), rng.integers(0, _CLASSES, len(queries)))
 
 
-def gather_queries(queries: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many codes as `queries`, all near the first query: each bit differs from its bit with probability 1/16."""
+def queries_near_the_first(queries: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many codes as `queries`, near the first query: a bit is flipped, compared with it, with probability 1/16."""
     return queries[0] ^ (queries & rare_bits(queries.shape, _CLUSTER_HALVINGS - 1, rng))
 
 

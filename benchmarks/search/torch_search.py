@@ -1,7 +1,7 @@
 """Exact Hamming search in plain torch, on any device, as users write it without a library.
 
-Searches return (distances int32 [Q, k], positions int64 [Q, k]). `topk_by_xor` orders ties by position, so it can
-verify searches that are too large for the CPU; `ProductSearch` leaves the order of ties open.
+Searches return (distances int32 [Q, k], positions int64 [Q, k]). `topk_by_xor` orders ties by position, as hashengine
+does. It can therefore verify searches that are too large for the CPU. `ProductSearch` leaves the order of ties open.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tests.helpers.faiss_oracle import TopK
 
-_MAX_DISTANCES = 1 << 27  # int64 distances in memory at the same time
-_MAX_SCORES = 1 << 30  # float16 scores in memory at the same time
+_MAX_DISTANCES = 1 << 27  # the most int64 distances in memory at the same time
+_MAX_SCORES = 1 << 30  # the most float16 scores in memory at the same time
 _MAX_EXACT_BITS = 2048  # float16 represents all integers up to this one exactly
 _CODES_PER_UNPACKING = 1 << 24
 
@@ -22,7 +22,7 @@ def distances(queries: Tensor, codes: Tensor) -> Tensor:
 
 
 def topk_by_xor(queries: Tensor, codes: Tensor, k: int) -> TopK:
-    """The k smallest keys distance * N + position, one chunk of the database at a time."""
+    """The codes with the k smallest keys, distance * N + position, for N codes. Searches the database in chunks."""
     count, step = len(codes), max(1, _MAX_DISTANCES // len(queries))
     best = torch.empty((len(queries), 0), dtype=torch.int64, device=codes.device)
     for first in range(0, count, step):
@@ -51,9 +51,9 @@ def _bit_count(x: Tensor) -> Tensor:
 
 
 class ProductSearch:
-    """A half-precision matrix product of +-1 codes and `torch.topk`, one chunk of the database at a time.
+    """A half-precision matrix product of codes with bits of +-1, and `torch.topk`. Searches the database in chunks.
 
-    The database is unpacked beforehand and then takes 16 times the memory of its codes.
+    The database is unpacked beforehand. It then takes 16 times the memory of its codes.
     """
 
     def __init__(self, codes: Tensor):
@@ -87,6 +87,6 @@ class ProductSearch:
 
 
 def _unpack_signs(codes: Tensor) -> Tensor:
-    """+-1 in float16, [N, bits]; the order of the bits within a byte does not matter to a product."""
+    """The bits as +-1 in float16, [N, bits]. Their order within a byte does not matter to a product."""
     shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
     return ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-2).half() * 2 - 1

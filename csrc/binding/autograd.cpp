@@ -1,8 +1,7 @@
-// C++ autograd formulas of ops that a model calls in each step of training or inference. On the CPU and on CUDA they
-// replace the formulas that hashengine/ops registers from Python. The C++ formulas compute the same gradients, and
-// calling one takes about a fifth of the time of calling the Python formula. This matters for small feature maps, where
-// the calls are most of the cost of a layer. All formulas are in one file because torch's autograd header takes about
-// 20 s to compile.
+// C++ autograd formulas of the ops that a model calls in each step of training or inference. On the CPU and on CUDA
+// they replace the formulas that hashengine/ops registers from Python, and compute the same gradients. A call of a C++
+// formula takes less time than a call of a Python formula. This matters for small feature maps, where the calls are
+// most of the cost of a layer. All formulas are in one file because torch's autograd header takes long to compile.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -37,8 +36,8 @@ bool needs_gradient(const Tensor& x, std::initializer_list<TensorList> parameter
   return is_needed;
 }
 
-// Skips the autograd kernel of a backward op if the backward runs without create_graph. That kernel is written in
-// Python, and its only purpose is to report an error if a second derivative is computed.
+// Skips the autograd kernel of a backward op, unless the backward runs with create_graph. This kernel is written in
+// Python. Its only purpose is to report an error if a second derivative is computed.
 class SkipAutogradInLastBackward {
  public:
   SkipAutogradInLastBackward() {
@@ -122,6 +121,7 @@ GreedySignOutputs greedy_sign(const Tensor& u, double alpha) {
 
 // --- triplet_attention ---
 
+// y, mean, var, pooled, index, response.
 using TripletOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 TripletOutputs triplet_below_autograd(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
@@ -155,12 +155,13 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
         const Tensor&, const Tensor&, TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
         const Tensor&, const Tensor&, bool, double)>("triplet_attention_backward");
     const variable_list saved = ctx->get_saved_variables();
-    const size_t branches = (saved.size() - kSavedMaps) / 3;
-    // One result per input of forward(): x, three lists of parameters, two lists of running statistics, training, eps.
+    const size_t branches = (saved.size() - kSavedBeforeParameters) / 3;
+    // One result per input of forward(), in the order of the inputs. x, training and eps have one result each; each of
+    // the five lists (parameters and running statistics) has one per branch.
     variable_list results(1 + 5 * branches + 2);
     if (!grads[0].defined()) return results;
     const SkipAutogradInLastBackward guard;
-    const TensorList parameters = TensorList(saved).slice(kSavedMaps);
+    const TensorList parameters = TensorList(saved).slice(kSavedBeforeParameters);
     const auto list = [&](size_t i) { return parameters.slice(i * branches, branches); };
     const auto [grad_x, grad_conv_weight, grad_bn_weight, grad_bn_bias] =
         op.call(grads[0], saved[0], list(0), list(1), list(2), saved[1], saved[2], saved[3], saved[4], saved[5],
@@ -175,7 +176,7 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
   }
 
  private:
-  static constexpr size_t kSavedMaps = 6;  // x, and all results of the forward except y
+  static constexpr size_t kSavedBeforeParameters = 6;  // x, and all results of the forward except y
 };
 
 TripletOutputs triplet_attention(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,

@@ -1,9 +1,10 @@
 // Shared by all bindings: argument checks, dtypes, layouts, and torch's thread pool.
 //
 // A failed check of an argument throws a ValueError of the form "<op>: <argument> must be <expected>, got <actual>".
-// The references in hashengine/ops check arguments in the same words, so a message does not depend on the kernel that
-// is used. A few conditions are checked on one device only: NaN on the CPU, the largest kernel_size on CUDA. A wrong
-// environment variable is reported in the same form, with "hashengine" in the place of the op.
+// The references in hashengine/ops check arguments in the same words. The message therefore does not depend on the
+// kernel that is used. A few conditions are checked on one device only: NaN on the CPU, the largest kernel_size and the
+// compute capability on CUDA. A wrong environment variable is reported in the same form, with "hashengine" in the place
+// of the op.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -30,7 +31,7 @@ inline std::string dtype_name(const at::Tensor& tensor) { return dtype_name(tens
 inline at::ScalarType wide_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 inline at::ScalarType wide_dtype(const at::Tensor& tensor) { return wide_dtype(tensor.scalar_type()); }
 
-// The kernels' name of a floating-point dtype; nullopt for every dtype that is not listed here.
+// The Dtype that the kernels use for a floating-point dtype of torch; nullopt for every dtype that is not listed here.
 inline std::optional<Dtype> floating_dtype(at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble: return Dtype::kFloat64;
@@ -58,8 +59,8 @@ inline void check_same_device(const char* op, const char* argument, const at::Te
                     tensor.device(), "; move one of them");
 }
 
-// Checks that a tensor has the given sizes and dtype and is on the device of `x`. It is for gradients, and for tensors
-// that an earlier op returned.
+// Checks that a tensor has the given sizes and dtype and is on the device of `x`. Used for gradients and for results of
+// an earlier op.
 inline void check_like(const char* op, const char* argument, const at::Tensor& tensor, at::IntArrayRef sizes,
                        at::ScalarType dtype, const at::Tensor& x) {
   TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.scalar_type() == dtype && tensor.device() == x.device(), op, ": ",
@@ -79,18 +80,19 @@ inline void check_no_nan(const char* op, const char* argument, bool is_free_of_n
                     " must be free of NaN, which has no sign, got at least one; check for a diverged model");
 }
 
-// `tensor` itself if it fills its memory without holes, otherwise a copy with the strides of empty_like. An elementwise
-// kernel can read the result in memory order, whatever its strides are.
+// Returns `tensor` itself if it fills its memory without holes, otherwise a copy with the strides of empty_like. An
+// elementwise kernel can read the result in memory order, whatever the order of its axes.
 inline at::Tensor dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense() ? tensor : at::empty_like(tensor).copy_(tensor);
 }
 
-// `tensor` itself if it has the strides of `model`, otherwise a copy with those strides.
+// Returns `tensor` itself if it has the strides of `model`, otherwise a copy with those strides.
 inline at::Tensor like_layout_of(const at::Tensor& model, const at::Tensor& tensor) {
   return tensor.strides() == model.strides() ? tensor : at::empty_like(model).copy_(tensor);
 }
 
-// The SIMD level in use. Throws a ValueError if HASHENGINE_SIMD_LEVEL names a level that this CPU lacks.
+// The SIMD level in use. Throws a ValueError if HASHENGINE_SIMD_LEVEL names a level that is unknown or that this CPU
+// lacks.
 inline SimdLevel simd_level() {
   try {
     return chosen_simd_level();

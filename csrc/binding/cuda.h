@@ -1,4 +1,5 @@
-// What all CUDA bindings include: torch's device guard, current stream and launch check; and scratch memory.
+// Headers and functions that all CUDA bindings need: torch's device guard, current stream and launch check, and scratch
+// memory.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -8,8 +9,8 @@
 
 namespace hashengine::binding {
 
-// Uninitialised scratch memory on the device of `x`. The caller may free it before the kernels that use it have run,
-// because torch's allocator reuses the memory only for later work in the same stream.
+// Uninitialised scratch memory on the device of `x`. The caller may free it before the kernels have used it: torch's
+// allocator reuses the memory only for later work in the same stream.
 inline at::Tensor cuda_scratch(const at::Tensor& x, int64_t bytes) {
   return at::empty({bytes}, x.options().dtype(at::kByte));
 }

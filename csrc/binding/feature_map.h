@@ -1,4 +1,4 @@
-// Feature maps [N, C, H, W] of any strides, converted to the layouts that the kernels take: NCHW or channels_last,
+// Conversion of feature maps [N, C, H, W] of any strides to the layouts that the kernels take: NCHW or channels_last,
 // without holes.
 #pragma once
 
@@ -22,8 +22,8 @@ inline Dtype check_feature_map_not_empty(const char* op, const at::Tensor& x) {
   return dtype;
 }
 
-// The layout of `dense`; nullopt if it is neither contiguous nor channels_last. If y or grad_x has neither
-// layout, the op calls itself with a contiguous x and copies the result of that call to y or grad_x.
+// The layout of `dense`; nullopt if it is neither contiguous nor channels_last. A function whose y or grad_x has
+// neither layout calls itself with a contiguous x, and copies the result to y or grad_x.
 inline std::optional<FeatureLayout> native_layout(const at::Tensor& dense) {
   if (dense.is_contiguous()) return FeatureLayout::kContiguous;
   if (dense.is_contiguous(at::MemoryFormat::ChannelsLast)) return FeatureLayout::kChannelsLast;

@@ -1,8 +1,8 @@
 // hamming_topk, hamming_range and hamming_count: the checks and allocations that all devices share.
 //
 // The three ops share one binding file per device, because they have most of their arguments in common
-// (HammingArguments) and, on the GPU, top-k and range use the same ranking (BatchedRanking in hamming_cuda.cpp).
-// Separate files would also slow the build down: each file that includes torch's headers takes about 20 s to compile.
+// (HammingArguments). On the GPU, top-k and range also use the same ranking (BatchedRanking in hamming_cuda.cpp).
+// Separate files would slow the build down: each file that includes torch's headers takes long to compile.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -15,7 +15,7 @@
 
 namespace hashengine::binding {
 
-// The checked arguments that all Hamming ops share. Owns the memory that `search` points to.
+// The checked arguments that all Hamming ops share. This struct owns the memory that `search` points to.
 struct HammingArguments {
   at::Tensor queries;
   at::Tensor codes;
@@ -81,7 +81,7 @@ inline void check_k(const HammingSearch& search, int64_t k) {
                     search.code_count, "), got ", k);
 }
 
-// Checks radius and max_results. Returns the largest number of results that a query can have.
+// Checks radius and max_results. Returns the largest number of results that one query can have.
 inline int64_t check_range_limits(const HammingSearch& search, int64_t radius, std::optional<int64_t> max_results) {
   const int64_t bits = search.distance_count() - 1;
   TORCH_CHECK_VALUE(0 <= radius && radius <= bits, "hamming_range: radius must be 0 to the number of bits (", bits,

@@ -11,8 +11,8 @@
 namespace hashengine::binding {
 namespace {
 
-// An uninitialised tensor, on huge pages if the system grants them. Results of many megabytes then cause fewer page
-// faults when they are first written.
+// An uninitialised tensor, on huge pages if the system grants them. They reduce the page faults of the first write to
+// results of many megabytes.
 at::Tensor empty_results(at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor results = at::empty(sizes, at::TensorOptions(dtype));
   use_huge_pages(results.mutable_data_ptr(), int64_t(results.nbytes()));

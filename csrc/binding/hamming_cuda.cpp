@@ -15,8 +15,7 @@
 namespace hashengine::binding {
 namespace {
 
-// Checks that the kernels can run on the device of the codes, and makes that device the current one while this object
-// exists.
+// Checks that the kernels can run on the device of the codes. While this object exists, that device is the current one.
 class HammingDevice {
  public:
   HammingDevice(const char* op, const HammingArguments& arguments) : guard_(arguments.codes.device()) {
@@ -50,13 +49,13 @@ class BatchedRanking {
     for (int64_t first = 0; first < search_.query_count; first += batch_size_) visit(slice(first, batch_size_), first);
   }
 
-  // Writes the number of results of each query in the batch to `totals`, unless `totals` is null.
+  // Counts the results of the batch. Writes the number of results of each query to `totals`, unless it is null.
   void count(const HammingRanking& batch, int64_t* totals) const {
     launch_hamming_ranking_count(batch, totals, workspace_.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // Writes the results of the batch, which must be the batch that was counted last.
+  // Writes the results of the batch, which must be the last batch that was counted.
   void place(const HammingRanking& batch, const int64_t* lims, int32_t* distances, int64_t* positions) const {
     launch_hamming_ranking_place(batch, lims, distances, positions, workspace_.mutable_data_ptr(),
                                  c10::cuda::getCurrentCUDAStream());
@@ -123,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> range_cuda(const at::Tensor& quer
 
   const at::Tensor distances = arguments.empty({count}, at::kInt), positions = arguments.empty({count}, at::kLong);
   ranking.for_each_batch([&](const HammingRanking& batch, int64_t first) {
-    if (!ranking.is_one_batch()) ranking.count(batch, nullptr);  // the workspace contains the counts of another batch
+    if (!ranking.is_one_batch()) ranking.count(batch, nullptr);  // the workspace has the counts of another batch
     ranking.place(batch, lims.const_data_ptr<int64_t>() + first, distances.mutable_data_ptr<int32_t>(),
                   positions.mutable_data_ptr<int64_t>());
   });

@@ -1,5 +1,5 @@
-// The Python module hashengine._C. Importing it registers the kernels with torch's dispatcher; its functions only
-// report how it was built, which SIMD levels this CPU supports, and which of these levels is in use.
+// The Python module hashengine._C. Importing it registers the kernels with torch's dispatcher. The module's functions
+// only report how it was built, which SIMD levels this CPU supports, and which of these levels is in use.
 
 #include <omp.h>
 #include <pybind11/pybind11.h>
@@ -35,6 +35,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("simd_levels", &simd_levels, "The SIMD levels that this CPU supports, ascending.");
   module.def(
       "simd_level", [] { return hashengine::simd_level_name(hashengine::chosen_simd_level()); },
-      "The SIMD level in use: the one that HASHENGINE_SIMD_LEVEL names, otherwise the highest. Raises ValueError for a "
-      "level that is unknown or that this CPU lacks.");
+      "The SIMD level in use: the level that HASHENGINE_SIMD_LEVEL names, otherwise the highest. Raises ValueError if "
+      "the named level is unknown or this CPU lacks it.");
 }

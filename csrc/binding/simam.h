@@ -20,7 +20,7 @@ inline Dtype check_simam(const char* op, const at::Tensor& x, double lam) {
   return dtype;
 }
 
-// launch(const SimamForward&) runs the kernel. The statistics of empty planes are 0.
+// launch(const SimamForward&) runs the kernel. If x is empty, the statistics of its planes are set to 0.
 template <typename Launch>
 std::tuple<at::Tensor, at::Tensor> simam_forward(const at::Tensor& x, double lam, Launch launch) {
   const Dtype dtype = check_simam("simam", x, lam);

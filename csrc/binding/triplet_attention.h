@@ -13,10 +13,11 @@
 
 namespace hashengine::binding {
 
+// y, mean, var, pooled, index, response (TripletSaved).
 using TripletOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// One parameter of the op, such as bn_weight, which is a list of one tensor per branch. Checks the tensors and makes
-// them contiguous and of wide_dtype(x) for the kernel. Owns the memory that the kernel reads.
+// One parameter of the op, such as bn_weight: a list of one tensor per branch. The constructor checks the tensors, and
+// makes them contiguous and of wide_dtype(x) for the kernel. The object owns the memory that the kernel reads.
 class TripletParameter {
  public:
   TripletParameter(const char* op, const char* name, at::TensorList tensors, size_t branches, const at::Tensor& x) {
@@ -42,8 +43,8 @@ class TripletParameter {
   std::array<const void*, kTripletBranches> pointers_{};
 };
 
-// Checks `x`, the number of branches, the kernels of the convolution and, in training, that the batch has enough values
-// for statistics.
+// Checks `x`, the number of branches and the sizes of the convolution's weights. In training, also checks that the
+// batch has enough values for statistics.
 inline TripletShape check_triplet_shape(const char* op, const at::Tensor& x, at::TensorList conv_weight,
                                         bool training) {
   const Dtype dtype = check_feature_map_not_empty(op, x);
@@ -77,7 +78,7 @@ inline TripletShape check_triplet_shape(const char* op, const at::Tensor& x, at:
   return shape;
 }
 
-// The checked parameters of a forward. Owns the memory that the kernel reads.
+// The checked parameters of a forward. The object owns the memory that the kernel reads.
 class TripletForwardParameters {
  public:
   TripletForwardParameters(const char* op, const at::Tensor& x, at::TensorList conv_weight, at::TensorList bn_weight,
@@ -209,7 +210,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_backward(
   params.parameters.eps = eps;
   params.grad_y = native_grad_y.const_data_ptr();
   params.x = native_x.const_data_ptr();
-  // TripletSaved has no pointers to const because the forward writes through them. The backward only reads.
+  // The pointers in TripletSaved are to non-const memory: the forward writes through them. The backward only reads.
   const auto read_only = [](const at::Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); };
   params.saved = {read_only(saved[0]), static_cast<int32_t*>(read_only(saved[1])), read_only(saved[2]),
                   read_only(saved[3]), read_only(saved[4])};

@@ -10,7 +10,7 @@
 namespace hashengine::binding {
 
 // A buffer of one value that the kernel updates. If the buffer has the kernel's dtype, the kernel updates it in place,
-// and write_back() only tells autograd that it has changed. Otherwise the kernel updates a converted copy, and
+// and write_back() only tells autograd that the buffer has changed. Otherwise the kernel updates a converted copy, and
 // write_back() copies the value to the buffer.
 class UpdatedBuffer {
  public:

@@ -12,8 +12,8 @@
 
 namespace hashengine::binding {
 
-// The checked maps. given: the maps that the caller passed. native: the same maps, contiguous and in wide_dtype(x),
-// which the kernel reads. This struct owns their memory.
+// The checked maps. given: the maps that the caller passed. native: the same maps, contiguous and of wide_dtype(x). The
+// kernel reads `native`. This struct owns its memory.
 struct TripletGateMaps {
   std::array<at::Tensor, kTripletBranches> given, native;
   int branches = 2;

@@ -3,8 +3,8 @@
 // Memory traffic for N elements of s bytes. Forward: 2Ns, the floor (reads u, writes b). Backward: 3Ns, the floor
 // (reads grad_b and u, writes grad_u). The code does not branch on signs, because they cannot be predicted.
 //
-// Order of sums. The penalty is summed per chunk of fixed size, and the chunks' sums are added in order in float64, so
-// that the result has the same bits for every number of threads.
+// Order of sums. The penalty is summed in chunks of fixed size, and the sums of the chunks are added in order, in
+// float64. Therefore the result has the same bits for every number of threads.
 
 #include "hashengine/greedy_sign.h"
 
@@ -38,7 +38,7 @@ template <typename Element>
 struct ForwardChunks {
   using T = typename Arithmetic<Element>::Type;
 
-  // sums: [chunk], the sum of the penalty over each chunk.
+  // Writes the sum of each chunk's penalties to sums[chunk].
   static HE_INLINE void run(const GreedySignForward& p, int64_t begin, int64_t end, double* sums, bool* has_nan) {
     LaneMask<T> nans{};
     for (int64_t chunk = begin; chunk < end; ++chunk) {

@@ -25,8 +25,8 @@ inline uint64_t transpose_bits(uint64_t x) {
   return x ^ swap ^ (swap << 28);
 }
 
-// Packs eight bytes of codes at a time. Lane i collects the bit of element i of every byte; one transposition of the 8
-// x 8 bits turns the lanes into bytes.
+// Packs eight bytes of codes at a time. Lane i collects bit i of each of the eight bytes. Transposing the 8 x 8 bits
+// then turns the lanes into bytes.
 template <typename Element>
 struct PackRange {
   using T = typename Arithmetic<Element>::Type;

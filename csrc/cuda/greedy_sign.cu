@@ -1,26 +1,27 @@
 // greedy_sign on the GPU: b = +1 if u >= 0, otherwise -1; penalty = alpha * mean(||u| - 1|^3); and the backward.
 //
-// Idea. Elementwise work is memory-bound, so every array is moved once, 128 bits per instruction, and the penalty is
-// computed in the same pass: each thread sums its elements, each block sums over its threads, and the block that
-// finishes last sums over the blocks. There are no atomics on floats, so the same input gives the same bits in every
-// run. A batch of up to 16,384 elements (256 codes of 64 bits) is one block, which needs no count of finished blocks
-// and therefore no memset.
+// Idea. Elementwise work is limited by memory. Every array is therefore moved once, 128 bits per instruction, and the
+// penalty is computed in the same pass. Each thread sums its elements, each block sums over its threads, and the block
+// that finishes last sums over the blocks. There are no atomics on floats: the same input gives the same bits in every
+// run. A batch of up to 16,384 elements (256 codes of 64 bits) takes a single block. It needs no count of finished
+// blocks, and therefore no memset.
 //
-// Traffic, for N elements of s bytes. Forward: reads u, writes b: 2Ns, the floor; the sums of the blocks add at most
-// 16/4096 N bytes. Backward: reads grad_b and u, writes grad_u: 3Ns, the floor; a null gradient saves one read (2Ns).
+// Traffic, for N elements of s bytes. Forward: reads u, writes b: 2Ns, the floor; the sums of the blocks add at most 16
+// bytes per 4,096 elements. Backward: reads grad_b and u, writes grad_u: 3Ns, the floor; a null gradient saves one read
+// (2Ns).
 //
-// Launch. 256 threads per block (32 to 1,024 if the forward has a single block) and 16 elements per thread (32 bytes in
-// flight for half precision, 128 for float64). Each block processes one tile, so the hardware balances the load.
-// Forward: one kernel, preceded by a memset of 4 bytes if there are several blocks. Backward: one kernel. If a pointer
-// is not aligned to 16 bytes or the size is not a multiple of a vector, the same kernel runs with vectors of one
-// element. The second case is rare, because codes have a multiple of 8 bits. Therefore there is no separate code for a
-// tail; it would take registers in every thread.
+// Launch. 256 threads per block (32 to 1,024 if the forward has a single block) and 16 elements per thread. A thread
+// has 32 bytes in flight for half precision, 128 for float64. Each block processes one tile, so the hardware balances
+// the load. Forward: one kernel, preceded by a memset of 4 bytes if there are several blocks. Backward: one kernel. If
+// a pointer is not aligned to 16 bytes, or if the number of elements is not a multiple of a vector's, the same kernel
+// runs with vectors of one element. The second case is rare, because codes have a multiple of 8 bits. A separate loop
+// for the last elements would take registers in every thread, so there is none.
 //
 // Numerics. Arithmetic in float32 (float64 for float64). A value passes through at most 16 additions in a thread, 5 in
-// a warp and 5 in a block; the sum over the blocks is in float64. NaN gives b = -1 and a penalty and a gradient of NaN;
+// a warp and 5 in a block; the sum over the blocks is in float64. NaN gives b = -1, and NaN as penalty and gradient;
 // the kernel does not report it.
 //
-// Limits. numel <= (2^31 - 1) * 4096: the blocks of the largest grid, times the elements per block.
+// Limits. numel <= (2^31 - 1) * 4096: the largest number of blocks, times the elements per block.
 
 #include <algorithm>
 
@@ -47,11 +48,11 @@ int forward_threads(int64_t numel, int64_t blocks) {
   return static_cast<int>(std::max<int64_t>(warps, 1) * kWarpThreads);
 }
 
-// The elements of a thread. Each warp processes kThreadElements * 32 consecutive elements, so that the vectors of a
-// thread are kWarpThreads vectors apart.
+// The elements of a thread. A warp processes kThreadElements * kWarpThreads consecutive elements. Consecutive vectors
+// of a thread are therefore kWarpThreads vectors apart.
 struct ThreadTile {
   int64_t begin;      // the first element of the thread's first vector
-  int64_t remaining;  // elements from there to the end of the array; <= 0 if the thread has none
+  int64_t remaining;  // the number of elements from `begin` to the end of the array; <= 0 if the thread has none
 
   template <int kWidth>
   static __device__ __forceinline__ ThreadTile of(int64_t numel) {
@@ -62,7 +63,7 @@ struct ThreadTile {
   }
 };
 
-// In both kernels kWidth must divide numel.
+// In both kernels, numel must be a multiple of kWidth.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kMaxBlockThreads) forward_kernel(GreedySignForward params, void* workspace) {
   using Real = Arithmetic<T>;
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads) backward_kernel(GreedySignBackw
   const auto* grad_penalty = static_cast<const Real*>(params.grad_penalty);
   const Real scale = grad_penalty ? *grad_penalty * factor : Real(0);
 
-  // Arrays that are not read count as zeros. The penalty's slope at u = 0 is zero.
+  // If grad_b is null, `gradients` stays zero. If grad_penalty is null, u is not read and `values` stays zero.
   Vector<T, kWidth> values[kVectors] = {};
   Vector<T, kWidth> gradients[kVectors] = {};
 #pragma unroll

@@ -1,16 +1,17 @@
-// pack_bits and unpack_bits on the GPU: eight activations to a byte, the first in the most significant bit, and back.
+// pack_bits and unpack_bits on the GPU. Packing turns eight activations into a byte, the first into the most
+// significant bit; unpacking is the inverse.
 //
 // Idea. One thread packs one byte from eight elements, which it loads in 128-bit pieces. An element costs a conversion,
-// a comparison and a select, and threads exchange nothing. (A ballot would save the select, but it needs one element
-// per lane, hence narrow loads, and a reversal of the bits, because it puts the first lane in the LEAST significant
-// bit.) Unpacking spreads four bits with one multiplication.
+// a comparison and a select. The threads exchange nothing. (A ballot would save the select, but it needs one element
+// per lane and therefore narrow loads. It also puts the first lane in the LEAST significant bit, so the bits would have
+// to be reversed.) Unpacking spreads four bits with one multiplication.
 //
 // Traffic, for B bytes of codes and s bytes per element. Packing reads 8Bs and writes B; unpacking reads B and writes
 // 8B. Both are the floor: nothing is moved twice.
 //
-// Launch. 256 threads per block. A thread packs one to four bytes (32 bytes of activations in flight, 64 of float64) or
-// unpacks four. Each block processes one tile. One kernel, no scratch. Activations that are not aligned to their vector
-// are read one at a time.
+// Launch. 256 threads per block. A thread packs one to four bytes, with 32 bytes of activations in flight (64 of
+// float64), or unpacks four bytes. Each block processes one tile. One kernel, no scratch. Activations that are not
+// aligned to their vector are read one at a time.
 //
 // Limits. At most 2^31 - 1 blocks, each with at least 256 bytes of codes. NaN packs as 0; the kernel does not report
 // it.
@@ -25,9 +26,9 @@ namespace hashengine {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kUnpackedBytes = 4;  // bytes of codes that a thread unpacks
+constexpr int kUnpackedBytes = 4;  // the bytes of codes that a thread unpacks
 
-// Bytes of codes that a thread packs, for 32 bytes of activations in flight, or 64 of float64.
+// The bytes of codes that a thread packs. It then has 32 bytes of activations in flight, or 64 of float64.
 template <typename T>
 constexpr int kPackedBytes = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
 
@@ -64,9 +65,10 @@ __global__ void __launch_bounds__(kBlockThreads) pack_kernel(const T* u, uint8_t
   }
 }
 
-// Four bits to four bytes, the most significant first in memory.
+// Spreads four bits to four bytes; the byte of the most significant bit is the first in memory.
 __device__ __forceinline__ uint32_t spread_bits(uint32_t nibble) {
-  // The product adds copies of the nibble at distances of 9 bits: bit 3 of byte j is bit 3 - j of the nibble.
+  // The product adds up copies of the nibble, shifted by 0, 9, 18 and 27 bits: bit 8j + 3 of the product is bit 3 - j
+  // of the nibble.
   return (nibble * 0x08040201u >> 3) & 0x01010101u;
 }
 

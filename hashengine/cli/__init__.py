@@ -1,4 +1,4 @@
-"""The command line: one file per group of commands. A command parses its options and calls the library.
+"""The command line: one file per group of commands. A command parses its options and calls a library function.
 
 Results go to stdout: a table on a terminal, tab-separated lines in a pipe or a file. Everything else goes to stderr.
 Exit codes: 0 success; 1 a failure of the machine, such as a full disk, or a broken part that `doctor` found; 2 a

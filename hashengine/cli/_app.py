@@ -20,16 +20,16 @@ from hashengine.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., None])
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's; some versions of typer have a copy of it
-MISTAKE, REFUSED = 2, 1  # exit codes: a mistake in the input; a failure of the machine
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
+MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
 
 class Commands(TyperGroup):
     """A group of commands that reports expected errors in one line; any other exception keeps its traceback."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Read the options before the name of a command."""
-        if parent is None:  # before the options are parsed, so that --log-json also covers mistakes in them
+        """Parse the arguments of the group; a mistake in them is reported in one line."""
+        if parent is None:  # before the arguments are parsed, so that --log-json also applies to mistakes in them
             _progress.configure(log_json="--log-json" in args)
         try:
             return super().make_context(info_name, args, parent, **extra)
@@ -41,13 +41,13 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the reader of stdout, such as `head`, has closed it; typer exits without a message
+            raise  # the program that reads stdout, such as `head`, has closed it; typer exits without a message
         except UsageError as error:
             _report_usage(error)
         except Exception as error:
             if not _is_expected(error):
                 raise
-            _report(str(error), MISTAKE if _is_mistake(error) else REFUSED)
+            _report(str(error), MISTAKE if _is_mistake(error) else FAILURE)
 
 
 def _report(message: str, code: int) -> NoReturn:
@@ -63,7 +63,7 @@ def _report(message: str, code: int) -> NoReturn:
 def _report_usage(error: Any) -> NoReturn:
     """Report a mistake that typer found on the command line, in the form of `hashengine.errors`."""
     kind = type(error).__name__
-    if kind == "NoArgsIsHelpError":  # a group without the name of a command: its help
+    if kind == "NoArgsIsHelpError":  # a group was called without a command: typer prints its help
         raise error
     command = error.ctx.command_path if error.ctx else ""
     where = command.partition(" ")[2] or "hashengine"
@@ -87,7 +87,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _is_mistake(error: Exception) -> bool:
-    """Whether `error` is an `InputError`, or the `ValueError` of a native op, which is raised below torch's `_ops`."""
+    """Whether `error` is an `InputError`, or a native op's `ValueError`, which is raised by a call in `torch._ops`."""
     if isinstance(error, InputError) or not isinstance(error, ValueError):
         return isinstance(error, InputError)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -95,7 +95,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def command_line(help: str) -> typer.Typer:
-    """Make an empty command line that reports errors as every command line of this project does."""
+    """Make a command line without commands, which reports errors as described at `Commands`."""
     return typer.Typer(
         cls=Commands, help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
     )
@@ -138,9 +138,9 @@ def command(app: typer.Typer, before: Callable[[], None] | None = None, **settin
 
         signature = inspect.signature(function, eval_str=True)
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
-        return_none = inspect.Signature([*own, *_COMMON], return_annotation=None)
-        run.__signature__ = return_none  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in return_none.parameters.values()}
+        combined = inspect.Signature([*own, *_COMMON], return_annotation=None)
+        run.__signature__ = combined  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in combined.parameters.values()}
         app.command(**settings)(run)
         return function
 
@@ -153,7 +153,7 @@ def _apply(threads: int | None, quiet: bool, log_json: bool) -> None:
         check_integer("hashengine", "threads", threads, 1)
         import torch
 
-        torch.set_num_threads(threads)  # by default, a search uses this number too
+        torch.set_num_threads(threads)  # a search uses this number too, unless it is given another one
 
 
 DeviceOption = Annotated[

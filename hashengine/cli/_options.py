@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of a pydantic model: name, type, default and help are declared once."""
+"""Makes command-line options from the fields of a pydantic model, which declare name, type, default and help."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _SCALARS = (bool, int, float, str, Path)
 
 
 def options_of(model: type[BaseModel], exclude: Iterable[str] = ()) -> list[inspect.Parameter]:
-    """A parameter for each field of `model` that has a description; its value is None if the option is not given.
+    """A parameter for each field of `model` that has a description.
 
-    A field that takes several values, such as a tuple, is one option with comma-separated values.
+    The value of an option that is not given is None. A field of several values, such as a tuple, becomes one option
+    with comma-separated values.
     """
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, field))
@@ -31,7 +32,7 @@ def options_of(model: type[BaseModel], exclude: Iterable[str] = ()) -> list[insp
 
 
 def with_options(*parameters: inspect.Parameter) -> Any:
-    """Replace a function's `**options` by these parameters in the signature that typer reads."""
+    """Decorate a function: replace `**options` by `parameters` in the signature that typer reads."""
 
     def decorate(function: Any) -> Any:
         own = inspect.signature(function, eval_str=True).parameters.values()
@@ -43,7 +44,7 @@ def with_options(*parameters: inspect.Parameter) -> Any:
 
 
 def given(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, as values for the fields of `model`."""
+    """The options that were given on the command line, as values for the fields of `model`."""
     return {
         name: _value(model.model_fields[name], value)
         for name, value in options.items()
@@ -52,7 +53,7 @@ def given(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
-    """Options that the command does not declare: `--name value` or `--name=value`, each value read as YAML.
+    """Parse options that the command does not declare: `--name value` or `--name=value`, with the value as in YAML.
 
     Raises:
         InputError: an argument is not of that form.
@@ -70,7 +71,7 @@ def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def parse(text: str) -> Any:
-    """A value on the command line: a number, a truth value or a string, as in YAML."""
+    """Parse a value as YAML, such as a number, a truth value or a string; text that is not YAML stays a string."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -90,7 +91,7 @@ def _annotation(name: str, field: FieldInfo) -> Any:
 
 
 def _kind(field: FieldInfo) -> Any:
-    """The type of the field's values, without None and without constraints."""
+    """The type of a field, without `None` and without constraints."""
     kind: Any = field.annotation
     while True:
         if get_origin(kind) is Annotated:

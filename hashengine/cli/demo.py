@@ -16,7 +16,7 @@ from hashengine.models.config import DEFAULT_BITS
 if TYPE_CHECKING:
     from hashengine.evaluation.report import Report
 
-app = command_line("All steps on real images.")
+app = command_line("All steps of image search on real images.")
 
 
 @command(app, before=training.let_waiting_threads_sleep)

@@ -76,7 +76,7 @@ def evaluate(
     index: IndexFolder,
     queries: Annotated[Path, typer.Argument(help="A codes folder of labelled queries.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures here, as JSON.")] = None,
-    at: Annotated[int | None, typer.Option(help="Depth of the mAP.", show_default="the whole ranking")] = None,
+    at: Annotated[int | None, typer.Option(help="Ranked images that the mAP covers.", show_default="all")] = None,
     radius: Annotated[int, typer.Option(help="Radius in bits for the precision within a radius.")] = RADIUS,
 ) -> None:
     """Measure how well INDEX ranks the images of a query's class before all others: mAP, precision, recall.
@@ -98,7 +98,7 @@ def report(
     index: Annotated[Path, typer.Option(help="A folder written by 'hashengine index'.")],
     results: Annotated[Path, typer.Option(help="The file written by 'hashengine search --output'.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .html to write; its figures are written to a .json next to it.")
+        Path, typer.Option("--output", "-o", help="The .html to write; the figures are written to a .json next to it.")
     ],
     evaluation: Annotated[Path | None, typer.Option(help="The file written by 'hashengine evaluate --output'.")] = None,
     training: Annotated[Path | None, typer.Option(help="The training.json written by 'hashengine train fit'.")] = None,

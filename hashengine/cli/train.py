@@ -35,7 +35,7 @@ def prepare(
         typer.Option(help="Folder of torchvision's files; missing files are downloaded to it.", show_default="a cache"),
     ] = None,
 ) -> None:
-    """Turn a data set into two disjoint folders of class folders: database and query."""
+    """Write a data set as two disjoint folders of class folders: database and query."""
     record = training.prepare(source, output, seed=seed, queries=queries, root=root)
     rows: list[tuple[object, ...]] = [
         (side, f"{part['images']:,}", len(part["classes"]), part["sha256"][:16])
@@ -72,8 +72,8 @@ def sweep(
 ) -> None:
     """Train one run per combination of a grid of options, and write a table of their results.
 
-    Complete runs are kept, so the same command continues an interrupted sweep. All other options are those of
-    'train fit'.
+    Complete runs are kept; therefore the same command continues an interrupted sweep. The options of 'train fit' apply
+    to every run.
     """
     from_file = {} if config is None else read_yaml(config, "train sweep")
     varied = dict(_axis(axis) for axis in grid or [])

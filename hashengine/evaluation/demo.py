@@ -1,6 +1,6 @@
 """All steps of image search on real images: prepare, train, encode, index, search, evaluate, report.
 
-Each step calls a function of the library. A note before the step shows the command that does the same.
+Each step calls a function of the library. Before the step, a note shows the command that does the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hashengine.evaluation.image_index import ImageIndex
 from hashengine.evaluation.report import Report, write_report
 
 MARKER = ".hashengine-demo"
-# Images of these data sets are not mirrored in training: unlike photographs, all images of a class face the same way.
+# The images of these data sets are not mirrored in training, because all images of a class face the same way.
 _WITHOUT_MIRRORING = ("digits", "fashion-mnist")
 
 
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     Attributes:
         command: the command that a user would type.
-        run: runs the step and returns a line that describes the result.
+        run: runs the step, and returns one line that describes the result.
     """
 
     command: list[str]
@@ -47,7 +47,8 @@ def run_demo(data: str, output: Path, bits: int) -> Report:
         bits: length of a code.
 
     Raises:
-        InputError: `output` has contents that no demo made, `output` contains `data`, or a step raises it.
+        InputError: `output` is neither empty nor the folder of an earlier demo, `output` contains `data`, or a step
+            fails.
     """
     start_over(output, data)
     scripts = Path(sys.executable).parent
@@ -60,7 +61,11 @@ def run_demo(data: str, output: Path, bits: int) -> Report:
 
 
 def start_over(output: Path, data: str) -> None:
-    """Create `output`, or empty it, and mark it as a demo's. Only a folder with this mark is emptied."""
+    """Create `output`, or empty it, and write the file `MARKER` to it.
+
+    Raises:
+        InputError: `output` has contents without this file, or contains the folder `data`.
+    """
     if Path(data).is_dir() and Path(data).resolve().is_relative_to(output.resolve()):
         raise invalid(
             "demo", "output", "a folder that does not contain the data", f"{str(output)!r}, which is emptied first"

@@ -1,4 +1,4 @@
-"""A folder of images becomes a folder of codes."""
+"""Encodes a folder of images; writes and reads folders of codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CodesFolder:
     Attributes:
         codes: uint8 [N, bits / 8].
         items: the N images.
-        record: how the codes were made.
+        record: from which images and by which model the codes were made.
     """
 
     codes: np.ndarray
@@ -39,7 +39,7 @@ class CodesFolder:
     record: EncodeRecord
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write to `folder` atomically; an earlier codes folder there is replaced.
+        """Write the codes to `folder`; an earlier codes folder there is replaced atomically.
 
         Raises:
             InputError: `folder` exists and is neither empty nor a codes folder.
@@ -75,7 +75,7 @@ class CodesFolder:
             raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
         shape = (len(items), record.bits // 8)
         if codes.dtype != np.uint8 or codes.shape != shape:
-            expected = f"uint8 {list(shape)} in {str(path)!r}, by its items.csv and encode.json"
+            expected = f"uint8 {list(shape)} in {str(path)!r}, as items.csv and encode.json say"
             raise invalid(where, argument, expected, f"{codes.dtype} {list(codes.shape)}")
         return cls(codes, items, record)
 
@@ -86,7 +86,7 @@ def is_codes_folder(folder: Path) -> bool:
 
 
 def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> str:
-    """SHA-256 of the file of weights in the model folder `model`. That file also contains a copy of config.json.
+    """SHA-256 of the weights file in the model folder `model`. That file also contains a copy of config.json.
 
     Raises:
         InputError: `model` is not the folder of a saved model; the error names `where`.
@@ -106,7 +106,7 @@ def encode_folder(
     device: DeviceName = "auto",
     warn: Callable[[str], None] = _progress.note,
 ) -> CodesFolder:
-    """Encode every image under `folder`, at any depth, in the order of their paths.
+    """Encode all images under `folder`, at any depth, in the order of their paths.
 
     Args:
         folder: a folder of images, or an image file. The label of an image is the name of the first folder below
@@ -143,7 +143,7 @@ def encode_folder(
                 readable.append(image)
                 items.append(Item(len(items), str(path), "" if is_single else label_of(path, folder)))
         if readable:
-            codes.append(network.encode(torch.stack(readable).to(chosen)).cpu().numpy())
+            codes.append(network.encode(torch.stack(readable).to(chosen), batch_size).cpu().numpy())
     if not items:
         actual = f"{len(errors)} unreadable ones in {str(folder)!r}"
         raise invalid("encode", "folder", "a folder with a readable image", actual)
@@ -163,9 +163,10 @@ def encode_folder(
 def _batches(
     network: HashNet, paths: list[Path], size: int
 ) -> Iterator[tuple[list[Path], list[torch.Tensor | InputError]]]:
-    """Batches of paths and, for each path, the preprocessed image or the error of reading it.
+    """Yield batches of paths, and for each path the preprocessed image or the error that reading it raised.
 
-    The images are decoded in threads (Pillow releases the interpreter's lock), one batch ahead of the network.
+    The images are decoded in threads, because Pillow releases the interpreter's lock. The next batch is decoded while
+    the network encodes the current one.
     """
 
     def load(path: Path) -> torch.Tensor | InputError:
@@ -176,7 +177,7 @@ def _batches(
 
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor() as pool, _progress.task("encoding", len(paths), "img") as progress:
-        ahead = pool.map(load, batches[0])  # decoding of the first batch starts
+        ahead = pool.map(load, batches[0])  # starts to decode the first batch
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
             images, ahead = ahead, pool.map(load, following)
             yield batch, list(images)

@@ -19,18 +19,18 @@ from hashengine.evaluation.records import Band, Curve, Evaluation
 if TYPE_CHECKING:
     from hashengine.index import Searcher
 
-DEPTHS = (1, 10, 100)
+DEPTHS = (1, 10, 100)  # the k of precision@k and recall@k
 QUERY_BLOCK = 256  # queries per call of distance_counts; progress is reported after each call
 
 
 def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, radius: int = RADIUS) -> Evaluation:
-    """Measure the ranking of the index's images for each query; an image is relevant if its label is the query's.
+    """Measure how the index ranks its images for each query. An image is relevant if it has the label of the query.
 
     Args:
         index: the images to rank.
         queries: labelled images, encoded by the index's model.
-        at: depth of the mean average precision; None for the whole index.
-        radius: the radius in bits for the precision within a radius. A query with nothing within it scores 0.
+        at: the number of ranked images that the mean average precision covers; None for all.
+        radius: the radius in bits for the precision within a radius. A query with no image within it scores 0.
 
     Raises:
         InputError: a query has no label, `at` or `radius` is out of range, or the queries come from another model.
@@ -80,7 +80,7 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
 def _distance_counts(
     queries: np.ndarray, database: Searcher, query_labels: np.ndarray, labels: np.ndarray
 ) -> metrics.DistanceCounts:
-    """`metrics.distance_counts` in blocks of queries, with progress."""
+    """Call `metrics.distance_counts` for one block of queries after the other, with progress, and join the results."""
     blocks = []
     with _progress.task("evaluating", len(queries), "query") as progress:
         for start in range(0, len(queries), QUERY_BLOCK):

@@ -1,4 +1,4 @@
-"""Image search on folders: each function does what the command of the same step does."""
+"""Image search on folders: the functions behind the commands `index`, `search` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hashengine.evaluation.records import Evaluation, SearchResults
 
 
 def index_codes(codes: str | os.PathLike[str], output: str | os.PathLike[str], *, append: bool = False) -> ImageIndex:
-    """Build an index in `output` of the codes folder `codes`, or add them to the index that is there.
+    """Build an index of a codes folder, or add its codes to an existing index.
 
     Args:
-        codes: a folder that `CodesFolder.save` wrote.
+        codes: the codes folder, which `CodesFolder.save` wrote.
         output: the index folder.
         append: add to the index in `output` instead of replacing it.
 
@@ -48,7 +48,7 @@ def search_images(
         index: the index folder.
         query: an image, a folder of images, or a folder of their codes.
         k: the number of neighbours per query.
-        model: the model folder that encodes query images; by default the index's own.
+        model: the folder of the model that encodes query images; by default, the copy in the index.
         batch_size: images per call of the network.
         device: where the network runs: "auto", "cpu", "cuda", "cuda:1", ...
 
@@ -69,10 +69,10 @@ def search_images(
 def evaluate_folders(
     index: str | os.PathLike[str], queries: str | os.PathLike[str], *, at: int | None = None, radius: int = RADIUS
 ) -> Evaluation:
-    """Measure the index in a folder by the labelled queries in a codes folder, as `evaluate` does.
+    """Call `evaluate` for the index in the folder `index` and the labelled queries in the codes folder `queries`.
 
     Raises:
-        InputError: a folder is unusable, or for one of the reasons that `evaluate` names.
+        InputError: a folder is unusable, or for the reasons that `evaluate` lists.
     """
     labelled = CodesFolder.load(queries, "evaluate", "queries")
     return evaluate(ImageIndex.load(index, "evaluate"), labelled, at=at, radius=radius)

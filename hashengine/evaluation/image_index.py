@@ -1,4 +1,4 @@
-"""An index of images: codes to search, the images behind them, and the model that encodes a query."""
+"""An index of images: their codes, paths and labels, and a copy of the model, which encodes queries."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 @dataclass
 class ImageIndex:
-    """Codes of images, in which id i is the image `items[i]`.
+    """The codes of images. The code with id i is that of the image `items[i]`.
 
     Attributes:
         folder: the index on disk; `hashengine.evaluation.records` describes it.
-        hamming: the codes.
+        hamming: the index of the codes.
         items: the images.
         record: what the index was built from.
     """
@@ -45,10 +45,10 @@ class ImageIndex:
 
     @classmethod
     def build(cls, codes: CodesFolder, folder: str | os.PathLike[str]) -> ImageIndex:
-        """Index `codes` and save to `folder`, with a copy of the model; an earlier index there is replaced.
+        """Build an index of `codes` in `folder`, with a copy of the model; an earlier index there is replaced.
 
         Raises:
-            InputError: `codes` is empty, its model is missing or has changed, or `folder` holds something else than an
+            InputError: `codes` is empty, its model is missing or has changed, or `folder` has contents other than an
                 index.
         """
         if not codes.items:
@@ -90,13 +90,15 @@ class ImageIndex:
         if len(items) < len(hamming):
             expected = f"a folder with {len(hamming)} images in {str(folder / 'items.csv')!r}"
             raise invalid(where, "index", expected, len(items))
-        # An interrupted append leaves items and a source without codes. The codes decide what the index contains.
+        # An interrupted append leaves items and a source whose codes were not saved; these are ignored.
         while record.sources and sum(source.count for source in record.sources) > len(hamming):
             record.sources.pop()
         return cls(folder, hamming, items[: len(hamming)], record)
 
     def append(self, codes: CodesFolder) -> None:
-        """Add `codes` after those in the index, and save. After a failure, the old index is on disk and in memory.
+        """Add `codes` after those in the index, and save.
+
+        After a failure, the old index is in memory, and the old or the new index is on disk.
 
         Raises:
             InputError: the codes come from another model or have another number of bits, or the folder no longer holds
@@ -116,7 +118,7 @@ class ImageIndex:
         seconds = self.record.seconds + time.perf_counter() - start
         record = self.record.model_copy(update={"sources": sources, "seconds": seconds})
         record.write(self.folder / "index.json")
-        hamming.save(self.folder / "codes")  # last, because `load` ignores the items and the source of unsaved codes
+        hamming.save(self.folder / "codes")  # last, because `load` ignores items and sources without codes
         self.hamming, self.items, self.record = hamming, items, record
 
     def check(self, where: str, codes: CodesFolder, argument: str) -> None:

@@ -1,4 +1,4 @@
-"""The files that pass from one command to the next: what each contains, and how it is read and written.
+"""The files that one command writes and another one reads: their contents, readers and writers.
 
 =================  ==========  ====================================================================
 file               written by  contents
@@ -15,8 +15,8 @@ evaluation.json    evaluate    `Evaluation`
 report.json        report      `hashengine.evaluation.report.Report`
 =================  ==========  ====================================================================
 
-Each file or folder is replaced atomically, so a failure leaves the previous one intact. Appending to an index replaces
-items.csv, index.json and codes/ in this order. Until codes/ is replaced, the index contains what it contained before.
+Each file or folder is replaced atomically; therefore a failure leaves the previous one intact. An append to an index
+replaces items.csv and index.json, and then saves codes/. Until that save is complete, the old index is what is loaded.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class EncodeRecord(Record):
 
     Attributes:
         fingerprint: SHA-256 of the model's weights; only codes with the same one are comparable.
-        seconds: the time of reading and decoding the images, of the network, and of packing the codes.
+        seconds: the time to read and decode the images, run the network and pack the codes.
     """
 
     bits: int
@@ -111,7 +111,7 @@ class IndexRecord(Record):
     """What an index was built from.
 
     Attributes:
-        seconds: the time of building the index and of all appends, without the writing of codes/ in an append.
+        seconds: the time of building the index and of all appends. It does not include saving codes/ in an append.
     """
 
     bits: int
@@ -121,7 +121,7 @@ class IndexRecord(Record):
 
 
 class Hit(BaseModel):
-    """A neighbour: `rank` counts from 1, `distance` is the number of differing bits, `id` the row of items.csv."""
+    """A neighbour: `rank` counts from 1, `distance` is the number of differing bits, `id` is the row in items.csv."""
 
     rank: int
     id: int
@@ -131,7 +131,7 @@ class Hit(BaseModel):
 
 
 class QueryResult(BaseModel):
-    """A query image and its nearest images, by distance and then id."""
+    """A query image and its nearest images, ordered by distance, then by id."""
 
     path: str
     label: str
@@ -164,7 +164,7 @@ class SearchResults(Record):
 
 
 class Band(BaseModel):
-    """A measure that depends on the order of images at equal distances: its mean over all orders, and its limits."""
+    """A measure that depends on the order of images at equal distances: its mean over all orders, and its range."""
 
     expected: float
     minimum: float
@@ -172,9 +172,9 @@ class Band(BaseModel):
 
 
 class Curve(BaseModel):
-    """Precision and recall for each radius, if all items within it are retrieved, averaged over the queries.
+    """Precision and recall of retrieving all items within a radius, for each radius, averaged over the queries.
 
-    `empty` is the share of queries with nothing within the radius; their precision counts as 0.
+    `empty` is the share of queries with no item within the radius; their precision counts as 0.
     """
 
     radius: list[int]
@@ -184,7 +184,7 @@ class Curve(BaseModel):
 
 
 class Evaluation(Record):
-    """The agreement of the ranking with the labels; `at` is the depth of the mAP, null for the whole ranking."""
+    """How well the ranking agrees with the labels. `at`: the number of ranked images that the mAP covers; None: all."""
 
     index: str
     bits: int
@@ -201,7 +201,7 @@ class Evaluation(Record):
     seconds: float
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The header and the rows of a table of the main figures, as text."""
+        """The main figures as a table: its header and its rows, as text."""
         bands = [("mAP" if self.at is None else f"mAP@{self.at}", self.mean_average_precision)]
         bands += [(f"precision@{k}", band) for k, band in self.precision_at.items()]
         bands += [(f"recall@{k}", band) for k, band in self.recall_at.items()]

@@ -22,8 +22,8 @@ from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults
 from hashengine.images import read_image
 
-WORST_ROWS = 4
-THUMBNAIL_PIXELS = 160
+WORST_ROWS = 4  # rows in the grid of the queries with the most errors
+THUMBNAIL_PIXELS = 160  # the longer side of a thumbnail, at most
 PIXEL_ART_PIXELS = 64  # images with at most this many pixels per side are enlarged without smoothing
 
 
@@ -46,11 +46,11 @@ class Timing(BaseModel):
 
 
 class Report(Record):
-    """The figures of the page: report.json.
+    """The figures of the page, as report.json stores them.
 
     Attributes:
         seed: the seed with which the queries were drawn.
-        drawn: queries drawn at random.
+        drawn: the queries drawn at random.
         worst: the queries with the most hits of another class.
     """
 
@@ -84,8 +84,8 @@ def write_report(
         results: the file that `hashengine search` wrote.
         evaluation: the file that `hashengine evaluate` wrote.
         training: the training.json that `hashengine train fit` wrote.
-        rows: the number of queries in the picture grid, drawn from all classes in turn.
-        seed: the seed of that draw.
+        rows: the number of queries in the picture grid. They are drawn from all classes in turn.
+        seed: the seed for drawing them.
 
     Raises:
         InputError: a file is missing or damaged, or the files do not belong together.
@@ -144,7 +144,7 @@ def draw(queries: list[QueryResult], count: int, seed: int) -> list[QueryResult]
 
 
 def worst(queries: list[QueryResult], count: int) -> list[QueryResult]:
-    """The `count` queries with the most hits of another class; fewer if fewer have such a hit."""
+    """The `count` queries with the most hits of another class; fewer if fewer queries have such a hit."""
     wrong = {id(query): sum(hit.label != query.label for hit in query.hits) for query in queries if query.label}
     mistaken = [query for query in queries if wrong.get(id(query))]
     return sorted(mistaken, key=lambda query: -wrong[id(query)])[:count]
@@ -153,7 +153,7 @@ def worst(queries: list[QueryResult], count: int) -> list[QueryResult]:
 def timings(
     index: IndexRecord, results: SearchResults, evaluation: Evaluation | None, training: TrainingRecord | None
 ) -> list[Timing]:
-    """The steps that were run, in their order."""
+    """The time of each step that was run, in the order of the steps."""
     encoding = sum(source.seconds for source in index.sources)
     encoded = sum(source.count for source in index.sources)
     steps = []
@@ -181,7 +181,7 @@ def timings(
 
 
 def render(report: Report) -> str:
-    """The page of `report`, with its images inlined."""
+    """The HTML page of `report`, which contains the images."""
     loader = jinja2.PackageLoader("hashengine.evaluation", "")
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["duration"] = duration
@@ -199,7 +199,7 @@ def _curve(evaluation: Evaluation) -> tuple[list[int], list[float], list[float]]
 
 
 def duration(seconds: float) -> str:
-    """A time with three digits, in s, ms or µs."""
+    """A time in s, ms or µs, as text with about three digits."""
     for unit, scale in (("s", 1), ("ms", 1e3)):
         if seconds * scale >= 1:
             return f"{_three_digits(seconds * scale)} {unit}"
@@ -225,7 +225,7 @@ def picture(path: str) -> Picture | None:
         return None
     pixels = max(image.size)
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    # PNG keeps the exact pixels of small images. For a photograph, it would be ten times larger than JPEG.
+    # PNG keeps the exact pixels of small images. For a photograph, a PNG is much larger than a JPEG.
     kind = "png" if pixels <= PIXEL_ART_PIXELS else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85)

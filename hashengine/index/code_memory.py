@@ -1,8 +1,9 @@
-"""Memory for codes: growing, mapped from a file, and block-cyclically sharded over devices.
+"""Memory for codes: it grows, can be mapped from a file, and can be divided block-cyclically among devices.
 
-`ShardedCodes` is a view of the first rows of an index. The memory behind a view is a `GrowingRows`, a `GrowingCodes`
-or a `RowMemory`; a writer appends to it. Appending does not change earlier views: it writes after their last row, or to
-new, larger memory. Only `ShardedCodes.overwrite` changes rows in place.
+A writer appends to a `RowMemory`, which consists of a `GrowingCodes` for the codes and `GrowingRows` for the ids. A
+`GrowingCodes` has one `GrowingRows` per device. Searches read a `ShardedCodes`, a view of the first rows of the codes.
+Appending does not change earlier views: it writes after their last row, or to new, larger memory. Only
+`ShardedCodes.overwrite` changes rows in place.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 @dataclass(frozen=True)
 class BlockCyclicShard:
-    """Every `count`-th block of `block` consecutive rows, beginning with block `index`; the last block may be shorter.
+    """The rows of every `count`-th block, from block `index` on. A block has `block` rows; the last may have fewer.
 
-    The rows of a shard are in insertion order. `block` is a multiple of 8, so that bitmaps are cut between bytes.
+    The rows of a shard are in insertion order. `block` is a multiple of 8, so that a bitmap can be cut between bytes.
     """
 
     index: int = 0
@@ -184,7 +185,7 @@ class ShardedCodes:
             replacement.shard_codes[replacement.local_rows] = replacement.codes
 
     def _local_rows(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each part, a mask that selects the `rows` stored in it, and the positions of the selected rows in it."""
+        """Yield each part, a mask that selects the `rows` stored in the part, and their positions in the part."""
         cycle = len(self.parts) * SHARD_BLOCK_ROWS
         for index, part in enumerate(self.parts):
             in_part = rows // SHARD_BLOCK_ROWS % len(self.parts) == index
@@ -200,7 +201,7 @@ def rows_per_transfer(bytes_per_code: int) -> int:
 def allocate_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
     """Uninitialised memory that starts at a cache line.
 
-    On the CPU, NumPy allocates it: NumPy asks for huge pages for large memory, and torch does not.
+    On the CPU, NumPy allocates it, because NumPy asks for huge pages for large memory, and torch by default does not.
     """
     with torch.inference_mode(False):  # an inference tensor could not be updated outside of inference mode
         if device.type != "cpu":
@@ -224,11 +225,11 @@ class GrowingRows:
         """A view of the first `count` rows. On the CPU, its pickle does not contain the free memory."""
         with torch.inference_mode(False):
             rows = self._memory[:count]
-            # torch pickles the whole storage of a view. A tensor made from the array has a storage of these rows only.
+            # torch pickles the whole storage of a view. A tensor from a numpy array has a storage of its own rows only.
             return rows if rows.is_cuda else torch.from_numpy(rows.numpy())
 
     def reserve(self, count: int, needed: int) -> GrowingRows:
-        """Memory for `needed` rows or more, with the first `count` rows copied to it; this memory if it suffices."""
+        """This memory if it has room for `needed` rows, otherwise new memory with a copy of the first `count` rows."""
         if needed <= len(self._memory):
             return self
         memory = self._allocate(needed, 2 * count)
@@ -267,7 +268,7 @@ class GrowingCodes:
         """Allocate memory for exactly `count` codes and fill it block by block.
 
         Args:
-            blocks: uint8 [rows, bytes_per_code] each, `count` rows in total, from any device.
+            blocks: uint8 [rows, bytes_per_code] each, `count` rows in total, on any device.
             count: the number of codes.
             bytes_per_code: bits / 8.
             devices: the device of each shard.
@@ -310,17 +311,17 @@ class GrowingCodes:
 
 @dataclass(frozen=True)
 class RowMemory:
-    """The memory of an index to which `add` appends: codes, and ids on the CPU and on the first device."""
+    """The memory to which `add` appends: codes, and ids both on the CPU and on the first device of the codes."""
 
     codes: GrowingCodes
     ids: GrowingRows  # int64 on the CPU; empty if the id of a code is its row
-    device_ids: GrowingRows  # the ids on the codes' first device; if it is the CPU, the same object as `ids`
+    device_ids: GrowingRows  # the copy on the first device of the codes; if that is the CPU, `ids` itself
 
     @classmethod
     def from_ids(
         cls, codes: GrowingCodes, device: torch.device, ids: Tensor | None, device_ids: Tensor | None
     ) -> RowMemory:
-        """Memory of `codes`, whose first shard is on `device`, of `ids` int64 [rows], and of their copy on `device`."""
+        """Memory with these contents. `device` is the first device of the codes; `device_ids` are the ids on it."""
         no_ids = torch.empty(0, dtype=torch.int64)
         host_memory = GrowingRows(no_ids if ids is None else ids)
         if device == CPU:
@@ -339,11 +340,11 @@ class RowMemory:
 
 
 def map_rows(file: Path, count: int, bytes_per_row: int) -> Tensor:
-    """Map a file instead of reading it: uint8 [count or more, bytes_per_row], whose first `count` rows are the file's.
+    """Map `count` rows of a file instead of reading them. Returns uint8 [count or more, bytes_per_row].
 
-    Pages are read when they are used. Writes stay in memory and never reach the file. On Linux, address space for more
-    rows follows; it takes memory only when it is written to. On other systems, or if there is too little address space,
-    there are exactly `count` rows.
+    The pages of the file are read when they are used. Writes stay in memory and never reach the file. On Linux, further
+    rows follow those of the file; they take memory only when they are written. On other systems, or if there is too
+    little address space, there are exactly `count` rows.
     """
     rows = _reserve_address_space(count, bytes_per_row) if sys.platform == "linux" else None
     if rows is None:
@@ -362,7 +363,7 @@ def map_rows(file: Path, count: int, bytes_per_row: int) -> Tensor:
 
 
 def _reserve_address_space(count: int, bytes_per_row: int) -> np.ndarray | None:
-    """Address space for `count` rows and more, which reads as zeros at first; None if the system refuses it."""
+    """Address space for `count` rows and more, initially zeros; None if the system refuses it."""
     rows = max(MAP_GROWTH_FACTOR * count, count + MAP_GROWTH_BYTES // bytes_per_row)
     try:
         space = mmap.mmap(-1, rows * bytes_per_row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)

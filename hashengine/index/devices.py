@@ -1,4 +1,4 @@
-"""Copies to devices, synchronization, and the error of a full GPU."""
+"""Copies to devices, synchronization, and the error message for a full GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def synchronize_devices(devices: Iterable[torch.device]) -> None:
 
 
 def record_streams(tensors: Iterable[Tensor | None]) -> None:
-    """Keep the memory of GPU tensors allocated until this thread's stream has read it, even if they are dropped."""
+    """Keep the memory of GPU tensors allocated until this thread's stream has read it, even if Python frees them."""
     for tensor in tensors:
         if tensor is not None and tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -59,8 +59,8 @@ def explain_out_of_memory(
     Args:
         where: the method that the user called.
         devices: the devices in use.
-        needed: bytes on each GPU, a lower bound: what the index keeps or returns, without the kernels' scratch memory.
-        streamed: whether the codes are in host memory, so that only smaller results can help.
+        needed: bytes that each GPU needs at least: what the index stores or returns, without scratch memory of kernels.
+        streamed: whether the codes are in host memory. If so, only smaller results can help.
     """
     try:
         yield

@@ -29,10 +29,10 @@ from hashengine.ops import hamming_count, hamming_range, hamming_topk
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CPU_PAIRS_PER_BLOCK = 1 << 32  # (query, code) pairs; codes of 64 bits take a fraction of a second on two cores
-QUERIES_PER_KERNEL_BLOCK = 512  # the most queries that a CPU kernel takes per pass over the codes
-GPU_PAIRS_PER_BLOCK = 1 << 40
-GPU_PAIRS_PER_REPORT = 1 << 36  # if progress is reported; not fewer, because each report waits for the GPU
+CPU_PAIRS_PER_BLOCK = 1 << 32  # (query, code) pairs; few enough to handle Ctrl-C and report progress often
+QUERIES_PER_KERNEL_BLOCK = 512  # the most queries that a CPU kernel compares in one pass over the codes
+GPU_PAIRS_PER_BLOCK = 1 << 40  # (query, code) pairs, if progress is not reported
+GPU_PAIRS_PER_REPORT = 1 << 36  # the same if progress is reported; not fewer, because each report waits for the GPU
 RESULTS_PER_BLOCK = 1 << 26  # a result takes 12 bytes on the GPU, in addition to the codes
 STREAM_CHUNK_BYTES = 1 << 28  # a chunk of streamed codes; a GPU holds two chunks, and pinned host memory two more
 MAX_UNMERGED_PARTS = 8  # partial answers that a worker keeps before it merges them
@@ -45,9 +45,9 @@ class Request(abc.ABC):
     """A search of some queries over the rows of a snapshot; one subclass per kind of search."""
 
     snapshot: Snapshot
-    queries: Tensor  # uint8 [Q, bits / 8], on any device; the results are returned on this device
-    row_filter: Tensor | None  # the bitmap of rows that may be found, on any device
-    num_threads: int  # 0: all of torch's threads
+    queries: Tensor  # uint8 [Q, bits / 8], on any device; the results are returned on the same device
+    row_filter: Tensor | None  # the bitmap of rows that may be returned, on any device
+    num_threads: int  # 0 means all of torch's threads
 
     @property
     def bits(self) -> int:
@@ -99,13 +99,13 @@ class Request(abc.ABC):
 
 @dataclass(frozen=True)
 class TopKRequest(Request):
-    """`HammingIndex.search`: distances int32 [Q, k] and ids int64 [Q, k]."""
+    """The request of `HammingIndex.search`. Its answer: distances int32 [Q, k] and ids int64 [Q, k]."""
 
     k: int
 
     @property
     def results_per_query(self) -> int:
-        """One result for each of the `k` nearest codes."""
+        """The `k` of the request."""
         return self.k
 
     def search_shard(self, shard: BlockCyclicShard, codes: Tensor) -> Part:
@@ -130,14 +130,14 @@ class TopKRequest(Request):
 
 @dataclass(frozen=True)
 class RangeRequest(Request):
-    """`HammingIndex.range_search`: lims int64 [Q + 1], distances int32 [R] and ids int64 [R]."""
+    """The request of `HammingIndex.range_search`. Its answer: lims int64 [Q + 1], distances int32 and ids int64 [R]."""
 
     radius: int
     max_results: int | None
 
     @property
     def results_per_query(self) -> int:
-        """`max_results`, or 1 if the number of results is unlimited."""
+        """`max_results`, or 1 if there is no limit, because the number is then unknown before the search."""
         return self.max_results or 1
 
     def search_shard(self, shard: BlockCyclicShard, codes: Tensor) -> Part:
@@ -169,9 +169,12 @@ class RangeRequest(Request):
 
 @dataclass(frozen=True)
 class CountRequest(Request):
-    """`HammingIndex.count`: counts int64 [Q, bits + 1]; with labels, also the counts of relevant codes."""
+    """The request of `HammingIndex.count`. Its answer: counts of codes and of relevant codes, int64 [Q, bits + 1] each.
 
-    labels: tuple[Tensor, Tensor] | None  # of the queries and of all rows, on any devices
+    Without labels, the counts of relevant codes are [Q, 0].
+    """
+
+    labels: tuple[Tensor, Tensor] | None  # labels of the queries and of all rows, on any devices
 
     @property
     def results_per_query(self) -> int:
@@ -224,7 +227,7 @@ def _collect_rows(queries: Tensor, answers: Iterator[tuple[slice, Part]]) -> Par
 
 
 def run(request: Request, workers: list[DeviceWorker], progress: Progress | None) -> Part:
-    """Answer a request with ids, on the device of its queries."""
+    """Answer a request. The answer contains ids instead of rows, and is on the device of the queries."""
     return request.collect(_run_blocks(request, workers, progress))
 
 
@@ -386,7 +389,7 @@ class StagedChunks:
         self._search_stream, self._copy_stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         shape = (min(shards[0].block, len(codes)), codes.shape[1])
         self._slots = [StagingSlot(shape, device) for _ in range(min(2, len(shards)))]
-        self._copy_stream.wait_stream(self._search_stream)  # earlier work may still use the memory of the slots
+        self._copy_stream.wait_stream(self._search_stream)  # earlier work may still use memory that is now a slot
 
     def __iter__(self) -> Iterator[tuple[BlockCyclicShard, Tensor]]:
         try:
@@ -403,7 +406,7 @@ class StagedChunks:
             self._search_stream.wait_stream(self._copy_stream)
 
     def _copy(self, number: int) -> Tensor:
-        """Start to copy a chunk to its slot after the slot's last search. Returns the chunk on the GPU."""
+        """Start the copy of a chunk to its slot, after the last search of the slot. Returns the chunk on the GPU."""
         slot, chunk = self._slots[number % 2], self._shards[number].slice_of(self._codes)
         slot.copied.synchronize()  # before that, the last copy may still be reading the pinned memory
         pinned, target = slot.pinned[: len(chunk)], slot.codes[: len(chunk)]

@@ -1,15 +1,15 @@
-"""The folder of an index. Reading and writing it needs no torch: rows are numpy arrays, or objects whose slices are.
+"""The folder of an index. This module works without torch: it reads and writes numpy arrays.
 
 `manifest.json` contains the names, sizes and checksums of these files:
 
 - `codes-*.bin`: all codes, including removed ones, uint8, bits / 8 bytes per row;
 - `ids-*.bin`, unless the id of every code is its row: int64, little-endian;
-- `live-*.bin`, if codes were removed: a bitmap of the rows that remain, the first in the least significant bit.
+- `live-*.bin`, if codes were removed: a bitmap of the remaining rows, the first row in the least significant bit.
 
-A save locks the file `lock`. It writes new files, or appends to files that the manifest names, so that the bytes up to
-the sizes in the manifest do not change. Further bytes of a file come from an interrupted save and are not read. A save
-is committed when the new manifest replaces the old one. After that, the save removes the files that only the old
-manifest names.
+A save locks the file `lock`. It writes new files, or appends to files that the manifest names. It does not change the
+bytes up to the sizes in the manifest. Further bytes of a file come from an interrupted save and are not read. A save is
+committed when the new manifest replaces the old one. After that, the save removes the files that only the old manifest
+names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as brief  # a damaged value may be as long as the file
+from reprlib import repr as brief  # shortens values: a damaged one may be as long as the file
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,12 +47,12 @@ _FIELDS = {
     1: {"format", "version", "bits", "bit_order", "count", "codes", "ids"},
     2: {"format", "version", "bits", "bit_order", "count", "next_id", "codes", "ids", "live", "crc32"},
 }
-_FILE_NAME = re.compile(r"(codes|ids|live)-[0-9A-Za-z]{1,32}\.bin")  # a path out of the folder does not match
+_FILE_NAME = re.compile(r"(codes|ids|live)-[0-9A-Za-z]{1,32}\.bin")  # no path that leaves the folder matches
 _CHUNK_BYTES = 1 << 24  # bytes read or written at a time
 
 
 class Rows(Protocol):
-    """Rows of equal size, read a slice at a time: a numpy array, or codes on devices."""
+    """Rows of equal size whose slices are numpy arrays: a numpy array, or codes on devices."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +61,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Contents:
-    """The state of an index to save."""
+    """The state of an index, as it is saved."""
 
     bits: int
     next_id: int | None  # the id of the next code added without an id; None: codes are added with ids
@@ -72,7 +72,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class SavePoint:
-    """A folder, and its manifest when its contents were last equal to the index in memory."""
+    """A folder, and the manifest that it had when its contents were last equal to the index in memory."""
 
     path: Path
     manifest: Manifest
@@ -82,7 +82,7 @@ class SavePoint:
 
 
 def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
-    """Write an index to a folder. It replaces an index that is there.
+    """Write an index to a folder. It replaces an index that the folder contains.
 
     Args:
         path: the folder; created if it does not exist.
@@ -140,7 +140,7 @@ def _locked(path: Path) -> Iterator[None]:
             raise invalid("save", str(path), "a folder that is not in use", "a save that is running", advice) from None
         yield
     finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not unlock if a child forked by another thread has a copy of it
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of `lock`
         os.close(lock)
 
 
@@ -218,7 +218,7 @@ class StoredIndex:
         return SavePoint(self.path.resolve(), self.manifest)
 
     def is_current(self) -> bool:
-        """Whether the folder still has this manifest. If not, another save may have removed the files of this one."""
+        """Whether the folder still has this manifest. If not, a later save may have removed the files that it names."""
         return read_manifest(self.path) == self.manifest
 
     def codes_file(self) -> Path:
@@ -230,7 +230,7 @@ class StoredIndex:
         _read_into(self.path, self.manifest["codes"], codes)
 
     def code_blocks(self, rows_per_block: int) -> Iterator[np.ndarray]:
-        """The codes, uint8 [rows_per_block or fewer, bits / 8] at a time; after the last, the checksum is checked."""
+        """Yield blocks of codes, uint8 [rows_per_block or fewer, bits / 8]. After the last one, check the checksum."""
         count, width = self.rows, self.bits // 8
         sizes = (min(rows_per_block, count - first) for first in range(0, count, rows_per_block))
         buffers = (memoryview(bytearray(size * width)) for size in sizes)
@@ -260,14 +260,14 @@ def _check_rows(stored: StoredIndex, ids: np.ndarray | None, live: np.ndarray | 
     rows = stored.rows
     if live is not None and (rows == 0 or np.unpackbits(live, bitorder="little")[rows:].any()):
         file = stored.path / stored.manifest["live"]["file"]
-        raise _damaged(f"the contents of {file}", f"one bit for each of {rows} codes, then zeros", "others")
+        raise _damaged(f"the contents of {file}", f"one bit for each of {rows} codes, then zeros", "other bits")
     if ids is not None:
         live_ids = ids if live is None else ids[np.unpackbits(live, count=rows, bitorder="little").view(bool)]
         live_ids = np.sort(live_ids)
         end = np.inf if stored.next_id is None else stored.next_id
         if len(live_ids) and (live_ids[0] < 0 or live_ids[-1] >= end or (live_ids[1:] == live_ids[:-1]).any()):
             file = stored.path / stored.manifest["ids"]["file"]
-            raise _damaged(f"the ids in {file}", f"unique, 0 or more and below {end}", "others")
+            raise _damaged(f"the ids in {file}", f"unique, 0 or more and below {end}", "other values")
 
 
 def _file_of(path: Path, entry: FileEntry) -> Path:
@@ -292,7 +292,7 @@ def _read_into(path: Path, entry: FileEntry, rows: np.ndarray) -> None:
 
 
 def _fill(path: Path, entry: FileEntry, buffers: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Fill each buffer with the next bytes of a file and yield it; at the end, check the checksum of all bytes."""
+    """Fill each buffer with the next bytes of a file, and yield the buffer. At the end, check the checksum."""
     file = _file_of(path, entry)
     checksum = 0
     with open(file, "rb") as source:
@@ -339,7 +339,7 @@ def read_manifest(path: Path) -> Manifest:
         _check_manifest(file, manifest)
         return manifest
     _check_manifest(file, manifest)
-    # The text is compared, not only the checksum: a changed byte is damage even if it leaves all values the same.
+    # The whole text is compared, because a changed byte is damage even if all values stay the same.
     if manifest.keys() != _FIELDS[2] or manifest_text(with_checksum(manifest)).encode() != contents:
         raise _damaged(f"the text of {file}", "that of its fields, with their checksum", "another")
     return manifest

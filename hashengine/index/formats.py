@@ -33,10 +33,10 @@ OWN_BIT_ORDER = "msb_first"
 BIT_ORDERS = (OWN_BIT_ORDER, "lsb_first")
 SUFFIXES = (".npy", ".u8bin")
 
-_READ_HDF5 = "read_ann_benchmarks"  # the function that errors name
+_READ_HDF5 = "read_ann_benchmarks"  # the function that is named in error messages
 
 _U8BIN_HEADER = struct.Struct("<II")  # rows, bytes per row
-_NPY_HEADER_BYTES = 1 << 14  # numpy accepts only shorter headers
+_NPY_HEADER_BYTES = 1 << 14  # longer headers are refused by numpy
 HDF5_BLOCK_ROWS = 1 << 16  # rows that are read and packed at a time
 _KIND_NAMES = {"b": "bool", "f": "floats", "i": "integers", "u": "unsigned integers"}  # by numpy's dtype.kind
 
@@ -89,7 +89,7 @@ def read_codes(path: str | os.PathLike[str], *, bit_order: str, mmap: bool = Fal
         uint8 [N, bits / 8], "msb_first".
 
     Raises:
-        InputError: the file does not exist, is of another kind, is damaged, or has other contents.
+        InputError: the file does not exist, is damaged, or is not a file of codes as above.
     """
     path = _check_path("read_codes", path)
     if _check_bit_order("read_codes", bit_order) != OWN_BIT_ORDER and mmap:
@@ -120,7 +120,7 @@ def write_codes(path: str | os.PathLike[str], codes: Array, *, bit_order: str) -
         bit_order: "msb_first" or "lsb_first": the bit order to write.
 
     Raises:
-        InputError: a wrong dtype or shape, or another kind of file.
+        InputError: a wrong dtype or shape, or another suffix.
         OSError: the folder does not exist or cannot be written to, or the disk is full.
     """
     path = _check_path("write_codes", path)
@@ -146,13 +146,13 @@ def _check_path(where: str, path: str | os.PathLike[str]) -> Path:
 
 def _npy_shape(file: BinaryIO) -> tuple[int, int]:
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    # If numpy read from the file itself, it would read as many bytes as the header claims to have.
+    # numpy gets only the beginning of the file, because it reads as many bytes as the header claims to have.
     beginning = io.BytesIO(file.read(_NPY_HEADER_BYTES))
     try:
         shape, fortran_order, dtype = read_header[np.lib.format.read_magic(beginning)](beginning)
         if any(size.bit_length() > 63 for size in shape):
             raise ValueError("its shape is beyond 64 bits")
-    except Exception as error:  # numpy evaluates the header as Python, so a damaged one can raise anything
+    except Exception as error:  # numpy parses the header as a Python literal; a damaged one can raise anything
         actual = f"another ({_brief(error)})"
         raise invalid("read_codes", file.name, "an .npy file of version 1 or 2", actual) from None
     file.seek(beginning.tell())
@@ -194,7 +194,7 @@ def read_ann_benchmarks(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.nd
         the file; in ann-benchmarks' own files, they are the fraction of bits that differ.
 
     Raises:
-        InputError: h5py is missing, or the file does not exist, is of another kind, is damaged, or has other contents.
+        InputError: h5py is missing, or the file does not exist, is damaged, or is not such a data set.
     """
     try:
         import h5py
@@ -219,7 +219,7 @@ def read_ann_benchmarks(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.nd
     if train.shape[1] != test.shape[1] or not len(test) == len(neighbors) == len(distances):
         shapes = [list(array.shape) for array in (train, test, neighbors, distances)]
         what = f"train, test, neighbors and distances in {path}"
-        expected = "two matrices of one width, and three with one row per query"
+        expected = "of one width (train, test), with one row per query (test, neighbors, distances)"
         raise invalid(_READ_HDF5, what, expected, shapes)
     return train, test, neighbors, distances
 
@@ -242,10 +242,10 @@ def _packed(file: h5py.File, name: str) -> np.ndarray:
         expected = "a matrix with a positive multiple of 8 values per row"
         raise invalid(_READ_HDF5, f"{name} in {file.filename}", expected, bits)
     codes = np.empty((count, bits // 8), np.uint8)
-    for first in range(0, count, HDF5_BLOCK_ROWS):  # in blocks: the values take at least 8 times the codes' memory
+    for first in range(0, count, HDF5_BLOCK_ROWS):  # by blocks, because values take 8 times the memory of codes or more
         values = data[first : first + HDF5_BLOCK_ROWS]
         if values.dtype != bool and not ((values == 0) | (values == 1)).all():
-            expected, advice = "zeros and ones, one value per bit", "packed codes need no unpacking"
+            expected, advice = "zeros and ones, one value per bit", "read packed codes with h5py"
             raise invalid(_READ_HDF5, f"{name} in {file.filename}", expected, "other values", advice)
         codes[first : first + HDF5_BLOCK_ROWS] = np.packbits(values != 0, axis=1)
     return codes
@@ -255,7 +255,7 @@ def _packed(file: h5py.File, name: str) -> np.ndarray:
 
 
 def from_faiss(index: faiss.IndexBinary, *, bit_order: str) -> HammingIndex:
-    """An index of the codes of a FAISS index, in the same order.
+    """Convert a FAISS index to an index with the same codes in the same order.
 
     Args:
         index: an `IndexBinaryFlat`, whose ids are positions, or an `IndexBinaryIDMap` or `IndexBinaryIDMap2` over one,
@@ -284,7 +284,7 @@ def from_faiss(index: faiss.IndexBinary, *, bit_order: str) -> HammingIndex:
 
 
 def to_faiss(index: HammingIndex, *, bit_order: str) -> faiss.IndexBinaryFlat | faiss.IndexBinaryIDMap2:
-    """A FAISS index of the codes in an index, in the same order, without the removed ones.
+    """Convert an index to a FAISS index with the same codes in the same order, without the removed ones.
 
     Args:
         index: the index; its codes and ids are copied.

@@ -68,12 +68,12 @@ class HammingIndex:
     compaction keep that order. The id of a code is the one that it was added with. Codes added without ids are numbered
     in insertion order. Neither removal nor compaction changes an id. Answers are the same on every device, bit for bit.
 
-    Threads may search while another one writes: a search sees one state of the index from beginning to end.
+    Threads may search while another thread writes: a search uses one snapshot of the index from beginning to end.
 
     On a GPU, `search` runs on the current stream. It does not wait for the stream if the index is on one GPU and not
     streamed, the queries are on this GPU too, k is at most 4,096, and `progress` is not given. A CUDA graph of a search
-    reads the codes that the index had during capture: keep the index, unchanged, as long as the graph is used. Ids that
-    are not positions take 8 bytes per code on the GPU, or on the first of several GPUs.
+    reads the codes that the index had during capture. Therefore keep the index, unchanged, as long as the graph is
+    used. Ids that are not positions take 8 bytes per code on the GPU, or on the first of several GPUs.
 
     Args:
         bits: the length of a code, a multiple of 8 up to 65,536.
@@ -101,7 +101,7 @@ class HammingIndex:
         self._devices = check_devices("HammingIndex", device)
         self._streamed = bool(streamed)
         self._last_saved: folder.SavePoint | None = None
-        self._writer = threading.Lock()  # held by add, remove, update, compact and save
+        self._writer = threading.Lock()  # held by add, remove, update, compact, save and to
         self._rows_lock = ReadersWriterLock()  # a search is a reader; an update, which overwrites rows, is a writer
         self._publish_codes(GrowingCodes.from_blocks([], 0, self.bits // 8, self._code_devices), 0)
 
@@ -151,9 +151,10 @@ class HammingIndex:
         Args:
             queries: uint8 [Q, bits / 8], torch or numpy.
             k: 1 to the number of codes.
-            filter: the codes that may be found. Either a mask, bool [N], with one value per code in insertion order; or
-                its bitmap, uint8 [ceil(N / 8)], with the first code in the least significant bit (`numpy.packbits` with
-                bitorder="little"). Both may have one row per query: [Q, N] or [Q, ceil(N / 8)]. Default: all codes.
+            filter: the codes that may be returned. Either a mask, bool [N], with one value per code in insertion order;
+                or its bitmap, uint8 [ceil(N / 8)], with the first code in the least significant bit (`numpy.packbits`
+                with bitorder="little"). Either form may have one row per query: [Q, N] or [Q, ceil(N / 8)]. Default:
+                all codes.
             num_threads: the largest number of torch's threads to use, at least 1. Default: all.
             progress: called with (number of queries done, number of queries) from time to time.
 
@@ -169,9 +170,9 @@ class HammingIndex:
             if snapshot.count == 0:
                 raise invalid("search", "the index", "one that holds codes", "an empty one", "add codes first")
             k = check_integer("search", "k", k, 1, snapshot.count, "the number of codes")
-            row_filter, threads = self._check_options("search", snapshot, len(query_codes), filter, num_threads)
+            code_filter, threads = self._check_options("search", snapshot, len(query_codes), filter, num_threads)
             with self._explain_out_of_memory("search", _RESULT_BYTES * len(query_codes) * k):
-                request = TopKRequest(snapshot, query_codes, snapshot.row_filter(row_filter), threads, k)
+                request = TopKRequest(snapshot, query_codes, snapshot.row_filter(code_filter), threads, k)
                 distances, ids = execution.run(request, self._workers(snapshot), progress)
         return to_callers_type(queries, distances, ids)
 
@@ -198,8 +199,8 @@ class HammingIndex:
             progress: as for `search`.
 
         Returns:
-            `lims` int64 [Q + 1]; query q has `distances` int32 and `ids` int64 in `[lims[q], lims[q + 1])`, ordered by
-            (distance, insertion position).
+            `lims` int64 [Q + 1], `distances` int32 and `ids` int64. The results of query q are
+            `distances[lims[q]:lims[q + 1]]` and `ids[lims[q]:lims[q + 1]]`, ordered by (distance, insertion position).
 
         Raises:
             InputError: a wrong dtype or shape, or radius or max_results out of range.
@@ -209,9 +210,9 @@ class HammingIndex:
         if max_results is not None:
             max_results = check_integer("range_search", "max_results", max_results, 1)
         with self._reading() as snapshot:
-            row_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
+            code_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
             with self._explain_out_of_memory("range_search", 8 * len(query_codes)):
-                bitmap = snapshot.row_filter(row_filter)
+                bitmap = snapshot.row_filter(code_filter)
                 request = RangeRequest(snapshot, query_codes, bitmap, threads, radius, max_results)
                 lims, distances, ids = execution.run(request, self._workers(snapshot), progress)
         return to_callers_type(queries, lims, distances, ids)
@@ -244,13 +245,13 @@ class HammingIndex:
         """
         query_codes = check_codes("count", "queries", queries, self.bits)
         with self._reading() as snapshot:
-            row_filter, threads = self._check_options("count", snapshot, len(query_codes), filter, num_threads)
+            code_filter, threads = self._check_options("count", snapshot, len(query_codes), filter, num_threads)
             row_labels: tuple[Tensor, Tensor] | None = None
             if labels is not None:
                 query_labels, code_labels = check_labels("count", labels, len(query_codes), snapshot.count)
                 row_labels = (query_labels, snapshot.expand_to_rows(code_labels))
             with self._explain_out_of_memory("count", 8 * len(query_codes) * (self.bits + 1)):
-                request = CountRequest(snapshot, query_codes, snapshot.row_filter(row_filter), threads, row_labels)
+                request = CountRequest(snapshot, query_codes, snapshot.row_filter(code_filter), threads, row_labels)
                 counts, relevant = execution.run(request, self._workers(snapshot), progress)
         return to_callers_type(queries, counts)[0] if labels is None else to_callers_type(queries, counts, relevant)
 
@@ -283,7 +284,10 @@ class HammingIndex:
         return to_callers_type(ids, scores, wanted.gather(1, order))
 
     def reconstruct(self, ids: Array) -> Any:
-        """The codes of ids int64 [M], which may repeat: uint8 [M, bits / 8], in the ids' library, on their device.
+        """The codes of ids, int64 [M], which may repeat.
+
+        Returns:
+            uint8 [M, bits / 8], in the ids' library, on their device.
 
         Raises:
             InputError: a wrong dtype or shape, or an id that is not in the index.
@@ -297,7 +301,7 @@ class HammingIndex:
     # Changing the codes.
 
     def add(self, codes: Array, ids: Array | None = None) -> None:
-        """Append codes. In an index, either all codes are added with ids or all are added without.
+        """Append codes. Either all codes of an index are added with ids, or all are added without ids.
 
         Args:
             codes: uint8 [N, bits / 8], torch on any device or numpy; copied.
@@ -358,7 +362,7 @@ class HammingIndex:
                 with self._explain_out_of_memory("update", new_codes.nbytes):
                     replacements = stored.scatter(rows, new_codes)
                 with self._rows_lock.writing():
-                    synchronize_devices(self._code_devices)  # kernels of a search may run after it has returned
+                    synchronize_devices(self._code_devices)  # a search may return before its kernels end
                     stored.overwrite(replacements)
                     synchronize_streams(self._code_devices)
 
@@ -376,11 +380,11 @@ class HammingIndex:
     # Folders, devices, copies.
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to a folder. If it was last saved to or loaded from there, only what is new is written.
+        """Write the index to a folder. If the last save or load used this folder, only new codes and ids are written.
 
         The folder contains a manifest and a file with the codes as they are in memory, row after row. A save appends
-        the new codes to that file. But after an update or a compaction, or if another save has changed the folder, it
-        writes all codes to a new file. A failure before the new manifest replaces the old one leaves the old index.
+        the new codes to that file. After an update or a compaction, or if another save has changed the folder, it
+        writes all codes to a new file. If it fails before the new manifest replaces the old one, the old index remains.
 
         Raises:
             InputError: the path cannot be written to, contains a damaged index, or is in use by another save.
@@ -406,7 +410,7 @@ class HammingIndex:
             path: the folder.
             mmap: map the codes instead of reading them. Sizes, and all checksums except that of the codes, are checked.
                 Changes stay in memory until they are saved; the map never writes to the file. On Linux, added codes are
-                stored behind the map, without copying it, until they take three times its size or 64 MB, whichever is
+                stored behind the map, without copying it, until they take three times its size or 64 MiB, whichever is
                 more. Beyond that, and on other systems, `add` copies all codes to memory. `compact` copies the
                 remaining codes to memory. `update` copies the pages that it changes.
             device: as for the constructor.
@@ -427,7 +431,7 @@ class HammingIndex:
             except (InputError, FileNotFoundError):
                 if stored.is_current():
                     raise
-                # Another process has saved in the meantime and removed the files of this manifest: read the new ones.
+                # Another save has removed the files of this manifest in the meantime: read the new manifest.
 
     def _read(self, stored: folder.StoredIndex, mmap: bool) -> None:
         rows, bytes_per_code = stored.rows, self.bits // 8
@@ -467,7 +471,7 @@ class HammingIndex:
         return index
 
     def __getstate__(self) -> tuple[Any, ...]:
-        """The state without locks, which can be neither copied nor pickled, and with the codes on the CPU."""
+        """The state, with the codes on the CPU, and without the locks, which can be neither copied nor pickled."""
         with self._rows_lock.reading():
             snapshot, last_saved = self._snapshot, self._last_saved
             snapshot = replace(snapshot, codes=ShardedCodes((snapshot.codes.host_rows(),)), device_ids=None)
@@ -517,7 +521,7 @@ class HammingIndex:
         return assign_workers(snapshot.codes, self._devices, self._streamed)
 
     def _publish(self, snapshot: Snapshot, memory: RowMemory) -> None:
-        """Make a snapshot current. Its rows are the first rows of `memory`, and the next `add` appends to `memory`."""
+        """Make a snapshot current. Its rows are the first rows of `memory`, to which the next `add` appends."""
         _ = snapshot.device_live  # copied to the device here, so that no search waits for the copy
         synchronize_streams(self._code_devices)  # searches may use other streams
         self._memory, self._snapshot = memory, snapshot
@@ -536,7 +540,7 @@ class HammingIndex:
         self._publish(snapshot, memory)
 
     def _copy_from(self, snapshot: Snapshot, blocks: Iterable[Tensor], where: str) -> None:
-        """Publish a copy of another index's snapshot, with its codes given block by block."""
+        """Publish a copy of another index's snapshot. `blocks` are the codes of the snapshot."""
         rows = len(snapshot.codes)
         with self._explain_out_of_memory(where, self._bytes_per_device(rows)):
             codes = GrowingCodes.from_blocks(blocks, rows, self.bits // 8, self._code_devices)

@@ -38,10 +38,10 @@ class HammingKNN:
         Args:
             query: packed codes, uint8 [Q, bits / 8], or floating activations [Q, bits], packed by their signs as
                 `hashengine.ops.pack_bits` does.
-            k: 1 to the number of references, or to one less if the references include the queries.
+            k: 1 to the number of references, or 1 to one less if the references include the queries.
             reference: packed codes, activations, or a `Searcher` whose ids are positions. Default: the queries; then
                 `ref_includes_query` is taken as True.
-            ref_includes_query: whether the first Q references are the queries. A query is not its own neighbour.
+            ref_includes_query: whether the first Q references are the queries. If so, no query is its own neighbour.
 
         Returns:
             `distances` float32 [Q, k], ascending, and `indices` int64 [Q, k], in the queries' library, on their
@@ -72,7 +72,7 @@ class HammingKNN:
             distances, indices = references.search(query_codes, k + own)
         if own:
             is_own = indices == torch.arange(len(indices), device=indices.device)[:, None]
-            # If more than k duplicates precede a query, it is not among its own results. Drop the last result instead.
+            # If more than k duplicates precede a query, the query is not in its results. Drop the last result instead.
             is_own[~is_own.any(dim=1), -1] = True
             distances, indices = (results[~is_own].view(-1, k) for results in (distances, indices))
         return to_callers_type(query, distances.float(), indices)

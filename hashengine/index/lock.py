@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class ReadersWriterLock:
-    """Readers share the lock, a writer excludes all others. A waiting writer precedes later readers. Not reentrant."""
+    """Readers share the lock; a writer excludes all others. A waiting writer precedes later readers. Not reentrant."""
 
     def __init__(self) -> None:
         self._turnstile = threading.Lock()  # held by a waiting writer, so that a stream of readers cannot starve it

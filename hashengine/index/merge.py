@@ -1,8 +1,8 @@
-"""Exact merging of partial answers: the merged answers of the parts of a database equal one search of all of it.
+"""Exact merging of partial answers: the merged answer equals the answer of one search of the whole database.
 
-A part is any set of rows. Each row has a global position, and the answers of a part name its rows by global position.
-The order of a merged answer is total, by (distance, global position). It depends neither on how the database is split
-nor on the order in which the parts arrive. All functions are pure; the tensors of all parts are on one device.
+A partial answer (`Part`) is the answer of a search of some of the rows; each row is searched once. Answers name rows by
+their global positions. The order of a merged answer is total, by (distance, global position). It depends neither on how
+the database is split nor on the order of the partial answers. All functions are pure; all tensors are on one device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Part = tuple[Tensor, ...]  # a partial answer; each function documents its tenso
 
 
 def merge_topk(parts: Sequence[Part], k: int, *, rows: int, bits: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of all parts' nearest rows.
+    """The k nearest rows among the nearest rows of each part.
 
     Args:
         parts: `distances` int32 [Q, k'] and `positions` int64 [Q, k'] of each part, with k' the smaller of k and the
             part's number of rows. A missing result has distance `bits + 1` and position -1.
         k: the number of results per query; fewer if the parts have fewer in total.
-        rows: a bound above all global positions, such as the number of rows of the database.
+        rows: a number greater than all global positions, such as the number of rows of the database.
         bits: the length of a code.
 
     Returns:
@@ -38,10 +38,10 @@ def merge_range(parts: Sequence[Part], max_results: int | None, *, rows: int) ->
     """The results of all parts, or the nearest `max_results` of each query.
 
     Args:
-        parts: `lims` int64 [Q + 1], `distances` int32 [R] and `positions` int64 [R] of each part; query q has the
-            results in `[lims[q], lims[q + 1])`.
+        parts: `lims` int64 [Q + 1], `distances` int32 [R] and `positions` int64 [R] of each part. The results of query
+            q are the entries `lims[q]:lims[q + 1]` of `distances` and `positions`.
         max_results: the number of results per query to keep; None keeps all.
-        rows: a bound above all global positions.
+        rows: a number greater than all global positions.
 
     Returns:
         The same three tensors for all parts, the results of each query ordered by (distance, position).
@@ -53,7 +53,7 @@ def merge_range(parts: Sequence[Part], max_results: int | None, *, rows: int) ->
     order = (distances.long() * rows + positions).argsort()
     order = order[query[order].argsort(stable=True)]
     if max_results is not None:
-        rank = torch.arange(len(order), device=order.device) - lims[query[order]]  # among the query's results
+        rank = torch.arange(len(order), device=order.device) - lims[query[order]]  # among the results of its query
         order = order[rank < max_results]
         lims = torch.cat([lims[:1], lims.diff().clamp(max=max_results).cumsum(0)])
     return lims, distances[order], positions[order]

@@ -38,7 +38,8 @@ class Searcher(Protocol):
         """The codes at a distance of at most `radius` from each query.
 
         Returns:
-            `lims` int64 [Q + 1]; query q has `distances` int32 and `ids` int64 in `[lims[q], lims[q + 1])`.
+            `lims` int64 [Q + 1], `distances` int32 and `ids` int64. The results of query q are
+            `distances[lims[q]:lims[q + 1]]` and `ids[lims[q]:lims[q + 1]]`.
         """
 
     def count(self, queries: Array, *, labels: Labels | None = None) -> Any:

@@ -23,7 +23,7 @@ GPU_MASK_ENTRIES = 1 << 27  # entries of a mask, 1 byte each, that a GPU unpacks
 
 @dataclass(frozen=True)
 class _SortedRun:
-    """The ids of consecutive rows, sorted at their first lookup."""
+    """The ids of consecutive rows. They are sorted at the first lookup."""
 
     first_row: int
     ids: np.ndarray
@@ -40,9 +40,9 @@ class _SortedRun:
 class IdLookup:
     """The row of each id. Immutable; a sequence of sorted runs, each at least twice as long as the next.
 
-    A lookup is a binary search in each of about log2(N) runs or fewer. If N ids are added one by one, each is sorted
-    about log2(N) times or less often. The runs take 16 bytes per id after the first lookup, and no memory before it. A
-    dictionary of a million ids would take about 100 MB, and up to a second to build.
+    A lookup is a binary search in each run; N ids have at most about log2(N) runs. If N ids are added one by one, each
+    is sorted at most about log2(N) times. The runs take 16 bytes per id after the first lookup, and no memory before
+    it. A dictionary of a million ids would take about 100 MB (estimated).
     """
 
     def __init__(self, runs: tuple[_SortedRun, ...] = ()) -> None:
@@ -57,7 +57,7 @@ class IdLookup:
         return IdLookup((*runs, _SortedRun(first_row, ids[first_row:])))
 
     def rows_or_missing(self, ids: np.ndarray) -> np.ndarray:
-        """The row of each id, or -1 if there is none. If an id was removed and added again, its last row."""
+        """The row of each id, or -1 if there is none. If an id was removed and added again, the last row counts."""
         rows = np.full(len(ids), -1, np.int64)
         for run in self._runs:
             if len(run.ids):
@@ -79,7 +79,7 @@ class Snapshot:
     ids: Tensor | None = None  # int64 [rows] on the CPU; None: the id of a code is its row
     device_ids: Tensor | None = None  # `ids` on the first device of the codes
     lookup: IdLookup = IdLookup()  # from ids to rows; unused if ids is None
-    live: np.ndarray | None = None  # bitmap of the live rows, uint8 [ceil(rows / 8)], in pack_filter order; None: all
+    live: np.ndarray | None = None  # bitmap of the live rows, uint8 [ceil(rows / 8)], as by pack_filter; None: all
     count: int = 0  # live rows
     next_id: int | None = 0  # the id of the next code added without one; None: codes are added with ids
 
@@ -132,7 +132,7 @@ class Snapshot:
         return Snapshot(codes, ids, device_ids, lookup, live, self.count + new - old, next_id)
 
     def without(self, rows: np.ndarray) -> Snapshot:
-        """The snapshot after `rows`, live rows int64 [M], were removed."""
+        """The snapshot after the removal of `rows`, int64 [M], which must be live."""
         live = np.packbits(self.live_mask(), bitorder="little") if self.live is None else self.live
         return replace(self, live=_with_bits(live, rows, False, len(self.codes)), count=self.count - len(rows))
 
@@ -167,7 +167,7 @@ class Snapshot:
         else:
             rows = self.lookup.rows_or_missing(wanted)
         if self.live is not None:
-            rows[(self.live[rows >> 3] >> (rows & 7) & 1) == 0] = -1  # for row -1, the last bit is read; it stays -1
+            rows[(self.live[rows >> 3] >> (rows & 7) & 1) == 0] = -1  # row -1 reads the last byte, and stays -1
         return torch.from_numpy(rows)
 
     def rows_of(self, ids: Tensor, where: str) -> Tensor:
@@ -191,7 +191,7 @@ class Snapshot:
     # From values per live code to values per row.
 
     def row_filter(self, filter: Tensor | None) -> Tensor | None:
-        """The bitmap of rows that a search may find: uint8 [ceil(rows / 8)], or one per query; None for all rows.
+        """The bitmap of rows that a search may return: uint8 [ceil(rows / 8)], or one per query; None for all rows.
 
         Args:
             filter: a mask (bool) or bitmap (uint8) of the live codes, on any device; None for all of them.
@@ -237,7 +237,7 @@ def combine_filter(filter: np.ndarray, live: np.ndarray | None, rows: int, count
     if live is not None:
         bitmap = np.empty((*filter.shape[:-1], len(live)), np.uint8)
         live_mask, selected = np.unpackbits(live, count=rows, bitorder="little").view(bool), np.zeros(rows, bool)
-        for query in np.ndindex(filter.shape[:-1]):  # one at a time: a mask takes eight times the memory of its bitmap
+        for query in np.ndindex(filter.shape[:-1]):  # one at a time, because a mask takes 8 times the memory
             mask = filter[query]
             selected[live_mask] = mask if is_mask else np.unpackbits(mask, count=count, bitorder="little")
             bitmap[query] = np.packbits(selected, bitorder="little")

@@ -1,4 +1,4 @@
-"""Hashing methods, one file each; `base` describes what a method is and how to write one.
+"""Hashing methods, one file per method; `base` describes what a method is and how to write one.
 
 Importing this package imports neither torch nor a method; `find` imports the file of one method.
 """
@@ -25,7 +25,7 @@ __all__ = ["DEFAULT", "Batch", "HashingMethod", "View", "create", "find", "names
 
 
 def names() -> list[str]:
-    """The names of all methods, sorted: those of the files in this folder, except `base`."""
+    """The names of all methods, sorted: the names of the files in this folder, except `base`."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 

@@ -1,11 +1,13 @@
-"""What a hashing method is: the loss, the head and the defaults that turn a network's features into good codes.
+"""The interface of a hashing method, which consists of a head, a loss or a closed form, and defaults.
 
-A method is one file in this folder, with the method's name. Its docstring names the paper and describes the head,
-the loss or the closed form, and the source of the defaults. It defines a subclass of `HashingMethod`, which is
-registered under its name.
+The head is the hash layer: it computes the activations from the features of the network. The head is trained with the
+network by minimising the loss, or the closed form computes it from the features of all training images.
 
-For N images, the network that a method trains computes features [N, dim]; the method's head computes activations
-[N, bits] from them. For every method, bit i of a code is set if activation i >= 0.
+A method is one file in this folder, with the method's name. The file's docstring names the paper and describes the
+head, the loss or the closed form, and the source of the defaults. The file defines a subclass of `HashingMethod`, which
+is registered under its attribute `name`.
+
+For N images, the features are [N, dim] and the activations [N, bits]. Bit i of a code is set if activation i >= 0.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ class View(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loss is computed from.
+    """The input of a loss.
 
     Attributes:
         activations: [N, bits], the output of the head.
         features: [N, dim], the output of the backbone.
         targets: int64 [N], the class of each image; or bool [N, classes], multi-hot.
-        second: the outputs for the same images under another augmentation, if the method has `views = 2`.
+        second: the network's outputs for the same images under another augmentation; None unless the method has
+            `views = 2`.
     """
 
     activations: Tensor
@@ -49,8 +52,9 @@ class Batch(NamedTuple):
 class HashingMethod(nn.Module):
     """A hashing method: its options, its head, its loss, and the parameters that belong to the loss.
 
-    The order of use is: construct it, let the network build `head`, call `add_parameters`, then either minimise `loss`
-    over the parameters of network and method together, or call `fit` for a method with a closed form.
+    It is used in this order: construct the method, build the network with its `head`, and call `add_parameters`. Then
+    minimise `loss` over the parameters of the network and the method together; for a method with a closed form, call
+    `fit` instead.
 
     Attributes:
         name: the method's name in options, which is also the name of its file.
@@ -72,7 +76,7 @@ class HashingMethod(nn.Module):
 
     @classmethod
     def registered(cls, name: str) -> type[HashingMethod]:
-        """The class with this name, among those whose files are imported."""
+        """The class with this name; its file must have been imported."""
         return cls._registry[name]
 
     def __init__(self, **options: Any):
@@ -80,13 +84,14 @@ class HashingMethod(nn.Module):
         self.options = self.Options.checked(self.name, **options)
 
     def head(self, dim: int, bits: int) -> nn.Module:
-        """The hash layer, features [N, dim] -> activations [N, bits]; a linear layer unless the paper has another."""
+        """Make the hash layer, features [N, dim] -> activations [N, bits]. The default is a linear layer."""
         return nn.Linear(dim, bits)
 
     def add_parameters(self, bits: int, classes: int) -> None:
         """Register the parameters of the loss, such as a classifier or proxies. The default registers none.
 
-        Called once, after the network is built, so that the network's initial weights do not depend on the method's.
+        Called once, after the network is built, so that drawing these parameters at random does not change the
+        network's initial weights.
         """
 
     def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
@@ -94,21 +99,24 @@ class HashingMethod(nn.Module):
 
         Args:
             batch: the outputs of the network and the targets.
-            step: optimizer steps so far, from 0.
-            epoch: the current epoch, from 1.
+            step: the number of optimizer steps before this one.
+            epoch: the number of the current epoch, counted from 1.
         """
         raise NotImplementedError(f"{self.name} has no loss: it has a closed form, see fit")
 
     def fit(self, features: Tensor, bits: int) -> nn.Module:
-        """The closed form: the head that is optimal for `features` [N, dim].
+        """The closed form: the head that is computed from `features` [N, dim].
 
         Raises:
-            InputError: the features do not determine `bits` bits.
+            InputError: a head with `bits` bits cannot be computed from the features.
         """
         raise NotImplementedError(f"{self.name} has no closed form: it is trained by its loss")
 
     def binarise(self, u: Tensor) -> Tensor:
-        """The code of activations `u` as -1 and +1, in the shape and dtype of `u`; the gradient is straight-through."""
+        """The code of activations `u` as -1 and +1, in the shape and dtype of `u`.
+
+        The gradient of the code is passed on to `u` unchanged (straight-through).
+        """
         return greedy_sign(u, 0.0)[0]
 
     def measures(self, batch: Batch) -> dict[str, Tensor]:

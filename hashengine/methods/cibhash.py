@@ -4,14 +4,15 @@ Qiu, Su, Ou, Yu and Chen, "Unsupervised Hashing with Contrastive Information Bot
 
 - Head: linear, ReLU, linear; the result is u. In the paper's model, `p = sigmoid(u)` is the probability that a bit is
   set. The code is the more probable value, `b = sign(p - 0.5) = sign(u)`, with a straight-through gradient.
-- Loss: the contrastive loss of SimCLR (NT-Xent) on the codes of the 2N views, with cosine similarities divided by the
-  temperature, plus `bottleneck_weight` times the information bottleneck: the symmetric Kullback-Leibler divergence
-  between the Bernoulli distributions of an image's two views, summed over the bits and averaged over the images. As in
-  the authors' code, each direction has a gradient for its first distribution only; the second is constant.
-- Straight-through gradient: the backward treats the sign as the identity but differentiates the sigmoid, so that
-  d b / d u = d p / d u. The authors' code has the same gradient, because it applies the sign to p.
+- Loss: a contrastive loss plus `bottleneck_weight` times the information bottleneck. The contrastive loss is that of
+  SimCLR (NT-Xent) on the codes of the 2N views of N images, with cosine similarities divided by the temperature. The
+  bottleneck is the Kullback-Leibler divergence between the Bernoulli distributions of an image's two views: the mean of
+  both directions, summed over the bits and averaged over the images. As in the authors' code, each direction has a
+  gradient for its first distribution only; the second is constant.
+- Straight-through gradient: the backward treats the sign as the identity and differentiates the sigmoid. Therefore
+  `d b / d u = d p / d u`, as in the authors' code, which applies the sign to p.
 - Defaults from the authors' code: temperature 0.3, bottleneck weight 0.001, 1,024 hidden units. The authors train only
-  the head, with Adam (learning rate 0.001, batch of 64), on features of a frozen VGG16 with ImageNet weights.
+  the head, with Adam (learning rate 0.001, batch of 64), on features of a frozen VGG16.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class CibHashMethod(HashingMethod):
 class _SignOfSigmoid(torch.autograd.Function):
     """sign(u), with the gradient of sigmoid(u).
 
-    It is not computed as sign(sigmoid(u) - 0.5), which would be wrong for tiny negative u: sigmoid rounds them to 0.5.
+    It is not computed as sign(sigmoid(u) - 0.5). That would be wrong for tiny negative u, whose sigmoid rounds to 0.5.
     """
 
     @staticmethod
@@ -94,7 +95,10 @@ def _at_least_float32(u: Tensor) -> Tensor:
 
 
 def _contrastive(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """NT-Xent (Chen et al., SimCLR, ICML 2020): each view must find its partner among the other 2N - 1 views."""
+    """NT-Xent (Chen et al., SimCLR, ICML 2020) of the codes [N, bits] of the first and the second views of N images.
+
+    For each of the 2N views, it is the cross-entropy of choosing the same image's other view among the 2N - 1 others.
+    """
     count = len(first)
     codes = normalize(torch.cat((first, second)), dim=1)
     similarities = codes @ codes.T / temperature
@@ -106,7 +110,7 @@ def _contrastive(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def _divergence(u: Tensor, other: Tensor) -> Tensor:
     """KL(Bernoulli(sigmoid(u)) || Bernoulli(sigmoid(other))), summed over bits and averaged over images.
 
-    Computed from logarithms of the sigmoid, which stay finite if the probability rounds to 0 or 1.
+    Computed from logarithms of the sigmoid, which stay finite even if a probability rounds to 0 or 1.
     """
     set_bit = torch.sigmoid(u) * (logsigmoid(u) - logsigmoid(other))
     clear_bit = torch.sigmoid(-u) * (logsigmoid(-u) - logsigmoid(-other))

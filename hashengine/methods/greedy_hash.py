@@ -3,10 +3,10 @@
 Su, Zhang, Han and Tian, "Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN", NeurIPS 2018.
 
 - Head: a linear layer.
-- Loss: `cross_entropy(W b, targets) + alpha * mean(||u| - 1|^3)` with `b = sign(u)`. The classifier W (no bias) sees
-  only the bits, so images of one class are driven to one code. The backward treats the sign as the identity, so
-  the gradient of b is passed on to u (section 3.2). The penalty keeps u near its code (equation 6 with p = 3).
-- Defaults: `alpha` 0.1 is the authors' value for CIFAR-10; they use 1 for ImageNet-100.
+- Loss: `cross_entropy(W b, targets) + alpha * mean(||u| - 1|^3)` with the activations u and the code `b = sign(u)`. The
+  classifier W has no bias. It sees only the bits; therefore training drives images of one class to one code. The
+  backward treats the sign as the identity: it passes the gradient of b on to u. The penalty keeps u near b.
+- Defaults: `alpha` 0.1 is the value in the authors' code for CIFAR-10; it has 1 for ImageNet-100.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 Gong and Lazebnik, "Iterative Quantization: A Procrustean Approach to Learning Binary Codes", CVPR 2011.
 
-- Head: a linear layer that holds the closed form; `u = (x - mean) P R` for features x.
-- Closed form: P [dim, bits] are the principal directions of the features (section 2.1) and R [bits, bits] is the
-  rotation that minimises the quantisation error `||sign(V R) - V R||^2` with `V = (x - mean) P` (equation 2). R starts
-  as a random orthogonal matrix. Each iteration has two steps (section 2.2): it sets `B = sign(V R)`, and then R to the
-  orthogonal Procrustes solution for B, which is `R = W U^T` with the singular value decomposition `B^T V = U S W^T`.
-  Neither step can increase the error.
-- Defaults: 50 iterations, as in the paper (section 3.2).
+- Head: a linear layer that computes the activations `u = (x - mean) P R` of features x.
+- Closed form: P [dim, bits] has the principal directions of the features as its columns, and `V = (x - mean) P`. R
+  [bits, bits] is an orthogonal matrix with a small quantisation error `||sign(V R) - V R||^2`. R starts at random. Each
+  iteration has two steps, and neither can increase the error. The first sets `B = sign(V R)`. The second sets R to the
+  orthogonal matrix with the smallest `||B - V R||` (the Procrustes problem): `R = W U^T`, from the singular value
+  decomposition `B^T V = U S W^T`.
+- Defaults: 50 iterations, the usual number, and seed 0.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class ItqMethod(HashingMethod):
 
     @torch.no_grad()
     def fit(self, features: Tensor, bits: int) -> nn.Module:
-        """The linear head that rotates the principal components of `features` [N, dim] towards their signs.
+        """The linear head that projects features to rotated principal components, computed from `features` [N, dim].
 
-        Computed in float64 on the features' device; the head has the features' dtype.
+        The computation is in float64 on the features' device. The head has the features' dtype.
 
         Raises:
-            InputError: `bits` exceeds the rank that `features` can have, or the features are not finite.
+            InputError: `bits` exceeds the rank that the centred features can have, or the features are not finite.
         """
         count, dim = features.shape
         if bits > min(count - 1, dim):

@@ -1,6 +1,6 @@
-"""Hash networks: a backbone with optional attention, and a hash layer; they turn images into bits.
+"""Hash networks, which turn images into codes: a backbone with optional attention, and a hash layer.
 
-`HashNetConfig` is importable without torch; the rest loads torch when it is first used.
+Importing `HashNetConfig` does not import torch. The first use of another name does.
 """
 
 from __future__ import annotations

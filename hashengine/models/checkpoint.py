@@ -38,7 +38,8 @@ class MethodState(NamedTuple):
     Attributes:
         name: the method's name.
         options: its options.
-        weights: its own parameters and buffers, by name, without those of the head, which belongs to the network.
+        weights: the parameters and buffers of the method by name. Those of the head are not included, because the head
+            belongs to the network.
     """
 
     name: str
@@ -47,7 +48,7 @@ class MethodState(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a model folder holds: a network, its weights by name, and the method that trained it, if any did."""
+    """What a model folder holds: a network, its weights by name, and the method that trained it (None if none did)."""
 
     network: HashNetConfig
     weights: dict[str, Tensor]
@@ -71,7 +72,7 @@ class _Header(BaseModel):
 
 
 def save(folder: Path, model: Model) -> None:
-    """Write the model; a crash leaves the previous model, the new model, or a mix of both that `load` refuses."""
+    """Write the model. A crash leaves the previous model, the new model, or a mix of both, which `load` refuses."""
     described = document(model)
     weights = dict(model.weights)
     if model.method is not None:
@@ -101,7 +102,7 @@ def load(folder: Path) -> Model:
     except ValidationError as error:
         raise input_error(error, str(config_path)) from None
     network = HashNetConfig.checked(str(config_path), **(header.model_extra or {}))
-    weights_path.open("rb").close()  # safe_open would call any file that cannot be opened a missing file
+    weights_path.open("rb").close()  # safe_open reports every file that it cannot open as missing
     try:
         with safe_open(weights_path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -120,17 +121,17 @@ def load(folder: Path) -> Model:
 def _split_off_method(header: _Header, weights: dict[str, Tensor]) -> MethodState | None:
     """Move the method's weights from `weights` to the result; None if `header` names no method."""
     if header.method is not None:
-        name, options, prefix, removed = header.method.name, header.method.options, _METHOD_PREFIX, _METHOD_PREFIX
+        name, options, prefix, stripped = header.method.name, header.method.options, _METHOD_PREFIX, _METHOD_PREFIX
     elif header.alpha is not None:
-        name, options, prefix, removed = _GREEDY_HASH, {"alpha": header.alpha}, _GREEDY_HASH_PREFIX, ""
+        name, options, prefix, stripped = _GREEDY_HASH, {"alpha": header.alpha}, _GREEDY_HASH_PREFIX, ""
     else:
         return None
     own = [key for key in weights if key.startswith(prefix)]
-    return MethodState(name, options, {key.removeprefix(removed): weights.pop(key) for key in own})
+    return MethodState(name, options, {key.removeprefix(stripped): weights.pop(key) for key in own})
 
 
 def document(model: Model) -> dict[str, Any]:
-    """The content of config.json, its fields in the order of the format."""
+    """The content of config.json, with its fields in the order that the format defines."""
     fields = {"format": "hashengine.HashNet", "version": 1, **model.network.model_dump(mode="json")}
     method = model.method
     if method is not None and method.name == _GREEDY_HASH:
@@ -142,6 +143,6 @@ def document(model: Model) -> dict[str, Any]:
 
 
 def describe_mismatch(folder: Path, error: RuntimeError) -> InputError:
-    """The error for weights whose names or shapes are not those of the network in config.json."""
+    """The error for weights that do not fit the network in config.json by name or shape."""
     reason = " ".join(str(error).split())
     return invalid(str(folder / WEIGHTS_FILE), "weights", f"those of the network in {CONFIG_FILE}", reason)

@@ -16,7 +16,8 @@ def _is_whole_bytes(bits: int) -> int:
     return bits
 
 
-# The options that `HashNetConfig` and `hashengine.training.FitConfig` share. A description is the help of the option.
+# The options that `HashNetConfig` and `hashengine.training.FitConfig` share. Each description is also the help of the
+# option on the command line.
 Bits = Annotated[
     int,
     Field(gt=0, description="length of a code, a multiple of 8"),
@@ -44,9 +45,9 @@ class HashNetConfig(Config):
         channels: 1 for grey images, 3 for RGB.
         image_size: height and width in pixels of the network's input, 8 to 256.
         attention: the attention layer inside every residual block, or "none".
-        widths: channels of each stage; every stage but the first halves height and width.
-        stem_stride: the stride of the first convolution. 2 halves height and width before the first stage, which
-            quarters the work; this is meant for images of 24 pixels and more.
+        widths: channels of each stage; every stage except the first halves height and width.
+        stem_stride: the stride of the first convolution. A stride of 2 halves height and width before the first stage,
+            which quarters the work. It is meant for images of 24 pixels or more per side.
         mean: the mean of the pixels, scaled to 0..1: one number per channel, or one for all channels. The network
             subtracts it from its scaled input.
         std: the standard deviation of the scaled pixels: one number per channel, or one for all channels. The network

@@ -1,4 +1,4 @@
-"""The hash network, which consists of a backbone and a hash layer, and the path from an image to packed bits."""
+"""`HashNet`, a backbone and a hash layer, with every step from an image to its packed code."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ class HashNet(nn.Module):
 
     A `hashengine.methods.HashingMethod` makes the hash layer and defines how the network is trained.
 
-    The weights of the convolutions are channels_last if training in that layout is safe on the network's device,
-    otherwise contiguous (see `memory_format`). After each `.to(...)`, the network arranges its weights in this layout.
+    The weights of the convolutions are in the memory layout that `memory_format.training_format` chooses for the
+    network's device: channels_last, or contiguous if training in channels_last is known to be unsafe there. Each
+    `.to(...)` brings the weights into the layout for the device.
 
     Args:
         config: what the network consists of.
-        head: a function that makes the hash layer from the numbers of features and bits.
+        head: makes the hash layer; called with the number of features and the number of bits.
 
     Attributes:
-        trained_by: the method that trained the network, as plain values that are saved with it; None before training.
+        trained_by: the method that trained the network, in the form in which it is saved; None before training.
     """
 
     mean: Tensor
@@ -70,7 +71,9 @@ class HashNet(nn.Module):
         return self.mean.device
 
     def forward(self, images: Tensor) -> HashOutput:
-        """Hash uint8 images [N, channels, image_size, image_size], as `preprocess` makes them.
+        """Compute the activations and features of images, uint8 [N, channels, image_size, image_size].
+
+        `preprocess` makes such images.
 
         Raises:
             InputError: the images have another type or shape.
@@ -126,8 +129,8 @@ class HashNet(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into `folder`.
 
-        If the writing fails with an error, an earlier save in `folder` stays intact. A crash may leave one file of the
-        earlier save and one of the new save; `from_pretrained` refuses such a folder.
+        If a file cannot be written, for example because the disk is full, an earlier save in `folder` stays intact. A
+        crash may leave one file of the earlier save and one of the new save; `from_pretrained` refuses such a folder.
         """
         checkpoint.save(Path(folder), checkpoint.Model(self.config, self.state_dict(), self.trained_by))
 
@@ -165,7 +168,7 @@ class HashNet(nn.Module):
         super()._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)
 
     def _arrange_input(self, x: Tensor) -> Tensor:
-        """`x` in the layout for the convolutions. With contiguous weights, they use the layout of `x`."""
+        """`x` in the layout for the convolutions, which use channels_last if `x` or their weights are in it."""
         if self._layout == torch.channels_last:
             return x
         layout = torch.contiguous_format if torch.is_grad_enabled() else torch.channels_last

@@ -1,14 +1,15 @@
 """The memory layout of a network's convolutions: the fastest one that is not known to corrupt memory.
 
 The convolutions of `HashNet` are faster in channels_last than in the contiguous layout. But on processors with AVX-512,
-the oneDNN of torch 2.15 writes beyond a heap buffer in the backward pass of a convolution's weights if the tensors are
-channels_last and have few channels. Observed with 3 input channels, stages of 8 and 16 channels, images of 32 x 32
-pixels and a batch of 5: within four training steps the process crashed ("free(): invalid next size", a segmentation
-fault) or hung. Plain torch modules fail in the same way. No failure was observed with contiguous tensors, with
-`ONEDNN_MAX_CPU_ISA=AVX2`, or with 16 channels or more in the first stage.
+the oneDNN of torch 2.15 can write beyond a heap buffer when it computes the gradient of a convolution's weights. This
+was observed with channels_last tensors of few channels: 3 input channels, stages of 8 and 16 channels, images of
+32 x 32 pixels and a batch of 5. Within four training steps, the process crashed ("free(): invalid next size", a
+segmentation fault) or hung. A network of plain torch modules failed in the same way. No failure was observed with
+contiguous tensors, with `ONEDNN_MAX_CPU_ISA=AVX2`, or with 16 channels or more in the first stage.
 
-Which versions of oneDNN, which shapes and which instruction sets above AVX2 are affected is not known, so every torch
-and every shape on such a processor is treated as affected. Only a backward pass fails: inference keeps channels_last.
+It is not known which versions of oneDNN, which shapes and which instruction sets above AVX2 are affected. Therefore
+every version of torch and every shape counts as affected on such a processor. Failures were observed in backward passes
+only; inference therefore stays in channels_last.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 FIRST_FIXED_TORCH: tuple[int, int] | None = None  # no release is known to contain a fix
 
 _X86 = ("x86_64", "amd64", "i386", "i686")
-# The values of ONEDNN_MAX_CPU_ISA that prevent oneDNN from using AVX-512. https://uxlfoundation.github.io/oneDNN
+# The values of ONEDNN_MAX_CPU_ISA that prevent oneDNN from using AVX-512 (https://uxlfoundation.github.io/oneDNN).
 _LIMITS_BELOW_AVX512 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
 
 
@@ -61,7 +62,7 @@ def known_problem(
     environment = os.environ if environment is None else environment
 
     if not has_onednn or machine.lower() not in _X86:
-        return None  # the affected code is generated for x86 only
+        return None  # oneDNN has the affected code on x86 only
     if cpu_flags and "avx512f" not in cpu_flags:
         return None
     limit = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or ""
@@ -77,7 +78,7 @@ def known_problem(
 
 
 def training_format(device: torch.device) -> torch.memory_format:
-    """The layout for convolutions that are trained on `device`, and hence for their weights."""
+    """The layout for the tensors and weights of convolutions that are trained on `device`."""
     import torch
 
     if device.type == "cpu" and known_problem() is not None:

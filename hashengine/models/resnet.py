@@ -8,10 +8,11 @@ from hashengine.nn import SimAM, TripletAttention
 
 
 class ResidualBlock(nn.Module):
-    """conv - BN - ReLU - conv - BN plus the shortcut, then ReLU; [N, inputs, H, W] -> [N, outputs, H/stride, W/stride].
+    """A residual block: conv - BN - ReLU - conv - BN, plus the shortcut, then ReLU.
 
-    The attention, if there is any, is where its authors put it: SimAM between the second convolution and its BN (Yang
-    et al., ICML 2021), triplet attention at the end of the residual branch (Misra et al., WACV 2021).
+    It maps [N, inputs, H, W] to [N, outputs, H / stride, W / stride], rounded up. Attention goes where its authors put
+    it: SimAM between the second convolution and its BN (Yang et al., ICML 2021), triplet attention at the end of the
+    residual branch (Misra et al., WACV 2021).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, attention: str):
@@ -24,7 +25,7 @@ class ResidualBlock(nn.Module):
             nn.BatchNorm2d(outputs),
         ]
         if attention == "simam":
-            branch.insert(4, SimAM(outputs))
+            branch.insert(4, SimAM(outputs))  # before the second BN
         elif attention == "triplet":
             branch.append(TripletAttention(outputs))
         self.branch = nn.Sequential(*branch)
@@ -34,7 +35,7 @@ class ResidualBlock(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add both paths and apply the activation."""
+        """Add the residual branch and the shortcut, and apply the activation."""
         return self.activation(self.branch(x) + self.shortcut(x))
 
 

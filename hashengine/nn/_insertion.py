@@ -7,12 +7,12 @@ The attention becomes a child of the host. The existing keys of the state dict d
 DDP apply to the attention as to any other child. How the attention runs depends on the kind of host:
 
 - A host that is not a residual block, such as a convolution or an activation, runs the attention in a forward hook. The
-  hook is a function of this Python module, so that the network can still be pickled.
+  hook is a function at the top level of this Python module, because only such a function can be pickled.
 - A block of timm has a slot for attention, `se`, and runs the attention there. If the slot is taken, the module in the
   slot is the host and runs the attention in a hook.
-- A block of torchvision has no slot: its class is replaced by a subclass that has one. The alternatives fail: a hook on
-  the block's last BatchNorm is lost when `convert_sync_batchnorm` replaces the BatchNorm, and a wrapper around the
-  BatchNorm renames its parameters.
+- A block of torchvision has no slot: its class is replaced by a subclass that runs the attention. Alternatives fail:
+  a hook on the block's last BatchNorm is lost when `convert_sync_batchnorm` replaces the BatchNorm, and a wrapper
+  around the BatchNorm renames its parameters.
 
 A plain attribute of the host holds the name of the inserted child; copies and pickles of the host keep the attribute.
 """
@@ -51,7 +51,7 @@ def check_host(where: str, name: str, host: nn.Module) -> None:
     if block is not None and block.__module__ == TORCHVISION and type(host) is not block:
         raise invalid(where, name, f"a {block.__name__}", f"a {type(host).__name__}, whose forward may differ")
     if hasattr(host, "attention"):
-        raise invalid(where, name, "without an attribute 'attention'", "one of its own")
+        raise invalid(where, name, "without an attribute 'attention'", "a module that has one")
 
 
 def check_model(where: str, model: Any) -> None:
@@ -69,7 +69,7 @@ def check_model(where: str, model: Any) -> None:
 
 
 def insert(host: nn.Module, attention: nn.Module) -> str:
-    """Make `host` run `attention`: a residual block before its addition, any other host on its output.
+    """Make `host` run `attention`. A residual block runs it before the addition, any other host on its output.
 
     Returns:
         The name of the new child.

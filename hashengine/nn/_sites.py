@@ -1,7 +1,7 @@
-"""The sites of a network, where attention can be inserted: residual blocks, or the convolutions of a plain stack.
+"""The sites of a network: the residual blocks, or the convolutions of plain stacks, where attention can be inserted.
 
-Residual blocks are those of torchvision and timm. A plain stack, as in VGG, is an `nn.Sequential` of convolutions,
-norms, activations, dropouts and poolings, without shortcuts.
+Residual blocks are those of torchvision and timm. A plain stack, as in VGG, is an `nn.Sequential` that contains only
+convolutions, norms, activations, dropouts and at least one pooling.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,16 +32,16 @@ class Site:
 
     Attributes:
         name: qualified name of the block or of the convolution.
-        stage: index of the stage, from 0. A stage is the blocks of one parent module, or the part of a plain stack up
-            to a pooling.
+        stage: index of the stage, from 0. A stage consists of the blocks of one parent module, or of the part of a
+            plain stack up to a pooling.
         is_default: whether the site is selected by default. Every block is, and so is the last convolution of each
             stage of a plain stack.
         convolution: the host for SimAM: the second convolution of a block, or the convolution of a plain stack.
-        branch: the host for other attention: the block, or the attention that timm built into it; in a plain stack, the
-            last of the norms, activations and dropouts directly after the convolution, or the convolution itself if it
-            is followed by none.
+        branch: the host for other attention: the block, or the attention that timm built into it. In a plain stack, it
+            is the last of the norms, activations and dropouts directly after the convolution. If there are none, it is
+            the convolution.
         is_plain: whether the site is in a plain stack, in which no shortcut carries the signal past the attention.
-        has_norm: whether a norm follows the convolution, before any other convolution.
+        has_norm: whether a norm follows the convolution, before the next convolution.
     """
 
     name: str
@@ -70,7 +70,8 @@ def find_sites(model: nn.Module) -> list[Site]:
 def select(sites: list[Site], where: Where | None) -> list[Site]:
     """The sites that `where` selects; by default those with `is_default`.
 
-    A selector is a predicate on the name, a part of the name between dots, or the index of a stage.
+    A selector is a predicate on the name, a part of the name between dots, or the index of a stage. An index selects
+    only the default sites of the stage.
     """
     if where is None:
         return [site for site in sites if site.is_default]
@@ -107,7 +108,7 @@ def _block_site(name: str, block: Any, stage: int) -> Site:
     last = block.conv3 if hasattr(block, "conv3") else block.conv2
     convolution = Host(qualified_name(name, "conv2"), block.conv2, block.conv2.out_channels)
     branch = Host(name, block, last.out_channels)
-    if getattr(block, "se", None) is not None and not is_attached(block):  # the attention that timm built runs first
+    if getattr(block, "se", None) is not None and not is_attached(block):  # timm's own attention runs first
         branch = Host(qualified_name(name, "se"), block.se, last.out_channels)
     return Site(name, stage, True, convolution, branch, is_plain=False, has_norm=True)
 

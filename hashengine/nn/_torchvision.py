@@ -1,4 +1,4 @@
-"""The residual blocks of torchvision with attention as the last op of the residual branch, before the addition."""
+"""Torchvision's residual blocks, extended by attention at the end of the residual branch, before the addition."""
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck

@@ -30,9 +30,9 @@ class AttachReport:
     """What `attach` inserted; meant to be printed.
 
     Attributes:
-        insertions: one per layer.
-        recalibrate: whether the attention changes the inputs of BatchNorms. In a pretrained network, `recalibrate`
-            should then estimate their running statistics again.
+        insertions: one per attached layer.
+        recalibrate: true if the network has BatchNorms, and if the initial output of some attention differs from its
+            input. If such a network was pretrained, call `hashengine.nn.recalibrate`.
     """
 
     insertions: tuple[Insertion, ...]
@@ -59,9 +59,9 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
     activation that follow this convolution. There, "triplet" inserts `PlainTripletAttention`, whose initial output is
     its input, and "simam" inserts `PlainSimAM` if no norm follows the convolution.
 
-    All keys of the state dict stay the same; the parameters of the new layers are added. Each layer gets the device
-    and dtype of the convolution at its site, and the mode of the module into which it is inserted. Call `attach` before
-    `torch.compile`, and before DDP or FSDP wrap `model`.
+    The existing keys of the state dict stay the same; the parameters of the new layers are added. Each layer gets the
+    device and dtype of the convolution at its site, and the mode of the module into which it is inserted. Call `attach`
+    before `torch.compile`, and before DDP or FSDP wrap `model`.
 
     Args:
         model: changed in place.
@@ -140,7 +140,7 @@ _LAYERS: dict[str, Callable[[Site], nn.Module]] = {"simam": _simam, "triplet": _
 
 
 def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
-    """The host at `site`, and the new layer, with the device and dtype of the convolution and the mode of the host."""
+    """The host at `site`, and a new layer with the device and dtype of the convolution and the mode of the host."""
     attention: Any
     if isinstance(layer, str):
         attention = _LAYERS[layer](site)

@@ -19,7 +19,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class FusedSimAM(SimAM):
-    """An official SimAM module that runs the fused op; its lambda is still `e_lambda`."""
+    """An official SimAM module that runs the fused op. The attribute `e_lambda` still contains lambda."""
 
     e_lambda: float
 
@@ -60,10 +60,10 @@ def fuse(model: nn.Module) -> FuseReport:
     """Make the official SimAM and triplet attention modules inside `model` run the fused ops.
 
     Modules are recognised by structure, not by class, so copies of the official files in other projects are found, too.
-    A SimAM has `e_lambda` and no parameters. A triplet attention has the gates `cw`, `hc` and `hw`, or `ChannelGateH`,
-    `ChannelGateW` and `SpatialGate`; the last gate may be missing. Before a candidate is fused, it is tested: a copy in
-    float64 with random parameters must give the same outputs, gradients and running statistics as the fused op, in
-    training and in eval mode. A module that gives other results is left unchanged.
+    A SimAM is a module that has `e_lambda` and no parameters. A triplet attention has the gates `cw`, `hc` and `hw`, or
+    `ChannelGateH`, `ChannelGateW` and `SpatialGate`; the last gate may be missing. Before a candidate is fused, it is
+    tested: a copy in float64 with random parameters must give the same outputs, gradients and running statistics as the
+    fused op, in training and in eval mode. A module that gives other results is left unchanged.
 
     Fusing changes the class of a module. The object, its parameters, state dict (with the same keys), hooks, mode,
     device and dtype stay the same. Results differ by rounding only, except for planes of 1 x 1, on which the official
@@ -162,7 +162,7 @@ def _change_class(module: Any) -> None:
 
 
 def _numerical_difference(module: nn.Module) -> str | None:
-    """Compare a copy of `module` with a fused copy. Returns the reason not to fuse, if there is one.
+    """Compare a copy of `module` with a fused copy. Returns the reason not to fuse it, or None.
 
     The comparison runs on the CPU and does not change the global random state.
     """

@@ -9,7 +9,7 @@ from hashengine.ops import greedy_sign
 class GreedyHash(nn.Module):
     """`hashengine.ops.greedy_sign` with a fixed weight of the penalty.
 
-    Maps activations [..., bits] to `(b, penalty)`: codes of +-1, and the penalty to add to the loss.
+    Maps activations [..., bits] to `(b, penalty)`: the signs, +1 or -1, and the penalty to add to the loss.
 
     Args:
         alpha: weight of the penalty, 0 or more; Su et al., NeurIPS 2018, use 0.1 for CIFAR-10 and 1 for

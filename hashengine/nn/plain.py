@@ -1,10 +1,10 @@
 """Attention for plain networks: networks without shortcuts, such as VGG.
 
-A gate below 1 does no harm in a residual block, which adds its input to the attention's output, or in front of a
-BatchNorm, which rescales its input. In a plain network the gates of all layers multiply: five triplet attentions with a
-gate of 1/2 leave 1/32 of the signal, and five SimAMs with a gate of 0.65 leave about 1/9. The two layers here
-multiply their result by a constant, in place, so that the lowest gate of SimAM and the initial gates of triplet
-attention are 1.
+A gate below 1 does no harm in a residual block, because the block adds its input to the attention's output. It does no
+harm before a BatchNorm either, because the BatchNorm rescales its input. In a plain network, the gates of all layers
+multiply. With one attention for each of VGG's five stages, triplet attentions with a gate of 1/2 leave 1/32 of the
+signal, and SimAMs with a gate of 0.65 leave about 1/9. The two layers here multiply their result by a constant, in
+place. Thereby the lowest gate of SimAM and the initial gates of triplet attention are 1.
 """
 
 import math
@@ -33,8 +33,8 @@ class PlainTripletAttention(TripletAttention):
     """Triplet attention times 2, so that gates are in (0, 2). Its initial output is its input, bit for bit.
 
     The weights and biases of its BatchNorms are initialised with 0, so that each gate is `2 * sigmoid(0)`. The slope of
-    the sigmoid is greatest there. With a bias that saturates the sigmoid near 1, the signal would not shrink either,
-    but the gates would hardly learn.
+    the sigmoid is greatest there. A bias that saturates the sigmoid near 1 would also preserve the signal, but
+    then the gates would hardly learn.
 
     Arguments and errors are those of `TripletAttention`.
     """

@@ -14,9 +14,9 @@ from hashengine.errors import invalid
 def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
     """Estimate the running statistics of the BatchNorms in `model` again, from batches of inputs of `model`.
 
-    Attention changes the activations of a pretrained network (SimAM's gate scales them by 0.62 to 1), so they no longer
-    match the running statistics of its BatchNorms. A few dozen training batches are enough to estimate these statistics
-    again. The weights do not change.
+    Attention changes the activations of a pretrained network (SimAM's gate scales them by 0.62 to 1). They no longer
+    match the running statistics of the BatchNorms. A few dozen training batches usually suffice to estimate these
+    statistics again. The weights do not change.
 
     The new statistics are the average over the batches, with equal weights; the old ones do not contribute. Only the
     BatchNorms run in training mode, so dropout stays off. Modes and momenta are restored. After an error, the old

@@ -13,7 +13,7 @@ from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
 
-# The two official modules have different key prefixes in their state dicts. The layer uses the prefixes on the right.
+# The two official modules have different prefixes of the keys in their state dicts. The layer uses those on the right.
 _OFFICIAL_PREFIXES = {
     "ChannelGateH.spatial.": "cw.conv.",
     "ChannelGateW.spatial.": "hc.conv.",
@@ -42,9 +42,9 @@ class TripletAttention(nn.Module):
     see `PlainTripletAttention`.
 
     The state dicts of both official modules can be loaded (keys `cw`, `hc`, `hw`, or `ChannelGateH`, `ChannelGateW`,
-    `SpatialGate`). Each BatchNorm is an `nn.BatchNorm2d`. The layer runs one fused op. If a part of the layer has been
-    changed, for example by `convert_sync_batchnorm`, a hook or a parametrisation, the layer runs pooling, convolution,
-    BatchNorm and gate as separate ops instead.
+    `SpatialGate`). Each BatchNorm is an `nn.BatchNorm2d`. The layer runs one fused op; in training, another op then
+    updates the running statistics. If a part of the layer has been changed, for example by `convert_sync_batchnorm`, a
+    hook or a parametrisation, the layer runs pooling, convolution, BatchNorm and gate as separate ops instead.
 
     Args:
         channels: ignored, because the parameters do not depend on it; accepted for factories that call
@@ -84,8 +84,8 @@ class TripletAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
         gates = self._gates
-        # _modules, _parameters and _buffers are read directly because an attribute lookup in nn.Module takes about
-        # a microsecond, which matters for small maps.
+        # _modules, _parameters and _buffers are read directly, because attribute lookups in nn.Module are slow compared
+        # with the op on small maps.
         convolutions: list[Any] = [gate._modules["conv"] for gate in gates]
         norms: list[Any] = [gate._modules["bn"] for gate in gates]
         if not _can_fuse(gates, convolutions, norms):

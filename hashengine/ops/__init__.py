@@ -3,12 +3,12 @@
 Ops with a derivative also have an autograd formula. `pack_filter` is not an op but a function in plain torch.
 
 Each op is registered with torch's dispatcher as `torch.ops.hashengine.<op>`. Its reference runs on every device. If the
-native module was built, the op's native kernel replaces the reference on the kernel's device.
+native module is loaded and has a kernel of the op, the kernel replaces the reference on the kernel's device.
 
 A tensor of a wrong dtype, shape or device, or a number out of range, raises ValueError in the form of
 `hashengine.errors`. The native kernels raise ValueError itself, and the references raise its subclass `InputError` with
-the same message. An argument of another Python type, such as a numpy array or a float for an integer, does not reach
-the op: torch's dispatcher refuses it with RuntimeError.
+the same message. An argument of another Python type, such as a numpy array for a tensor or a float for an integer,
+does not reach the op: torch's dispatcher refuses it with RuntimeError.
 """
 
 from hashengine import _native

@@ -1,4 +1,4 @@
-"""The three branches of triplet attention: the axis that each one pools, and conversions between x and its maps.
+"""The three branches of triplet attention: their pooled axes, and conversions between the input x and their maps.
 
 Misra, Nalamada, Arasanipalai and Hou, "Rotate to Attend: Convolutional Triplet Attention Module", WACV 2021.
 The map of a branch spans the two axes that are not pooled: [N, C, W], [N, H, C] or [N, H, W].
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-BRANCHES = ("cw", "hc", "hw")
+BRANCHES = ("cw", "hc", "hw")  # the name of a branch gives the axes of its map
 _POOLED_AXIS = {"cw": 2, "hc": 3, "hw": 1}
 
 

@@ -1,4 +1,4 @@
-"""Argument checks that the references and the fakes share; `csrc/binding` makes the same checks in the same words.
+"""Argument checks of the references and the fakes. `csrc/binding` makes the same checks with the same messages.
 
 All checks except `check_no_nan` read only dtypes, shapes and devices, so they also run on fake tensors. `check_no_nan`
 reads values; the references call it and the fakes do not.

@@ -69,7 +69,7 @@ def unpack_filter(filter: Tensor, count: int) -> Tensor:
 def distance_rows(queries: Tensor, codes: Tensor, filter: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield each block of queries, as a slice, and its distances to all codes, int32 [rows, N].
 
-    A code that the filter excludes has the distance bits + 1. The distances are computed from scalar products of codes
+    A code that the filter excludes gets the distance bits + 1. The distances are computed from scalar products of codes
     whose bits are written as +1 and -1. In float32, these products are exact for codes of up to 2^24 bits.
     """
     bits = 8 * codes.shape[1]
@@ -88,7 +88,7 @@ def distance_rows(queries: Tensor, codes: Tensor, filter: Tensor | None) -> Iter
 
 
 def _signs(codes: Tensor) -> Tensor:
-    """Packed codes [N, B] as +-1 in float32 [N, 8 B]; the order of the bits does not affect a distance."""
+    """The bits of packed codes [N, B] as +1 and -1, float32 [N, 8 B]. Their order does not affect a distance."""
     return _unpack_bytes(codes).float() * 2 - 1
 
 

@@ -24,8 +24,8 @@ def hamming_range(
         codes: uint8 [N, bits / 8], on the device of `queries`.
         radius: 0 to the number of bits. A code at exactly this distance is a result; with FAISS, it is not.
         filter: bitmap of the codes that may be returned, as for `hamming_topk`. Default: all codes.
-        max_results: the largest number of results of one query, at least 1; if more codes are within `radius`, the
-            nearest are returned. Default: no limit.
+        max_results: the largest number of results per query, at least 1. If more codes are within `radius`, the nearest
+            are returned. Default: no limit.
         num_threads: the number of torch's threads to use on the CPU; 0 for all.
 
     Returns:

@@ -1,8 +1,9 @@
 """SimAM, a parameter-free attention: Yang, Zhang, Li and Xie, ICML 2021 (PMLR 139:11863-11874).
 
 In each channel plane of M = H * W positions, with `n = max(M - 1, 1)`, mean `m` and `v = sum((x - m)^2) / n`, the
-minimal energy of a neuron x is `e* = 4 (v + lam) / ((x - m)^2 + 2 v + 2 lam)` (equation 5). The lower its energy, the
-more a neuron stands out: its importance is `1 / e* = (x - m)^2 / (4 (v + lam)) + 1/2`, and `y = x * sigmoid(1 / e*)`.
+minimal energy of a neuron x is `e* = 4 (v + lam) / ((x - m)^2 + 2 v + 2 lam)` (equation 5; lam is the paper's lambda).
+The lower its energy, the more a neuron stands out: its importance is `1 / e* = (x - m)^2 / (4 (v + lam)) + 1/2`. The
+result is `y = x * sigmoid(1 / e*)`.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
 
 
 def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
-    """The importance `1 / e*` of each activation, at least 1/2. `simam` multiplies the activation by the sigmoid of it.
+    """The importance `1 / e*` of each activation, at least 1/2. `simam` multiplies the activation by its sigmoid.
 
     Args:
         x: feature map [N, C, H, W], as for `simam`.

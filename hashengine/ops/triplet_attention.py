@@ -35,7 +35,7 @@ def triplet_attention(
     training: bool,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplet attention as a pure function: it does not update running statistics but returns the statistics it used.
+    """Triplet attention as a pure function. It returns the statistics that it used, and updates no running statistics.
 
     The lists contain one tensor per branch, in the order cw, hc, hw. Without hw, y is the mean of two branches.
 
@@ -52,7 +52,8 @@ def triplet_attention(
 
     Returns:
         `y` with the shape, dtype and layout of `x`; `mean` and `var` [branches], the statistics that were used, float64
-        if `x` is float64, otherwise float32. `var` divides by the number of values. Only `y` has a gradient.
+        if `x` is float64, otherwise float32. In `training`, `var` divides by the number of values. Only `y` has a
+        gradient.
 
     Raises:
         ValueError: a dtype, a shape or a device is wrong, a list does not have two or three tensors, or a branch has
@@ -70,7 +71,7 @@ def triplet_attention_inference(
     running_var: list[Tensor],
     eps: float = 1e-5,
 ) -> Tensor:
-    """The `y` of `triplet_attention` with `training=False`; the maps that only a backward needs are not returned.
+    """The `y` of `triplet_attention` with `training=False`. The tensors that only a backward needs are not returned.
 
     Args:
         x: feature map [N, C, H, W]; this and the other arguments are as for `triplet_attention`.

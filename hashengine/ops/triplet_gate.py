@@ -1,4 +1,4 @@
-"""The gate of triplet attention: x times the mean of the branches' gates."""
+"""The last step of triplet attention: the input x times the mean of the branches' gates."""
 
 from typing import Any
 

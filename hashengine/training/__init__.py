@@ -1,4 +1,4 @@
-"""Training hash networks: prepare a data set, fit a network, sweep over options, report on the runs.
+"""Training of hash networks: prepare a data set, fit a network, sweep over options, report on the runs.
 
 Each of these four steps is also a command, `hashengine train prepare|fit|sweep|report`. Importing this package does
 not import torch; the first use of `fit`, `prepare` or `sweep` does.
@@ -22,10 +22,10 @@ __all__ = ["FitConfig", "Run", "RunTable", "SweepConfig", "fit", "prepare", "rep
 
 
 def let_waiting_threads_sleep() -> None:
-    """Ask OpenMP for threads that sleep while they wait; effective only before torch is first imported.
+    """Make OpenMP threads sleep while they wait; this has an effect only before torch is first imported.
 
-    By default, waiting threads spin. That slows the training of a small network a lot if another program uses the same
-    cores.
+    By default, waiting threads spin. Spinning slows the training of a small network a lot if another program uses the
+    same cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

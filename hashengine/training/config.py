@@ -1,4 +1,6 @@
-"""The options of a training run and of a sweep: one checked object each, from a YAML file, a command line, or both.
+"""The options of a training run (`FitConfig`) and of a sweep (`SweepConfig`).
+
+The values come from Python, or from a YAML file and the command line.
 
 The descriptions of the fields are the help of `hashengine train fit` and `sweep`. This module does not import torch.
 """
@@ -28,13 +30,14 @@ from hashengine.models.config import (
     Widths,
 )
 
-_IMAGES_PER_RUN = 200_000  # divided by the number of images, this is the default number of epochs, within 3..20
+_IMAGES_PER_RUN = 200_000  # the default number of epochs is this divided by the number of images, limited to 3..20
 
 
 class FitConfig(Config):
-    """How a hash network is trained. A field that is None is chosen from the images; training.json records the choice.
+    """How a hash network is trained.
 
-    The options of the method, such as greedy hash's `alpha`, are given like fields; they become `method_options`.
+    The value of a field that is None is chosen from the images; training.json records it. The options of the method,
+    such as greedy hash's `alpha`, are passed like fields and are collected in `method_options`.
     """
 
     where: ClassVar[str] = "fit"
@@ -48,7 +51,7 @@ class FitConfig(Config):
     attention: Attention = DEFAULT_ATTENTION
     epochs: Annotated[
         Annotated[int, Field(gt=0)] | None,
-        Field(description="passes over the images; by default 3 to 20, so that about 200,000 images are read in all"),
+        Field(description="passes over the images; by default 200,000 / number of images, at least 3 and at most 20"),
     ] = None
     batch_size: Annotated[int, Field(ge=2, description="images per step")] = 64
     lr: Annotated[
@@ -61,7 +64,10 @@ class FitConfig(Config):
     widths: Widths = DEFAULT_WIDTHS
     stem_stride: Annotated[
         StemStride | None,
-        Field(description="2 halves height and width before the first stage; by default 2 for 24 pixels and more"),
+        Field(
+            description="stride of the first convolution: 2 halves height and width before the first stage; by default "
+            "2 for images of 24 pixels or more, otherwise 1"
+        ),
     ] = None
     shift: Annotated[
         Annotated[int, Field(ge=0)] | None,
@@ -79,12 +85,7 @@ class FitConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _collect_method_options(cls, values: Any) -> Any:
-        """Move the values that are not fields of this class into `method_options`."""
-        if not isinstance(values, dict):
-            return values
-        own = {name: value for name, value in values.items() if name not in cls.model_fields}
-        known = {name: value for name, value in values.items() if name in cls.model_fields}
-        return known | {"method_options": known.get("method_options", {}) | own}
+        return _collect_others(cls, values, into="method_options")
 
     @field_validator("method")
     @classmethod
@@ -114,7 +115,7 @@ class FitConfig(Config):
         return method.Options.checked(cls.where, **options).model_dump(mode="json")
 
     def record(self) -> dict[str, Any]:
-        """The options as plain values, those of the method included, as training.json stores them."""
+        """All options, including those of the method, as the plain values that training.json stores."""
         return self.model_dump(mode="json", exclude={"method_options"}) | self.method_options
 
     def network(
@@ -148,6 +149,15 @@ class FitConfig(Config):
         return image_size // 8 if self.shift is None else self.shift
 
 
+def _collect_others(config: type[Config], values: Any, into: str) -> Any:
+    """Move the entries of `values` that are not fields of `config` into the dict that is the value of the field `into`."""
+    if not isinstance(values, dict):  # pydantic reports it
+        return values
+    fields = {name: value for name, value in values.items() if name in config.model_fields}
+    others = {name: value for name, value in values.items() if name not in config.model_fields}
+    return fields | {into: fields.get(into, {}) | others}
+
+
 class SweepConfig(Config):
     """The runs of a sweep: the options that all runs share, and a grid of those that vary."""
 
@@ -155,7 +165,7 @@ class SweepConfig(Config):
 
     output: Annotated[Path, Field(description="folder to write: one model folder per run, table.md and table.json")]
     queries: Annotated[
-        Path | None, Field(description="folder of class folders with query images, which measure the mAP of each run")
+        Path | None, Field(description="folder of class folders with the query images for the mAP of each run")
     ] = None
     grid: Annotated[
         dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]],
@@ -166,12 +176,7 @@ class SweepConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _collect_shared_options(cls, values: Any) -> Any:
-        """Move the values that are not fields of this class into `options`."""
-        if not isinstance(values, dict):
-            return values
-        own = {name: value for name, value in values.items() if name not in cls.model_fields}
-        known = {name: value for name, value in values.items() if name in cls.model_fields}
-        return known | {"options": known.get("options", {}) | own}
+        return _collect_others(cls, values, into="options")
 
     @field_validator("grid")
     @classmethod
@@ -185,7 +190,7 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
     """The options in a YAML file.
 
     Raises:
-        InputError: the file is missing, is not YAML, or holds no mapping.
+        InputError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A folder of class folders as one tensor in memory, and random batches of it, shifted and mirrored."""
+"""Reads a folder of class folders into one tensor, and makes random batches of shifted and mirrored images from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_AUTOMATIC_SIZE = 64
 
 
 class LabelledImages(NamedTuple):
-    """Images in memory.
+    """N images in memory, with C channels and S pixels per side.
 
     Attributes:
         images: uint8 [N, C, S, S].
@@ -33,18 +33,21 @@ class LabelledImages(NamedTuple):
     classes: tuple[str, ...]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel, of pixels scaled to 0..1; exact, from a histogram of the pixels."""
+        """Mean and standard deviation of each channel, for pixels scaled to 0..1, computed from a histogram in float64.
+
+        The standard deviation is at least 1/255, so that it is not 0 even if all pixels are equal.
+        """
         levels = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in self.images.unbind(1):
             share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
             mean.append(float(share @ levels))
-            std.append(max(float(share @ (levels - mean[-1]) ** 2) ** 0.5, 1 / 255))  # never 0, even for equal pixels
+            std.append(max(float(share @ (levels - mean[-1]) ** 2) ** 0.5, 1 / 255))
         return tuple(mean), tuple(std)
 
 
 def list_classes(folder: Path, where: str = "fit") -> dict[str, list[Path]]:
-    """The images of each class in a folder of class folders, classes and images sorted.
+    """The images of each class in a folder of class folders. Classes and images are sorted.
 
     Raises:
         InputError: an image is outside the class folders, a class folder has no image, or there are fewer than two
@@ -67,8 +70,8 @@ def load(folder: Path, image_size: int | None = None, where: str = "fit") -> Lab
     """Read a folder of class folders into memory.
 
     The first image of each class decides the format. The result has 1 channel if all of these images are grey,
-    otherwise 3. If `image_size` is None, height and width are the largest of the shorter sides of these images, but at
-    least 8 and at most 64 pixels.
+    otherwise 3. If `image_size` is None, height and width are the longest among the shorter sides of these images, but
+    at least 8 and at most 64 pixels.
 
     Args:
         folder: the folder of class folders.
@@ -80,6 +83,7 @@ def load(folder: Path, image_size: int | None = None, where: str = "fit") -> Lab
     """
     by_class = list_classes(folder, where)
     first = [read_header(paths[0]) for paths in by_class.values()]
+    # Pillow's modes of grey images: "1" (black and white), "L", "I", "I;16" and variants of it.
     channels = 1 if all(mode in ("1", "L") or mode.startswith("I") for mode, _ in first) else 3
     size = image_size or min(LARGEST_AUTOMATIC_SIZE, max(8, *(min(size) for _, size in first)))
     return read_into_memory(by_class, channels, size)
@@ -94,14 +98,14 @@ def read_into_memory(by_class: dict[str, list[Path]], channels: int, size: int) 
     def read(index: int) -> None:
         images[index] = image_tensor(read_image(paths[index], "L" if channels == 1 else "RGB"), size, channels)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because decoding releases the interpreter's lock
         for _ in _progress.track(pool.map(read, range(len(paths))), "reading images", len(paths), "img"):
             pass
     return LabelledImages(images, labels, tuple(by_class))
 
 
 def read_header(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and size of an image file, without decoding it."""
+    """Mode and size (width, height) of an image file, without decoding the pixels."""
     try:
         with Image.open(path) as image:
             return image.mode, image.size
@@ -114,7 +118,7 @@ class TrainingBatch(NamedTuple):
     """Augmented images and their labels.
 
     Attributes:
-        views: one tensor per augmentation, uint8 [batch, C, S, S], of the same images.
+        views: for each augmentation, a tensor of the same images, uint8 [batch, C, S, S].
         labels: int64 [batch].
     """
 
@@ -123,10 +127,10 @@ class TrainingBatch(NamedTuple):
 
 
 class Batches:
-    """Random augmented batches; each iteration is one epoch, and the same seed gives the same batches on every device.
+    """Random augmented batches. Each iteration over the object is one epoch.
 
-    An epoch leaves out the last batch if it is incomplete: its gradient would be noisier than that of a full batch, and
-    CIBHash cannot train on a batch of one image.
+    The same seed gives the same batches on every device. An incomplete last batch is left out, because its gradient
+    would be noisier than that of a full batch, and because CIBHash cannot train on a batch of one image.
 
     Args:
         data: the images.
@@ -163,7 +167,7 @@ class Batches:
             yield TrainingBatch(views, self.labels[chosen.to(self.labels.device)])
 
     def _augmented(self, chosen: Tensor) -> Tensor:
-        """The chosen images, shifted and mirrored by one gather; a shift repeats the pixels at the border."""
+        """The chosen images, shifted and mirrored by one indexing operation. A shift repeats the border pixels."""
         channels, size = self.images.shape[1:3]
         pixel = torch.arange(size)
         rows, columns = (

@@ -1,4 +1,4 @@
-"""Data sets as two disjoint folders of class folders: `database`, to train on and to search in, and `query`."""
+"""Writes a data set as two folders of class folders: `database`, to train on and to search in, and `query`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
     Attributes:
         label: its class.
-        name: its path in the class folder.
+        name: its path within the class folder.
         content: uint8 pixels, or the file to copy.
     """
 
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A data set, divided into the images of the database and the queries."""
+    """A data set, divided into the database images and the query images."""
 
     database: list[Picture]
     query: list[Picture]
@@ -60,21 +60,22 @@ def prepare(
 ) -> dict[str, Any]:
     """Write `output`/database/<class>/..., `output`/query/<class>/... and split.json; return the content of split.json.
 
-    The folder appears under its name only when it is complete. A folder that already holds this very split is kept, so
-    an interrupted pipeline can be run again from its start.
+    The folder appears under its name only when it is complete. If it already holds the same split, it is kept.
+    Therefore an interrupted sequence of commands can be run again from its start.
 
     Args:
-        source: "digits" (scikit-learn's 8 x 8 digits, 300 of the 1,797 held out), "fashion-mnist" or "cifar10"
-            (torchvision's; the official test images are the queries), or a folder of class folders (a tenth held out).
+        source: "digits" (scikit-learn's 1,797 images of 8 x 8 pixels; by default, 300 become queries), "fashion-mnist"
+            or "cifar10" (from torchvision; by default, all official test images are the queries), or a folder of class
+            folders (by default, a tenth of its images become queries).
         output: the folder to write.
-        seed: seed of every random choice; held-out images are drawn from each class in proportion to its size.
+        seed: seed of every random choice. Queries are drawn from each class in proportion to its size.
         queries: the number of queries, instead of the default for `source`.
-        root: the folder of torchvision's files, which are downloaded to it if they are missing; by default in the
-            user's cache.
+        root: the folder of torchvision's files. Missing files are downloaded to it. By default, it is in the user's
+            cache.
 
     Raises:
         InputError: an argument is invalid, the data set is unknown or unusable, an extra is missing, or `output`
-            contains something other than this split.
+            contains anything else than this split.
     """
     check_path(WHERE, "source", source)
     source, output = str(source), check_path(WHERE, "output", output)
@@ -149,7 +150,11 @@ def _digest(data: bytes | str) -> str:
 
 
 def _draw(labels: list[str], count: int, seed: int) -> set[int]:
-    """Draw `count` indices at random, from each class in proportion to its size, but never a whole class."""
+    """Draw the indices of `count` images at random, from each class in proportion to its size, but never a whole class.
+
+    Each class gives its proportion, rounded down. The images that are then missing come one by one from the classes
+    with the largest remainders.
+    """
     members: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         members.setdefault(label, []).append(index)
@@ -226,7 +231,8 @@ def _numbered(pixels: np.ndarray, labels: Iterable[str]) -> list[Picture]:
 def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
     """Split a user's folder.
 
-    An image that has an identical copy in the folder is not held out, so the database contains no copy of a query.
+    An image that has an identical copy in the folder never becomes a query. Therefore the database contains no copy of
+    a query.
     """
     by_class = list_classes(folder, WHERE)
     pictures = [

@@ -26,9 +26,9 @@ _ENCODE_BATCH = 512
 
 
 def fit(config: FitConfig) -> Run:
-    """Train as `config` says and write config.json, model.safetensors and training.json into `config.output`.
+    """Train a network and write config.json, model.safetensors and training.json into `config.output`.
 
-    The saved model is that of the last epoch; no image outside `config.images` is read, so there is no validation. On
+    There is no validation: the saved model is that of the last epoch, and no image outside `config.images` is read. On
     the CPU of one machine, the same configuration and number of threads give the same weights.
 
     Raises:
@@ -74,9 +74,9 @@ def fit(config: FitConfig) -> Run:
 
 
 def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, HashingMethod]:
-    """An untrained network for `images` and the method that trains it, both from `config.seed`, on the CPU.
+    """An untrained network for `images` and the method that trains it, on the CPU, both initialised from `config.seed`.
 
-    The caller's random state is preserved.
+    The caller's random state does not change.
     """
     method = methods.create(config.method, **config.method_options)
     channels, size = images.images.shape[1], images.images.shape[-1]
@@ -112,13 +112,13 @@ def train(
     history, step = [], 0
     with _progress.task("training", total, "step") as progress:
         for epoch in range(1, epochs + 1):
-            # The sums stay on the device because reading a value in every step would synchronize a GPU.
+            # The sums stay on the device, because reading a value in every step would wait for a GPU.
             sums = torch.zeros((), device=network.device)
             for views, labels in batches:
                 batch = _forward(network, views, labels)
                 try:
                     terms = method.loss(batch, step, epoch)
-                except ValueError as error:  # ops reject NaN on the CPU; on a GPU, the mean loss becomes NaN
+                except ValueError as error:  # on the CPU, ops reject NaN; on a GPU, the mean loss becomes NaN
                     if bool(torch.isfinite(batch.activations).all()):
                         raise
                     raise _diverged(epoch, config.lr) from error
@@ -144,17 +144,17 @@ def train(
 
 
 def _forward(network: HashNet, views: tuple[Tensor, ...], targets: Tensor) -> Batch:
-    """The network's outputs for each view of the images, each view normalised by its own batch statistics."""
+    """The network's outputs for each view of the images. BatchNorm computes separate statistics for each view."""
     first, *others = (View(*network(images)) for images in views)
     return Batch(first.activations, first.features, targets, *others)
 
 
 @torch.no_grad()
 def _fit_closed_form(network: HashNet, method: HashingMethod, images: Tensor) -> dict[str, float]:
-    """Replace the network's hash layer by the method's closed form for the features of `images`.
+    """Replace the network's hash layer by the head that the method computes from the features of `images`.
 
     Returns:
-        The record of the only epoch.
+        The record of the run's only epoch.
     """
     network.eval()
     features = []

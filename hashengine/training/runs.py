@@ -1,7 +1,7 @@
 """Finished training runs, and a table of their results: mean and standard deviation over the seeds.
 
-A run is a model folder with training.json in it. `sweep` adds evaluation.json if it has queries; the file contains the
-mean average precision of the run for these queries.
+A run is a model folder that contains training.json. A sweep with queries adds evaluation.json, which contains the mean
+average precision of the run for these queries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RECORD_FILE = "training.json"
 EVALUATION_FILE = "evaluation.json"
 
-_NOT_COMPARED = ("images", "output", "seed", "device")  # options that do not divide runs into groups
+_NOT_COMPARED = ("images", "output", "seed", "device")  # options whose values may differ within a group of runs
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the run, the method's among them."""
+        """The options of the run, including those of the method."""
         return self.record["options"]
 
     def model(self) -> HashNet:
@@ -68,7 +68,7 @@ class Run:
         return HashNet.from_pretrained(self.folder)
 
     def summary(self) -> list[tuple[str, str]]:
-        """The network, the images, the time and the last epoch, each as a name and a text."""
+        """The network, the images, the time and the last epoch: a pair of a name and a text for each."""
         record, network, last = self.record, self.record["network"], self.record["epochs"][-1]
         rate = f"{record['images_per_second']:,.0f} images per second on {record['device']}"
         return [
@@ -86,7 +86,7 @@ class Run:
         ]
 
     def figures(self) -> dict[str, float]:
-        """The results of the run by name: its mAP if evaluated, the values of its last epoch, and its seconds."""
+        """The results by name: the mAP if there is evaluation.json, the values of the last epoch, and the seconds."""
         figures: dict[str, float] = {}
         evaluation = self.folder / EVALUATION_FILE
         if evaluation.is_file():
@@ -101,7 +101,7 @@ class Group:
     """Runs with the same options except for the seed, the folders and the device.
 
     Attributes:
-        options: the values of the options in which the groups of the table differ.
+        options: this group's values of the options in which the groups of the table differ.
         seeds: the seeds of the runs, sorted.
         mean: the mean of each figure over the runs.
         deviation: the sample standard deviation of each figure; None for a single run.
@@ -117,7 +117,7 @@ class Group:
 
 @dataclass(frozen=True)
 class RunTable:
-    """Groups of runs, in the order of their first run.
+    """Groups of runs, in the order of the first run of each group.
 
     Attributes:
         common: the options that all runs share.
@@ -152,14 +152,14 @@ class RunTable:
 
 
 def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -> RunTable:
-    """The table of the runs in `folders`; a folder that is not a run stands for the runs directly in it.
+    """The table of the runs in `folders`. A folder that is not a run stands for all runs directly in it.
 
     Args:
         folders: model folders, or folders of them.
         output: a file to write the table to, .md or .json.
 
     Raises:
-        InputError: there is no run, the record of one is damaged, or `output` has another suffix.
+        InputError: there is no run, the record of a run is damaged, or `output` has another suffix.
     """
     if output is not None and Path(output).suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
@@ -173,7 +173,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
 
 
 def table(runs: Sequence[Run]) -> RunTable:
-    """Group `runs` by all options but the seed, the folders and the device."""
+    """Group `runs` by all options except the seed, the folders and the device."""
     compared = [{name: _key(value) for name, value in run.options.items() if name not in _NOT_COMPARED} for run in runs]
     names = list(dict.fromkeys(name for options in compared for name in options))
     differing = [name for name in names if len({options.get(name) for options in compared}) > 1]
@@ -218,7 +218,7 @@ def _plain(value: Any) -> str:
 
 
 def _with_deviation(mean: float | None, deviation: float | None) -> str:
-    """The mean and the deviation as text, with four decimals, or with one if the mean is 100 or more."""
+    """The mean and the deviation as text, with four decimals, or with one decimal if the mean is 100 or more."""
     if mean is None:
         return ""
     decimals = 1 if math.fabs(mean) >= 100 else 4

@@ -25,13 +25,13 @@ TABLE_FILES = ("table.md", "table.json")
 def sweep(config: SweepConfig) -> RunTable:
     """Train one run for each combination of `config.grid` into a folder of its own, and write the table of results.
 
-    Complete runs are kept, so an interrupted sweep continues after the last complete run. If `config.queries` is given,
-    these images search the training images with the codes of each run, and the mean average precision is written to
-    the run's evaluation.json. The table is written to table.md and table.json in `config.output` after each run.
+    Complete runs are kept; therefore an interrupted sweep continues after the last complete run. If `config.queries` is
+    given, each run that has not been evaluated with these queries is evaluated as by `evaluate`. After each run, the table is written to table.md and table.json in
+    `config.output`.
 
     Raises:
-        InputError: an option of a run is unusable, which is found before the first run starts; or the folder of a run
-            contains a run with other options.
+        InputError: an option of a run is invalid or two runs would share a folder, which is found before the first run
+            starts; a run fails in `fit`; or the folder of a run contains a run with other options.
     """
     planned = list(plan(config))
     runs: list[Run] = []
@@ -40,7 +40,7 @@ def sweep(config: SweepConfig) -> RunTable:
         if run is None:
             _progress.note(f"run {number} of {len(planned)}: {options.output}")
             run = fit(options)
-        if config.queries is not None and not (run.folder / EVALUATION_FILE).is_file():
+        if config.queries is not None and not _is_evaluated(run, config.queries):
             evaluate(run, config.queries)
         runs.append(run)
         _write(config.output, table(runs))
@@ -48,18 +48,24 @@ def sweep(config: SweepConfig) -> RunTable:
 
 
 def plan(config: SweepConfig) -> Iterator[FitConfig]:
-    """The checked options of each run. Its folder is named after the values that the run takes from the grid."""
+    """The checked options of each run. The folder of a run is named after the run's values from the grid."""
     names = list(config.grid)
+    planned: set[str] = set()
     for values in itertools.product(*config.grid.values()):
         chosen = dict(zip(names, values, strict=True))
         name = ",".join(f"{option}={_in_file_name(value)}" for option, value in chosen.items()) or "run"
+        if name in planned:
+            raise invalid("train sweep", "grid", "values that give each run a folder of its own", f"{name!r} twice")
+        planned.add(name)
         options = FitConfig.checked("train sweep", **config.options | chosen | {"output": config.output / name})
         check_device("train sweep", options.device, auto=True)
         yield options
 
 
 def evaluate(run: Run, queries: Path) -> dict[str, Any]:
-    """Measure the retrieval of a run's training images by the images in `queries`; write evaluation.json.
+    """Search the training images of a run for those of each query's class; write the mAP to evaluation.json.
+
+    The network of the run encodes both the training images and the images in the folder `queries`.
 
     Raises:
         InputError: the folder of queries or of training images is unusable.
@@ -77,6 +83,7 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     found = counts.mean_average_precision()
     record = {
         "version": 1,
+        "source": str(queries.absolute()),
         "queries": len(query_codes),
         "database": len(codes),
         "at": None,
@@ -86,8 +93,17 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     return record
 
 
+def _is_evaluated(run: Run, queries: Path) -> bool:
+    """Whether the run has an evaluation.json for the queries in this folder."""
+    try:
+        record = json.loads((run.folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        return bool(record["source"] == str(queries.absolute()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _finished(config: FitConfig) -> Run | None:
-    """The run in the folder of `config`, or None if it is incomplete: it is complete if it has training.json."""
+    """The complete run in the folder of `config`; None if the folder has no training.json, which is written last."""
     if not (config.output / RECORD_FILE).is_file():
         return None
     run = Run.load(config.output)

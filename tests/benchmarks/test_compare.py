@@ -11,7 +11,7 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize("count", [6, 9, 27])  # the fewest rounds, the default, and three times the default
-def test_the_confidence_bound_exceeds_the_median_with_at_most_the_stated_risk(count: int) -> None:
+def test_the_confidence_limit_exceeds_the_median_with_at_most_the_stated_risk(count: int) -> None:
     def risk(rank: int) -> float:
         return sum(math.comb(count, heads) for heads in range(rank + 1)) / 2**count
 
@@ -28,7 +28,7 @@ def test_a_cell_is_slower_only_if_nearly_all_rounds_exceed_the_tolerance() -> No
 def test_the_summary_names_slower_cells() -> None:
     comparisons = [Comparison("fast", 1.0, 1.0, [1.0] * 9), Comparison("slow", 2.0, 1.0, [2.0] * 9)]
     assert summary(comparisons).splitlines() == [
-        "2 cells, time of this checkout over the other's: median 1.500, 1.000 to 2.000",
+        "2 cells, time of this checkout divided by the other's: median 1.500, 1.000 to 2.000",
         "slower by more than the noise: 1",
         "  slow: 2.000",
     ]
@@ -41,7 +41,8 @@ def test_a_checkout_is_compared_with_itself() -> None:
     (comparison,) = compare(ROOT, only="pack_bits/128x64", rounds=6, seconds=0)
     assert comparison.cell == "kernels/pack_bits/128x64/forward"
     assert comparison.seconds > 0 and comparison.other_seconds > 0
-    assert len(comparison.ratios) in (6, 18) and comparison.ratios == sorted(comparison.ratios)
+    assert len(comparison.ratios) in (6, 18)  # 18 if noise made the first 6 look slower
+    assert comparison.ratios == sorted(comparison.ratios)
 
 
 def test_an_unbuilt_checkout_and_too_few_rounds_are_refused(tmp_path: Path) -> None:

@@ -23,13 +23,13 @@ def test_the_machine_and_the_versions_are_described():
 
 
 def test_no_step_is_started_after_the_deadline(monkeypatch, capsys):
-    now = iter([0, 0, 60, 61])
+    now = iter([0, 0, 60, 61])  # seconds at the start and before each step
     monkeypatch.setattr(harness, "time", SimpleNamespace(monotonic=lambda: next(now)))
     assert list(harness.within_minutes(1, ["a", "b", "c"])) == ["a", "b"]
     assert "stopped after 1 minutes, without 1 of 3 measurements" in capsys.readouterr().out
 
 
-def test_failures_end_the_program_with_one_line_per_failure():
+def test_failures_end_the_program_with_a_line_per_failure():
     harness.fail_if_any([], 3)
     with pytest.raises(SystemExit, match="2 of 3 measurements failed:\na\nb"):
         harness.fail_if_any(["a", "b"], 3)

@@ -11,18 +11,18 @@ CPU = torch.device("cpu")
 
 def test_the_peak_counts_what_is_allocated_at_the_same_time():
     x = torch.randn(1 << 16)
-    scalars = 100  # bytes that torch may allocate for the numbers 1 and 2
+    scalars = 100  # the most bytes that torch may allocate for the numbers 0, 1 and 2
     assert memory_use.peak_bytes(lambda: (x + 1) * 2, CPU) == pytest.approx(2 * x.nbytes, abs=scalars)
     assert memory_use.peak_bytes(lambda: (x + 1).add_(2), CPU) == pytest.approx(x.nbytes, abs=scalars)
     assert memory_use.peak_bytes(lambda: x.add_(0), CPU) <= scalars
 
 
 def test_the_extra_memory_of_a_call_excludes_what_it_returns():
-    held = np.ones(8 << 20, np.uint8)
+    allocated_before = np.ones(8 << 20, np.uint8)
 
     def call():
         scratch = np.ones(32 << 20, np.uint8)
-        return (scratch[: len(held)] + held,)
+        return (scratch[: len(allocated_before)] + allocated_before,)
 
     extra = memory_use.extra_resident_bytes(call)
     assert extra is None or extra == pytest.approx(32 << 20, abs=2 << 20)

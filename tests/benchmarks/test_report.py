@@ -1,4 +1,4 @@
-"""The report makes tables and plots from rows, and the same rows give the same files."""
+"""The report: tables and plots of rows. The same rows give the same files."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def write(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(each) + "\n" for each in rows))
 
 
-def test_geometric_means_take_each_shape_once():
+def test_geometric_means_use_one_row_per_shape_and_prefer_a_warm_cache():
     rows = [
         row(["a x 1", "b x 1"], (1, 2, 3, 4), eager=2.0, compile=1.0),
         row(["a x 1"], (1, 2, 3, 5), eager=8.0, compile=4.0),

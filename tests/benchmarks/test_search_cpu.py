@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.search import cpu, cpu_bounds, peers
+from benchmarks.search import cpu, cpu_rates, peers
 from benchmarks.search.cases import Task
 from benchmarks.search.data import Data, make_codes
 from hashengine import HammingIndex
@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "cl
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A temporary current folder. The bare loop is still built in the checkout, so that it is compiled only once."""
-    monkeypatch.setattr(cpu_bounds, "BUILD", cpu_bounds.BUILD.absolute())
+    monkeypatch.setattr(cpu_rates, "BUILD", cpu_rates.BUILD.absolute())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -31,6 +31,7 @@ def faiss():
 
 
 def measured(folder, *arguments: object) -> list[dict]:
+    """The rows that `hamming` writes."""
     invoke("hamming", *arguments, "--output", folder / "rows.jsonl")
     return read_lines(folder / "rows.jsonl")
 
@@ -50,15 +51,13 @@ def test_hamming_prints_the_table_and_appends_the_results(tmp_path, faiss, data)
         assert all(len(times) == 2 and min(times) > 0 for times in row["seconds"].values())
 
 
-def test_wrong_neighbours_are_not_timed(faiss, monkeypatch):
-    """The other cases are measured, and then the command fails."""
-
-    def off_by_one(self, queries, k, **options):
+def test_wrong_neighbours_fail_the_command_after_the_other_cases_are_measured(faiss, monkeypatch):
+    def wrong_for_k_5(self, queries, k, **options):
         distances, ids = search(self, queries, k, **options)
         return distances, ids + (k == 5)
 
     search = HammingIndex.search
-    monkeypatch.setattr(HammingIndex, "search", off_by_one)
+    monkeypatch.setattr(HammingIndex, "search", wrong_for_k_5)
     result = run_command("hamming", *SMALL, "-k", 6, "--output", "rows.jsonl")
     assert result.exit_code == 1 and "1 of 2 measurements failed" in result.output
     assert "k = 5: the answers must equal FAISS's before they are timed" in result.output
@@ -66,7 +65,7 @@ def test_wrong_neighbours_are_not_timed(faiss, monkeypatch):
         assert len(file.readlines()) == 1
 
 
-def test_a_wrong_mean_average_precision_is_not_timed(faiss, folder, monkeypatch):
+def test_a_wrong_mean_average_precision_fails_the_command(faiss, folder, monkeypatch):
     right = cpu.mean_average_precision
     assert measured(folder, *SMALL, "--task", "map")[0]["k"] is None
     monkeypatch.setattr(cpu, "mean_average_precision", lambda a, b, c, d: right(a, b, c + 1, d))
@@ -93,7 +92,7 @@ def test_a_missing_faiss_is_refused(monkeypatch):
 
 
 @needs_compiler
-def test_a_search_of_one_query_has_its_shares_of_the_bare_loop_and_of_memory_reads(faiss, folder):
+def test_a_search_of_one_query_is_compared_with_the_bare_loop_and_with_two_memory_reads(faiss, folder):
     (row,) = measured(folder, *SMALL, "--queries", 1)
     assert {"bare loop", "read", "read beyond the cache"} <= row["seconds"].keys()
     assert row["of_bare_loop"] > 0 and row["bytes"]["read"] % (3000 * 8) == 0
@@ -112,7 +111,7 @@ def test_peers_get_no_more_pairs_than_their_limit_and_a_missing_peer_is_reported
 
 
 @pytest.mark.parametrize("name", peers.MAKERS)
-def test_a_peer_with_wrong_distances_is_not_timed(monkeypatch, name):
+def test_a_peer_with_wrong_distances_raises_wrong_answer(monkeypatch, name):
     pytest.importorskip(name)
     codes = make_codes(Data.random, 5000, 3, 72, None)
     peer = peers.MAKERS[name](codes.database, codes.queries, 5, 2)
@@ -125,30 +124,30 @@ def test_a_peer_with_wrong_distances_is_not_timed(monkeypatch, name):
 
 @needs_compiler
 @pytest.mark.parametrize("bits", [64, 72, 128, 256, 512, 1024])  # 72 has no loop and is rounded up to 128
-def test_the_bare_loop_computes_distances(bits):
-    """It finds a query among copies of it, finds nothing closer than distance 0, and nothing among random codes."""
-    assert cpu_bounds.bare_loop(bits, 2).call() == 0
-    words = 1 << (max(1, -(-bits // 64)) - 1).bit_length()
+def test_the_bare_loop_finds_codes_below_its_bound(bits):
+    """It finds copies of a query with the bound 1, but not with the bound 0. It finds nothing among random codes."""
+    assert cpu_rates.bare_loop(bits, 2).call() == 0
+    words = 1 << (max(1, -(-bits // 64)) - 1).bit_length()  # the code length in 64-bit words, as a power of 2
     queries = np.random.default_rng(0).integers(0, 2**64, 8 * words, dtype=np.uint64)
     for query, bound, hit in ((0, 1, True), (7, 1, True), (7, 0, False)):
         code = queries[query * words : (query + 1) * words]
-        lanes = {"avx512": 8, "avx2": 4, "scalar": 1}[cpu_bounds.simd_level()]
+        lanes = {"avx512": 8, "avx2": 4, "scalar": 1}[cpu_rates.simd_level()]
         codes = np.tile(np.repeat(code, lanes), 8 // lanes)
-        library = cpu_bounds.load_library()
+        library = cpu_rates.load_library()
         found = library.bare_loop(codes.ctypes.data, 8, words, queries.ctypes.data, bound, 1, 1)
         assert bool(found) is hit
 
 
 def test_without_a_compiler_the_bare_loop_and_the_memory_read_are_left_out(monkeypatch):
-    monkeypatch.setattr(cpu_bounds, "load_library", lambda: None)
-    assert cpu_bounds.bare_loop(64, 1) is None and cpu_bounds.simd_level() == "none"
-    assert cpu_bounds.read_memory(np.zeros(64, np.uint8), 1) is None
+    monkeypatch.setattr(cpu_rates, "load_library", lambda: None)
+    assert cpu_rates.bare_loop(64, 1) is None and cpu_rates.simd_level() == "none"
+    assert cpu_rates.read_memory(np.zeros(64, np.uint8), 1) is None
 
 
 @needs_compiler
-def test_a_read_covers_every_whole_word():
-    for position in (0, 8 * 50, 8 * 101 - 1):
+def test_a_read_covers_the_first_a_middle_and_the_last_whole_word():
+    for position in (0, 8 * 50, 8 * 101 - 1):  # of the only byte that is not 0
         buffer = np.zeros(8 * 101 + 3, np.uint8)
         buffer[position] = 1
-        library = cpu_bounds.load_library()
+        library = cpu_rates.load_library()
         assert [library.read_memory(buffer.ctypes.data, 101, 1, threads) != 0 for threads in (1, 2, 3)] == [True] * 3

@@ -28,15 +28,16 @@ def folder(tmp_path, monkeypatch):
 def test_clustered_codes_are_around_centres():
     drawn = synthetic_codes.draw_clustered(2000, 64, np.random.default_rng(1))
     distances = np.bitwise_count(drawn ^ drawn[:1]).sum(1)
+    # Codes of the same centre differ in about 7.5 of the 64 bits, codes of different centres in about 32.
     same, other = distances[distances < 20], distances[distances >= 20]
     assert len(same) < 50 and 28 < other.mean() < 36
 
 
 @pytest.mark.parametrize("data", [Data.best_last, Data.best_first])
-def test_the_nearest_codes_are_at_one_end(data):
+def test_the_nearest_codes_are_at_the_end_or_at_the_start(data):
     codes = make_codes(data, 2000, 6, 64, None)
     positions = ops.hamming_topk(*map(torch.from_numpy, (codes.queries, codes.database)), 10)[1].double()
-    assert (positions.mean() > 1500) == (data is Data.best_last)
+    assert positions.mean() > 1500 if data is Data.best_last else positions.mean() < 500
 
 
 def test_equal_data_repeats_one_code():

@@ -1,4 +1,4 @@
-"""The GPU search benchmarks, run mostly on the CPU at tiny sizes: bounds, verified rows, the suite and its report."""
+"""The GPU search benchmarks, mostly run on the CPU at tiny sizes: limits, verified rows, the suite and its report."""
 
 import subprocess
 import sys
@@ -9,12 +9,12 @@ import torch
 
 from benchmarks import harness, report, timing
 from benchmarks.harness import WrongAnswer
-from benchmarks.search import gpu, gpu_bounds, gpu_suite, latency, oracle, streaming, torch_search
+from benchmarks.search import gpu, gpu_limits, gpu_suite, latency, oracle, streaming, torch_search
 from benchmarks.search import report as search_report
 from benchmarks.search.cases import Case, Task
 from benchmarks.search.data import Data, make_codes
 from benchmarks.search.database import Database
-from benchmarks.search.gpu_bounds import Gpu, Work
+from benchmarks.search.gpu_limits import Gpu, Work
 from benchmarks.timing import make_clock
 from hashengine import HammingIndex, ops
 from hashengine.index import execution
@@ -30,44 +30,46 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def work(queries: int, codes: int, bits: int, k: int = 10, share: float = 1.0) -> Work:
-    return Work(queries, codes, bits, 12 * queries * k, share)
+    answer_bytes = 12 * queries * k  # an int32 distance and an int64 position per neighbour
+    return Work(queries, codes, bits, answer_bytes, share)
 
 
 @pytest.mark.parametrize(
     ("bits", "popcount", "tensor"),
     [(64, 1.853, 29.65), (128, 0.927, 29.65), (256, 0.463, 14.83), (512, 0.2317, 7.413), (1024, 0.1158, 3.707)],
 )
-def test_bounds_of_many_queries_follow_from_the_hardware(bits, popcount, tensor):
-    """In T distances/s, computed by hand for 132 multiprocessors at 1.755 GHz."""
-    found = gpu_bounds.bounds(H200, work(10_000, 1_000_000, bits))
+def test_limits_of_many_queries_follow_from_the_hardware(bits, popcount, tensor):
+    """The expected limits are in 10^12 distances/s, computed by hand for 132 multiprocessors at 1.755 GHz."""
+    found = gpu_limits.rate_limits(H200, work(10_000, 1_000_000, bits))
     assert found["popcount"] / 1e12 == pytest.approx(popcount, rel=1e-3)
     assert found["tensor"] / 1e12 == pytest.approx(tensor, rel=1e-3)
     assert found["alu"] / 1e12 == pytest.approx(24.32, rel=1e-3)
-    assert gpu_bounds.tightest(found) == ("alu" if bits <= 128 else "tensor")
-    without = gpu_bounds.bounds(H200._replace(tensor=False), work(10_000, 1_000_000, bits))
-    assert without.keys() == {"popcount", "memory"} and gpu_bounds.tightest(without) == "popcount"
+    assert gpu_limits.lowest(found) == ("alu" if bits <= 128 else "tensor")
+    without = gpu_limits.rate_limits(H200._replace(tensor=False), work(10_000, 1_000_000, bits))
+    assert without.keys() == {"popcount", "memory"} and gpu_limits.lowest(without) == "popcount"
 
 
-def test_memory_is_the_tightest_bound_of_few_queries_and_of_whole_rankings():
-    one = gpu_bounds.bounds(H200, work(1, 100_000_000, 64))
-    assert gpu_bounds.tightest(one) == "memory"
-    assert 100e6 / one["memory"] == pytest.approx(186e-6, rel=1e-3)
-    eight = gpu_bounds.bounds(H200, work(8, 100_000_000, 64))
-    assert eight["memory"] == pytest.approx(8 * one["memory"], rel=1e-3) and gpu_bounds.tightest(eight) == "memory"
-    ranking = gpu_bounds.bounds(H200, work(100, 1_000_000, 64, k=1_000_000))
-    assert ranking["memory"] == pytest.approx(4.3e12 / (12 + 8 / 100), rel=1e-3)
-    assert gpu_bounds.tightest(ranking) == "memory"
+def test_memory_is_the_lowest_limit_of_few_queries_and_of_whole_rankings():
+    one = gpu_limits.rate_limits(H200, work(1, 100_000_000, 64))
+    assert gpu_limits.lowest(one) == "memory"
+    assert 100e6 / one["memory"] == pytest.approx(186e-6, rel=1e-3)  # seconds to read 800 MB at 4.3 TB/s
+    eight = gpu_limits.rate_limits(H200, work(8, 100_000_000, 64))
+    assert eight["memory"] == pytest.approx(8 * one["memory"], rel=1e-3) and gpu_limits.lowest(eight) == "memory"
+    ranking = gpu_limits.rate_limits(H200, work(100, 1_000_000, 64, k=1_000_000))
+    bytes_per_distance = 12 + 8 / 100  # of the answer, and of a code that is read once for 100 queries
+    assert ranking["memory"] == pytest.approx(4.3e12 / bytes_per_distance, rel=1e-3)
+    assert gpu_limits.lowest(ranking) == "memory"
 
 
-def test_codes_that_a_filter_excludes_cost_nothing():
-    all_codes, few = (gpu_bounds.bounds(H200, work(100, 1_000_000, 64, share=share)) for share in (1.0, 0.01))
+def test_codes_that_a_filter_excludes_raise_the_limits():
+    all_codes, few = (gpu_limits.rate_limits(H200, work(100, 1_000_000, 64, share=share)) for share in (1.0, 0.01))
     assert few["alu"] == pytest.approx(100 * all_codes["alu"])
     assert 50 < few["memory"] / all_codes["memory"] < 100  # the answers have the same size
 
 
 @pytest.mark.parametrize("bits", [64, 72, 1024])
 def test_the_searches_in_torch_are_exact(bits, monkeypatch):
-    """The database is searched in one chunk and in many."""
+    """The database is searched once in one chunk, once in many chunks."""
     database = Database(Case(700, bits, 7, 5), CPU)
     queries = database.queries[:7]
     expected = ops.hamming_topk(queries, database.codes, 30)
@@ -100,15 +102,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_row_has_rates_ratios_and_bounds(case, monkeypatch):
-    monkeypatch.setattr(gpu_bounds, "under_load", lambda gpu, device, call: gpu._replace(clock_is="held"))
+def test_a_row_has_rates_ratios_and_limits(case, monkeypatch):
+    monkeypatch.setattr(gpu_limits, "under_load", lambda gpu, device, call: gpu._replace(clock_is="held"))
     rows = gpu.measure_search(case, Database(case, CPU), make_clock(CPU), H200, 0)
     assert [row["cache"] for row in rows] == ["warm", "cold"]
     for row in rows:
         taken = np.median(row["seconds"]["hashengine"])
         assert row["distances_per_s"] == pytest.approx(case.codes * case.queries / taken)
         assert row["queries_per_s"] == pytest.approx(case.queries / taken)
-        assert row["of_bounds"][row["limit"]] == row["distances_per_s"] / row["bounds"][row["limit"]]
+        name = row["lowest_limit"]
+        assert row["of_limits"][name] == row["distances_per_s"] / row["limits"][name]
         assert row["clock_is"] == "held" and row["extra_bytes"] >= 0 and not row["left_out"]
         peers = {"torch product"} | ({"torch xor"} if case.queries <= 32 else set())
         assert row["times"].keys() == (peers if case.task is Task.search else set())
@@ -117,6 +120,7 @@ def test_a_row_has_rates_ratios_and_bounds(case, monkeypatch):
 
 
 def off_by_one(name):
+    """An op that adds 1 to each value of the right answer."""
     right = getattr(ops, name)
     return lambda *arguments, **options: tuple(part + 1 for part in right(*arguments, **options))
 
@@ -127,9 +131,8 @@ def off_by_one(name):
     ids=str,
 )
 @pytest.mark.parametrize("too_large_for_the_oracle", [False, True])
-def test_wrong_answers_are_not_timed(case, name, too_large_for_the_oracle, monkeypatch):
+def test_a_wrong_answer_raises_wrong_answer(case, name, too_large_for_the_oracle, monkeypatch):
     monkeypatch.setattr(gpu, "_MAX_HOST_CODES", 0 if too_large_for_the_oracle else 1 << 30)
-    monkeypatch.setattr(gpu, "time_calls", lambda *_, **__: pytest.fail("timed"))
     database = Database(case, CPU)
     gpu.make_plan(case, database)
     monkeypatch.setattr(ops, name, off_by_one(name))
@@ -137,7 +140,7 @@ def test_wrong_answers_are_not_timed(case, name, too_large_for_the_oracle, monke
         gpu.make_plan(case, database)
 
 
-def test_a_wrong_peer_is_left_out_and_a_slow_one_called_once(monkeypatch):
+def test_a_wrong_peer_is_left_out_and_a_slow_peer_is_called_once(monkeypatch):
     database = Database(TINY, CPU)
     monkeypatch.setattr(torch_search, "topk_by_xor", off_by_one("hamming_topk"))
     plan = gpu.make_plan(TINY, database)
@@ -199,7 +202,7 @@ def run(steps, output, minutes=5.0):
     return gpu_suite.run(steps, device="cpu", minutes=minutes, output=output, seconds=0)
 
 
-def test_steps_before_the_deadline_are_measured_and_stored(steps, tmp_path, capsys, monkeypatch):
+def test_only_steps_before_the_deadline_are_measured_and_stored(steps, tmp_path, capsys, monkeypatch):
     output = tmp_path / "hamming-gpu-here.jsonl"
     clock = iter([0, 0, 0, 1000, 1000])  # seconds at the start and before each step
     monkeypatch.setattr(harness.time, "monotonic", lambda: next(clock))
@@ -225,7 +228,7 @@ def test_a_failure_is_reported_and_the_other_rows_are_stored(steps, tmp_path, mo
     assert len(read_lines(output)) == 4
 
 
-def test_the_report_has_tables_and_a_plot_of_the_rows(steps, tmp_path, monkeypatch):
+def test_the_report_has_tables_and_a_plot_and_is_the_same_each_time(steps, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(latency, "_ROUNDS", 2)
     for _ in range(2):  # the report shows the newest rows only
@@ -255,7 +258,7 @@ def test_the_suite_has_each_step_once_and_can_be_shrunk():
     assert all(case.codes <= 100_000 and (case.k or 1) <= case.share * case.codes for _, case in small)
 
 
-def test_the_suite_runs_if_only_torch_and_numpy_are_installed(tmp_path):
+def test_the_suite_starts_without_the_packages_of_the_command_line(tmp_path):
     missing = ["pydantic", "rich", "typer", "tqdm", "faiss", "matplotlib", "PIL", "torchvision"]
     code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nfrom benchmarks.search import gpu_suite\n"
     code += "gpu_suite.main()"

@@ -25,7 +25,7 @@ def test_searches_and_reads_are_timed_with_and_without_a_cgroup(tmp_path, monkey
     assert not list(tmp_path.glob("mapped-*")), "the file must be removed"
 
 
-def test_wrong_answers_are_not_reported(tmp_path, monkeypatch):
+def test_wrong_answers_fail_the_command(tmp_path, monkeypatch):
     save = HammingIndex.save
 
     def save_other_codes(self, path):

@@ -32,7 +32,7 @@ def test_systems_take_turns_in_as_many_rounds_as_the_time_allows(monkeypatch):
 
 
 def test_short_calls_are_repeated_so_that_waking_the_threads_does_not_count(monkeypatch):
-    """The short call is slow once per burst, which is five calls: its first call wakes the threads."""
+    """A burst of the short call has five calls. The first one takes longer, as if it woke the threads."""
     clock = SimpleNamespace(now=0.0, calls=0)
 
     def pass_time(seconds):
@@ -45,7 +45,7 @@ def test_short_calls_are_repeated_so_that_waking_the_threads_does_not_count(monk
     monkeypatch.setattr(timing, "time", SimpleNamespace(sleep=pass_time, perf_counter=lambda: clock.now))
     seconds = timing.time_in_rounds({"short": short, "long": lambda: pass_time(0.06)}, rounds=2)
     assert seconds == {"short": pytest.approx([0.0051] * 2), "long": pytest.approx([0.06] * 2)}
-    assert clock.calls == 3 * 5
+    assert clock.calls == 3 * 5  # one warm-up round and two rounds of five calls
 
 
 def test_before_a_cold_call_another_array_fills_the_cache():

@@ -1,4 +1,4 @@
-"""The demo empties only its own folder, and the commands that it prints give the results of the demo."""
+"""The demo: its folder, its steps, and the commands that it prints, which give the same results as the demo."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.tiny_images import make_images
 
 
-def test_the_demo_empties_only_its_own_folder(tmp_path):
+def test_a_folder_that_no_demo_made_or_that_contains_the_data_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("almost done")
     assert "demo: output must be a new folder or an earlier output" in refuse("demo", "--output", tmp_path)
     data = make_images(tmp_path / "out" / "data", per_class=1)
@@ -47,13 +47,13 @@ def test_the_demo_stops_at_a_failing_step_and_a_second_run_starts_over(tmp_path,
     assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER]
 
 
-def test_the_demo_trains_with_mirrored_images_for_photographs_only():
+def test_the_demo_mirrors_images_in_training_unless_they_are_digits_or_fashion_mnist():
     for data, mirrors in (("digits", False), ("fashion-mnist", False), ("cifar10", True), ("photos/", True)):
         (fit,) = [step for step in demo_module.steps(data, Path("demo"), 32) if "fit" in step.command]
         assert ("--flip" in fit.command) == mirrors
 
 
-def test_the_printed_commands_give_the_results_of_the_demo(tmp_path, monkeypatch, capsys):
+def test_the_printed_commands_give_the_same_results_as_the_demo(tmp_path, monkeypatch, capsys):
     """Run every command that the demo prints, and compare the model, the codes, the split and the figures."""
     data = make_images(tmp_path / "data", per_class=14)
     monkeypatch.chdir(tmp_path)
@@ -64,11 +64,11 @@ def test_the_printed_commands_give_the_results_of_the_demo(tmp_path, monkeypatch
     ]  # fmt: skip
     print_summary(report)
     assert "mAP" in capsys.readouterr().out
-    Path("demo").rename("of-the-demo")
+    Path("demo").rename("made-by-the-demo")
     for program, *arguments in commands:
         assert program == "hashengine"
         succeed(*arguments)
-    typed, made = Path("demo"), Path("of-the-demo")
+    by_commands, by_demo = Path("demo"), Path("made-by-the-demo")
     for name in (
         "model/model.safetensors",
         "model/config.json",
@@ -76,8 +76,8 @@ def test_the_printed_commands_give_the_results_of_the_demo(tmp_path, monkeypatch
         "query/codes.npy",
         "images/split.json",
     ):
-        assert (typed / name).read_bytes() == (made / name).read_bytes(), name
-    first, second = (json.loads((folder / "report.json").read_text()) for folder in (typed, made))
+        assert (by_commands / name).read_bytes() == (by_demo / name).read_bytes(), name
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (by_commands, by_demo))
     for figures in (first, second):
         del figures["evaluation"]["seconds"]
     assert {key: first[key] for key in ("evaluation", "drawn", "worst")} == {

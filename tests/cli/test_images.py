@@ -1,4 +1,4 @@
-"""The commands of image search: what they print, where they print it, and how they report a mistake."""
+"""The commands of image search: what they print to stdout and stderr, what they write, and what they refuse."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_one_image_gives_tab_separated_neighbours(folder):
+def test_a_search_for_one_image_prints_tab_separated_neighbours(folder):
     image = folder / "images" / "database" / "dots" / "3.png"
     result = succeed("search", folder / "index", image, "-k", 15)
     header, *rows = [line.split("\t") for line in result.stdout.splitlines()]
@@ -61,11 +61,11 @@ def test_evaluation_prints_the_figures_that_it_writes(folder):
     assert lines[1].split("\t") == ["mAP", *(f"{written[name]:.4f}" for name in ("expected", "minimum", "maximum"))]
 
 
-def test_the_name_of_mean_average_precision_contains_the_cut(folder):
+def test_with_the_option_at_mean_average_precision_is_named_map_at_k(folder):
     assert "mAP@2\t" in succeed("evaluate", folder / "index", folder / "query", "--at", 2).stdout
 
 
-def test_index_with_append_adds_codes_after_those_of_the_index(folder, tmp_path):
+def test_index_with_append_adds_codes_to_the_index(folder, tmp_path):
     succeed("index", folder / "query", "--output", tmp_path / "index")
     assert (
         "15 codes added, 21 in the index"
@@ -188,7 +188,7 @@ def test_an_interrupt_ends_the_command_with_status_130_and_no_traceback(folder, 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with open(images / "a.png", "wb"):  # returns when the command has opened the other end
         process.send_signal(signal.SIGINT)
-        time.sleep(2)  # the end of the pipe, which makes the image unreadable, must come after the signal
+        time.sleep(2)  # closing the pipe makes the image unreadable, which must happen after the signal
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors

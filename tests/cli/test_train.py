@@ -77,7 +77,7 @@ def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
         (["fit", "--images", "good", "--image-size", "4"], "fit: image_size must be .*8, got 4"),
     ],
 )
-def test_bad_input_gives_an_error_of_one_line_and_exit_status_2(tmp_path, monkeypatch, arguments, complaint):
+def test_bad_input_gives_one_line_with_the_error_and_exit_status_2(tmp_path, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     write_noise(tmp_path / "good", {"a": 9, "b": 9})
     write_noise(tmp_path / "one", {"a": 3})
@@ -92,6 +92,7 @@ def test_bad_input_gives_an_error_of_one_line_and_exit_status_2(tmp_path, monkey
     output = ("--output", "out.md" if arguments[0] == "report" else "out")
     result = invoke("train", *arguments, *output)
     (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert result.output.endswith(f"{line}\n")
     assert result.exit_code == 2 and "Traceback" not in result.output and not (tmp_path / "out").exists()
     assert re.match(f"error: {complaint}", line)
 
@@ -108,7 +109,7 @@ def test_python_m_training_is_the_same_command(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_prepare_prints_the_sides_of_the_split(tmp_path):
+def test_prepare_prints_the_sizes_of_the_database_and_of_the_queries(tmp_path):
     source = write_noise(tmp_path / "photos", {"a": 20, "b": 20})
     lines = succeed("train", "prepare", source, "--output", tmp_path / "split").stdout.splitlines()
     assert [line.split("\t")[:3] for line in lines[1:]] == [["database", "36", "2"], ["query", "4", "2"]]

@@ -1,6 +1,6 @@
-// A program that searches while codes are appended, built with ThreadSanitizer, which reports data races. Each reader
-// searches the codes of a snapshot with several threads. Meanwhile a writer appends codes after the codes of the
-// snapshot, in the same memory if it has room, and publishes the next snapshot, as hashengine/index does.
+// A program that searches while codes are appended. It is built with ThreadSanitizer, which reports data races. Each
+// reader searches the codes of a snapshot with several threads. Meanwhile a writer appends codes and publishes the next
+// snapshot, as hashengine/index does. If the memory of the snapshot has room, the new codes go into the same memory.
 //
 //   concurrent_append <level>          prints "same" if every answer agreed with the definition of a search
 //   concurrent_append <level> early    publishes codes before it writes them: a race that the sanitizer must report
@@ -21,7 +21,8 @@ using namespace hashengine;
 
 namespace {
 
-// kBytes: per code. kNearest: results per query. kFirst, kLast, kBatch: codes at the start, at the end and per append.
+// There are kFirst codes at the start and kLast at the end; each append adds kBatch. A code has kBytes bytes, and a
+// query has kNearest results.
 constexpr int64_t kBytes = 16, kQueries = 2, kNearest = 50, kFirst = 40000, kLast = 85000, kBatch = 3000;
 constexpr int64_t kManyQueries = 150;  // enough for the bit-sliced kernel of AVX2
 constexpr int kReaders = 2, kThreads = 2;
@@ -43,7 +44,7 @@ void run(int64_t count, int64_t, void (*body)(void*, int64_t, int64_t), void* co
   for (std::thread& worker : workers) worker.join();
 }
 
-// Whether the searches of a snapshot agree with the definition.
+// Whether the results of searches in a snapshot agree with the definition of the searches.
 bool is_right(const Snapshot& snapshot, SimdLevel level) {
   std::vector<uint8_t> queries(size_t(kQueries * kBytes));
   for (size_t i = 0; i < queries.size(); ++i) queries[i] = byte_of(int64_t(i) * 7 + snapshot.count);
@@ -56,8 +57,7 @@ bool is_right(const Snapshot& snapshot, SimdLevel level) {
   hamming_count_cpu(search, nullptr, counts.data(), nullptr, level, pool);
   const HammingRangeResult within = hamming_range_cpu(search, 8 * kBytes, kNearest, level, pool);
 
-  // For AVX-512, this program uses plain C++ in place of the intrinsics (avx512_twins), so many
-  // queries would take minutes.
+  // For AVX-512, this program has plain C++ in place of the intrinsics (avx512_twins), so many queries would be slow.
   const int64_t many_count = level == SimdLevel::kAvx512 ? kQueries : kManyQueries;
   std::vector<uint8_t> repeated(size_t(many_count * kBytes));
   for (size_t i = 0; i < repeated.size(); ++i) repeated[i] = queries[i % queries.size()];

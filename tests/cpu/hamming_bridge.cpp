@@ -1,6 +1,6 @@
 // One C function that runs the Hamming searches at any SIMD level. Its arguments are numbers and buffers, so it can be
 // called through ctypes or through a pipe (hamming_worker.cpp). Every parallel loop starts its own threads,
-// because this code is built without torch and its pool.
+// because this code is built without torch and therefore has no thread pool.
 
 #include <algorithm>
 #include <thread>
@@ -30,7 +30,7 @@ ThreadPool make_pool(int64_t threads) {
 // Reveals false hits of the level's bit-sliced kernel. In a search, the kernel computes the exact distance of each hit,
 // and the selector rejects a hit that is not below the bound, so false hits are never seen. Here the kernel finds hits
 // with tables made from search.queries, but computes their exact distances from `stand_ins`. counts[q] becomes the
-// number of query q's hits whose distance from the query's stand-in is at most `radius`. LevelLibrary.pushed chooses
+// number of hits of query q whose distance from the stand-in of q is at most `radius`. LevelLibrary.pushed chooses
 // the stand-ins.
 void count_pushed(const HammingSearch& search, const uint8_t* stand_ins, int64_t radius, SimdLevel level,
                   int64_t* counts) {

@@ -1,6 +1,6 @@
-// Reads calls of hamming_call from standard input until its end, and writes the answers to standard output. An emulator
-// of another CPU therefore has to start this program only once for many calls. With an argument, the program only
-// prints the chosen SIMD level.
+// Reads calls of hamming_call from standard input until its end, and writes the answers to standard output. One process
+// in an emulator of another CPU can thereby serve many calls. With an argument, the program only prints the chosen SIMD
+// level.
 
 #include <cstdio>
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// Functions of csrc/cpu/common/lanes.h as C functions. Those with a `level` run at that SIMD level.
+// Functions of csrc/cpu/common/lanes.h as C functions. Those with a parameter `level` run at that SIMD level.
 
 #include "cpu/common/lanes.h"
 

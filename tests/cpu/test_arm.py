@@ -1,4 +1,4 @@
-"""Tests of 64-bit ARM that need no ARM machine: csrc/cpu compiles without warnings, and NEON is chosen at run time.
+"""Tests for 64-bit ARM that need no ARM machine: csrc/cpu compiles without warnings, and NEON is chosen at run time.
 
 The tests with the fixture `level` of tests/helpers/hamming_levels.py also run the NEON kernels.
 """
@@ -43,7 +43,7 @@ def test_a_level_of_another_cpu_gives_an_error_of_one_line(level_library: LevelL
 
 
 def choose(level_library: LevelLibrary, requested: str) -> tuple[int, str]:
-    """The exit status and the output of the worker for a value of HASHENGINE_SIMD_LEVEL."""
+    """The exit status and the output of the worker if HASHENGINE_SIMD_LEVEL is `requested`."""
     environment = os.environ | {"HASHENGINE_SIMD_LEVEL": requested}
     done = subprocess.run(
         [*level_library.arm_worker.command, "level"], env=environment, stdout=subprocess.PIPE, text=True

@@ -9,7 +9,8 @@ import pytest
 
 from tests.helpers.hamming_levels import LEVELS, ROOT, build_searches
 
-# ThreadSanitizer of GCC 12 does not start if Linux randomises more address bits than the sanitizer expects.
+# ThreadSanitizer of GCC 12 does not start if Linux randomises more address bits than the sanitizer expects. This flag
+# turns the randomisation off.
 _ADDR_NO_RANDOMIZE = 0x0040000
 
 
@@ -28,7 +29,7 @@ def run(*command: object) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"},
-        preexec_fn=lambda: libc.personality(_ADDR_NO_RANDOMIZE),  # the program may start even if this call fails
+        preexec_fn=lambda: libc.personality(_ADDR_NO_RANDOMIZE),  # if this fails, the program may still start
     )
 
 

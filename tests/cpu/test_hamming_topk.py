@@ -13,11 +13,11 @@ from tests.helpers.hamming_levels import (
 )
 
 KINDS = ["random", "clustered", "duplicate"]
-# Code lengths in bits: one byte, partial 64-bit words, and lengths near 252, because the AVX2 kernel can sum 63 planes
-# of nibbles (252 bits) in bytes.
+# Code lengths in bits: one byte, partial 64-bit words, and lengths near 252. Up to 252 bits (63 planes of nibbles), the
+# AVX2 kernel sums a distance in one byte.
 WIDTHS = [8, 24, 64, 72, 128, 248, 256, 264, 512, 1000, 1024, 4096]
-# (bits, codes, queries): codes with a partial 64-bit word, a single code, and more codes than a tile or a word of a
-# bitmap holds
+# (bits, codes, queries). Some code lengths have a partial 64-bit word. There is a single code, and there are more codes
+# than a tile or a word of a bitmap holds.
 FILTERED_SIZES = [(8, 1, 1), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2)]
 
 
@@ -34,8 +34,8 @@ def test_results_for_many_code_lengths_equal_the_definition(level_library: Level
                     assert_same(got, nearest(queries, codes, k))
 
 
-def test_every_distance_up_to_all_bits_is_exact(level_library: LevelLibrary, level: str) -> None:
-    """The lengths include the longest whose sums fit in bytes or in 16 bits, and lengths that need another kernel."""
+def test_distances_from_zero_to_all_bits_are_exact(level_library: LevelLibrary, level: str) -> None:
+    """The lengths include the longest for which a kernel's sums fit in 8 or 16 bits, and lengths just beyond."""
     rng = np.random.default_rng(4)
     for bits in [*WIDTHS, 16, 32, 384, 768, 3968, 3976, 7944, 60_000, 65_528, 65_536]:
         share = np.linspace(0, 1, 150)[:, None]
@@ -53,7 +53,10 @@ def test_every_distance_up_to_all_bits_is_exact(level_library: LevelLibrary, lev
 def test_results_for_codes_sorted_by_distance_equal_the_definition(
     level_library: LevelLibrary, level: str, order: str
 ) -> None:
-    """With the best codes last, selectors accept codes up to the end; for k = 7 and 900 they compact several times."""
+    """With the nearest codes last, selectors accept codes until the end.
+
+    For k = 7 and 900 they then drop the superseded codes several times (`Selector::compact`).
+    """
     bits, count = 256, 5000
     query = np.zeros((1, bits // 8), np.uint8)
     ones = np.linspace(bits, 0, count).astype(int)
@@ -85,17 +88,17 @@ def test_filtered_results_equal_the_definition(level_library: LevelLibrary, leve
                         assert_same(got, nearest(queries, codes, k, filter))
 
 
-@pytest.mark.parametrize("own", [None, False, True])
+@pytest.mark.parametrize("own", [None, False, True], ids=["no filter", "shared filter", "filter per query"])
 @pytest.mark.parametrize("order", ["random", "best last", "best first"])
 def test_a_misleading_sample_does_not_change_the_answer(
     level_library: LevelLibrary, level: str, order: str, own: bool | None
 ) -> None:
-    """The nearest codes are at random places, last (where no code is sampled), or first (where codes are sampled)."""
+    """The nearest codes are at random places, at the end, which is not sampled, or at the start, which is sampled."""
     rng = np.random.default_rng(4)
     codes, queries = make_codes("random", 200_000, 64, rng), make_codes("random", 2, 64, rng)
     if order != "random":
         best = slice(-3000, None) if order == "best last" else slice(300)
         codes[best] = queries[0] ^ (rng.random(codes[best].shape) < 0.02).astype(np.uint8)
     filter = None if own is None else make_filter(rng, len(codes), len(queries), 0.5, own)
-    for k in (600, 2500, 40_000):  # a search with a sampled bound, a search without, and a ranking of all codes
+    for k in (600, 2500, 40_000):  # with a sampled bound, without one, and a ranking of all codes
         assert_same(level_library.topk(level, 1, queries, codes, k, filter), nearest(queries, codes, k, filter))

@@ -1,4 +1,4 @@
-"""The CUDA emulator (tests/emulation) runs correct toy kernels correctly and detects the mistakes in the others."""
+"""The CUDA emulator (tests/emulation) runs correct toy kernels correctly, and detects the mistakes in faulty ones."""
 
 import contextlib
 import ctypes
@@ -16,16 +16,16 @@ def emulation() -> Emulation:
 
 
 def run_toy(
-    emulation: Emulation, name: str, right: bool, schedule: int, blocks: int = 5
+    emulation: Emulation, name: str, correct: bool, schedule: int, blocks: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the result of a toy kernel, or of its version with a mistake, and the expected result."""
+    """Return the result of a toy kernel and the expected result. If not `correct`, the kernel has a mistake."""
     threads = 96
     values = random_array(blocks * threads, torch.float32)
     out = array(blocks * threads, torch.float32)
     extra = []
     if name == "toy_last_block":
         extra = [array(blocks, torch.float32), torch.zeros(1, dtype=torch.int32)]
-    emulation.call(name, values, out, blocks, right, *extra, schedule=schedule)
+    emulation.call(name, values, out, blocks, correct, *extra, schedule=schedule)
     v = values.numpy().reshape(blocks, threads)
     expected = {
         "toy_reverse": lambda: v[:, ::-1].ravel(),
@@ -97,7 +97,7 @@ def test_votes_and_shuffles_return_the_values_of_the_lanes(emulation, schedule):
 def test_mistakes_in_warps_and_launches_are_reported(emulation, name, complaint):
     with pytest.raises(RuntimeError, match=complaint):
         emulation.call(name)
-    got, expected = run_toy(emulation, "toy_reverse", True, FORWARD)  # the next launch is not affected
+    got, expected = run_toy(emulation, "toy_reverse", True, FORWARD)  # a failed launch does not affect the next one
     np.testing.assert_array_equal(got, expected)
 
 
@@ -105,7 +105,7 @@ def test_mistakes_in_warps_and_launches_are_reported(emulation, name, complaint)
 
 THREADS = 96
 OUT = object()  # stands for the output array
-RIGHT, NOT_COMMITTED, NOT_WAITED, TOO_FEW_WAITED, NO_BARRIER_AFTER_WAIT, NO_BARRIER_BEFORE_REUSE = range(6)
+CORRECT, NOT_COMMITTED, NOT_WAITED, TOO_FEW_WAITED, NO_BARRIER_AFTER_WAIT, NO_BARRIER_BEFORE_REUSE = range(6)
 
 
 def reverse_clusters(
@@ -144,7 +144,7 @@ def test_a_missing_cluster_barrier_changes_the_result(emulation, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_block_that_exits_before_its_peers_read_is_detected(emulation, schedule):
-    with contextlib.suppress(RuntimeError):  # raised under schedules in which a peer maps the address after the exit
+    with contextlib.suppress(RuntimeError):  # raised if a peer maps the address after the exit
         got, expected = reverse_clusters(emulation, 8, True, False, schedule)
         assert not np.array_equal(got, expected)
     out = torch.zeros(1)
@@ -155,7 +155,7 @@ def test_a_block_that_exits_before_its_peers_read_is_detected(emulation, schedul
 
 
 def run_pipeline(emulation: Emulation, copies: int, schedule: int) -> bool:
-    """Run toy_pipeline, correctly (RIGHT) or with one mistake; return whether the result is correct."""
+    """Run toy_pipeline, and return whether its result is correct. `copies`: CORRECT or one of the mistakes."""
     blocks, rounds = 2, 4
     values, out = random_array(rounds * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
     emulation.call("toy_pipeline", values, out, blocks, rounds, copies, schedule=schedule)
@@ -166,7 +166,7 @@ def run_pipeline(emulation: Emulation, copies: int, schedule: int) -> bool:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_asynchronous_copies_are_complete_after_the_wait(emulation, schedule):
-    assert run_pipeline(emulation, RIGHT, schedule)
+    assert run_pipeline(emulation, CORRECT, schedule)
     values, out = random_array(128, torch.float32), array(128, torch.float32)
     emulation.call("toy_zero_fill", values, out, schedule=schedule)
     values.view(32, 4)[:, 3] = 0
@@ -212,7 +212,7 @@ def test_half_precision_conversions_equal_those_of_numpy_and_torch(emulation):
     np.testing.assert_array_equal(widened, halves.astype(np.float32))
 
     finite = np.sort(halves[np.isfinite(halves)].astype(np.float32))
-    midpoints = (finite[1:] + finite[:-1]) / 2  # ties of the rounding
+    midpoints = (finite[1:] + finite[:-1]) / 2  # their rounding is a tie
     candidates = np.concatenate([finite, midpoints, np.nextafter(midpoints, np.float32(np.inf))])
     candidates = np.concatenate([candidates, np.array([65519.9, 65520.0, 1e30, -1e30, np.inf, -np.inf], np.float32)])
     narrow = np.array([library.to_half(ctypes.c_float(x)) for x in candidates], np.uint16)

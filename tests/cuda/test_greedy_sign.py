@@ -22,8 +22,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-# Numbers of elements around one vector, one warp, one block of the largest size (16,384) and several blocks. For odd
-# numbers the kernels load single elements.
+# Numbers of elements. Up to 16,384 elements take one block. The odd sizes are loaded as single elements, and the even
+# ones as vectors if the arrays are aligned.
 SIZES = [0, 1, 8, 33, 520, 4096, 16384, 16385, 20480]
 
 
@@ -72,8 +72,8 @@ def test_special_values(emulation, dtype):
 
     grad_u = emulate_backward(emulation, array(8, dtype).fill_(2), torch.ones(1, dtype=sum_dtype(dtype)), u, 8 / 3)
     infinity = float("inf")
-    # alpha = 8 / 3 makes the factor 3 * alpha / numel one. sign(0) = 0, and the slope is 0 at +-1; just above zero the
-    # penalty contributes -1.
+    # alpha = 8 / 3 makes the factor 3 * alpha / numel equal to 1. The penalty adds 0 at u = 0 and at u = +-1, and -1
+    # just above zero.
     assert grad_u[:6].tolist() == [2, 2, 2, 2, infinity, -infinity]
     assert grad_u[6].isnan() and grad_u[7] == 1
 
@@ -93,8 +93,8 @@ def emulate_backward(
     return grad_u
 
 
-@pytest.mark.parametrize("used", ["both", "b", "penalty"])  # the results whose gradients are given
-# From 4,097 elements on there are several blocks. Odd sizes and an offset of 1 prevent loads of vectors.
+@pytest.mark.parametrize("used", ["both", "b", "penalty"])  # the outputs of the forward that have a gradient
+# More than 4,096 elements take several blocks. Odd sizes and an offset of 1 prevent loads of vectors.
 @pytest.mark.parametrize("numel, offset", [(0, 0), (1, 0), (33, 0), (520, 0), (520, 1), (8200, 0), (8201, 1)])
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_backward(emulation, dtype, numel, offset, used):
@@ -109,7 +109,7 @@ def test_backward(emulation, dtype, numel, offset, used):
     scale = grad_penalty.item() * alpha * 3 / max(numel, 1) if grad_penalty is not None else 0
     from_penalty = scale * excess * np.abs(excess) * np.sign(wide)
     expected = from_penalty + (grad_b.double().numpy() if grad_b is not None else 0)
-    # Roundings: 2 in the scale, 4 in its product with the slope, 1 in the sum, and 1 in the conversion to the dtype.
+    # Roundings: 2 in the scale, 4 in the product of scale and slope, 1 in the sum, and 1 in the conversion to dtype.
     tolerance = 6 * unit_roundoff(real) * np.abs(from_penalty) + unit_roundoff(real) * np.abs(expected)
     tolerance += unit_roundoff(dtype) * (np.abs(expected) + tolerance + torch.finfo(dtype).smallest_normal)
 

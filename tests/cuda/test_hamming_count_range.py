@@ -11,8 +11,8 @@ from tests.helpers.hamming_levels import all_distances, assert_same, make_codes,
 
 SEGMENT = 1024  # codes per segment of a small database
 KINDS = ["random", "clustered", "duplicate"]
-# shared: one filter for all queries. own, few: a filter per query, which half or 1% of the codes pass. nothing: no code
-# passes.
+# shared: one filter for all queries, which half of the codes pass. own, few: one filter per query, which half or 1% of
+# the codes pass. nothing: one filter, which no code passes.
 FILTERS = ["none", "shared", "own", "few", "nothing"]
 
 
@@ -49,7 +49,7 @@ class Search:
         any_shared: bool = False,
         schedule: int = FORWARD,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the counts and the relevant counts, [queries, bins]; the latter are not written without labels."""
+        """Return the counts and the relevant counts, [queries, bins]. Without labels, `relevant` is not written."""
         counts, relevant = (array(len(self.queries) * self.bins, torch.int64) for _ in range(2))
         rows = (None, None) if labels is None else [copy_rows(label.view(np.uint8), 0) for label in labels]
         words = -1 if labels is None else labels[0].shape[1]
@@ -60,7 +60,7 @@ class Search:
     def rank(
         self, emulation: Emulation, radius: int, max_results: int, schedule: int = FORWARD, with_lims: bool = False
     ) -> tuple[torch.Tensor, ...]:
-        """Return (lims, distances, positions); without lims (distances, positions), each [queries, max_results]."""
+        """Return (lims, distances, positions) or, without lims, (distances, positions) of [queries, max_results]."""
         sizes = torch.tensor([*self.sizes, radius, max_results])
         workspace = emulation.workspace("hamming_ranking", sizes)
         totals = array(len(self.queries), torch.int64)
@@ -81,7 +81,7 @@ def copy_rows(rows: np.ndarray, offset: int) -> torch.Tensor:
 
 
 def expected_counts(search: Search, relevant: np.ndarray | bool = True) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return, from the definition, how many relevant codes pass the filter at each distance, and all distances."""
+    """Return, by definition, the number of relevant codes that pass the filter at each distance; and all distances."""
     distances = all_distances(search.queries, search.codes)
     passing = np.broadcast_to(True if search.filter is None else search.filter, distances.shape) & relevant
     rows = zip(distances, passing, strict=True)
@@ -89,7 +89,7 @@ def expected_counts(search: Search, relevant: np.ndarray | bool = True) -> tuple
 
 
 def check(emulation: Emulation, search: Search, schedules: tuple[int, ...] = (FORWARD,)) -> None:
-    """Check the counts, the nearest codes, and the codes within a radius, each for several `max_results`."""
+    """Check the counts; and, for several `max_results`, the nearest codes and the codes within a radius."""
     queries, codes, filter = search.queries, search.codes, search.filter
     want, distances = expected_counts(search)
     radius = int(np.median(distances)) if distances.size else 0
@@ -155,7 +155,10 @@ def test_a_search_without_queries_is_empty(emulation):
 
 @pytest.mark.parametrize("code_bytes", [143, 145, 575, 577, 1030, 1151, 1153, 8192])
 def test_code_lengths_around_the_limits_of_shared_memory(emulation, code_bytes):
-    """Around these lengths, slots, counters with labels and counters without labels move to global memory."""
+    """The lengths lie on both sides of three limits.
+
+    Beyond them, the slots of a ranking, the counters with labels, and the counters without labels are in global memory.
+    """
     rng = np.random.default_rng(4)
     fraction_of_ones = np.linspace(0, 1, 70)[:, None]
     codes = np.packbits(rng.random((70, 8 * code_bytes)) < fraction_of_ones, axis=1)  # distances from 0 to all bits
@@ -166,9 +169,11 @@ def test_code_lengths_around_the_limits_of_shared_memory(emulation, code_bytes):
     for radius in (0, 40):
         got = search.rank(emulation, radius, 70, with_lims=True)
         assert_same(got, within(queries, codes, radius, 70, search.filter))
-    if code_bytes < 8192:  # the emulator takes minutes for prefix sums over 65,537 distances
+    if code_bytes < 8192:  # the emulator is slow at prefix sums over 65,537 distances
         alone = Search(queries[:1], codes, filter_of("own", 70, 1, rng))
-        assert_same(alone.rank(emulation, 8 * code_bytes, 60, 7), nearest(queries[:1], codes, 60, alone.filter))
+        assert_same(
+            alone.rank(emulation, 8 * code_bytes, 60, schedule=7), nearest(queries[:1], codes, 60, alone.filter)
+        )
 
 
 @pytest.mark.parametrize("radius", [0, 1, 5, 12, 23, 24])
@@ -229,7 +234,7 @@ def test_a_batch_of_queries_fits_in_its_workspace(emulation, count, code_bytes):
     assert batch == call("batch_of_hamming_ranking", 1000) >= 1
     assert call("workspace_bytes_of_hamming_ranking", batch) <= 2**28
     assert count > 10**6 or code_bytes > 128 or batch > 100
-    # A single query has enough segments to occupy the whole device.
+    # The workspace of a single query has counters for enough segments to occupy a whole GPU, if there are enough codes.
     one = call("workspace_bytes_of_hamming_ranking", 1)
     assert one >= 8 * (8 * code_bytes + 1) * (min(count // SEGMENT, 16_000 if code_bytes < 128 else 250) + 1)
 
@@ -238,7 +243,8 @@ def test_a_batch_of_queries_fits_in_its_workspace(emulation, count, code_bytes):
 
 
 def test_more_than_two_to_the_32_codes(emulation):
-    segment, segments = 2**18, 2**14 + 1  # at most kEnoughSegments = 2^15 segments, so they have 2^18 codes
+    # Segments of 2^17 codes would be more than kEnoughSegments = 2^15, so the kernel takes segments of 2^18 codes.
+    segment, segments = 2**18, 2**14 + 1
     count = (segments - 1) * segment + 4999
     codes = sparse_array(count, torch.uint8)
     tail = torch.randint(0, 256, (4999,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -17,8 +17,8 @@ from tests.helpers.hamming_levels import all_distances, assert_same, make_codes,
 
 POPCOUNT, MMA, WGMMA = range(3)
 SCANS = {"popcount": POPCOUNT, "mma": MMA, "wgmma": WGMMA}
-# Compute capability 9.0 uses mma from two queries on and wgmma from 64 on, 8.0 uses mma from two on, 12.0 uses only
-# population counts.
+# On compute capability 9.0, hamming_topk uses mma for 2 to 63 queries and wgmma for more; on 8.0, mma for 2 or more.
+# For a single query, and on 12.0 for any number, it uses population counts.
 CAPABILITIES = [90, 80, 120]
 MARGINS = 16  # Candidates::kMargins
 POISON = -7
@@ -65,7 +65,7 @@ class Search:
 
     @property
     def largest_bound(self) -> int:
-        """The bound that admits every code."""
+        """The bound that admits every code: the largest key that a code can have."""
         return self.bits << self.position_bits | len(self.codes) - 1
 
 
@@ -91,7 +91,7 @@ def topk(
 
 
 def make_search(kind: str, count: int, bits: int, queries: int, seed: int = 0, offset: int = 0) -> Search:
-    """Draw codes and queries; every second query is one of the codes."""
+    """Draw codes and queries. Every second query equals one of the codes."""
     rng = np.random.default_rng(seed)
     codes = make_codes(kind, count, bits, rng)
     equal = codes[rng.integers(0, count, queries)]
@@ -172,7 +172,7 @@ def test_the_result_does_not_depend_on_the_schedule(machine, queries, schedule):
 
 
 def test_sparse_codes(machine):
-    """Codes with few ones, like fingerprints; some queries have fewer ones than the distance to their nearest code."""
+    """The codes have few ones. Some queries have fewer ones than the distance to their nearest code."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (9000, 32), dtype=np.uint8)
     for _ in range(4):
@@ -185,7 +185,7 @@ def test_sparse_codes(machine):
 
 
 def test_periodic_databases(machine):
-    """Every second code is the same. A sample of every 8th code would contain only this code, or never this code."""
+    """Every second code is the same. A sample of every 8th code would contain nothing else, or not contain it."""
     search = make_search("random", 9000, 64, 4)
     search.codes[::2] = search.codes[:1]
     search = Search(search.queries, search.codes)
@@ -204,7 +204,7 @@ def test_batches_of_queries(machine, own):
     assert_same((distances, positions), nearest(search.queries, search.codes, 12, search.filter))
 
 
-# --- the single steps -------------------------------------------------------------------------------------------------
+# --- the steps, each alone --------------------------------------------------------------------------------------------
 
 
 def poisson_tail(mean: float, minimum: int) -> float:
@@ -277,7 +277,10 @@ def scan(
 
 
 def draw_bounds(search: Search, seed: int = 0) -> np.ndarray:
-    """Draw keys of any rank, so that some bounds cut ties; the first admits all codes, the last at most one."""
+    """Return one bound per query: the key of a code of random rank, so that some bounds separate tied codes.
+
+    The first bound admits all codes, and the last at most one.
+    """
     rng = np.random.default_rng(seed)
     keys = np.sort(search.keys(), axis=1)
     ranks = np.minimum(np.exp(rng.uniform(0, np.log(len(search.codes)), len(keys))).astype(int), keys.shape[1] - 1)
@@ -320,7 +323,7 @@ def test_a_scan_of_many_queries(machine, name, queries, own):
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_a_shared_filter_zeroes_the_rows_of_excluded_codes(machine, own):
-    """This saves time only: add_if_within_bound checks the filter too. A filter per query leaves all rows unchanged."""
+    """Zeroing only saves time, because add_if_within_bound checks the filter too. A filter per query zeroes no rows."""
     search = make_search("random", 16, 64, 1)
     mask = np.arange(16) % 3 == 0
     search = Search(search.queries, search.codes, mask[None] if own else mask)
@@ -352,7 +355,7 @@ def test_a_scan_tightens_its_bounds(machine, name, kind, schedule):
 
 @pytest.mark.parametrize("k, size", [(1, 1), (1, 900), (7, 7), (64, 900), (700, 900), (900, 900)])
 def test_selection_among_candidates_and_among_all_codes(machine, k, size):
-    """The candidates are shuffled. One query has too many of them and one has too few; both need the fallback."""
+    """The candidates are shuffled. One query has too many candidates and one too few; these two need the fallback."""
     queries, count = 5, 2000
     search = make_search("clustered", count, 64, queries)
     rng = np.random.default_rng(4)

@@ -1,4 +1,4 @@
-"""The emulated 1-bit matrix instructions and __match_any_sync: correct results, and mistakes that must be detected."""
+"""The emulated 1-bit matrix instructions and __match_any_sync: results, and mistakes that must change them."""
 
 import numpy as np
 import pytest

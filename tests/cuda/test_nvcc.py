@@ -14,13 +14,13 @@ from tests.helpers.paths import CSRC
 
 
 def has_kernel(source: Path) -> bool:
-    """Whether a source, or a header that it includes, defines a kernel; other sources only call launchers."""
+    """Whether a source, or a header that it includes, defines a kernel. Other sources only call launchers."""
     text = source.read_text()
     included = (CSRC / name for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE))
     return "__global__" in text or any(has_kernel(header) for header in included if header.exists())
 
 
-# Each further architecture takes as long as the first, so the others run only with the slow tests.
+# Each architecture takes as long as the first. Therefore all except 9.0a are compiled only in the slow tests.
 ARCHITECTURES = ("90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "100", "120")))
 
 

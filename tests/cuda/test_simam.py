@@ -18,7 +18,7 @@ def emulation() -> Emulation:
 
 
 class Case:
-    """Random x and grad_y [samples, channels, positions] in either layout, with the results of the kernels for them."""
+    """Random x and grad_y [samples, channels, positions] in one of the layouts, and methods that compute results."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ def assert_as_accurate_as_eager(fused: torch.Tensor, eager: torch.Tensor, exact:
 
 
 def check(emulation: Emulation, case: Case, schedules=SCHEDULES, capability: int = 90) -> None:
-    """Results are accurate, and every schedule gives the same bits."""
+    """Check that results are accurate, and that every schedule gives the same bits."""
     exact_y, mean, variance, exact_grad = case.exact()
     eager_y, eager_grad = case.eager()
     runs = []
@@ -106,9 +106,9 @@ def check(emulation: Emulation, case: Case, schedules=SCHEDULES, capability: int
     for got in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(got, runs[0], strict=True))
     got_y, stats, got_grad = runs[0]
-    # A sum has at most 32 additions in a row in a thread, 5 in a warp, 16 in a block and 8 in a cluster. 3 roundings
-    # follow.
-    # In a squared deviation the rounding of the deviation counts twice, and the error of the mean is squared.
+    # A value of a sum passes through at most 32 additions in a thread, 5 in a warp, 16 in a block and 8 in a cluster.
+    # 3 roundings follow. A squared deviation contains the rounding of the deviation twice, and the square of the mean's
+    # error.
     roundoff = 64 * torch.finfo(stats.dtype).eps / 2
     scale = np.abs(case.x.double().numpy()).mean(2)
     assert (np.abs(stats[..., 0].numpy() - mean) <= roundoff * scale).all()
@@ -117,13 +117,14 @@ def check(emulation: Emulation, case: Case, schedules=SCHEDULES, capability: int
     assert_as_accurate_as_eager(got_grad, eager_grad, exact_grad, "grad_x")
 
 
-# --- NCHW: each kind of plan, at the sizes at which the kind changes --------------------------------------------------
+# --- NCHW: each kind of plan (csrc/cuda/simam/simam.cu), at its limits ------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
 def test_planes_in_a_warp(emulation, dtype, offset):
-    # Teams double at 16, 32, ... elements or at 4, 8, ... vectors. 300 planes of one position need two blocks.
+    # A team of 1, 2, 4, ... lanes processes a plane. A lane holds up to 16 elements (8 of float64) or 4 vectors. The
+    # 300 planes of one position need two blocks.
     for positions in [2, 7, 16, 17, 32, 49, 64, 196, 256]:
         check(emulation, Case((3, 7, positions), dtype, offset=offset), schedules=(FORWARD, 7))
     check(emulation, Case((100, 3, 1), dtype, offset=offset))
@@ -177,7 +178,7 @@ def test_wide_slabs(emulation, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_slabs_in_a_cluster_and_larger(emulation, dtype):
-    cases = [
+    cases = [  # (channels, positions)
         (32, 257),  # a cluster of two
         (40, 1025),  # clusters of eight, and a slab with partial rows
         (32, 2048),  # the longest slab with rows of 64 bytes that fits in a cluster
@@ -197,19 +198,24 @@ def test_slabs_larger_than_a_block_without_clusters(emulation, dtype, channels):
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
-# A shape and a capability for each kind of plan of NCHW planes, in this order: a team with staging, a team without, a
-# block, a cluster, split.
-PLANS = [((2, 3, 49), 90), ((2, 3, 64), 90), ((1, 2, 2056), 90), ((1, 2, 20_000), 90), ((1, 2, 20_000), 80)]
+# A shape and a compute capability for each kind of plan of NCHW planes in float32.
+PLANS = {
+    "warp, staged": ((2, 3, 49), 90),
+    "warp, direct": ((2, 3, 64), 90),
+    "block": ((1, 2, 2056), 90),
+    "cluster": ((1, 2, 20_000), 90),
+    "split": ((1, 2, 20_000), 80),
+}
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape, capability", PLANS)
+@pytest.mark.parametrize("shape, capability", PLANS.values(), ids=PLANS)
 def test_a_mean_much_larger_than_the_deviation(emulation, shape, capability, channels_last):
     check(emulation, Case(shape, torch.float32, channels_last, mean=1000.0), (FORWARD,), capability)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape, capability", PLANS)
+@pytest.mark.parametrize("shape, capability", PLANS.values(), ids=PLANS)
 def test_a_nan_affects_its_own_plane_only(emulation, shape, capability, channels_last):
     case = Case(shape, torch.float32, channels_last)
     y, stats = case.forward(emulation, capability=capability)
@@ -254,7 +260,7 @@ def test_planes_beyond_two_to_the_31_elements(emulation):
     case = Case((1, 32, positions), torch.float16)
     tail = 32 * positions
     x[-tail:] = case.x.flatten()
-    last = samples * channels // 32 - 1  # in units of 32 planes; a block has 128 planes, two lanes per plane
+    last = samples * channels // 32 - 1  # the last group of 32 planes; a block has 128 planes, two lanes per plane
     emulation.call("simam_forward", x, y, stats, *sizes, LAM, None, first_block=last // 4)
     emulation.call("simam_backward", x, x, stats, grad_x, *sizes, LAM, None, first_block=last // 4)
     expected_y, expected_stats = case.forward(emulation)

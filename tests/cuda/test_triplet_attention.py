@@ -1,10 +1,12 @@
 """triplet_attention's CUDA kernels, run on the host by the emulation, against the formula in plain torch.
 
-Most cases run the forward, then the backward on the arrays that the forward saved. The shape decides the path. float32
-rows of a multiple of 4 elements and half-precision rows of a multiple of 8 are processed in 16-byte vectors, other even
-half-precision rows in 4-byte vectors, all other rows in single elements. Small slices are processed several at a time,
-one per slot. A map is left in parts if a row has more than 128 elements, if a slice is too large for a block, or if
-x has more than 8 slices and few samples.
+Most cases run the forward, then the backward on the arrays that the forward saved. The shape decides how the kernels
+process x (csrc/cuda/triplet/tiles.cuh defines slice and tile):
+- Rows of 16-byte vectors: float32 rows of a multiple of 4 elements, half-precision rows of a multiple of 8. Rows of
+  4-byte vectors: other even half-precision rows. All other rows are processed in single elements.
+- Small slices are processed several at a time.
+- Several blocks compute parts of a map, which are then merged, if a row has more than 128 elements, if a slice is too
+  large for a block, or if x has more than 8 slices and few samples.
 """
 
 import pytest
@@ -25,7 +27,7 @@ def emulation() -> Emulation:
 def check(emulation: Emulation, case: AttentionCase, training: bool = True, schedules=(FORWARD,)) -> None:
     """Check y, the saved arrays and the gradients. Every schedule must give the same bits.
 
-    Without training, inference in three launches must give the same y.
+    If `training` is false, inference in three launches must give the same y.
     """
     eager, exact = case.formula(case.x.dtype, training), case.formula(torch.float64, training)
     runs = []
@@ -38,7 +40,7 @@ def check(emulation: Emulation, case: AttentionCase, training: bool = True, sche
         assert all(torch.equal(value, other[name]) for other in runs[1:]), name
         if name == "index":
             assert torch.equal(value, exact[name])
-        elif name in one_rounding:  # each term has ten roundings: in product, sums, gate, slope and normalization
+        elif name in one_rounding:  # ten roundings per term: in product, sums, gate, slope and normalization
             assert ((value.double() - exact[name]).abs() <= 10 * one_rounding[name]).all(), name
         elif value.dtype == torch.float64:  # the float64 reference is no more accurate than the kernel
             torch.testing.assert_close(value, exact[name], rtol=0, atol=1e-13 * exact[name].abs().max().item())
@@ -59,12 +61,16 @@ def test_every_dtype(emulation, dtype, layout):
     "shape",
     [
         (3, 1, 1, 1),  # one element per sample
-        (2, 1, 1, 33),  # the map of a branch is one row
-        (1, 5, 9, 1),
-        (2, 13, 5, 11),  # no size is a multiple of anything
-        (1, 40, 7, 7),  # five slots, and several parts along C
-        (1, 3, 4, 260),  # rows in parts, in vectors
-        (1, 2, 57, 59),  # tiles in parts, in single elements
+        (2, 1, 1, 33),  # every map is one row or one value
+        (1, 5, 9, 1),  # a single column
+        (2, 13, 5, 11),  # no size is a multiple of a vector
+        # The remaining comments describe the contiguous layout.
+        # small slices, processed several at a time; the map over C is computed in several parts
+        (1, 40, 7, 7),
+        # each row is too long for one tile, so the map over W is computed in parts; elements are loaded as vectors
+        (1, 3, 4, 260),
+        # a slice is too large for one block, so the map over H is computed in parts; elements are loaded one by one
+        (1, 2, 57, 59),
     ],
     ids=str,
 )
@@ -74,7 +80,7 @@ def test_shapes(emulation, shape, layout):
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 40, 112), (1, 4, 26, 42)], ids=str)
-def test_half_precision_in_parts(emulation, shape):
+def test_maps_in_parts_in_half_precision(emulation, shape):
     check(emulation, AttentionCase(normal(0, *shape).bfloat16()))
 
 
@@ -85,7 +91,7 @@ def test_every_schedule_gives_the_same_bits(emulation, training, layout):
 
 
 def test_more_blocks_than_threads_in_a_warp(emulation):
-    """In the block that merges the statistics, the first two warps each process several blocks."""
+    """Each branch has 40 blocks, so two warps are needed to merge their statistics."""
     check(emulation, AttentionCase(normal(0, 40, 1, 2, 3).float(), kernel_size=1), True, (FORWARD, REVERSE))
 
 
@@ -98,9 +104,9 @@ def test_kernel_sizes(emulation, branches, kernel_size, layout):
 
 
 def test_the_largest_kernel_size(emulation):
-    """Its border leaves room for small tiles only.
+    """The border of a tile is so wide that only small tiles fit in shared memory.
 
-    The backward is not run: it has one block per weight, too many for the emulator.
+    The backward is not run, because it has one block per weight, which is too many for the emulator.
     """
     case = AttentionCase(normal(0, 1, 9, 3, 40).float(), kernel_size=47)
     eager, exact = case.formula(torch.float32, True), case.formula(torch.float64, True)
@@ -125,7 +131,7 @@ def test_the_lowest_index_wins_a_tie(emulation, shape, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(emulation, dtype):
-    """NaN and infinities reach the same results as in torch. The index of a NaN maximum is that of the first NaN."""
+    """NaN and infinities appear at the same places as in torch. The index of a NaN maximum is that of the first NaN."""
     x = normal(0, 2, 5, 6, 8).to(dtype)
     x[0, 1, 2, 3] = x[0, 1, 4, 3] = x[0, 3, 2, 5] = torch.nan
     x[1, 2, 2, 1] = torch.inf

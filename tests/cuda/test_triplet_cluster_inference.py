@@ -1,4 +1,4 @@
-"""triplet_attention's inference in one launch, with each sample in the shared memory of a cluster, in the emulator.
+"""triplet_attention's inference in one launch, in the emulator: a cluster of blocks holds a sample in shared memory.
 
 The number of blocks per cluster depends on the shape and on the device. Each case states the number that it must get.
 """
@@ -26,7 +26,7 @@ def cluster_blocks(launchers: Launchers, multiprocessors: int = H200_MULTIPROCES
 
 
 def check(emulation: Emulation, case: AttentionCase, blocks: int, schedules=(FORWARD,), capability: int = 90) -> Tensor:
-    """Inference uses clusters of `blocks`, is as accurate as eager torch, and gives the same bits in every schedule."""
+    """Check y: accurate, the same bits in every schedule, and computed in clusters of `blocks` blocks. Return y."""
     assert cluster_blocks(case.launchers(emulation, capability=capability)) == blocks
     y, *others = [case.inference(emulation, schedule, capability) for schedule in schedules]
     assert all(torch.equal(y, other) for other in others)
@@ -41,10 +41,11 @@ def check(emulation: Emulation, case: AttentionCase, blocks: int, schedules=(FOR
         ((128, 64, 56, 56), "contiguous", torch.bfloat16, 8),
         ((128, 128, 28, 28), "contiguous", torch.bfloat16, 4),
         ((128, 128, 28, 28), "contiguous", torch.float64, 0),
-        ((128, 256, 56, 56), "contiguous", torch.bfloat16, 0),  # too large
+        ((128, 256, 56, 56), "contiguous", torch.bfloat16, 0),  # too large for a cluster
         ((128, 512, 7, 7), "contiguous", torch.bfloat16, 2),
-        ((128, 512, 7, 7), "channels_last", torch.bfloat16, 0),  # several waves of blocks with little x to load
-        ((1, 512, 7, 7), "channels_last", torch.bfloat16, 8),  # one wave of blocks
+        # not all blocks run at the same time, and each loads little of x
+        ((128, 512, 7, 7), "channels_last", torch.bfloat16, 0),
+        ((1, 512, 7, 7), "channels_last", torch.bfloat16, 8),  # all blocks run at the same time
     ],
     ids=str,
 )
@@ -70,7 +71,7 @@ def test_every_dtype_except_float64(emulation, dtype, layout):
     [
         ((3, 1, 1, 1), 1, "contiguous"),
         ((2, 13, 5, 11), 1, "channels_last"),
-        ((1, 35, 5, 14), 4, "contiguous"),  # 4-byte vectors; the A0 map has fewer lines than the cluster has blocks
+        ((1, 35, 5, 14), 4, "contiguous"),  # the last block has no row of the map over C; bfloat16 in 4-byte vectors
         ((1, 3, 70, 9), 8, "channels_last"),
         ((2, 66, 9, 10), 8, "contiguous"),
     ],
@@ -88,11 +89,12 @@ def test_every_schedule_gives_the_same_bits(emulation, layout):
 
 @pytest.mark.parametrize("width, blocks", [(172, 8), (176, 0)])
 def test_the_largest_sample(emulation, width, blocks):
-    """With 99 KB of shared memory per block, a sample of width 172 fits into a cluster of 8, one of 176 does not."""
+    """With 99 KB of shared memory per block, a cluster of 8 holds a sample of width 172, but not one of width 176."""
     check(emulation, AttentionCase(normal(0, 1, 16, 16, width).float()), blocks, capability=120)
 
 
 def test_blocks_without_a_slice(emulation):
+    """In channels_last, x has five slices (H = 5), and the cluster has eight blocks."""
     case = AttentionCase(normal(0, 1, 64, 5, 48).bfloat16(), "channels_last")
     check(emulation, case, 8, (FORWARD, 7), capability=120)
 
@@ -110,7 +112,7 @@ def test_unaligned_pointers(emulation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_special_values(emulation, dtype):
-    """NaN and infinities cross the borders between the blocks of a cluster as far as the convolution carries them."""
+    """The convolution carries NaN and infinities across the borders between the blocks of a cluster."""
     x = normal(0, 2, 33, 10, 8).to(dtype)
     x[0, 7, 2, 3] = torch.nan
     x[1, 9, 0, 7] = torch.inf

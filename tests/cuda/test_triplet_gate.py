@@ -1,6 +1,6 @@
 """triplet_gate's CUDA kernels, run on the host by the emulation, against the formula in plain torch.
 
-test_triplet_attention.py lists the paths that a shape takes.
+test_triplet_attention.py describes how the shape decides the way in which the kernels process x.
 """
 
 import importlib
@@ -79,14 +79,13 @@ def test_every_dtype(emulation, dtype, layout):
     "shape",
     [
         (3, 1, 1, 1),  # one element per sample
-        (2, 13, 5, 11),  # no size is a multiple of anything
+        (2, 13, 5, 11),  # no size is a multiple of a vector
         # The remaining comments describe the contiguous layout.
-        # small slices, processed several at a time; the map over C is left in several parts
+        # small slices, processed several at a time; the map over C is computed in several parts
         (1, 40, 7, 7),
-        # each row is too long for one tile, so it is split into parts; elements are loaded as vectors
+        # each row is too long for one tile, so the map over W is computed in parts; elements are loaded as vectors
         (1, 3, 4, 264),
-        # a slice is too large for one block, so it is split into tiles that leave the map over H in parts; elements are
-        # loaded one by one
+        # a slice is too large for one block, so the map over H is computed in parts; elements are loaded one by one
         (1, 2, 57, 59),
     ],
     ids=str,

@@ -1,6 +1,6 @@
 """triplet_pool's CUDA kernels, run on the host by the emulation, against the formula in plain torch.
 
-test_triplet_attention.py lists the paths that a shape takes.
+test_triplet_attention.py describes how the shape decides the way in which the kernels process x.
 """
 
 import importlib
@@ -68,14 +68,13 @@ def test_every_dtype(emulation, dtype, layout):
     "shape",
     [
         (3, 1, 1, 1),  # one element per sample
-        (2, 13, 5, 11),  # no size is a multiple of anything
+        (2, 13, 5, 11),  # no size is a multiple of a vector
         # The remaining comments describe the contiguous layout.
-        # small slices, processed several at a time; the map over C is left in several parts
+        # small slices, processed several at a time; the map over C is computed in several parts
         (1, 40, 7, 7),
-        # each row is too long for one tile, so it is split into parts; elements are loaded as vectors
+        # each row is too long for one tile, so the map over W is computed in parts; elements are loaded as vectors
         (1, 3, 4, 264),
-        # a slice is too large for one block, so it is split into tiles that leave the map over H in parts; elements are
-        # loaded one by one
+        # a slice is too large for one block, so the map over H is computed in parts; elements are loaded one by one
         (1, 2, 57, 59),
     ],
     ids=str,
@@ -127,7 +126,7 @@ def test_the_reduce_pass_beyond_two_to_the_31_elements(emulation):
     huge = HugeInput(rows=32)
     x = huge.zeros()
     huge.tail(x)[:] = normal(0, 1, huge.c, huge.rows, huge.w)
-    # The partial maps of the axes C, H, W; that of H has one part per tile.
+    # The sizes of the partial maps over C, H and W. The map over H has one part per tile.
     sizes = [(1, 2, huge.h, huge.w), (huge.h // huge.rows, 2, huge.c, huge.w), (1, 2, huge.c, huge.h)]
     numels = [torch.Size(size).numel() for size in sizes]
     memory = sparse_array(sum(numels), torch.float32)
@@ -156,8 +155,8 @@ def test_the_backward_beyond_two_to_the_31_elements(emulation):
         multiprocessors=H200_MULTIPROCESSORS,
     )  # fmt: skip
     wide = [grad.double() for grad in huge.tails(grads)]
-    # The kernel divides by all huge.h rows, the formula on the tail by huge.rows; scaling by their ratio is exact,
-    # because both are powers of two.
+    # The kernel divides by huge.h, the number of all rows. The reference sees only the tail and divides by huge.rows.
+    # The ratio is a power of two, so scaling by it is exact.
     wide[0][:, 1] *= huge.rows / huge.h
     exact = op._backward_reference(wide, index_in_tail, huge.tail(grad_x).double())
     eager = op._backward_reference([grad.float() for grad in wide], index_in_tail, huge.tail(grad_x).float()).half()

@@ -8,7 +8,8 @@ namespace emulation {
 unsigned cluster_rank();
 unsigned cluster_blocks();
 void cluster_barrier();
-// Takes the address of a shared variable in the running block; returns its address in block `rank` of the cluster.
+// Takes the address of a shared variable in the running block. Returns the address of the same variable in block `rank`
+// of the cluster.
 void* map_shared(const void* address, unsigned rank);
 
 }  // namespace emulation

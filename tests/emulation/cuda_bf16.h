@@ -27,7 +27,7 @@ struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
 
-// The maximum; NaN if either is NaN.
+// The larger of a and b; NaN if a or b is NaN.
 inline __nv_bfloat16 __hmax_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
   const float x = __bfloat162float(a), y = __bfloat162float(b);
   if (std::isnan(x) || std::isnan(y)) return {0x7fff};

@@ -25,9 +25,11 @@ inline __half __float2half_rn(float value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const float magnitude = std::fabs(value);
   if (std::isnan(value)) return {0x7fff};
-  if (magnitude >= 65520.0f) return {uint16_t(sign | 0x7c00)};  // halfway to 65536 rounds to infinity
+  // 65520 lies halfway between the largest finite half, 65504, and 65536. From there on, values round to infinity.
+  if (magnitude >= 65520.0f) return {uint16_t(sign | 0x7c00)};
   const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
-  // In ulp. nearbyint rounds ties to even; a result of 2048 carries into the exponent, which is correct.
+  // The magnitude in units of the last place. nearbyint rounds ties to even. A result of 2048 carries into the
+  // exponent, which is correct.
   const int units = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {uint16_t(sign | (((exponent + 14) << 10) + units))};
 }
@@ -36,7 +38,7 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 
-// The maximum; NaN if either is NaN.
+// The larger of a and b; NaN if a or b is NaN.
 inline __half __hmax_nan(__half a, __half b) {
   const float x = __half2float(a), y = __half2float(b);
   if (std::isnan(x) || std::isnan(y)) return {0x7fff};

@@ -3,10 +3,10 @@
 //
 // Idea. This folder replaces the CUDA toolkit's include folder: a plain C++ compiler compiles the .cu files against
 // these headers. Each thread is a fiber that runs until a barrier, a shuffle or an atomic. The schedule then picks the
-// next fiber, of the same block or of another resident block; the blocks of a cluster are resident together. Shared
-// memory contains NaN until it is written, and so does the target of an asynchronous copy until the thread waits for
-// the copy. Schedules differ only in the order of execution, so a result that depends on the schedule, or that is NaN,
-// reveals a missing barrier or wait.
+// next fiber from the resident blocks: three blocks, or all blocks of two clusters. Shared memory contains NaN until it
+// is written. The target of an asynchronous copy contains NaN until the thread waits for the copy. Schedules differ
+// only in the order of execution. A result that depends on the schedule, or that is NaN, therefore reveals a missing
+// barrier or wait.
 //
 // Limits. Not emulated: reordering of memory operations (a missing __threadfence is not detected), bank conflicts,
 // time.
@@ -26,7 +26,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 // One instance per block: the emulator swaps the module's thread-local storage whenever it switches blocks. It swaps
-// the variables of all kernels, so large buffers should be in dynamic shared memory.
+// the variables of all kernels, therefore large __shared__ buffers make each switch slow. Dynamic shared memory is not
+// swapped.
 #define __shared__ static thread_local
 
 struct dim3 {
@@ -84,6 +85,7 @@ enum cudaFuncAttribute {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion;
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -103,7 +105,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// Synchronous: streams of the emulation are always empty.
+// Writes at once: a launch returns when its kernel has finished, so there is no earlier work to wait for.
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
   return cudaSuccess;
@@ -114,8 +116,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// Reports that every kernel declares some shared memory. has_hamming_scan_wgmma() takes this to mean that the kernel
-// was compiled for the device.
+// Reports, for every kernel, code for the emulated compute capability and one byte of declared shared memory. From the
+// latter has_hamming_scan_wgmma() concludes that the kernel was compiled for the device.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return emulation::get_attributes(attributes);
@@ -140,9 +142,9 @@ void block_barrier();
 void yield();
 // The dynamic shared memory of the running block.
 void* dynamic_shared_memory();
-// Waits for all lanes of the mask that have not exited, and returns their values. Fails if they arrive at different
-// operations.
-Lanes exchange(unsigned mask, const char* operation, uint64_t bits);
+// A collective operation of a warp: waits for all lanes of the mask that have not exited, and returns the values that
+// they passed as `bits`. Fails if the lanes arrive at different operations.
+Lanes gather_lanes(unsigned mask, const char* operation, uint64_t bits);
 // Ends the launch with an error. Does not return.
 [[noreturn]] void fail(const char* format, ...);
 unsigned lane();
@@ -152,7 +154,7 @@ T shuffle(unsigned mask, const char* operation, T value, unsigned source) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const Lanes lanes = exchange(mask, operation, bits);
+  const Lanes lanes = gather_lanes(mask, operation, bits);
   if (!(lanes.mask >> source & 1))
     fail("%s: lane %u reads lane %u, which does not participate", operation, lane(), source);
   std::memcpy(&value, &lanes.bits[source], sizeof(T));
@@ -173,7 +175,7 @@ std::enable_if_t<std::is_integral_v<T>, T> atomic(T* address, Update update) {
 
 inline void __syncthreads() { emulation::block_barrier(); }
 inline void __threadfence() {}
-inline void __syncwarp(unsigned mask = ~0u) { emulation::exchange(mask, "__syncwarp", 0); }
+inline void __syncwarp(unsigned mask = ~0u) { emulation::gather_lanes(mask, "__syncwarp", 0); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -195,7 +197,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const emulation::Lanes lanes = emulation::exchange(mask, "__ballot_sync", predicate != 0);
+  const emulation::Lanes lanes = emulation::gather_lanes(mask, "__ballot_sync", predicate != 0);
   unsigned ballot = 0;
   for (unsigned i = 0; i < 32; ++i) ballot |= (lanes.mask >> i & 1 & unsigned(lanes.bits[i])) << i;
   return ballot;
@@ -206,7 +208,7 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value) {
   static_assert(std::is_integral_v<T>);
-  const emulation::Lanes lanes = emulation::exchange(mask, "__match_any_sync", uint64_t(value));
+  const emulation::Lanes lanes = emulation::gather_lanes(mask, "__match_any_sync", uint64_t(value));
   unsigned peers = 0;
   for (unsigned i = 0; i < 32; ++i) peers |= unsigned(lanes.mask >> i & 1 && lanes.bits[i] == uint64_t(value)) << i;
   return peers;
@@ -225,7 +227,7 @@ T atomicMax(T* address, T value) {
   return emulation::atomic(address, [=](T old) { return value > old ? value : old; });
 }
 
-// --- bit functions, loads and stores with cache hints, fast math (more accurate here than on a GPU) ---
+// --- loads and stores with cache hints, bit functions, fast math (more accurate here than on a GPU) ---
 
 template <typename T>
 T __ldg(const T* address) {

@@ -25,13 +25,13 @@ namespace {
 
 constexpr unsigned kMaxSlots = 2 * kMaxClusterBlocks;
 constexpr size_t kStackBytes = 128 << 10;
-// The dynamic shared memory that a launch can use without a request. CUDA permits 48 KB including the variables that
-// the kernel declares. Their size is unknown here, so half of the 48 KB is reserved for them.
+// The dynamic shared memory that a launch can use without cudaFuncSetAttribute. CUDA permits 48 KB including the
+// variables that the kernel declares. Their size is unknown here, so half of the 48 KB is reserved for them.
 constexpr size_t kDefaultSharedBytes = 24 << 10;
 
 // The ready fiber with the smallest priority value runs. A schedule number of 2 or more is the seed of random
-// priorities. Under such a schedule an atomic also moves its thread to the end of the queue with probability 1/2, so
-// that the rest of the grid overtakes it.
+// priorities. Under such a schedule, a thread also moves to the end of the queue with probability 1/2 before and after
+// each atomic, so that the other ready fibers overtake it.
 enum Schedule { kForward = 0, kReverse = 1 };
 constexpr uint64_t kLast = ~uint64_t(0);
 
@@ -55,7 +55,7 @@ char* stack_of(unsigned id) {
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-// AddressSanitizer must be told of each switch between stacks.
+// AddressSanitizer requires these calls around each switch between stacks.
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 void leave_for(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
@@ -129,8 +129,7 @@ void resume(unsigned id) {
   if (!block().alive) end_shared_memory(block());
 }
 
-// Frees the slots of the cluster that starts at slot `first` if all of its blocks have finished. Returns whether they
-// have.
+// If all blocks of the cluster that starts at slot `first` have finished, frees their slots and returns true.
 bool free_if_finished(unsigned first) {
   for (unsigned slot = first; slot < first + cluster_size; ++slot)
     if (resident[slot]->alive) return false;
@@ -138,7 +137,7 @@ bool free_if_finished(unsigned first) {
   return true;
 }
 
-// The first block of each cluster, in the order in which the clusters start.
+// Returns the first block of each cluster, in the order in which the clusters start.
 std::vector<uint64_t> start_order(uint64_t blocks) {
   random_bits.seed(static_cast<uint64_t>(schedule));
   std::vector<uint64_t> order;
@@ -194,7 +193,7 @@ unsigned requested_cluster_size(const cudaLaunchConfig_t& config) {
   return 1;
 }
 
-// A description of what is invalid in the configuration; empty if it is valid.
+// Returns a description of what is invalid in the configuration, or an empty string if it is valid.
 std::string find_error(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, threads = config.blockDim;
   const unsigned cluster = requested_cluster_size(config);
@@ -248,6 +247,7 @@ void fail(const char* format, ...) {
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes) {
   attributes->sharedSizeBytes = 1;
+  attributes->ptxVersion = emulation::capability;
   return cudaSuccess;
 }
 
@@ -293,8 +293,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 // For the tests. The functions set the schedule, the first block to run (to test only the end of a large grid), and the
-// device's compute capability and number of multiprocessors. emulation_take_error returns the error since its last
-// call, or an empty string.
+// device's compute capability and number of multiprocessors. emulation_take_error returns and clears the error, or
+// returns an empty string if there is none.
 extern "C" void emulation_set_schedule(int schedule) { emulation::schedule = schedule; }
 extern "C" void emulation_set_first_block(uint64_t block) { emulation::first_block = block; }
 extern "C" void emulation_set_capability(int capability) { emulation::capability = capability; }

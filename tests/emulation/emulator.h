@@ -1,5 +1,8 @@
-// Internal declarations of the emulator. emulator.cpp: launches, fibers, schedules. synchronisation.cpp: barriers,
-// warps. shared_memory.cpp: shared memory, asynchronous copies. matrix.cpp: matrix instructions.
+// Internal declarations of the emulator. emulator.cpp: launches, fibers, schedules. synchronisation.cpp: barriers and
+// collective operations. shared_memory.cpp: shared memory, asynchronous copies. matrix.cpp: matrix instructions.
+//
+// A collective operation is a shuffle, a vote, a __syncwarp or a matrix instruction: the lanes that its mask names wait
+// for each other.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -33,10 +36,10 @@ struct Copy {
   size_t bytes, zeros;
 };
 
-// A matrix product that a thread has started and not yet waited for.
+// A matrix product that a thread has started but has not yet waited for.
 struct MatrixProduct {
   uint32_t* sums;
-  std::vector<uint32_t> before;  // the sums at the start
+  std::vector<uint32_t> before;  // the values of the sums when the product was started
   uint32_t rows[4];
   const uint32_t* columns;
   bool accumulate;
@@ -49,30 +52,31 @@ struct Fiber {
   uint3 thread;
   uint64_t priority;
   Wait wait = Wait::kNone;
-  Lanes exchanged;           // the result of the last exchange
+  Lanes gathered;            // the result of the fiber's last collective operation
   std::vector<Copy> issued;  // asynchronous copies since the last commit
   std::deque<std::vector<Copy>> committed;
   std::vector<MatrixProduct> products;
 };
 
+// A collective operation that some of its lanes have not reached yet.
 struct Collective {
   const char* operation;
   Lanes lanes;
 };
 
 struct Warp {
-  unsigned alive = 0;                        // the lanes that have not exited
-  std::map<unsigned, Collective> gathering;  // per mask: disjoint groups of lanes do not wait for each other
+  unsigned alive = 0;                         // mask of the lanes that have not exited
+  std::map<unsigned, Collective> unfinished;  // by mask: lanes with disjoint masks do not wait for each other
 };
 
 struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  unsigned alive, at_barrier = 0, at_cluster_barrier = 0;  // numbers of threads
+  unsigned alive, at_barrier = 0, at_cluster_barrier = 0;  // numbers of threads; alive: have not exited
   bool has_started = false;
-  std::vector<char> declared;  // the contents of the __shared__ variables while another block runs
-  std::unique_ptr<char[]> dynamic;
+  std::vector<char> declared;       // the contents of the __shared__ variables while another block runs
+  std::unique_ptr<char[]> dynamic;  // the dynamic shared memory
 };
 
 // The state of the launch. Resident blocks occupy slots; the blocks of a cluster have consecutive slots, the first of
@@ -93,16 +97,19 @@ void make_ready(unsigned id);
 void make_unready(unsigned id);
 void suspend();  // returns when the schedule picks the fiber again
 
-// synchronisation.cpp. A barrier or a collective is complete when every fiber that it waits for has arrived or exited.
-// The release functions make the fibers ready whose barrier or collective is complete.
+// synchronisation.cpp. A barrier or a collective operation is complete when every fiber that it waits for has arrived
+// or exited. If it is complete, the release functions make the waiting fibers ready.
 void release_barriers();
 void release_collectives();
 std::string describe_waiting(const Block& block);
 
 // shared_memory.cpp
 void allocate_shared_memory(Block& block);
-void begin_shared_memory(Block& block);  // call when the first thread starts; discards earlier writes by peers
-void end_shared_memory(Block& block);    // call when the last thread has exited; makes later reads by peers invalid
-void swap_in(Block& block);              // moves the block's __shared__ variables to where the kernel accesses them
+// To call when the block's first thread starts. Discards what other blocks of the cluster have written before.
+void begin_shared_memory(Block& block);
+// To call when the block's last thread has exited. Makes later reads by other blocks of the cluster invalid.
+void end_shared_memory(Block& block);
+// Copies the block's __shared__ variables to the module's thread-local storage, where the kernel accesses them.
+void swap_in(Block& block);
 
 }  // namespace emulation

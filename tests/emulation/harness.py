@@ -1,4 +1,4 @@
-"""Build the CUDA emulator with all kernels of csrc/cuda, and call it with ctypes."""
+"""Build the CUDA emulator together with all kernels of csrc/cuda, and call the result with ctypes."""
 
 import ctypes
 import functools
@@ -32,14 +32,13 @@ FEW_MULTIPROCESSORS = 4  # so that small inputs fill the emulated device
 
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
 
-
 EMULATOR = ["emulator.cpp", "synchronisation.cpp", "shared_memory.cpp", "matrix.cpp", "toys.cpp", "toys_matrix.cpp"]
 
 
 def compile_once(prefix: str, flags: list[str]) -> Path:
     """Build the emulator, all kernels and `prefix`*.cpp of this folder as one program or library.
 
-    Objects are cached per source until the source, a header or a flag changes. Skips the test if the system is not
+    Each object is cached until its source, a header or a flag changes. The calling test is skipped if the system is not
     Linux or has no C++ compiler.
     """
     compiler = _toolchain.find_compiler(os.environ)
@@ -59,7 +58,7 @@ def _compile(source: Path, command: list[str], common: list[bytes]) -> Path:
 
 
 def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
-    """Run the command, unless its output for the same contents is cached; return the output's path."""
+    """Run the command unless its output for these contents is cached, and return the path of the output."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
     output = ROOT / "build" / "emulation" / f"{name}-{digest[:16]}"
     if not output.exists():
@@ -72,7 +71,7 @@ def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
 
 
 class Emulation:
-    """The functions of kernels_<op>.cpp and of the toys, run by the emulator on memory of the host."""
+    """Calls the functions of kernels_<op>.cpp and toys*.cpp. The emulator runs their kernels on host memory."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -87,7 +86,9 @@ class Emulation:
         capability: int = 90,
         multiprocessors: int = FEW_MULTIPROCESSORS,
     ) -> None:
-        """Run one function under a schedule, from block `first_block` on, on a device with these properties.
+        """Run one function under a schedule, on an emulated device with these properties.
+
+        Each kernel skips the blocks before `first_block`.
 
         Raises:
             RuntimeError: the emulator detected a mistake.
@@ -106,7 +107,7 @@ class Emulation:
     def workspace(
         self, op: str, *arguments: Any, capability: int = 90, multiprocessors: int = FEW_MULTIPROCESSORS
     ) -> torch.Tensor:
-        """Return poisoned memory of the size that workspace_bytes_of_<op> returns."""
+        """Return memory of the size that workspace_bytes_of_<op> returns; see `array` for its contents."""
         self.set_device(capability, multiprocessors)
         function = getattr(self.library, f"workspace_bytes_of_{op}")
         function.restype = ctypes.c_int64
@@ -115,7 +116,7 @@ class Emulation:
 
 @dataclass(frozen=True)
 class Host:
-    """Memory that the launcher itself accesses; only kernels access the other tensors."""
+    """Marks an argument that the launcher itself reads or writes on the host. Only kernels access the other tensors."""
 
     tensor: torch.Tensor
 
@@ -137,7 +138,7 @@ def load_emulation() -> Emulation:
 
 
 def array(numel: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """Return a poisoned array [numel], `offset` elements after a 16-byte boundary; floating-point values are NaN."""
+    """Return a 1-D tensor, `offset` elements after a 16-byte boundary. All bytes are 255: floats are NaN."""
     raw = torch.full(((numel + offset) * dtype.itemsize + 16,), 255, dtype=torch.uint8)
     aligned = -raw.data_ptr() % 16
     return raw[aligned : aligned + (numel + offset) * dtype.itemsize].view(dtype)[offset:]
@@ -149,6 +150,6 @@ def random_array(numel: int, dtype: torch.dtype, offset: int = 0, seed: int = 0)
 
 
 def sparse_array(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return [numel] zeros; only the pages that are accessed take memory."""
+    """Return a 1-D tensor of zeros. Only the pages that are accessed take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)

@@ -6,7 +6,7 @@ using namespace hashengine;
 
 namespace {
 
-// sizes: query_count, code_count, code_bytes, filter_stride; for a ranking also radius and max_results.
+// sizes: query_count, code_count, code_bytes and filter_stride, for a ranking also radius and max_results.
 HammingSearch search_of(const int64_t* sizes, const uint8_t* queries, const uint8_t* codes, const uint8_t* filter) {
   return {queries, codes, sizes[0], sizes[1], sizes[2], filter, sizes[3]};
 }

@@ -13,7 +13,7 @@ HammingSearch search_of(const uint8_t* queries, const uint8_t* codes, const int6
   return {queries, codes, sizes[0], sizes[1], sizes[2], filter, sizes[3]};
 }
 
-// out: [lane][4], the words of the rows of 16 codes that each lane holds.
+// Builds the matrix rows of 16 codes, and stores the four words that each lane holds in out[lane][4].
 __global__ void rows_kernel(DeviceSearch search, uint32_t* out) {
   uint32_t words[1][2][1], rows[1][4];
   BitRows<2>::load(search.codes, 0, search.codes.count, words);
@@ -40,7 +40,7 @@ void hamming_topk(const uint8_t* queries, const uint8_t* codes, const int64_t* s
   launch_hamming_topk(search_of(queries, codes, sizes, filter), k, distances, positions, workspace, nullptr);
 }
 
-// out: sample.count, sample.rank, capacity.
+// Stores sample.count, sample.rank and capacity of the plan in `out`.
 void hamming_topk_plan(const int64_t* sizes, int64_t k, int64_t* out) {
   const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k);
   out[0] = plan.sample.count;
@@ -57,7 +57,8 @@ void hamming_topk_in_batches(const uint8_t* queries, const uint8_t* codes, const
   launch_hamming_topk(search, plan, distances, positions, workspace, nullptr);
 }
 
-// offset: where the numbers of candidates per query begin in the workspace, in bytes. capacity: candidates per query.
+// Stores in `offset` the byte at which Candidates::counts begins in the workspace, and in `capacity` the number of
+// candidates for which each query has memory.
 void hamming_topk_counts(const int64_t* sizes, int64_t k, int64_t* offset, int64_t* capacity) {
   const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k);
   const Candidates candidates = plan.candidates(nullptr);
@@ -65,7 +66,8 @@ void hamming_topk_counts(const int64_t* sizes, int64_t k, int64_t* offset, int64
   *capacity = candidates.capacity;
 }
 
-// The single steps. The arrays are those of Candidates.
+// The following functions run one step each. Their arrays have the names of the members of Candidates.
+
 void hamming_bounds(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
                     int64_t samples, int64_t rank, uint64_t* bounds, unsigned* counts, unsigned* margin_counts,
                     int64_t position_bits) {
@@ -73,6 +75,7 @@ void hamming_bounds(const uint8_t* queries, const uint8_t* codes, const int64_t*
                         {nullptr, bounds, counts, margin_counts, 0, 0, {int(position_bits)}}, nullptr);
 }
 
+// scan: 0 popcount, 1 mma, 2 wgmma.
 void hamming_scan(int64_t scan, const uint8_t* queries, const uint8_t* codes, const int64_t* sizes,
                   const uint8_t* filter, uint64_t* keys, uint64_t* bounds, unsigned* counts, unsigned* margin_counts,
                   int64_t capacity, int64_t k, int64_t position_bits) {

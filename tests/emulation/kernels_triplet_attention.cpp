@@ -32,7 +32,7 @@ int64_t workspace_bytes_of_triplet_forward(const int64_t* shape) {
 int64_t workspace_bytes_of_triplet_inference(const int64_t* shape) {
   return triplet_inference_workspace_bytes(triplet_shape(shape));
 }
-// Blocks per cluster; 0: inference takes three launches.
+// Returns the number of blocks per cluster; 0 if inference takes three launches.
 int cluster_of_triplet_inference(const int64_t* shape) {
   return triplet::ClusterPlan::make(triplet_shape(shape)).blocks;
 }

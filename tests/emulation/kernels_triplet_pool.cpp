@@ -25,7 +25,8 @@ void triplet_pool_backward(const int64_t* shape, const void* const* grad_pools, 
   launch_triplet_pool_backward(params, nullptr);
 }
 
-// The reduce pass alone, for float16. maps: the partial maps, maximum and sum, one axis after another.
+// Runs only the reduce pass, on float16. maps: the partial maps of the three axes, one after another; each has the
+// maximum and the sum.
 void triplet_reduce_pool(const int64_t* shape, const void* x, void* maps) {
   const triplet::Geometry geometry = triplet::Geometry::from_shape(triplet_shape(shape));
   const int width = triplet::widest_vector(geometry, Dtype::kFloat16);

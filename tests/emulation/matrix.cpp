@@ -1,5 +1,5 @@
-// Emulated matrix instructions: the lanes of a warp exchange their words of rows and columns, then each lane computes
-// its own sums.
+// Emulated matrix instructions. Each lane of a warp gathers the words of its rows and columns from the other lanes,
+// then computes its own sums.
 
 #include "emulator.h"
 #include "matrix_instructions.h"
@@ -9,15 +9,16 @@ namespace {
 
 constexpr unsigned kWords = 8;  // per row or column
 constexpr unsigned kWholeWarp = ~0u;
-constexpr uint32_t kInvalid = 0xa5a5a5a5u;
+constexpr uint32_t kInvalid = 0xa5a5a5a5u;  // the sums of a product that was not waited for
 
-// Rows g and g + 8 of the warp, g = lane / 4. Lane 4g + t holds words t and t + 4 of both.
+// The two rows of which the calling lane computes sums: rows g and g + 8 of the warp, with g = lane / 4. Lane 4g + t
+// holds words t and t + 4 of both rows.
 struct Rows {
   uint32_t words[2][kWords];
 
   explicit Rows(const uint32_t* own, const char* operation) {
     for (unsigned half = 0; half < 2; ++half) {  // own: word t of row g and of row g + 8, then word t + 4 of both
-      const Lanes lanes = exchange(kWholeWarp, operation, own[2 * half] | uint64_t(own[2 * half + 1]) << 32);
+      const Lanes lanes = gather_lanes(kWholeWarp, operation, own[2 * half] | uint64_t(own[2 * half + 1]) << 32);
       for (unsigned t = 0; t < 4; ++t) {
         const uint64_t pair = lanes.bits[lane() / 4 * 4 + t];
         words[0][t + 4 * half] = uint32_t(pair);
@@ -39,7 +40,7 @@ unsigned column_of(unsigned sum) { return 8 * (sum / 4) + 2 * (lane() % 4) + sum
 
 void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns, const uint32_t* before) {
   const Rows own(rows, "mma");
-  const Lanes lanes = exchange(kWholeWarp, "mma", columns[0] | uint64_t(columns[1]) << 32);
+  const Lanes lanes = gather_lanes(kWholeWarp, "mma", columns[0] | uint64_t(columns[1]) << 32);
   for (unsigned sum = 0; sum < 4; ++sum) {
     uint32_t column[kWords];
     for (unsigned t = 0; t < 4; ++t) {
@@ -51,7 +52,7 @@ void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* colu
   }
 }
 
-void wgmma_fence() { exchange(kWholeWarp, "wgmma.fence", 0); }
+void wgmma_fence() { gather_lanes(kWholeWarp, "wgmma.fence", 0); }
 
 void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, const uint32_t* columns,
                         bool accumulate) {
@@ -75,7 +76,7 @@ void wgmma_wait() {
     for (unsigned sum = 0; sum < product.before.size(); ++sum) {
       uint32_t column[kWords];
       const unsigned index = column_of(sum);
-      for (unsigned word = 0; word < kWords; ++word)  // core matrices of 8 columns by 4 words
+      for (unsigned word = 0; word < kWords; ++word)  // a tile consists of core matrices of 8 columns by 4 words
         column[word] = product.columns[(2 * (index / 8) + word / 4) * 32 + index % 8 * 4 + word % 4];
       product.sums[sum] = (product.accumulate ? product.sums[sum] : 0) + own.product(sum / 2 % 2, column);
     }

@@ -1,16 +1,17 @@
-// The 1-bit matrix instructions of csrc/cuda/hamming/bit_matrix.cuh, with the same register layout. A wgmma is executed
-// when its thread waits for it: until then the sums are invalid, and overwriting the columns makes them wrong.
+// The 1-bit matrix instructions of csrc/cuda/hamming/bit_matrix.cuh, with the same register layout. The emulation
+// executes a wgmma only when its thread waits for it. Until then the sums are invalid. If the columns are overwritten
+// before the wait, the sums become wrong.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace emulation {
 
-// sums[4] = before[4] + popcount(rows[4] & columns[2]).
+// sums[4] = before[4] + popcount(rows & columns), with the lane's words in rows[4] and columns[2].
 void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns, const uint32_t* before);
 
 void wgmma_fence();
-// sums[count], rows[4]; columns: a tile of 2 * count columns, stored by core matrices.
+// The lane has sums[count] and rows[4]. columns: a tile of 2 * count columns, stored by core matrices.
 void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, const uint32_t* columns, bool accumulate);
 void wgmma_wait();
 

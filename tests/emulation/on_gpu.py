@@ -1,4 +1,4 @@
-"""Compile the launchers of hamming_topk for the present GPU, so that test_hamming_topk.py can also run on it."""
+"""Compile the launchers of hamming_topk for the machine's GPU, so that test_hamming_topk.py can also run on it."""
 
 import ctypes
 import functools
@@ -16,7 +16,10 @@ from tests.emulation.harness import CSRC, EMULATION, FORWARD, KERNELS, array, to
 
 
 class OnGpu:
-    """Has the interface of `Emulation`. It takes tensors in host memory, and copies them to the GPU and back."""
+    """Runs the launchers on the GPU, with the interface of `Emulation`.
+
+    All tensors are in host memory. Those without `Host` are copied to the GPU before a call and back after it.
+    """
 
     def __init__(self, library: Path, capability: int) -> None:
         self._library, self._capability = ctypes.CDLL(str(library)), capability
@@ -40,7 +43,7 @@ class OnGpu:
 
     @staticmethod
     def _to_gpu(value: torch.Tensor) -> torch.Tensor:
-        """Copy to the GPU, with the same offset from a 16-byte boundary."""
+        """Return a copy on the GPU, with the same offset from a 16-byte boundary."""
         offset = value.data_ptr() % 16
         memory = torch.empty(offset + value.nbytes, dtype=torch.uint8, device="cuda")
         return memory[offset:].view(value.dtype).view(value.shape).copy_(value)
@@ -55,7 +58,7 @@ def load_on_gpu() -> OnGpu:
 
 
 def build_for(architecture: str, folder: Path) -> Path:
-    """Compile the launchers to a library; skips the test if there is no nvcc."""
+    """Compile the launchers to a library and return its path. Skips the test if there is no nvcc."""
     nvcc = _toolchain.find_nvcc(os.environ, torch.version.cuda or "13.0", _toolchain.wheel_homes(torch.version.cuda))
     if isinstance(nvcc, _toolchain.Missing):
         pytest.skip(str(nvcc))

@@ -1,6 +1,6 @@
-// Runs the kernels of one op, given by name, in a build with -fsanitize=address,undefined: an access outside an array,
-// or through a misaligned vector, ends the program. Some names run a known mistake instead, to test that it is
-// detected.
+// Runs the kernels of the op that the first argument names, in a build with -fsanitize=address,undefined. An access
+// outside an array or through a misaligned vector ends the program. Some names run a toy kernel with a known mistake,
+// to test that the sanitizers detect it.
 
 #include "sanitized.h"
 

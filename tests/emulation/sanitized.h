@@ -1,4 +1,5 @@
-// What the sanitized_<op>.cpp files share. Each of them runs an op's kernels on arrays of exactly the required size.
+// Code that the sanitized_<op>.cpp files share. Each of these files runs an op's kernels on arrays of exactly the
+// required size.
 #pragma once
 
 #include <cstdint>

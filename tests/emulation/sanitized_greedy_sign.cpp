@@ -15,8 +15,8 @@ void run_one(Dtype dtype, int64_t size, int64_t numel, int64_t offset) {
   launch_greedy_sign_backward({b.get(), nullptr, u.get(), grad_u.get(), numel, 0.1, dtype}, nullptr);
 }
 
-// Sizes: no elements, one element, single elements in one block, vectors in one block, single elements in several
-// blocks.
+// 33 elements are processed one by one in one block, 520 as vectors in one block (if they are aligned), and 20,481 one
+// by one in several blocks.
 const Sanitized greedy_sign("greedy_sign", [] {
   for (const auto& type : kFloatingTypes)
     for (int64_t offset : {0, 1})

@@ -26,17 +26,18 @@ void run_one(int capability, int64_t queries, int64_t codes, int64_t code_bytes,
   emulation_set_capability(90);
 }
 
+// Arguments: capability, queries, codes, code_bytes, offset, k, filter_per_query. The comments name the scan that runs.
 const Sanitized hamming_topk("hamming_topk", [] {
   run_one(90, 2, 1, 1, 1, 1, false);     // a single code of one byte
   run_one(90, 3, 500, 9, 0, 500, true);  // no scan; k is the number of codes
   for (int capability : {80, 90, 120}) {
     run_one(capability, 1, 8201, 8, 0, 5, false);   // scan_popcount
-    run_one(capability, 3, 8193, 13, 1, 40, true);  // scan_mma (12.0: scan_popcount); codes that are not whole words
+    run_one(capability, 3, 8193, 13, 1, 40, true);  // scan_mma (12.0: scan_popcount); partial words
   }
   run_one(90, 65, 8195, 8, 0, 3, true);    // scan_wgmma; codes of one slice
   run_one(90, 64, 8193, 32, 0, 7, false);  // scan_wgmma; codes of several slices
   run_one(80, 2, 8193, 128, 4, 7, false);  // scan_mma; the longest codes that it supports
-  run_one(90, 1, 8193, 140, 0, 7, true);   // scan_popcount; codes too long for its registers
+  run_one(90, 1, 8193, 140, 0, 7, true);   // scan_popcount, the kernel for codes of more than 32 words
 });
 
 }  // namespace

@@ -21,9 +21,11 @@ void run_one(const ElementType& type, SimamShape shape, int64_t offset) {
 }
 
 // Planes of 1, 49 and 64 positions fit in a warp, and are staged or loaded directly. Planes of 2,056 positions fit in a
-// block (float64: in a cluster). Planes of 17,001 positions (single elements) and of 17,008 positions (vectors), and
-// the slabs of 1,100 positions, fit in a cluster on 9.0 and are split on 8.0. The last slab of 24 or 40 channels has
-// partial rows.
+// block (float64: in a cluster). Planes of 17,001 positions (single elements) and of 17,008 positions (vectors) fit in
+// a cluster on 9.0 and are split on 8.0; those of float64 are always split. The slabs of 1,100 positions also fit in a
+// cluster on 9.0 and are split on 8.0. The last slab has partial rows if there are 40 channels, and, except in float64,
+// if there are 24.
+// SimamShape: samples, channels, positions, layout, dtype.
 const Sanitized simam("simam", [] {
   constexpr auto kPlanes = FeatureLayout::kContiguous;
   constexpr auto kSlabs = FeatureLayout::kChannelsLast;

@@ -35,7 +35,7 @@ void run_one(const TripletShape& shape, int64_t element_bytes, int64_t offset) {
   launch_triplet_backward({y.get(), x.get(), forward.parameters, forward.saved, grad_x.get(), grad_conv_weight.get(),
                            grad_bn_weight.get(), grad_bn_bias.get(), true, shape},
                           backward_workspace.get(), nullptr);
-  for (int capability : {90, 80}) {  // inference in a cluster, and by three launches
+  for (int capability : {90, 80}) {  // inference in one launch with clusters, and in three launches
     emulation_set_capability(capability);
     Array workspace(triplet_inference_workspace_bytes(shape), 0);
     launch_triplet_inference(inference, workspace.get(), nullptr);
@@ -43,15 +43,16 @@ void run_one(const TripletShape& shape, int64_t element_bytes, int64_t offset) {
   emulation_set_capability(90);
 }
 
+// TripletShape: samples, channels, height, width, branches, kernel_size, layout, dtype. Then element_bytes and offset.
 const Sanitized triplet_attention("triplet_attention", [] {
   emulation_set_multiprocessors(132);  // as an H200 has
   constexpr auto kContiguous = FeatureLayout::kContiguous, kChannelsLast = FeatureLayout::kChannelsLast;
-  run_one({2, 3, 5, 7, 3, 7, kContiguous, Dtype::kFloat32}, 4, 0);      // rows in single elements
+  run_one({2, 3, 5, 7, 3, 7, kContiguous, Dtype::kFloat32}, 4, 0);      // rows accessed one element at a time
   run_one({1, 8, 3, 16, 2, 3, kChannelsLast, Dtype::kBFloat16}, 2, 0);  // rows in 16-byte vectors
   run_one({1, 17, 2, 8, 3, 1, kContiguous, Dtype::kFloat16}, 2, 1);     // arrays that are not aligned
-  run_one({1, 2, 16, 136, 3, 7, kContiguous, Dtype::kFloat16}, 2, 0);   // rows in parts
+  run_one({1, 2, 16, 136, 3, 7, kContiguous, Dtype::kFloat16}, 2, 0);   // long rows, each cut into several tiles
   run_one({1, 2, 3, 4, 3, 7, kChannelsLast, Dtype::kFloat64}, 8, 0);    // float64
-  run_one({1, 33, 5, 6, 3, 7, kContiguous, Dtype::kBFloat16}, 2, 0);    // clusters of two
+  run_one({1, 33, 5, 6, 3, 7, kContiguous, Dtype::kBFloat16}, 2, 0);    // clusters of four blocks
 });
 
 }  // namespace

@@ -27,13 +27,14 @@ void run_one(const TripletShape& shape, int64_t element_bytes, int64_t offset) {
   launch_triplet_gate_backward(backward, workspace.get(), nullptr);
 }
 
+// TripletShape: samples, channels, height, width, branches, kernel_size, layout, dtype. Then element_bytes and offset.
 const Sanitized triplet_gate("triplet_gate", [] {
   constexpr auto kContiguous = FeatureLayout::kContiguous, kChannelsLast = FeatureLayout::kChannelsLast;
   emulation_set_multiprocessors(132);                                   // as an H200 has
-  run_one({2, 3, 5, 7, 3, 1, kContiguous, Dtype::kFloat32}, 4, 0);      // rows in single elements
+  run_one({2, 3, 5, 7, 3, 1, kContiguous, Dtype::kFloat32}, 4, 0);      // rows accessed one element at a time
   run_one({1, 8, 3, 16, 2, 1, kChannelsLast, Dtype::kBFloat16}, 2, 0);  // rows in 16-byte vectors
   run_one({1, 17, 2, 8, 3, 1, kContiguous, Dtype::kFloat16}, 2, 1);     // arrays that are not aligned
-  run_one({1, 2, 16, 136, 3, 1, kContiguous, Dtype::kFloat16}, 2, 0);   // rows in parts
+  run_one({1, 2, 16, 136, 3, 1, kContiguous, Dtype::kFloat16}, 2, 0);   // long rows, each cut into several tiles
   run_one({1, 2, 3, 4, 3, 1, kChannelsLast, Dtype::kFloat64}, 8, 0);    // float64
 });
 

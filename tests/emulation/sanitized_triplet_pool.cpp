@@ -27,6 +27,7 @@ void run_one(const TripletShape& shape, int64_t element_bytes, int64_t offset) {
   launch_triplet_pool_backward(backward, nullptr);
 }
 
+// TripletShape: samples, channels, height, width, branches, kernel_size, layout, dtype. Then element_bytes and offset.
 const Sanitized triplet_pool("triplet_pool", [] {
   constexpr auto kContiguous = FeatureLayout::kContiguous, kChannelsLast = FeatureLayout::kChannelsLast;
   emulation_set_multiprocessors(132);                                   // as an H200 has

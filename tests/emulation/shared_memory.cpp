@@ -1,4 +1,4 @@
-// The shared memory of a block and of its cluster, and asynchronous copies into it.
+// The shared memory of the blocks of a cluster, and asynchronous copies into it.
 
 #include <link.h>
 
@@ -20,9 +20,9 @@ struct Span {
 };
 thread_local char inside_declared_memory = 0;
 
-// The calling thread's copy of this module's thread-local storage, which contains the __shared__ variables.
+// Returns the calling thread's copy of this module's thread-local storage, which contains the __shared__ variables.
 Span find_declared_memory() {
-  Span span{&inside_declared_memory, 0};  // taking its address also makes the loader allocate the storage
+  Span span{&inside_declared_memory, 0};  // taking the variable's address makes the loader allocate the storage
   dl_iterate_phdr(
       [](dl_phdr_info* module, size_t, void* argument) {
         auto* found = static_cast<Span*>(argument);
@@ -65,7 +65,7 @@ void begin_shared_memory(Block& block) {
 }
 
 void end_shared_memory(Block& block) {
-  swapped_in = nullptr;  // this block was swapped in; its variables need not be saved
+  swapped_in = nullptr;  // the block was swapped in; its variables are no longer needed
   if (cluster_size == 1) return;
   begin_shared_memory(block);
   ASAN_POISON_MEMORY_REGION(block.declared.data(), block.declared.size());

@@ -49,8 +49,8 @@ void release_barriers() {
 
 void release_collectives() {
   const unsigned first = running / kWarpThreads * kWarpThreads;
-  auto& gathering = warp().gathering;
-  for (auto entry = gathering.begin(); entry != gathering.end();) {
+  auto& unfinished = warp().unfinished;
+  for (auto entry = unfinished.begin(); entry != unfinished.end();) {
     const Lanes& lanes = entry->second.lanes;
     if ((entry->first & warp().alive) != lanes.mask) {
       ++entry;
@@ -58,10 +58,10 @@ void release_collectives() {
     }
     for (unsigned lane = 0; lane < kWarpThreads; ++lane) {
       if (!(lanes.mask >> lane & 1)) continue;
-      fiber_of(first + lane).exchanged = lanes;
+      fiber_of(first + lane).gathered = lanes;
       make_ready(first + lane);
     }
-    entry = gathering.erase(entry);
+    entry = unfinished.erase(entry);
   }
 }
 
@@ -69,7 +69,7 @@ std::string describe_waiting(const Block& b) {
   std::string waiting = std::to_string(b.at_barrier) + " of " + std::to_string(b.alive) + " threads at a barrier";
   if (b.at_cluster_barrier) waiting += ", " + std::to_string(b.at_cluster_barrier) + " at the cluster's";
   for (const Warp& w : b.warps)
-    for (const auto& [mask, collective] : w.gathering) waiting += std::string(", a warp at ") + collective.operation;
+    for (const auto& [mask, collective] : w.unfinished) waiting += std::string(", a warp at ") + collective.operation;
   return "block " + std::to_string(b.index.x) + ": " + waiting;
 }
 
@@ -80,9 +80,9 @@ unsigned cluster_blocks() { return cluster_size; }
 unsigned cluster_rank() { return running / kMaxThreads % cluster_size; }
 unsigned lane() { return running % kWarpThreads; }
 
-Lanes exchange(unsigned mask, const char* operation, uint64_t bits) {
+Lanes gather_lanes(unsigned mask, const char* operation, uint64_t bits) {
   if (!(mask >> lane() & 1)) fail("%s: lane %u is not in its own mask %08x", operation, lane(), mask);
-  auto [entry, is_first] = warp().gathering.try_emplace(mask, Collective{operation, {}});
+  auto [entry, is_first] = warp().unfinished.try_emplace(mask, Collective{operation, {}});
   Collective& collective = entry->second;
   if (std::string(collective.operation) != operation)
     fail("lanes of one warp meet at different operations: %s and %s", collective.operation, operation);
@@ -91,7 +91,7 @@ Lanes exchange(unsigned mask, const char* operation, uint64_t bits) {
   make_unready(running);
   release_collectives();
   suspend();
-  return fiber().exchanged;
+  return fiber().gathered;
 }
 
 }  // namespace emulation

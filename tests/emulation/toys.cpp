@@ -22,8 +22,8 @@ __global__ void reverse_kernel(const float* in, float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
-// Broadcasts two numbers through one shared variable. Without the second barrier, a fast thread overwrites the first
-// number before a slow one reads it; this does not show if the threads run in descending order.
+// Broadcasts two numbers through one shared variable. Without the second barrier, thread 0 may overwrite the first
+// number before another thread has read it. The mistake has no effect if the threads run in descending order.
 template <bool kHasBarrier>
 __global__ void broadcast_twice_kernel(const float* in, float* out) {
   __shared__ float first;
@@ -37,7 +37,8 @@ __global__ void broadcast_twice_kernel(const float* in, float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// The block that finishes last sums the numbers of all blocks. The mistake is to take the ticket before storing.
+// The block that finishes last sums the numbers of all blocks. If kStoresFirst is false, a block makes a mistake: it
+// takes its ticket before it stores its number.
 template <bool kStoresFirst>
 __global__ void last_block_kernel(const float* in, float* out, float* stored, unsigned* tickets) {
   if (threadIdx.x != 0) return;
@@ -89,8 +90,8 @@ __global__ void mixed_operations_kernel() {
 }
 
 // Reverses the numbers of a cluster: each block stores its own in dynamic shared memory and reads those of the mirrored
-// block. kArrives: a barrier before the reads ensures that all numbers are stored. kStays: a barrier after the reads
-// ensures that no block exits while others read from it.
+// block. If kArrives is true, a barrier before the reads ensures that all numbers are stored. If kStays is true, a
+// barrier after the reads ensures that no block exits while others read from it.
 template <bool kArrives, bool kStays>
 __global__ void cluster_reverse_kernel(const float* in, float* out) {
   const auto cluster = cooperative_groups::this_cluster();
@@ -107,8 +108,8 @@ __global__ void cluster_reverse_kernel(const float* in, float* out) {
   if (kStays) cluster.sync();
 }
 
-// Each block writes its first number to the shared memory of all blocks of its cluster. kArrives: a barrier ensures
-// that they have started.
+// Each block writes its first number to the shared memory of all blocks of its cluster. If kArrives is true, a barrier
+// before the writes ensures that all blocks have started.
 template <bool kArrives>
 __global__ void cluster_gather_kernel(const float* in, float* out) {
   const auto cluster = cooperative_groups::this_cluster();
@@ -120,8 +121,9 @@ __global__ void cluster_gather_kernel(const float* in, float* out) {
   if (threadIdx.x < cluster.num_blocks()) out[blockIdx.x * kThreads + threadIdx.x] = gathered[threadIdx.x];
 }
 
-// A pipeline with two buffers: each round starts the copy of the next numbers, then sums the current ones.
-enum class Copies { kRight, kNotCommitted, kNotWaited, kTooFewWaited, kNoBarrierAfterWait, kNoBarrierBeforeReuse };
+// A pipeline with two buffers: each round starts the copy of the next numbers, then sums the current ones. All values
+// of Copies except kCorrect are mistakes.
+enum class Copies { kCorrect, kNotCommitted, kNotWaited, kTooFewWaited, kNoBarrierAfterWait, kNoBarrierBeforeReuse };
 template <Copies kCopies>
 __global__ void pipeline_kernel(const float* in, float* out, int rounds) {
   alignas(16) __shared__ float buffers[2][kThreads];
@@ -154,8 +156,8 @@ __global__ void zero_fill_kernel(const float* in, float* out) {
 __global__ void copy_kernel(const float* in, float* to, int bytes) { __pipeline_memcpy_async(to, in, size_t(bytes)); }
 __global__ void copy_unaligned_kernel(const float* in) { __pipeline_memcpy_async(dynamic_shared<float>() + 1, in, 16); }
 
-// Block 0 reads from the shared memory of block 1 after block 1 has exited. It maps the address after the exit if
-// `maps_late`, otherwise before.
+// Block 0 reads from the shared memory of block 1 after block 1 has exited. If `maps_late` is true, it also maps the
+// address after the exit, otherwise before.
 __global__ void exited_peer_kernel(float* out, bool maps_late) {
   const auto cluster = cooperative_groups::this_cluster();
   auto* number = dynamic_shared<float>();
@@ -176,14 +178,14 @@ __global__ void overrun_kernel(float* out) { out[threadIdx.x + 1] = 0; }
 
 extern "C" {
 
-void toy_reverse(const float* in, float* out, int blocks, bool right) {
-  launch(right ? reverse_kernel<true> : reverse_kernel<false>, blocks, kThreads, nullptr, in, out);
+void toy_reverse(const float* in, float* out, int blocks, bool correct) {
+  launch(correct ? reverse_kernel<true> : reverse_kernel<false>, blocks, kThreads, nullptr, in, out);
 }
-void toy_broadcast_twice(const float* in, float* out, int blocks, bool right) {
-  launch(right ? broadcast_twice_kernel<true> : broadcast_twice_kernel<false>, blocks, kThreads, nullptr, in, out);
+void toy_broadcast_twice(const float* in, float* out, int blocks, bool correct) {
+  launch(correct ? broadcast_twice_kernel<true> : broadcast_twice_kernel<false>, blocks, kThreads, nullptr, in, out);
 }
-void toy_last_block(const float* in, float* out, int blocks, bool right, float* stored, unsigned* tickets) {
-  launch(right ? last_block_kernel<true> : last_block_kernel<false>, blocks, kThreads, nullptr, in, out, stored,
+void toy_last_block(const float* in, float* out, int blocks, bool correct, float* stored, unsigned* tickets) {
+  launch(correct ? last_block_kernel<true> : last_block_kernel<false>, blocks, kThreads, nullptr, in, out, stored,
          tickets);
 }
 void toy_warp(unsigned* out, int blocks) { launch(warp_kernel, blocks, 32, nullptr, out); }
@@ -197,7 +199,7 @@ void toy_cluster_gather(const float* in, float* out, int blocks, int cluster, bo
          {blocks, kThreads, int64_t(cluster * sizeof(float)), cluster}, nullptr, in, out);
 }
 void toy_pipeline(const float* in, float* out, int blocks, int rounds, int copies) {
-  const auto kernels = {pipeline_kernel<Copies::kRight>,
+  const auto kernels = {pipeline_kernel<Copies::kCorrect>,
                         pipeline_kernel<Copies::kNotCommitted>,
                         pipeline_kernel<Copies::kNotWaited>,
                         pipeline_kernel<Copies::kTooFewWaited>,

@@ -9,7 +9,7 @@ using namespace hashengine;
 
 namespace {
 
-// The lane's words of the rows of a matrix [16 * warps][kSliceWords], 16 rows per warp.
+// Loads the lane's words of the warp's 16 rows. The matrix is [16 * warps][kSliceWords].
 __device__ void load_rows(const uint32_t* matrix, uint32_t (&rows)[4]) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   for (int i = 0; i < 4; ++i)
@@ -23,7 +23,7 @@ __device__ void store_sums(const uint32_t (&sums)[kCount], int columns, uint32_t
     out[(16 * warp + row_of_sum(lane, i)) * columns + column_of_sum(lane, i)] = sums[i];
 }
 
-// out = before + the product of 16 rows and 8 columns, each of kSliceWords words.
+// Adds `before` to each element of the product of 16 rows and 8 columns, each of kSliceWords words.
 __global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t before, uint32_t* out) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t added[4] = {before, before, before, before};
@@ -37,7 +37,8 @@ __global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32
 
 enum Mistake { kNone, kNoWait, kColumnsOverwritten };
 
-// Twice the product of 64 rows and 256 columns: the second wgmma accumulates.
+// Computes twice the product of 64 rows and 256 columns: the second wgmma adds the same product to the sums of the
+// first.
 __global__ void wgmma_kernel(const uint32_t* rows, const uint32_t* columns, uint32_t* out, int mistake) {
   auto* tile = dynamic_shared<uint32_t>();
   for (int i = threadIdx.x; i < kWgmmaColumns * kSliceWords; i += blockDim.x)
@@ -54,7 +55,7 @@ __global__ void wgmma_kernel(const uint32_t* rows, const uint32_t* columns, uint
   store_sums(sums, kWgmmaColumns, out);
 }
 
-// Per lane, the mask of the lanes with the same value.
+// Stores, for each lane, the mask of the lanes with the same value.
 __global__ void match_kernel(const int* values, unsigned* out) {
   out[threadIdx.x] = __match_any_sync(kWholeWarp, values[threadIdx.x]);
 }

@@ -2,7 +2,7 @@
 
 #include "hashengine/triplet_attention.h"
 
-// Converts the array that the Python tests pass: N, C, H, W, branches, kernel_size, layout, dtype.
+// Converts the array that the Python tests pass, which has the order N, C, H, W, branches, kernel_size, layout, dtype.
 inline hashengine::TripletShape triplet_shape(const int64_t* values) {
   return {values[0],
           values[1],

@@ -1,4 +1,4 @@
-"""A model, images, and what image search makes of them."""
+"""Fixtures: a model, images, the codes of these images, codes of queries, and an index of images."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A folder of images becomes a folder of codes."""
+"""Encoding a folder of images, and folders of codes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.helpers.hand_made_codes import hand_made
 from tests.helpers.tiny_images import make_images
 
 
-def test_codes_are_those_of_the_model_in_the_order_of_the_paths(images, model, codes):
+def test_codes_equal_those_of_the_model_and_are_in_the_order_of_the_paths(images, model, codes):
     paths = sorted(images.rglob("*.png"))
     assert [item.path for item in codes.items] == [str(path) for path in paths]
     assert [item.label for item in codes.items] == [path.parent.name for path in paths]

@@ -24,7 +24,7 @@ def test_a_query_is_an_image_a_folder_of_images_or_their_codes(index, queries, t
         search_images(index.folder, tmp_path / "nowhere")
 
 
-def test_the_evaluation_of_folders_is_that_of_their_contents(index, queries, tmp_path):
+def test_the_evaluation_of_folders_equals_that_of_their_contents(index, queries, tmp_path):
     queries.save(tmp_path / "queries")
     found, expected = evaluate_folders(index.folder, tmp_path / "queries", radius=1), evaluate(index, queries, radius=1)
     assert found.model_dump(exclude={"seconds"}) == expected.model_dump(exclude={"seconds"})

@@ -50,7 +50,7 @@ def test_an_append_that_is_interrupted_during_its_save_changes_no_answer(index, 
     assert ImageIndex.load(index.folder).search(queries, 3).queries == before
 
 
-def test_an_index_contains_its_model(index, images, model):
+def test_an_index_contains_a_copy_of_its_model(index, images, model):
     assert encode_module.fingerprint(index.folder / "model") == encode_module.fingerprint(model)
     path = next(images.rglob("*.png"))
     results = index.search(encode_folder(path, index.folder / "model"), 1)

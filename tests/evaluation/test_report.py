@@ -1,4 +1,4 @@
-"""The page with queries, their nearest images, figures and timings."""
+"""The report: a page with queries, their nearest images, figures and timings."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def reported(index, queries, tmp_path):
     return report, (tmp_path / "report.html").read_text(), json.loads((tmp_path / "report.json").read_text())
 
 
-def test_the_page_needs_no_other_file(reported):
+def test_the_page_contains_its_images_and_refers_to_no_other_file(reported):
     report, page, _ = reported
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 11 * (len(report.drawn) + len(report.worst))  # each query with its 10 hits
@@ -50,7 +50,9 @@ def test_the_frame_of_a_hit_says_whether_it_has_the_querys_label(reported):
     assert page.count('class="hit wrong"') == sum(query != hit for query, hit in hits)
 
 
-def test_a_page_marks_no_hit_without_labels_and_shows_that_an_image_is_missing(index, queries, codes, images, tmp_path):
+def test_hits_without_labels_are_not_marked_and_missing_images_are_shown_as_missing(
+    index, queries, codes, images, tmp_path
+):
     unlabelled = CodesFolder(queries.codes, [item._replace(label="") for item in queries.items], queries.record)
     results = index.search(unlabelled, 3)
     results.queries[0].path = "/nowhere/lost.png"
@@ -61,7 +63,7 @@ def test_a_page_marks_no_hit_without_labels_and_shows_that_an_image_is_missing(i
     assert page.count('<div class="missing" title="/nowhere/lost.png">') == 1
 
 
-def test_a_report_on_the_results_of_another_index_is_refused(index, images, tmp_path):
+def test_the_results_of_a_search_in_another_index_are_refused(index, images, tmp_path):
     other = encode_folder(images, make_model(tmp_path / "other", seed=1))
     ImageIndex.build(other, tmp_path / "other-index").search(other, 1).write(tmp_path / "results.json")
     with pytest.raises(InputError, match="^report: results must be of a search in"):
@@ -79,7 +81,7 @@ def query_results(labels: str, right: list[int]) -> list[QueryResult]:
     ]
 
 
-def test_drawn_queries_come_from_every_class_and_depend_on_the_seed():
+def test_queries_are_drawn_from_every_class_and_depend_on_the_seed():
     queries = query_results("aaaabbbbcccc", [5] * 12)
     drawn = draw(queries, 7, seed=3)
     assert drawn == draw(queries, 7, seed=3)

@@ -1,7 +1,9 @@
-"""python -m tests.fuzz --seconds 60 fuzzes the functions that read files. Given files of inputs are run instead.
+"""`python -m tests.fuzz --seconds 60` fuzzes the functions that read files.
 
-The fuzzer is atheris. It is guided by coverage and runs in a process of its own. AddressSanitizer's runtime is loaded
-there before all other libraries, so that it intercepts every call of malloc. The C++ searches that
+`python -m tests.fuzz FILE...` runs only the inputs in these files, such as the failing inputs that the fuzzer saved.
+
+The fuzzer is atheris, which is guided by coverage. It runs in a process of its own, in which AddressSanitizer's runtime
+is loaded before all other libraries, so that it intercepts every call of malloc. The C++ searches that
 tests/helpers/hamming_levels.py builds are instrumented; the native code of Python, numpy and torch is not.
 """
 
@@ -24,14 +26,15 @@ if TYPE_CHECKING:  # at run time, main() imports numpy while atheris instruments
     import numpy as np
 
 CORPUS = Path(__file__).parent / "corpus"
-KEPT = ROOT / "build" / "fuzz"  # the folder where the fuzzer saves each failing input
+FAILURES = ROOT / "build" / "fuzz"  # the folder where the fuzzer saves each failing input
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g"]
-LONGEST = 16384  # the size of the largest input in bytes
-_FOLDER = "HASHENGINE_FUZZ_FOLDER"  # this environment variable is set in the process that runs with the sanitizer
+LONGEST = 16384  # the fuzzer makes no input of more bytes
+# This environment variable is set only in the process with the sanitizer. It names the folder for temporary files.
+_FOLDER = "HASHENGINE_FUZZ_FOLDER"
 
 
 def run_with_sanitizer() -> int:
-    """Run this program again, with the library of AddressSanitizer and the fuzzer preloaded; return its exit status."""
+    """Run this program again with a preloaded library that has the sanitizer and the fuzzer; return the exit status."""
     atheris = importlib.util.find_spec("atheris")
     if atheris is None:
         sys.exit("tests.fuzz needs atheris, which has wheels for Linux on x86-64 with Python 3.11 to 3.14")
@@ -39,24 +42,24 @@ def run_with_sanitizer() -> int:
     command = [os.environ.get("CXX", "g++"), "-print-file-name=libstdc++.so"]
     libstdcxx = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     settings = {
-        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # the sanitizer's runtime looks up functions in it
+        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # libstdc++, because the runtime looks up its functions
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONMALLOC": "malloc",  # the sanitizer would not see allocations in Python's own pools
         "OMP_NUM_THREADS": "1",
     }
-    # The folder is in memory if possible, because a save waits for the disk. This process creates and removes it,
-    # because the fuzzer ends its own process without cleaning up.
+    # The folder is in memory if possible, because a save to a disk waits for the disk. This process creates and removes
+    # the folder, because the fuzzer ends its own process without cleaning up.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | settings | {_FOLDER: folder}).returncode
 
 
 class Heap:
-    """Fails if a call allocates much more memory than the size of the files that it reads."""
+    """Measures the memory that a call allocates. Fails if that is much more than the size of the files it reads."""
 
     # A call may allocate FACTOR * size + CONSTANT bytes to read files of `size` bytes.
-    FACTOR = 16  # for the text of a manifest and its parsed values
-    CONSTANT = 1 << 23  # numpy parses a header of up to 10,000 characters as Python, with about 400 bytes per character
+    FACTOR = 16  # the text of a manifest and its parsed values take several times the size of the file
+    CONSTANT = 1 << 23  # numpy parses up to 10,000 characters of a header as Python code: 400 bytes per character
 
     def __init__(self, folder: Path) -> None:
         library, compiler = folder / "heap.so", os.environ.get("CXX", "g++")
@@ -68,21 +71,21 @@ class Heap:
         assert self._library.heap_watch()
 
     def measure(self, call: Callable[[], Any], size: int) -> Any:
-        """Make a call that reads files of `size` bytes in total, and return its result."""
+        """Return the result of `call`, which reads files of `size` bytes in total; fail if it allocates too much."""
         self._library.heap_start()
         before = self._library.heap_used()
         try:
             return call()
         finally:
             taken = self._library.heap_peak() - before
-            assert taken <= self.FACTOR * size + self.CONSTANT, f"{taken} bytes of memory to read {size} bytes"
+            assert taken <= self.FACTOR * size + self.CONSTANT, f"allocated {taken} bytes to read {size} bytes"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the readers of files.")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="the seed of the random inputs (0: a random seed)")
-    parser.add_argument("inputs", nargs="*", help="files of inputs; if there are any, only these inputs are run")
+    parser.add_argument("inputs", nargs="*", help="files with one input each; only these inputs are run")
     options = parser.parse_args()
     if _FOLDER not in os.environ:
         sys.exit(run_with_sanitizer())
@@ -110,8 +113,8 @@ def main() -> None:
     corpus.mkdir()
     for name, data in inputs.seeds().items():
         (corpus / name).write_bytes(data)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.argv[0], f"-max_len={LONGEST}", f"-artifact_prefix={KEPT}/"]
+    FAILURES.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.argv[0], f"-max_len={LONGEST}", f"-artifact_prefix={FAILURES}/"]
     if options.inputs:
         arguments += options.inputs
     else:

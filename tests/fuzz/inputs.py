@@ -1,9 +1,12 @@
 """How the fuzzer's inputs encode files, and the inputs that the fuzzer starts from.
 
-The first byte of an input selects one of `READERS`, and the second byte holds flags. For "npy" and "u8bin", the rest is
-the contents of a file that `read_codes` reads. For "index", it is the contents of all files of an index. For "edited
-index", it is the number of one of `_indexes` and a list of edits of this index's files. After these edits, the sizes
-and checksums in the manifest are corrected unless a flag forbids it, because nearly every edit changes a checksum.
+The first byte of an input selects one of `READERS`, the second byte has the flags, and the other bytes are the body:
+
+- "npy" and "u8bin": the contents of a file that `read_codes` reads;
+- "index": the contents of all files of an index, with `_SEPARATOR` between them;
+- "edited index": the number of an index in `_indexes`, and a list of edits of its files. The edits are followed by a
+  correction of the sizes and checksums in the manifest, unless a flag forbids it. Without the correction, a load would
+  refuse nearly every edited file because of its checksum.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from hashengine.index import write_codes
 from hashengine.index.folder import KINDS, MANIFEST, manifest_text, with_checksum
 
 READERS = ("edited index", "index", "npy", "u8bin")
-MMAP, LSB_FIRST = 1, 2
-# KEEP_FILES: keep wrong sizes and checksums of files in the manifest. KEEP_MANIFEST: keep its own wrong checksum.
-KEEP_FILES, KEEP_MANIFEST = 4, 8
+# Flags. MMAP: map the codes. LSB_FIRST: the bit order of codes that are not mapped. KEEP_FILES: do not correct the
+# sizes and checksums of edited files in the manifest. KEEP_MANIFEST: do not correct the manifest's own checksum.
+MMAP, LSB_FIRST, KEEP_FILES, KEEP_MANIFEST = 1, 2, 4, 8
 _CODES = np.random.default_rng(0).integers(0, 256, (20, 8), dtype=np.uint8)
 _SEPARATOR = b"\n====\n"
-_DEPTHS = (300, 900, 3000)
+_DEPTHS = (300, 900, 3000)  # numbers of lists within each other; "nested 300" stands for 300 of them
+# The values that an edit can give to a field of a manifest.
 _VALUES = (
     None, True, -1, 0, 1, 2, 8, 20.0, 160.0, 1e400, 1 << 32, 1 << 60, (1 << 63) - 1, 1 << 64, 65536, 65544,
     "", "codes-0.bin", "ids-0.bin", "live-0.bin", "codes-/x", "codes-\n", "codes-\0", "codes-\ud800",
@@ -38,7 +42,7 @@ Files = dict[str, bytes]
 
 
 def files_of(data: bytes) -> tuple[str, int, Files]:
-    """The reader ("index", "npy" or "u8bin"), the flags, and the files by name that `data` encodes."""
+    """The reader ("index", "npy" or "u8bin"), the flags, and a dictionary of the files that `data` encodes."""
     reader, flags, body = READERS[data[0] % len(READERS)] if data else "index", (data[1:2] or b"\0")[0], data[2:]
     if reader == "edited index":
         return "index", flags, _edited(body, flags)
@@ -49,9 +53,9 @@ def files_of(data: bytes) -> tuple[str, int, Files]:
 
 
 def seeds() -> dict[str, bytes]:
-    """Valid inputs by name: one for "npy", one for "u8bin", and two for each index of `_indexes`.
+    """Valid inputs by name: one for "npy", one for "u8bin", and two for each index in `_indexes`.
 
-    One of these two contains the files of the index. The other names the index and has an empty list of edits.
+    One of these two contains the files of the index. The other has the number of the index and an empty list of edits.
     """
     found = {f"edited_{name}": bytes([0, 0, number]) for number, name in enumerate(_indexes())}
     for name, files in _indexes().items():
@@ -70,7 +74,7 @@ def _names() -> list[str]:
 
 @functools.cache
 def _indexes() -> dict[str, Files]:
-    """The files of several small indexes, by the name of the index. A file that the index does not have is empty."""
+    """The files of several small indexes, by the name of the index. If an index lacks one of the files, it is empty."""
     found = {}
     for name in ("positions", "own_ids", "removed", "compacted", "empty"):
         index = HammingIndex(64)
@@ -97,8 +101,8 @@ def _indexes() -> dict[str, Files]:
 def _edited(body: bytes, flags: int) -> Files:
     """The files of an index after some edits.
 
-    The first byte of `body` is the number of the index in `_indexes`. Each edit takes three more bytes: target, place
-    and change.
+    The first byte of `body` is the number of the index in `_indexes`. Each edit takes three more bytes: the target (the
+    manifest or one of the other files), the place in it, and the change.
     """
     files = list(_indexes().values())[(body[:1] or b"\0")[0] % len(_indexes())]
     manifest = json.loads(files[MANIFEST])

@@ -1,9 +1,10 @@
 """The check of the fuzzer: any input either loads and is searched correctly, or raises an InputError of one line.
 
-`python -m tests.fuzz` runs this check under AddressSanitizer; tests/fuzz/test_readers.py runs it without. The searches
-that are compiled with the sanitizer get a copy of the codes that ends with the last code, so that the sanitizer detects
-a read beyond the codes. The searches of the index itself are compiled without it. But if an index maps more codes than
-its file contains, a read beyond the last page of the file ends the process with SIGBUS.
+`python -m tests.fuzz` runs this check under AddressSanitizer; tests/fuzz/test_readers.py runs it without a sanitizer.
+Under the sanitizer, each index is also searched with kernels that are compiled with it. They get a copy of the codes
+that ends with the last code, so that the sanitizer detects a read beyond the codes. The native module is compiled
+without the sanitizer. If an index maps more codes than its file contains, its searches read beyond the last page of the
+file, and SIGBUS ends the process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.fuzz.inputs import LSB_FIRST, MMAP, files_of
 from tests.helpers.hamming_levels import assert_same, nearest
 
 Search = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # called with queries, codes and a mask of live codes
-Measure = Callable[[Callable[[], Any], int], Any]  # called with a function and the size of the files that it reads
+Measure = Callable[[Callable[[], Any], int], Any]  # called with a function that reads files, and their size
 
 _LONGEST_MESSAGE = 1000
 
@@ -33,14 +34,15 @@ def call_unmeasured(call: Callable[[], Any], size: int) -> Any:
 
 
 def check(data: bytes, folder: Path, search: Search | None = None, measure: Measure = call_unmeasured) -> None:
-    """Read the files that `data` encodes, and check the result. An exception that leaves this function is a bug.
+    """Read the files that `data` encodes, and check the result. An exception from this function means a defect.
 
     Args:
         data: an input of the fuzzer.
         folder: the folder for the files; it is emptied first.
-        search: searches again with kernels that are compiled with sanitizers, and checks the answers. Default: none.
-        measure: calls a function, and fails if it allocates too much memory for the size of the files that it reads.
-            Default: only calls the function.
+        search: searches again with kernels that are compiled with sanitizers, and checks the answers. Default: does
+            not search again.
+        measure: calls a function, and fails if the call allocates too much memory for the size of the files that it
+            reads. Default: only calls the function.
     """
     reader, flags, files = files_of(data)
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +101,7 @@ def _check_save(index: HammingIndex, folder: Path, mmap: bool) -> None:
     index.add(code, np.setdiff1d(np.arange(len(before) + 1), before)[:1] if own_ids else None)
     index.save(folder)
     # If the first load mapped the codes, it did not check their checksum. A wrong checksum stays wrong when the save
-    # appends to the file, so that only another load with mmap=True accepts it.
+    # appends to the file. Therefore the second load has to map the codes, too.
     again = HammingIndex.load(folder, mmap=mmap)
     assert torch.equal(again.codes, index.codes) and torch.equal(again.ids, index.ids)
     assert torch.equal(again.ids[:-1], before) and (again.codes[-1:].numpy() == code).all()

@@ -1,4 +1,4 @@
-"""Reads the fuzzer's initial inputs, and the inputs in tests/fuzz/corpus, each of which revealed a defect."""
+"""Reads the fuzzer's initial inputs and the inputs in tests/fuzz/corpus. Each input of the corpus revealed a defect."""
 
 import subprocess
 import sys
@@ -9,30 +9,30 @@ from hashengine.index import folder
 from tests.fuzz import inputs, readers
 from tests.helpers.paths import ROOT
 
-FOUND = {file.name: file.read_bytes() for file in sorted((ROOT / "tests" / "fuzz" / "corpus").iterdir())}
+CORPUS = {file.name: file.read_bytes() for file in sorted((ROOT / "tests" / "fuzz" / "corpus").iterdir())}
 SEEDS = inputs.seeds()
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("name", [*SEEDS, *FOUND])
+@pytest.mark.parametrize("name", [*SEEDS, *CORPUS])
 def test_files_load_correctly_or_raise_an_error_of_one_line(tmp_path, name, mmap):
-    data = bytearray((SEEDS | FOUND)[name])
+    data = bytearray((SEEDS | CORPUS)[name])
     data[1] |= inputs.MMAP if mmap else 0
     readers.check(bytes(data), tmp_path / "files")
 
 
 @pytest.mark.parametrize(
-    ("check", "found"),
+    ("check", "name"),
     [
         ("_check_rows", "ids_twice"),
         ("_check_manifest", "file_name_newline"),
         ("_check_manifest", "bytes_not_an_integer"),
     ],
 )
-def test_a_missing_check_is_detected(tmp_path, monkeypatch, check, found):
+def test_a_missing_check_is_detected(tmp_path, monkeypatch, check, name):
     monkeypatch.setattr(folder, check, lambda *args: None)
     with pytest.raises((AssertionError, TypeError)):
-        readers.check(FOUND[found], tmp_path / "files")
+        readers.check(CORPUS[name], tmp_path / "files")
 
 
 @pytest.mark.slow

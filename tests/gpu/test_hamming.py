@@ -1,4 +1,4 @@
-"""The native Hamming ops give the same results on a GPU as on the CPU, and as FAISS; skipped without a GPU.
+"""The native Hamming ops give the same results on a GPU as on the CPU and as FAISS. Skipped without a GPU.
 
 tests/cuda tests the logic of the kernels without a GPU. These tests run the compiled kernels and the binding on a GPU.
 """
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and the native CUDA module",
 )
 KINDS = ["random", "clustered", "duplicate"]
-# shared: one filter for all queries. own, few: a filter per query, which half or 0.1% of the codes pass.
+# shared: one filter for all queries. own, few: one filter per query. Half of the codes pass the filters shared and own,
+# and 0.1% pass few.
 FILTERS = ["none", "shared", "own", "few"]
 # (code_bytes, codes, queries)
 SIZES = [(1, 1, 1), (3, 70, 3), (8, 20_001, 9), (8, 300_000, 1), (16, 5000, 40), (33, 1000, 5), (128, 3000, 17)]
@@ -32,7 +33,7 @@ MAX_SELECTED_K = 4096  # for a larger k, hamming_topk runs the kernels of hammin
 
 
 def make_search(kind: str, code_bytes: int, count: int, query_count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw queries and codes; the first query equals the last code."""
+    """Draw queries and codes. The first query equals the last code."""
     rng = np.random.default_rng(seed)
     codes = make_codes(kind, count, 8 * code_bytes, rng)
     queries = make_codes("random", query_count, 8 * code_bytes, rng)
@@ -48,7 +49,7 @@ def make_bitmap(kind: str, count: int, queries: int) -> Tensor | None:
 
 
 def check(op: Callable[..., tuple[Tensor, ...]], *arguments: Any, **options: Any) -> None:
-    """Check that the op gives the same results on both devices, and that those of the GPU are in GPU memory."""
+    """Check that the op gives the same results on the CPU and on the GPU. Those of the GPU must be in GPU memory."""
 
     def to_gpu(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -105,7 +106,7 @@ def test_count_equals_the_cpu(size, kind, filter):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", FAISS_SIZES, ids=str)
 def test_searches_equal_faiss_on_the_cpu(size, kind):
-    """Positions must be equal too, because FAISS's index on the CPU also orders by (distance, position)."""
+    """Positions must be equal even for ties, because FAISS's index on the CPU also orders by (distance, position)."""
     pytest.importorskip("faiss", reason="needs faiss")
     queries, codes = make_search(kind, *size)
     on_gpu, count = (queries.cuda(), codes.cuda()), len(codes)
@@ -125,7 +126,7 @@ def test_searches_equal_faiss_on_the_cpu(size, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", FAISS_SIZES, ids=str)
 def test_topk_equals_faiss_on_the_gpu(size, kind):
-    """Compares distances and, up to the order of ties, positions: FAISS on the GPU does not define that order."""
+    """Distances must be equal. Positions may differ in the order of ties, which FAISS on the GPU does not define."""
     faiss = pytest.importorskip("faiss", reason="needs faiss")
     if not hasattr(faiss, "GpuIndexBinaryFlat"):
         pytest.skip(f"needs a faiss with GPU support, got {faiss.__version__}")
@@ -136,7 +137,7 @@ def test_topk_equals_faiss_on_the_gpu(size, kind):
 
 @pytest.mark.parametrize("code_bytes", [145, 577, 1153, 8192])
 def test_long_codes(code_bytes):
-    """Codes whose counters or result slots are in global memory."""
+    """For codes this long, the kernels have their counters or the slots of the results in global memory."""
     queries, codes = make_search("clustered", code_bytes, 9000, 9)
     for k in (5, 9000):
         check(ops.hamming_topk, queries, codes, k)
@@ -146,7 +147,7 @@ def test_long_codes(code_bytes):
 
 
 def test_more_queries_than_a_batch():
-    """hamming_range.cu processes these queries in batches of 4,093. Each query has a filter of its own."""
+    """The 5,000 queries are searched in batches of up to 4,093 queries (`hamming_ranking_batch`)."""
     queries, codes = make_search("random", 256, 9000, 5000)
     bitmap = make_bitmap("own", 9000, 5000)
     check(ops.hamming_range, queries, codes, 2048, filter=bitmap, max_results=50)
@@ -274,7 +275,7 @@ def test_the_ops_run_on_the_device_of_the_codes():
 
 
 def test_more_than_two_to_the_32_codes():
-    """Codes of one byte. Four are near the query: the first, those at positions 2^31 and 2^32, and the last."""
+    """Four codes are near the query: the first, those at positions 2^31 and 2^32, and the last."""
     count = 2**32 + 5
     codes = torch.full((count, 1), 255, dtype=torch.uint8, device="cuda")
     near = [0, 2**31, 2**32, count - 1]

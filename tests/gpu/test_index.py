@@ -1,4 +1,4 @@
-"""A HammingIndex on GPUs gives the same results as one on the CPU; skipped without a GPU."""
+"""A HammingIndex on GPUs gives the same results as one on the CPU. Skipped without a GPU."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and the native CUDA module",
 )
 GPUS = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-PLACEMENTS = [
-    {"device": "cuda", "streamed": False},
-    {"device": "cuda", "streamed": True},
-    {"device": ["cuda"] * 3, "streamed": False},
-    {"device": GPUS, "streamed": False},
-    {"device": GPUS * 2, "streamed": True},
-]
+PLACEMENTS = {
+    "one GPU": {"device": "cuda", "streamed": False},
+    "one GPU, streamed": {"device": "cuda", "streamed": True},
+    "three shards on one GPU": {"device": ["cuda"] * 3, "streamed": False},
+    "all GPUs": {"device": GPUS, "streamed": False},
+    "each GPU twice, streamed": {"device": GPUS * 2, "streamed": True},
+}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def small_blocks(monkeypatch):
 
 
 class OperationsOnGpus(OperationsOnDevices):
-    placements = [*PLACEMENTS, {"device": "cpu", "streamed": False}]
+    placements = [*PLACEMENTS.values(), {"device": "cpu", "streamed": False}]
 
     @staticmethod
     def as_tensor(values: np.ndarray) -> torch.Tensor:
@@ -79,7 +79,7 @@ def search_all(index: HammingIndex, queries: torch.Tensor, **options: Any) -> li
     ]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 @pytest.mark.parametrize("filtered", [False, True])
 def test_an_index_on_gpus_equals_one_on_the_cpu(monkeypatch, on_cpu, placement, filtered):
     monkeypatch.setattr(execution, "STREAM_CHUNK_BYTES", 1 << 16)
@@ -91,8 +91,9 @@ def test_an_index_on_gpus_equals_one_on_the_cpu(monkeypatch, on_cpu, placement, 
     mask = None if mask is None else mask.cuda()
     for got, want in zip(search_all(index, queries.cuda(), filter=mask), expected, strict=True):
         assert got.is_cuda and torch.equal(got.cpu(), want)
-    assert all(map(torch.equal, search_all(on_cpu, queries, filter=mask), expected))  # with a mask on the GPU
-    for results in (1, 1 << 9):  # queries one at a time, and in blocks
+    # The index on the CPU takes a mask on the GPU too.
+    assert all(map(torch.equal, search_all(on_cpu, queries, filter=mask), expected))
+    for results in (1, 1 << 9):  # one query at a time, and blocks of several queries
         monkeypatch.setattr(execution, "RESULTS_PER_BLOCK", results)
         for got, want in zip(search_all(index, queries.cuda(), filter=mask), expected, strict=True):
             assert torch.equal(got.cpu(), want)
@@ -133,7 +134,7 @@ def test_packing_and_search_are_captured_in_a_graph(on_cpu):
         assert all(map(torch.equal, found, search()))
 
 
-def test_searches_on_other_streams_during_writes_see_one_state_each():
+def test_each_search_on_another_stream_during_writes_sees_one_state():
     index = HammingIndex(16, "cuda")
     index.add(MARKS)
     query = torch.zeros(1, 2, dtype=torch.uint8, device="cuda")
@@ -148,7 +149,7 @@ def test_reading_codes_and_moving_to_the_same_gpu_copy_nothing():
     assert index.to("cuda") is index
 
 
-def test_a_database_that_does_not_fit_is_an_error_but_can_be_streamed():
+def test_a_database_that_does_not_fit_raises_an_error_and_can_be_streamed():
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     filler = torch.empty(max(free - (1 << 30), 0), dtype=torch.uint8, device="cuda")

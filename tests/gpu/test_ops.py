@@ -1,4 +1,4 @@
-"""The sign, packing and attention ops on a GPU, against eager torch or the same ops on the CPU; skipped without a GPU.
+"""The sign, packing and attention ops on a GPU, against eager torch or the same ops on the CPU. Skipped without a GPU.
 
 tests/cuda tests the logic of the kernels without a GPU. These tests run the compiled kernels and the binding on a GPU.
 """
@@ -10,7 +10,7 @@ import torch
 
 from hashengine import _native, nn, ops
 from hashengine.ops.triplet_attention import triplet_attention_inference
-from tests.helpers.eager import eager_simam, eager_triplet, formula, triplet_parameters
+from tests.helpers.eager import eager_greedy_sign, eager_simam, eager_triplet, triplet_parameters
 from tests.helpers.layouts import LAYOUTS, feature_map
 from tests.helpers.numerics import assert_as_accurate_as_eager
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1, 1, 1), (3, 4, 5, 6), (4, 33, 64, 9), (64, 64, 8, 8))
-# Planes that fit into a warp, a block and a cluster, and larger ones.
+# Some have planes that SimAM's kernels hold in a warp, in a block or in a cluster, and one has larger planes.
 FEATURE_MAPS = ((2, 64, 7, 7), (3, 5, 13, 11), (2, 16, 56, 56), (1, 3, 224, 224), (1, 2, 700, 701), (2, 2048, 7, 7))
 
 
@@ -40,8 +40,10 @@ def test_greedy_sign_equals_the_formula(layout, dtype):
         inputs = u.detach().requires_grad_()
         b, penalty = ops.greedy_sign(inputs, 0.3)
         (grad,) = torch.autograd.grad((b, penalty), inputs, (grad_b, torch.full_like(penalty, 0.7)))
-        eager = formula(u, 0.3, grad_b, torch.tensor(0.7, dtype=dtype, device="cuda"))
-        exact = formula(u.double(), 0.3, grad_b.double(), torch.tensor(0.7, dtype=torch.float64, device="cuda"))
+        eager = eager_greedy_sign(u, 0.3, grad_b, torch.tensor(0.7, dtype=dtype, device="cuda"))
+        exact = eager_greedy_sign(
+            u.double(), 0.3, grad_b.double(), torch.tensor(0.7, dtype=torch.float64, device="cuda")
+        )
         assert torch.equal(b, eager[0]) and b.stride() == torch.empty_like(u).stride()
         if dtype != torch.float64:  # the float64 reference is no more accurate than the kernel
             assert_as_accurate_as_eager(penalty, eager[1].to(penalty.dtype), exact[1])
@@ -113,7 +115,7 @@ def test_triplet_attention_is_as_accurate_as_eager(shape, training, dtype, layou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triplet_attention_trains_like_the_cpu(dtype):
+def test_gradients_and_statistics_of_triplet_attention_are_close_to_those_of_the_cpu(dtype):
     torch.manual_seed(0)
     layers = [nn.TripletAttention().double().to(device) for device in ("cpu", "cuda")]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -188,7 +190,7 @@ def test_layers_compile_as_one_graph(layer):
 
 
 def test_simam_and_triplet_attention_of_more_than_two_to_the_31_elements():
-    shape = (3, 1024, 1024, 700)  # 2.2e9 values; in bfloat16, so that x and y fit in GPU memory
+    shape = (3, 1024, 1024, 700)  # 2.2e9 values, in bfloat16, so that x and y fit in GPU memory
     x = torch.randn(shape[0], 1, *shape[2:], device="cuda").to(torch.bfloat16).repeat(1, shape[1], 1, 1)
     x[-1, -1] += 1
     y = ops.simam(x)
@@ -208,7 +210,7 @@ def test_repeated_runs_of_greedy_sign_give_the_same_penalty():
 
 
 def test_greedy_sign_and_pack_bits_run_on_the_current_stream_and_in_a_graph():
-    """During capture, a launch on another stream, a synchronization, or a read of a value on the host is an error."""
+    """A capture fails on a launch on another stream, on a synchronization, and if the host reads a value."""
     u = on_gpu("contiguous", torch.float32, (64, 64, 8, 8)).flatten(1)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""The benchmarks' command line in this process, and the rows that it writes."""
+"""Runs the commands of the benchmarks in this process, and reads the rows that they write."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,19 @@ from benchmarks.__main__ import app
 
 
 def run_command(*arguments: object) -> Result:
-    """Run `python -m benchmarks` with these arguments; it may fail."""
+    """Run `python -m benchmarks` with these arguments. The command may fail."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def invoke(*arguments: object) -> str:
-    """Run `python -m benchmarks` with these arguments, which must succeed; returns what it prints."""
+    """Run `python -m benchmarks` with these arguments. The command must succeed; its output is returned."""
     result = run_command(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def assert_refused(message: str, *arguments: object) -> None:
-    """The arguments are refused with exit code 2 and one line that begins with `message`."""
+    """Check that the command fails with exit code 2 and one line on stderr, "error: " and `message` and the rest."""
     result = run_command(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1, result.stderr

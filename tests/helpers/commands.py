@@ -1,4 +1,4 @@
-"""Running the commands of `hashengine` in this process."""
+"""Runs the commands of `hashengine` in this process."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""scikit-learn's digits, prepared once per test session."""
+"""scikit-learn's digits as a folder of images, written once per test session."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from hashengine.training import prepare
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the prepared data set, with the subfolders database/ and query/."""
+    """The folder of the images, with the subfolders database/ and query/."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", folder)

@@ -1,7 +1,7 @@
-"""The ops as plain torch computes them, one formula at a time, and random parameters for them.
+"""The ops in plain torch, written step by step, and random parameters for them.
 
-Every function computes in the dtype of its input. In float64 it gives the exact result; in the dtype under test
-it gives the result of eager torch. `tests.helpers.numerics` compares a kernel with both.
+The functions named `eager_*` compute in the dtype of their input. A result in float64 counts as exact; a result in the
+dtype under test is that of eager torch. `tests.helpers.numerics` compares a kernel with both.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def eager_energy(x: Tensor, lam: float) -> Tensor:
-    """SimAM's inverse energy of [N, C, H, W], as its authors state it."""
+    """SimAM's inverse energy of x [N, C, H, W] by its authors' formula. For planes of one element, n is 1 and not 0."""
     n = max(x.shape[2] * x.shape[3] - 1, 1)
     d = (x - x.mean((2, 3), keepdim=True)).pow(2)
     return d / (4 * (d.sum((2, 3), keepdim=True) / n + lam)) + 0.5
@@ -29,7 +29,7 @@ def eager_pool(x: Tensor, axis: int) -> Tensor:
 def eager_triplet(x: Tensor, parameters: list[list[Tensor]], training: bool, eps: float = 1e-5) -> Tensor:
     """The forward pass of the official triplet attention, branch by branch.
 
-    `parameters` are those of `triplet_parameters`, which this function does not change.
+    `parameters` are lists as in `triplet_parameters`; the running statistics in them are not changed.
     """
     branches = []
     for axis, weight, gamma, beta, mean, var in zip((2, 3, 1), *parameters, strict=False):
@@ -59,8 +59,8 @@ def gate_maps(x: Tensor, branches: int = 3) -> list[Tensor | None]:
     return [*maps[:branches], *[None] * (3 - branches)]
 
 
-def formula(u: Tensor, alpha: float, grad_b: Tensor, grad_penalty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Greedy hash's b, penalty and grad_u for the upstream gradients `grad_b` and `grad_penalty`."""
+def eager_greedy_sign(u: Tensor, alpha: float, grad_b: Tensor, grad_penalty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """b, the penalty and grad_u of the op greedy_sign, for the upstream gradients `grad_b` and `grad_penalty`."""
     b = torch.where(u >= 0, 1.0, -1.0).to(u.dtype)
     excess = u.abs() - 1
     penalty = alpha * excess.abs().pow(3).mean()

@@ -1,7 +1,7 @@
-"""FAISS's binary flat indexes as oracles of Hamming searches, on the CPU and on a GPU.
+"""FAISS's binary flat indexes, which give the expected answers of Hamming searches, on the CPU and on a GPU.
 
 `FaissOracle` orders its results by (distance, position), as hashengine does, so positions must be equal too. `FaissGpu`
-leaves the order of ties open, so `equal_up_to_ties` compares distances and sets of positions.
+orders ties in any way, so `equal_up_to_ties` compares distances and sets of positions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FaissOracle:
         return sort_hits(self.range_search_unordered(queries, radius))
 
     def range_search_unordered(self, queries: np.ndarray, radius: int) -> Arrays:
-        """Return the same as range_search, but in no defined order within a query. Benchmarks time this method."""
+        """Return the hits of range_search, those of each query in no defined order. Benchmarks time this method."""
         return self._index.range_search(queries, radius + 1)  # FAISS's radius is exclusive
 
 
@@ -93,7 +93,7 @@ class FaissGpu:
         return self._index.search(queries, k)
 
     def replace_codes(self, codes: np.ndarray) -> None:
-        """Remove all codes and add these."""
+        """Replace all codes of the index by `codes`."""
         self._index.reset()
         self._index.add(codes)
 
@@ -121,7 +121,7 @@ def search_on_gpu(queries: Tensor, codes: Tensor, k: int) -> TopK:
 
 
 def equal_up_to_ties(answer: TopK, expected: TopK) -> bool:
-    """Return whether the distances are equal and, for each query, the sets of positions nearer than its last distance.
+    """Return True if the distances are equal and each query has the same set of positions below its last distance.
 
     Positions at the last distance are not compared, because k may cut a group of ties anywhere.
     """

@@ -1,6 +1,6 @@
 """The Hamming searches of every SIMD level, compiled without torch and called through ctypes or a pipe.
 
-Also makes codes and filters, and computes the expected answers from the definition of a search.
+Also functions that make codes and filters, and that compute the expected answers from the definition of a search.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ FUNCTIONS = ["topk", "range", "pushed", "count"]  # in the order of their number
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 FLAGS = ["-std=c++17", "-Wno-psabi", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
-WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]  # under these flags, csrc/cpu compiles without a warning
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]  # csrc/cpu compiles without any of these warnings
 
 
 def hamming_sources() -> list[Path]:
@@ -43,7 +43,7 @@ def native_levels() -> list[str]:
 
 
 def require_arm(*programs: str) -> None:
-    """If a program for ARM is missing, fails the test if HASHENGINE_REQUIRE_ARM is set, and otherwise skips it."""
+    """Skips the test if one of the programs is missing; fails it instead if HASHENGINE_REQUIRE_ARM is set."""
     for program in programs:
         if shutil.which(program) is None:
             report = pytest.fail if os.environ.get("HASHENGINE_REQUIRE_ARM") else pytest.skip
@@ -56,7 +56,7 @@ def compile_all(
     folder: Path,
     extra_flags: Callable[[Path], Sequence[str]] = lambda source: (),
 ) -> list[str]:
-    """Compiles each source and returns the paths of the objects. `extra_flags` gives a source's additional flags."""
+    """Compiles each source and returns the paths of the objects. `extra_flags` returns the extra flags for a source."""
 
     def compile_one(source: Path) -> str:
         output = str(folder / f"{source.parent.name}_{source.stem}.o")  # isa/ and bitsliced/ have the same file names
@@ -68,7 +68,7 @@ def compile_all(
 
 
 class ArmWorker:
-    """The searches as an aarch64 program in qemu, which answers one call after another."""
+    """Runs the searches in an aarch64 program under qemu. The program answers one call after another."""
 
     def __init__(self, folder: Path) -> None:
         require_arm(CROSS_COMPILER, "qemu-aarch64")
@@ -99,8 +99,8 @@ def build_searches(caller: Path, output: Path, flags: Sequence[str] = (), link_f
     """Compiles and links the searches of every level and the source `caller` into a program or library.
 
     The AVX-512 kernels are compiled with plain C++ functions in place of the intrinsics, so that they run on any CPU.
-    These kernels are compiled with -O0, because optimising code for vectors that the CPU lacks takes minutes and
-    gigabytes.
+    Their flag is -O0, because the compiler needs minutes and gigabytes to optimize code for vectors that the target
+    does not have.
     """
     compiler = os.environ.get("CXX", "g++")
     twins = [f"-I{ROOT}/tests/cpu/avx512_twins", "-DHE_TARGET_AVX512=", "-O0"]
@@ -114,7 +114,7 @@ def build_searches(caller: Path, output: Path, flags: Sequence[str] = (), link_f
 
 
 class LevelLibrary:
-    """The searches of every level, called through ctypes. On x86, those of NEON run in qemu, called through a pipe."""
+    """The searches of every level, called through ctypes. On x86, the NEON searches run in qemu behind a pipe."""
 
     def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
         build_searches(ROOT / "tests/cpu/hamming_bridge.cpp", folder / "levels.so", ["-fPIC", *flags], ["-shared"])
@@ -140,7 +140,7 @@ class LevelLibrary:
         k: int,
         filter: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and positions, [queries, k]. filter: bool, [codes] or [queries, codes]."""
+        """Distances and positions, both [queries, k]. filter: bool, [codes] or [queries, codes]."""
         distances = np.full((len(queries), k), -7, np.int32)
         positions = np.full((len(queries), k), -7, np.int64)
         self._call("topk", level, threads, queries, codes, filter, (k, 0), [distances, positions])
@@ -176,8 +176,8 @@ class LevelLibrary:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of all codes and of relevant codes at each distance: both [queries, bits + 1].
 
-        labels: of the queries and of the codes, uint64 [rows, words]. A code is relevant if its label equals the
-        query's or, with any_shared, shares a bit with it.
+        labels: those of the queries and those of the codes, uint64 [rows, words]. A code is relevant if its label
+        equals the query's label. With any_shared, it is relevant if the two labels have a common bit.
         """
         counts, relevant = np.full((2, len(queries), 8 * codes.shape[1] + 1), -7, np.int64)
         arguments = (0 if labels is None else labels[0].shape[1], int(any_shared))
@@ -185,11 +185,14 @@ class LevelLibrary:
         return counts, relevant
 
     def pushed(self, level: str, queries: np.ndarray, codes: np.ndarray, radius: int) -> np.ndarray:
-        """Per query, the number of a scan's hits that are also within `radius` of the query's complement.
+        """Per query, the number of hits of a scan that are within `radius` of the query's complement.
 
-        A search computes the exact distance of every hit and drops the false hits, so its results do not show them.
-        Here the exact distance is the one from the complement: the number of bits minus the distance from the query.
-        With a radius of half the bits, every false hit is counted, and of the true hits those at exactly the radius.
+        The scan looks for codes within `radius` of the query. A false hit is a code beyond the radius. The results of a
+        search do not show false hits, because the search drops them after it has computed their exact distances.
+
+        This function replaces the exact distance by that from the complement: the number of bits minus the distance
+        from the query. If the radius is half the bits, all false hits are counted, and those true hits whose distance
+        is exactly the radius.
         """
         counts = np.full(len(queries), -7, np.int64)
         self._call("pushed", level, 1, queries, codes, None, (radius, 0), [counts], (~queries, None))
@@ -245,12 +248,12 @@ def make_codes(kind: str, count: int, bits: int, rng: np.random.Generator) -> np
 
 
 def make_filter(rng: np.random.Generator, count: int, queries: int, share: float, own: bool) -> np.ndarray:
-    """A filter that a share of the codes passes: one per query if `own`, otherwise one that all queries share."""
+    """A random filter that about `share * count` codes pass: one per query if `own`, otherwise one for all queries."""
     return rng.random((queries, count) if own else count) < share
 
 
 def all_distances(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Distances, [queries, codes], in the smallest type that holds bits + 1, because numpy sorts small types faster."""
+    """Distances, [queries, codes]. Their type is the smallest that holds bits + 1; numpy sorts small types faster."""
     kind = np.min_scalar_type(8 * codes.shape[1] + 1)
     padding = [(0, 0), (0, -codes.shape[1] % 8)]
     queries, codes = (np.pad(rows, padding).view(np.uint64) for rows in (queries, codes))
@@ -260,7 +263,7 @@ def all_distances(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
 def nearest(
     queries: np.ndarray, codes: np.ndarray, k: int, filter: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A top-k by definition: a stable sort of all distances. Codes that the filter excludes come last, as -1."""
+    """A top-k by definition: a stable sort. Excluded codes come last, with distance bits + 1 and position -1."""
     absent = 8 * codes.shape[1] + 1
     distances = all_distances(queries, codes)
     if filter is not None:
@@ -293,7 +296,7 @@ def counts_by_distance(
     filter: np.ndarray | None = None,
     is_relevant: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The number of codes, and of relevant codes, at each distance by definition: both [queries, bits + 1].
+    """By definition, the number of codes at each distance, and that of relevant codes: both [queries, bits + 1].
 
     is_relevant: bool, [queries, codes]. Default: no code is relevant.
     """

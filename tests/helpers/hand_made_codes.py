@@ -1,4 +1,4 @@
-"""A codes folder made by hand, without images and without a network."""
+"""A folder of codes that are given as numbers, without images and without a network."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from hashengine.evaluation.records import EncodeRecord, Item
 
 
 def hand_made(bytes_by_item: list[int], labels: str) -> CodesFolder:
-    """8-bit codes with these bytes and labels. Their images do not exist."""
+    """Codes of 8 bits. Item i has the code `bytes_by_item[i]`, the label `labels[i]` and no image."""
     record = EncodeRecord(
         bits=8, count=len(labels), source="", model="", fingerprint="hand-made", device="cpu", seconds=1.0
     )

@@ -1,4 +1,4 @@
-"""Random operations on a HammingIndex, compared with its expected contents in numpy; and searches during writes."""
+"""Two tests of a HammingIndex: random operations, compared with expected contents in numpy; searches during writes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.helpers.indexes import as_numpy
 BITS = 16
 QUERIES = 3
 FILTER_KINDS = ("none", "mask", "bitmap", "mask per query", "bitmap per query")
-UNCHECKED = settings(deadline=None, suppress_health_check=list(HealthCheck))  # for tests with function-scoped fixtures
+UNCHECKED = settings(deadline=None, suppress_health_check=list(HealthCheck))  # one check forbids fixtures per test
 
-# Constructor arguments of indexes on several devices and of streamed ones. No GPU is needed: the CPU may be named more
-# than once, and codes can be streamed to the CPU.
+# Constructor arguments of indexes on one to three devices, streamed or not. No GPU is needed: the list of devices may
+# name the CPU more than once, and codes can be streamed to the CPU.
 PLACEMENTS: list[dict[str, Any]] = [
     {"device": ["cpu"] * devices, "streamed": streamed} for devices in (1, 2, 3) for streamed in (False, True)
 ]
@@ -45,7 +45,7 @@ def use_small_blocks(
     transfer_rows: int = 5,
     bytes_per_code: int = BITS // 8,
 ) -> None:
-    """Shrink shard blocks, transfers and streamed chunks, so that a few dozen codes reach every border."""
+    """Make shard blocks, transfers and streamed chunks so small that a few dozen codes fill several of each."""
     patch.setattr(code_memory, "SHARD_BLOCK_ROWS", shard_block_rows)
     patch.setattr(code_memory, "TRANSFER_BYTES", transfer_rows * bytes_per_code)
     patch.setattr(execution, "STREAM_CHUNK_BYTES", chunk_rows * bytes_per_code)
@@ -64,9 +64,9 @@ def distances_of(queries: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 class Operations(RuleBasedStateMachine):
-    """Any sequence of operations; `codes` and `ids` are the expected contents of the index, in insertion order."""
+    """Hypothesis calls the rules in random order; `codes` and `ids` are the expected contents, in insertion order."""
 
-    placements: ClassVar[list[dict[str, Any]]] = [{}]  # constructor arguments to draw from
+    placements: ClassVar[list[dict[str, Any]]] = [{}]  # the constructor arguments to choose from
 
     @initialize(own_ids=st.booleans(), level=st.sampled_from(native_levels() or [None]), place=st.integers(0, 9))
     def start(self, own_ids: bool, level: str | None, place: int) -> None:
@@ -79,7 +79,7 @@ class Operations(RuleBasedStateMachine):
 
     @staticmethod
     def as_tensor(values: np.ndarray) -> torch.Tensor:
-        """The values as a tensor on the device from which arguments are passed."""
+        """The values as a tensor argument of the index. Subclasses may put it on another device than the CPU."""
         return torch.from_numpy(values)
 
     def placement(self, number: int) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Operations(RuleBasedStateMachine):
         self.codes, self.ids = np.concatenate([self.codes, codes]), np.concatenate([self.ids, ids])
 
     def some_ids(self, seed: int) -> np.ndarray:
-        """A random number of the ids, possibly none or all, in random order."""
+        """Random ids of the index in random order; possibly none or all."""
         rng = np.random.default_rng(seed)
         return rng.permutation(self.ids)[: rng.integers(0, 1 + len(self.ids))]
 
@@ -152,7 +152,7 @@ class Operations(RuleBasedStateMachine):
                 call()
 
     def draw_filter(self, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """A mask of the codes that each query may find, bool [QUERIES, codes], and the same as a filter of `kind`."""
+        """Which codes each query may find: a mask, bool [QUERIES, codes], and the same mask as a filter of `kind`."""
         count = len(self.ids)
         if kind == "none":
             return np.ones((QUERIES, count), bool), None
@@ -264,7 +264,7 @@ class OperationsOnDevices(Operations):
         self.index = pickle.loads(pickle.dumps(self.index)) if pickled else copy.deepcopy(self.index)
 
 
-MARKS = np.array([[255, 0]] * 64, np.uint8)  # what the index of check_states_beside_a_writer holds at first
+MARKS = np.array([[255, 0]] * 64, np.uint8)  # the first contents of the index of check_states_beside_a_writer
 
 
 def check_states_beside_a_writer(
@@ -277,15 +277,15 @@ def check_states_beside_a_writer(
 ) -> None:
     """Check that each search during writes sees one state of the index: whole batches and whole updates.
 
-    Three threads search while this one adds and removes batches of five codes. In between it updates the first 64
-    codes, the marks, in a single call.
+    Three threads search. Meanwhile this thread adds and removes batches of five codes. After each added batch, it
+    updates the first 64 codes, the marks, in a single call.
 
     Args:
-        index: holds `MARKS` and nothing else.
-        query: one code of zeros, from which all marks are at the same distance in each state.
+        index: contains `MARKS` and nothing else.
+        query: one code of zeros. In each state, all marks have the same distance from it.
         steps: the number of batches to add.
-        also: another check for each searching thread to repeat.
-        within: makes the context in which each thread searches.
+        also: another check; each searching thread calls it after each search.
+        within: returns the context in which a thread searches.
     """
     stop, failures = threading.Event(), []
 

@@ -14,14 +14,14 @@ def codes_of(count: int, bits: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def index_of(count: int = 50, bits: int = 64, ids: bool = False) -> HammingIndex:
-    """An index of `codes_of(count, bits)`, with the ids 10 * (count - 1), ..., 10, 0 if `ids`."""
+    """An index of `codes_of(count, bits)`. If `ids` is true, the ids are 10 * (count - 1), ..., 10, 0."""
     index = HammingIndex(bits)
     index.add(codes_of(count, bits), np.arange(count)[::-1] * 10 if ids else None)
     return index
 
 
 def assert_same_index(a: HammingIndex, b: HammingIndex) -> None:
-    """Check that searches of both indexes for all of their codes return the same distances and ids."""
+    """Check that both indexes rank all of their codes in the same way, with equal distances and ids."""
     assert (len(a), a.bits) == (len(b), b.bits)
     queries = codes_of(7, a.bits, seed=9)
     for result, expected in zip(a.search(queries, len(a)), b.search(queries, len(b)), strict=True):

@@ -1,4 +1,4 @@
-"""Small networks, ResNets of torchvision's or timm's blocks and VGGs of torchvision's layers, and images for them."""
+"""Small ResNets from blocks of torchvision or timm, small VGGs from layers of torchvision, and images for them."""
 
 from collections import OrderedDict
 

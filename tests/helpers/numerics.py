@@ -9,8 +9,9 @@ from torch import Tensor, finfo, float64, testing
 def inaccuracy(fused: Tensor, eager: Tensor, exact: Tensor) -> str | None:
     """None if `max|fused - exact| <= 2 * max|eager - exact| + floor`, otherwise a line with the three numbers.
 
-    The floor is one unit in the last place of the largest exact value: rounding the exact value costs half of it, and
-    the last operation the other half. Without a floor, no kernel could pass a case in which eager torch is exact.
+    The floor is one unit in the last place of the largest exact value. Rounding the exact value to the dtype errs by up
+    to half a unit, and the last operation of the kernel by up to another half. Without a floor, no kernel could pass a
+    case in which eager torch is exact.
 
     Args:
         fused: the result under test.

@@ -1,4 +1,4 @@
-"""Calling a function with different numbers of torch threads."""
+"""Calls a function with several numbers of torch threads."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar

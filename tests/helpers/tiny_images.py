@@ -34,7 +34,7 @@ def make_model(folder: Path, bits: int = 32, seed: int = 0) -> Path:
 
 
 def write_noise(folder: Path, counts: dict[str, int], size: int = 8, seed: int = 0) -> Path:
-    """Write random grey images to `folder`/<class>/<i>.png; the first class is dark, so that it can be learned."""
+    """Write random grey images to `folder`/<class>/<i>.png; the first class is dark, so that a network can learn it."""
     generator = np.random.default_rng(seed)
     for index, (label, count) in enumerate(counts.items()):
         (folder / label).mkdir(parents=True)

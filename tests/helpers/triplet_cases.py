@@ -12,7 +12,7 @@ from tests.helpers.numerics import assert_as_accurate_as_eager
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # in the order of the C++ enumeration
 LAYOUTS = ("contiguous", "channels_last")
-H200_MULTIPROCESSORS = 132  # the launchers choose their grids by it
+H200_MULTIPROCESSORS = 132  # the launchers derive the sizes of their grids from it
 
 
 def normal(seed: int, *sizes: int) -> Tensor:
@@ -21,7 +21,7 @@ def normal(seed: int, *sizes: int) -> Tensor:
 
 
 def pointers(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the addresses of contiguous tensors, as the launchers take them."""
+    """Return the addresses of contiguous tensors, in an int64 tensor as the launchers take them."""
     assert all(tensor.is_contiguous() for tensor in tensors)
     return torch.tensor([tensor.data_ptr() for tensor in tensors])
 
@@ -88,7 +88,7 @@ class Launchers:
 
 
 def check_runs(runs: list[tuple[Tensor, ...]], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
-    """Check that all runs give the same bits, indices are exact, and other results are as accurate as eager torch."""
+    """Check that all runs give equal bits, that indices are exact and that other results are as accurate as eager."""
     for got, reference, truth, *others in zip(runs[0], eager, exact, *runs[1:], strict=True):
         assert all(torch.equal(got, other) for other in others)
         if truth.dtype == torch.int32:
@@ -132,7 +132,7 @@ class HugeInput:
         return [maps[0], *map(self.tail, maps[1:])]
 
     def check(self, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-        """Check that the last rows are accurate, and that as many rows at the start and before them are zero."""
+        """Check that the last rows are accurate, and that as many rows at the start and just before them are zero."""
         assert_as_accurate_as_eager(self.tail(got), eager, exact)
         assert not got[:, :, : self.rows].any() and not got[:, :, -2 * self.rows : -self.rows].any()
 
@@ -170,7 +170,7 @@ class AttentionCase:
         return pointers([tensor for tensors in self.lists for tensor in tensors])
 
     def rounding_errors_of_batch_norm(self, exact: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return bounds of the errors of BatchNorm's gradients if each term of their sums is rounded once.
+        """Return upper limits for the errors of BatchNorm's gradients if each term of their sums is rounded once.
 
         The terms may cancel, so these errors can be large relative to the gradients.
         """
@@ -189,7 +189,7 @@ class AttentionCase:
 
     def formula(self, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
         """Return the results of plain torch in `dtype`. Those in float64 count as exact."""
-        # Not imported at the top of the file, because hashengine.ops has a function with the name of this module.
+        # A plain import of this module gives a function, because hashengine.ops has a function of the same name.
         from importlib import import_module
 
         op = import_module("hashengine.ops.triplet_attention")

@@ -1,4 +1,4 @@
-"""Memory for codes: shards of several devices, growing memory, and maps of files."""
+"""The memory of the codes: shards on several devices, memory that grows, and mapped files."""
 
 import gc
 import itertools
@@ -52,7 +52,7 @@ def test_rows_start_at_a_cache_line(shape, dtype):
     assert (rows == 7).all()
 
 
-def test_changes_of_a_mapped_index_never_reach_the_file(tmp_path):
+def test_changes_of_a_mapped_index_do_not_change_its_file_before_a_save(tmp_path):
     index_of().save(tmp_path)
     (file,) = tmp_path.glob("codes-*.bin")
     before = file.read_bytes()
@@ -73,7 +73,7 @@ def anonymous_memory() -> int:
     return int(fields["Anonymous"].split()[0]) * 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a map has room for more rows on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="a map has address space for more codes on Linux only")
 def test_adding_codes_to_a_map_does_not_copy_it(tmp_path):
     codes = codes_of(1 << 22)
     index = HammingIndex(64)
@@ -83,7 +83,7 @@ def test_adding_codes_to_a_map_does_not_copy_it(tmp_path):
     inode = file.stat().st_ino
     index = HammingIndex.load(tmp_path, mmap=True)
     queries, added = codes[[5, -1]], codes_of(3001, seed=1)
-    index.search(queries, 1)  # the first search allocates more than others
+    index.search(queries, 1)  # the first search allocates more memory than later ones
     before = anonymous_memory()
     index.add(added[:1])
     index.add(added[1:])
@@ -109,10 +109,10 @@ def test_adding_codes_to_a_map_does_not_copy_it(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 511, 512, 513, 5000])  # a page of 4 KB has 512 codes of 8 bytes
-@pytest.mark.parametrize("room", ["none", "little", "much"])
+@pytest.mark.parametrize("room", ["none", "little", "much"])  # the address space behind the mapped codes
 def test_codes_can_be_added_to_a_mapped_index(tmp_path, monkeypatch, count, room):
     if room == "none":
-        monkeypatch.setattr(code_memory, "MAP_GROWTH_FACTOR", 1 << 46)  # more address space than Linux gives a process
+        monkeypatch.setattr(code_memory, "MAP_GROWTH_FACTOR", 1 << 46)  # the reservation fails: no process gets so much
     elif room == "little":
         monkeypatch.setattr(code_memory, "MAP_GROWTH_BYTES", 64)
         monkeypatch.setattr(code_memory, "MAP_GROWTH_FACTOR", 1)

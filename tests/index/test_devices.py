@@ -125,7 +125,8 @@ def no_memory_for_rows(shape, dtype, device=None):
     return torch.empty(shape, dtype=dtype) if shape[0] == 0 else out_of_memory()
 
 
-FULL = "^{}: free GPU memory must be at least .*, got .*; {}"
+FULL = "^{}: free GPU memory must be at least .*, got .*; {}"  # the method and the advice are inserted
+# The advice for streamed = False and for streamed = True.
 ADVICE = {False: "use smaller batches, .* with streamed=True", True: "pass fewer queries or a smaller k per call$"}
 
 
@@ -160,7 +161,7 @@ def test_a_full_gpu_leaves_the_index_as_it_was(monkeypatch, tmp_path, placement,
             else:
                 for module in (code_memory, hamming_index):
                     patch.setattr(module, "allocate_rows", no_memory_for_rows)
-            # A streamed load needs no GPU memory, so the advice of `load` does not depend on `streamed`.
+            # The advice of `load` is always that for codes on GPUs, because a streamed load needs no GPU memory.
             streamed = placement["streamed"] and op != "load"
             with pytest.raises(torch.cuda.OutOfMemoryError, match=FULL.format(op, ADVICE[streamed])) as caught:
                 call()
@@ -199,7 +200,7 @@ def test_the_error_says_how_much_memory_is_free(monkeypatch):
         out_of_memory()
 
 
-def test_a_pickle_holds_the_codes_on_the_cpu_once():
+def test_a_pickle_contains_the_codes_once_and_on_the_cpu():
     index = HammingIndex(BITS, ["cpu"] * 3)
     index.add(few_codes(200, 0), np.arange(200))
     index.remove(np.array([3]))

@@ -1,4 +1,4 @@
-"""Searches in blocks, on several devices, streamed, with progress, with a number of threads, and interrupted."""
+"""Searches: blocks of queries, several devices, streamed codes, progress, numbers of threads, and interruptions."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def index() -> HammingIndex:
 
 
 @pytest.fixture
-def blocks_of_seven(monkeypatch) -> None:
+def seven_queries_per_block(monkeypatch) -> None:
     monkeypatch.setattr(execution, "CPU_PAIRS_PER_BLOCK", 1)
     monkeypatch.setattr(execution, "QUERIES_PER_KERNEL_BLOCK", 7)
 
@@ -59,7 +59,7 @@ def test_blocks_of_queries_change_no_answer(index, monkeypatch, count):
         assert mine.dtype == other.dtype
 
 
-def test_progress_counts_queries(index, blocks_of_seven):
+def test_progress_counts_queries(index, seven_queries_per_block):
     reports = []
     index.search(index.codes[:20], 3, progress=lambda *done: reports.append(done))
     index.count(index.codes[:20], progress=lambda *done: reports.append(done))
@@ -73,7 +73,7 @@ def test_the_number_of_threads_changes_no_answer(index, num_threads):
         np.testing.assert_array_equal(mine, other)
 
 
-def test_ctrl_c_stops_a_search_between_its_blocks(index, blocks_of_seven):
+def test_ctrl_c_stops_a_search_between_its_blocks(index, seven_queries_per_block):
     done = []
 
     def interrupt(count: int, total: int) -> None:
@@ -144,6 +144,7 @@ def test_progress_never_decreases_and_ends_at_the_number_of_queries(monkeypatch,
     plain.add(few_codes(50, 2))
     index = plain.to(**placement)
     expected = answers(plain, queries, 7)
+    # Blocks of six queries; 42 results are those of six queries with k = 7.
     for name, value in (("CPU_PAIRS_PER_BLOCK", 1), ("QUERIES_PER_KERNEL_BLOCK", 6), ("RESULTS_PER_BLOCK", 42)):
         monkeypatch.setattr(execution, name, value)
     found = answers(index, queries, 7, progress=lambda *done: reports.append(done))

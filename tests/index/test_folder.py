@@ -30,7 +30,7 @@ def test_an_empty_index_can_be_saved(tmp_path):
 
 
 @pytest.mark.parametrize("reload", [False, True])
-def test_saving_again_appends_only_what_is_new(tmp_path, reload):
+def test_saving_again_appends_to_the_files(tmp_path, reload):
     index = index_of(ids=True)
     index.save(tmp_path)
     before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in tmp_path.glob("*.bin")}
@@ -51,7 +51,7 @@ def test_the_codes_file_equals_the_codes_in_memory(tmp_path):
     np.testing.assert_array_equal(np.fromfile(file, np.uint8).reshape(50, 8), codes_of(50))
 
 
-def test_another_index_replaces_the_old_one(tmp_path):
+def test_a_save_replaces_another_index_in_the_folder(tmp_path):
     index_of().save(tmp_path)
     stale = HammingIndex.load(tmp_path)
     other = index_of(20, bits=128)
@@ -63,7 +63,7 @@ def test_another_index_replaces_the_old_one(tmp_path):
 
 
 def failing(function, after: int):
-    """`function`, of which only the first `after` calls succeed."""
+    """A wrapper of `function`. Its first `after` calls succeed, and all later calls fail."""
     calls = 0
 
     def wrapper(*args, **kwargs):
@@ -79,7 +79,7 @@ def failing(function, after: int):
 # step: the function of `os` that fails. after: the number of its calls that succeed before the failure.
 @pytest.mark.parametrize(("step", "after"), [("fsync", 0), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 0)])
 @pytest.mark.parametrize("append", [False, True])
-def test_a_failed_save_leaves_the_old_index_whole(tmp_path, monkeypatch, step, after, append):
+def test_a_failed_save_leaves_the_old_index_complete(tmp_path, monkeypatch, step, after, append):
     old = index_of(ids=True)
     old.save(tmp_path)
     grown = HammingIndex.load(tmp_path) if append else index_of(20, ids=True)
@@ -180,8 +180,8 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
         index_of().save(file)
 
 
-def test_a_folder_of_version_1_loads(tmp_path):
-    """A folder as release 0.1 writes it, made by hand."""
+def test_a_folder_of_version_1_is_loaded_and_saved_as_version_2(tmp_path):
+    """The test itself writes the folder, in the format of release 0.1."""
     codes, ids = codes_of(50), np.arange(50)[::-1] * 10
     entries = {}
     for name, rows in (("codes", codes), ("ids", ids)):
@@ -196,7 +196,7 @@ def test_a_folder_of_version_1_loads(tmp_path):
     index = HammingIndex.load(tmp_path, mmap=True)
     index.add(codes_of(1), np.array([7]))
     index.save(tmp_path)
-    assert (tmp_path / "codes-0.bin").stat().st_size == 51 * 8  # appended to
+    assert (tmp_path / "codes-0.bin").stat().st_size == 51 * 8  # the save appended one code
     assert json.loads((tmp_path / "manifest.json").read_text())["version"] == 2
     assert_same_index(HammingIndex.load(tmp_path), index)
 
@@ -253,7 +253,7 @@ def test_a_save_during_another_save_is_refused(tmp_path):
     assert len(HammingIndex.load(tmp_path)) == 20
 
 
-def test_two_writers_in_turn_each_leave_a_whole_index(tmp_path):
+def test_two_writers_that_take_turns_leave_a_complete_index(tmp_path):
     index_of().save(tmp_path)
     first, second = HammingIndex.load(tmp_path, mmap=True), HammingIndex.load(tmp_path)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""The folder of an index when processes are killed during a save, run out of disk space, or save at the same time."""
+"""The folder of an index if processes are killed during a save, have no disk space, or save at the same time."""
 
 import os
 import random
@@ -51,6 +51,7 @@ def test_a_full_disk_leaves_the_old_index(tmp_path):
     assert_same_index(HammingIndex.load(tmp_path), grown)
 
 
+# writable: patterns of the files that can be written to.
 @pytest.mark.parametrize("writable", [(), ("lock",), ("lock", "codes-*.bin"), ("codes-*.bin", "manifest.json")])
 @pytest.mark.parametrize("grown", [False, True])
 def test_a_read_only_folder_is_refused(writable, grown):
@@ -81,7 +82,7 @@ def test_a_read_only_folder_is_refused(writable, grown):
 
 
 def state_of(step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The codes and ids after `step` calls of `advance`."""
+    """The expected codes and ids after the calls of `advance` for the steps 1 to `step`."""
     ids = np.array([id for id in range(40 * (step + 1)) if id % 40 or id // 40 >= step], np.int64)
     codes = codes_of(4000)[ids]
     codes[ids == 1] = step % 256
@@ -89,7 +90,7 @@ def state_of(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def advance(index: HammingIndex, step: int) -> None:
-    """Add, remove and update, and sometimes compact, so that saves append, rewrite and clean up."""
+    """Add, remove and update codes, in every third step also compact, so that saves append to files or replace them."""
     index.add(codes_of(4000)[40 * step : 40 * (step + 1)])
     index.remove(np.array([40 * (step - 1)]))
     index.update(np.array([1]), np.full((1, 8), step % 256, np.uint8))
@@ -112,9 +113,9 @@ def test_a_killed_save_leaves_the_last_state_or_the_next(tmp_path, kills):
             index = HammingIndex.load(tmp_path)
             for next_step in range(step + 1, 90):
                 advance(index, next_step)
-                os.write(reports, b"s")  # a save starts
+                os.write(reports, b"s")  # "s": a save starts
                 index.save(tmp_path)
-                os.write(reports, b"d")  # it is done
+                os.write(reports, b"d")  # "d": the save is done
 
         child = in_child(save)
         os.close(write_end)
@@ -140,7 +141,7 @@ def test_a_killed_save_leaves_the_last_state_or_the_next(tmp_path, kills):
             index.save(tmp_path)
     assert cut_short > kills // 4
     index.save(tmp_path)
-    assert len(list(tmp_path.iterdir())) <= 5  # files of killed saves are removed
+    assert len(list(tmp_path.iterdir())) <= 5  # manifest, lock, codes, ids and live: files of killed saves are removed
 
 
 def test_concurrent_saves_and_loads_see_complete_indexes(tmp_path):

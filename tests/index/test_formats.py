@@ -70,7 +70,7 @@ def test_a_written_file_is_read_back(tmp_path, suffix, shape, bit_order):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_map_never_writes_to_its_file(tmp_path, suffix):
+def test_changes_of_mapped_codes_do_not_change_the_file(tmp_path, suffix):
     path = tmp_path / f"codes{suffix}"
     for count in (0, 100):
         write_codes(path, codes_of(count), bit_order="msb_first")
@@ -155,7 +155,7 @@ def npy_of_shape(*shape):
     ],
 )
 @pytest.mark.parametrize("mmap", [False, True])
-def test_damaged_files_are_refused_in_one_line(tmp_path, suffix, contents, message, mmap):
+def test_a_damaged_file_raises_an_error_of_one_line(tmp_path, suffix, contents, message, mmap):
     path = tmp_path / f"codes{suffix}"
     path.write_bytes(contents)
     with pytest.raises(InputError, match=message) as caught:
@@ -221,7 +221,10 @@ def test_any_contents_give_codes_or_an_input_error(folder, suffix, contents, mma
 
 
 def hdf5(path, **changed):
-    """Write a data set in the format of ann-benchmarks. `changed` replaces parts; a part that is None is left out."""
+    """Write a data set in the format of ann-benchmarks, and return its unchanged parts.
+
+    `changed` replaces parts by others; a part that is None is left out.
+    """
     h5py = pytest.importorskip("h5py")
     rng = np.random.default_rng(0)
     train, test = rng.random((200, 48)) < 0.5, rng.random((7, 48)) < 0.5
@@ -269,7 +272,7 @@ def test_a_data_set_of_ann_benchmarks_is_read(tmp_path, dtype, monkeypatch):
         ({"distances": "words"}, "distances in .* must be a matrix"),
     ],
 )
-def test_hdf5_with_other_contents_is_refused(tmp_path, changed, message):
+def test_hdf5_with_wrong_contents_raises_an_error_of_one_line(tmp_path, changed, message):
     hdf5(tmp_path / "b.hdf5", **changed)
     with pytest.raises(InputError, match=message) as caught:
         read_ann_benchmarks(tmp_path / "b.hdf5")
@@ -314,7 +317,7 @@ def test_flat_faiss_indexes_are_converted_in_both_directions(faiss, bits, bit_or
     assert type(back) is faiss.IndexBinaryFlat
     assert_same_results(index, back, bit_order)
     assert_same_index(from_faiss(back, bit_order=bit_order), index)
-    index.add(codes)  # raises no error: the new codes get the next ids
+    index.add(codes)  # is possible without ids: the new codes get the next ids
 
 
 @pytest.mark.parametrize("bit_order", BIT_ORDERS)

@@ -1,4 +1,4 @@
-"""How a search uses a GPU, tested without a GPU: the order of stream operations; the host reads no GPU value."""
+"""Searches on GPUs, tested without a GPU: the order of stream operations; the host reads no value from a GPU."""
 
 import contextlib
 from dataclasses import replace
@@ -22,8 +22,8 @@ def small_blocks(monkeypatch):
     use_small_blocks(monkeypatch)
 
 
-def test_a_slot_is_refilled_after_its_last_copy_and_its_last_search(monkeypatch):
-    """The log lists the operations of the host and of the GPU's streams, in the order of submission."""
+def test_a_staging_slot_is_refilled_after_its_last_copy_and_its_last_search(monkeypatch):
+    """A slot has memory for one chunk. The log lists the operations of host and streams, in the order of submission."""
     log = []
 
     class Stream:
@@ -126,7 +126,7 @@ def test_a_search_on_gpus_makes_no_cpu_tensor_and_reads_no_value(monkeypatch, gp
         device_ids = torch.empty(100, dtype=torch.int64, device=devices[0]) if own_ids else None
         index._snapshot = replace(index._snapshot, codes=ShardedCodes(parts), device_ids=device_ids)
         index._devices = devices
-        _ = index._snapshot.device_live  # HammingIndex also computes it before a search
+        _ = index._snapshot.device_live  # HammingIndex computes it before a search, too
         with NoCpuTensors():
             found = index.search(queries, 10, filter=filter)
             counts = index.count(queries, filter=filter)

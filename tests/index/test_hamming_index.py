@@ -68,7 +68,7 @@ def test_codes_of_the_smallest_and_the_largest_length_can_be_searched(bits):
     assert index.search(~codes[:1], 20)[0].max() == bits
 
 
-def test_ties_are_in_insertion_order_whatever_their_ids():
+def test_ties_are_in_insertion_order_for_any_ids():
     index = HammingIndex(8)
     index.add(np.zeros((3, 1), np.uint8), np.array([30, 10, 20]))
     index.add(np.zeros((1, 1), np.uint8), np.array([5]))
@@ -121,7 +121,7 @@ def test_arrays_of_any_strides_are_copied():
         (lambda i: HammingIndex(64).search(codes_of(2), 1), "search: the index must be one that holds codes, got an"),
     ],
 )
-def test_wrong_codes_and_k_raise_an_error_of_one_line(call, message):
+def test_wrong_bits_paths_codes_and_k_raise_an_error_of_one_line(call, message):
     index = index_of()
     with pytest.raises(InputError, match=message) as caught:
         call(index)
@@ -196,7 +196,7 @@ def test_wrong_ids_are_refused_and_change_nothing(ids, message):
         ),
     ],
 )
-def test_wrong_filters_labels_and_candidates_raise_an_error_of_one_line(call, message):
+def test_wrong_filters_labels_ids_and_activations_raise_an_error_of_one_line(call, message):
     index = index_of(ids=True)
     with pytest.raises(InputError, match=message) as caught:
         call(index)
@@ -245,8 +245,8 @@ def test_an_empty_index_has_no_results():
     assert index.ids.tolist() == []
 
 
-def test_looking_up_a_million_ids_added_in_batches():
-    """With a scan of all ids for each added batch, this test would take minutes."""
+def test_lookup_of_a_million_ids_that_are_added_in_batches():
+    """This test is slow if `add` scans all ids for each batch."""
     ids = np.random.default_rng(0).permutation(1 << 20)
     index = HammingIndex(8)
     codes = (ids & 255).astype(np.uint8)[:, None]

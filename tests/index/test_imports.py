@@ -47,7 +47,7 @@ def test_public_names_can_be_imported_from_the_packages():
     )
 
 
-def test_a_new_process_uses_the_native_module_if_this_one_does():
+def test_a_new_process_finds_the_native_module_exactly_if_this_one_does():
     printed = run("from hashengine.ops import hamming_topk; from hashengine import _native; print(_native.available())")
     from hashengine import _native
 

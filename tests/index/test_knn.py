@@ -1,4 +1,4 @@
-"""HammingKNN, compared with brute force, and as part of pytorch-metric-learning."""
+"""HammingKNN, compared with brute force and used by pytorch-metric-learning."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.helpers.toy_searcher import ToySearcher
 
 
 def brute_force(query, reference, k, own):
-    """Neighbours by (distance, position) over unpacked bits, without the query's own row if `own`."""
+    """Neighbours by (distance, position). If `own`, query i is row i of the reference and not its own neighbour."""
     bits = [np.unpackbits(np.asarray(codes), axis=1).astype(np.int64) for codes in (query, reference)]
     distances = (bits[0][:, None] != bits[1][None]).sum(2)
     order = distances.argsort(axis=1, kind="stable")

@@ -17,7 +17,7 @@ QUERIES = torch.tensor([[0, 0], [255, 1], [3, 128]], dtype=torch.uint8)
 def split_databases(draw):
     """Codes of few values, so that most distances are ties; the rows of each part; and a mask of all rows.
 
-    The parts are in any order. A part need not be contiguous, may be empty, and has its rows in ascending order.
+    The parts are in random order. A part has ascending rows, which need not be contiguous, or no rows.
     """
     count = draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -29,7 +29,7 @@ def split_databases(draw):
 
 
 def topk_of(codes: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The answer of one part, with global positions."""
+    """The answer of one part, with positions in the whole database."""
     if len(rows) == 0:
         shape = (len(QUERIES), 0)
         return torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.int64)
@@ -45,8 +45,8 @@ def range_of(codes, rows, mask, radius: int, max_results: int | None) -> tuple[t
 
 
 def assert_equal(answer: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
-    for tensor, right in zip(answer, expected, strict=True):
-        assert tensor.dtype == right.dtype and torch.equal(tensor, right)
+    for tensor, wanted in zip(answer, expected, strict=True):
+        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted)
 
 
 @settings(max_examples=200, deadline=None)
@@ -58,7 +58,7 @@ def test_any_split_gives_the_same_topk(database, k):
     expected = hamming_topk(QUERIES, codes, k, filter=pack_filter(mask))
     assert_equal(merge_topk(answers, k, rows=len(codes), bits=BITS), expected)
     merged = merge_topk([merge_topk(answers[:3], k, rows=len(codes), bits=BITS), *answers[3:]], k, rows=999, bits=BITS)
-    assert_equal(merged, expected)  # merging may be repeated, and `rows` may be any bound above the positions
+    assert_equal(merged, expected)  # merges can be nested, and `rows` may exceed the number of rows
 
 
 @settings(max_examples=200, deadline=None)
@@ -81,7 +81,7 @@ def test_any_split_gives_the_same_counts(database):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_ties_are_in_the_order_of_global_positions(order):
+def test_ties_are_in_the_order_of_positions_in_the_whole_database(order):
     parts = [(torch.tensor([[2, 5]]), torch.tensor([[7, 1]])), (torch.tensor([[2, 5]]), torch.tensor([[3, 0]]))]
     parts = [(distances.int(), positions) for distances, positions in parts]
     distances, positions = merge_topk([parts[number] for number in order], 4, rows=8, bits=8)

@@ -43,5 +43,5 @@ def test_every_method_gives_the_same_answer_as_hamming_index(searcher):
         expected.count(queries),
         *expected.count(queries, labels=labels),
     ]
-    for answer, right in zip(answers, expected_answers, strict=True):
-        np.testing.assert_array_equal(answer, right)
+    for answer, wanted in zip(answers, expected_answers, strict=True):
+        np.testing.assert_array_equal(answer, wanted)

@@ -1,4 +1,4 @@
-"""The soak test on the CPU for a few seconds, and its report of a wrong answer."""
+"""tests/soak.py (random operations on an index) on the CPU for a few seconds, and its report of a failure."""
 
 import re
 

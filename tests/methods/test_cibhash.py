@@ -23,7 +23,7 @@ def batch(first: Tensor, second: Tensor) -> Batch:
 
 
 def by_hand(first: list[list[float]], second: list[list[float]]) -> tuple[float, float]:
-    """The contrastive loss and the divergence of two views, computed by loops over numbers."""
+    """The contrastive loss and the mean divergence of two views, computed by loops over numbers."""
     codes = [[1.0 if value >= 0 else -1.0 for value in row] for row in first + second]
     count, views = len(first), len(codes)
 
@@ -83,7 +83,8 @@ def test_the_gradient_reaches_the_activations_through_sigmoid():
     torch.testing.assert_close(first.grad, codes[0].grad * p * (1 - p))
 
 
-def test_each_direction_of_the_bottleneck_has_a_gradient_for_its_first_distribution_only():
+def test_only_the_first_distribution_of_a_divergence_gets_a_gradient():
+    """The bottleneck is the mean of the divergences D(first, second) and D(second, first)."""
     first, second = (activations(4, 6, seed).requires_grad_() for seed in (0, 1))
     (methods.create("cibhash").loss(batch(first, second), 0, 1)["bottleneck"] * 2 / WEIGHT).backward()
     alone = activations(4, 6, 0).requires_grad_()

@@ -36,7 +36,7 @@ def batch_for(method: methods.HashingMethod, head: nn.Module) -> Batch:
     return Batch(*first, torch.arange(COUNT) % CLASSES, second)
 
 
-def test_the_methods_are_found_and_base_is_none_of_them():
+def test_the_methods_are_found_and_base_is_not_a_method():
     assert {"greedy_hash", "itq", "cibhash"} <= set(methods.names()) and "base" not in methods.names()
     assert methods.DEFAULT in methods.names()
 

@@ -12,8 +12,8 @@ from hashengine.metrics import DistanceCounts, distance_counts
 from tests.helpers.toy_searcher import ToySearcher
 
 # hashengine/metrics.py computes the sum of the precisions in a tie in closed form. If the tie begins within the first
-# 128 items, the error of this sum is at most 129 times the error of a difference of two digammas, which is 8 eps. If
-# the tie begins later, the error is a few eps.
+# 128 items, the error of this sum is at most 128 times that of a difference of two digammas. The latter is estimated as
+# 8 eps, which gives about 1000 eps. If the tie begins later, the error is estimated as a few eps.
 TOLERANCE = 1000 * np.finfo(np.float64).eps
 
 DENOMINATORS = ("retrieved", "relevant")
@@ -98,7 +98,7 @@ def test_metrics_equal_brute_force_over_all_orders(seed, kind):
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_average_precision_at_every_cut_inside_a_tie_equals_brute_force(size, denominator):
-    """The tie follows some other items. Every number of relevant items in the tie and every cut in it are tested."""
+    """Other items precede the tie. Every number of relevant items in the tie and every cut in the tie are tested."""
     for misses, hits in itertools.product([0, 1, 3, 7], repeat=2):
         before = [True] * hits + [False] * misses
         rankings = [
@@ -150,7 +150,7 @@ def test_average_precision_at_a_cut_inside_a_large_tie_equals_a_sum_over_hit_cou
     place, head = before + 1 + np.arange(taken), 1 + np.arange(hits)
     first = 0.0 if hits == 0 else hits * mcsherry_najork([before], [hits])
     expected, lowest, highest = 0.0, [], []
-    for x in range(max(0, taken - (n - r)), min(taken, r) + 1):
+    for x in range(max(0, taken - (n - r)), min(taken, r) + 1):  # x: the relevant ones of the `taken` items
         probability = math.comb(r, x) * math.comb(n - r, taken - x) / math.comb(n, taken)
         ranks = hits + 1 + np.arange(taken) * (x - 1) / (taken - 1)
         expected += probability * (first + x / taken * (ranks / place).sum()) / max(1, hits + x)
@@ -167,7 +167,7 @@ def test_average_precision_at_a_cut_inside_a_large_tie_equals_a_sum_over_hit_cou
 
 
 def test_ties_of_a_million_items_are_accurate():
-    """The closed form is accurate although most terms of its harmonic sums are about one millionth."""
+    """The closed form stays accurate if most terms of its harmonic sums are about one millionth."""
     items, relevant = [2, 1_000_000, 3, 1_000_000], [0, 1, 2, 3]
     total, before, hits = 0.0, 0, 0
     for n, r in zip(items, relevant, strict=True):
@@ -351,7 +351,7 @@ ON_META = torch.zeros(3, 4, dtype=torch.uint8, device="meta")
         (dict(queries=np.zeros(4, np.uint8)), r"queries must be \[rows, bits / 8\], got \[4\]"),
         (dict(queries=np.zeros((0, 4), np.uint8)), "queries must be at least one code, got none"),
         (dict(database=np.zeros((0, 4), np.uint8)), "database must be at least one code, got none"),
-        (dict(database=np.zeros((3, 8), np.uint8)), "database must be of 32 bits, as queries are, got 64"),
+        (dict(database=np.zeros((3, 8), np.uint8)), "database must be of 32 bits, like the queries, got 64"),
         (dict(labels=QUERY_LABELS), r"labels must be a pair \(query_labels, code_labels\), got ndarray"),
         (dict(labels=(np.array([0, 1, 2]), DATABASE_LABELS)), r"query_labels must be \[2\], or .*, got \[3\]"),
         (dict(labels=(QUERY_LABELS, np.array(0))), r"code_labels must be \[3\], or .*, got \[\]"),
@@ -363,10 +363,10 @@ ON_META = torch.zeros(3, 4, dtype=torch.uint8, device="meta")
             dict(labels=(np.eye(2, 5, dtype=bool), np.eye(3))),
             r"query_labels and code_labels must be of one kind .*, got \[2, 5\] and \[3, 3\]",
         ),
-        (dict(database=ON_META), "database must be on the queries' device, cpu, got meta; move one"),
+        (dict(database=ON_META), "database must be on the queries' device, cpu, got meta; move one of them"),
         (
             dict(labels=(QUERY_LABELS, torch.zeros(3, dtype=torch.int64, device="meta"))),
-            "code_labels must be on the queries' device, cpu, got meta; move one",
+            "code_labels must be on the queries' device, cpu, got meta; move one of them",
         ),
     ],
 )
@@ -398,7 +398,7 @@ def test_an_invalid_k_or_radius_is_refused(k):
         expected = rf"^{name}: k must be (an integer from )?1 to 3 \(the size of the database\), got "
         with pytest.raises(InputError, match=expected):
             getattr(counts, name)(k=k)
-    radius = 33 if k == 4 else -1 if k == 0 else k
+    radius = 33 if k == 4 else -1 if k == 0 else k  # 4 and 0 are valid radii
     expected = r"^precision_within_radius: radius must be (an integer from )?0 to 32 \(the number of bits\), got "
     with pytest.raises(InputError, match=expected):
         counts.precision_within_radius(radius=radius)
@@ -421,7 +421,7 @@ def test_mistakes_with_a_searcher_are_refused(make):
     with pytest.raises(InputError, match="distance_counts: database must be at least one code, got none"):
         distance_counts(np.zeros((2, 2), np.uint8), searcher, labels=(QUERY_LABELS, DATABASE_LABELS))
     searcher.add(np.zeros((3, 2), np.uint8))
-    with pytest.raises(InputError, match="distance_counts: database must be of 32 bits, as queries are, got 16"):
+    with pytest.raises(InputError, match="distance_counts: database must be of 32 bits, like the queries, got 16"):
         distance_counts(**(GOOD | dict(database=searcher)))
     with pytest.raises(InputError, match=r"distance_counts: code_labels must be \[3\]"):
         distance_counts(np.zeros((2, 2), np.uint8), searcher, labels=(QUERY_LABELS, QUERY_LABELS))

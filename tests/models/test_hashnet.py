@@ -1,4 +1,4 @@
-"""HashNet: results, codes, saved models, and errors of one line."""
+"""HashNet: activations, codes, saved models, and errors."""
 
 import json
 
@@ -74,14 +74,18 @@ def test_encode_refuses_activations_that_are_not_finite():
         model.encode(random_images(2))
 
 
-@pytest.mark.parametrize("images", [random_images(2).float(), random_images(2, size=9), random_images(2)[0]])
+@pytest.mark.parametrize(
+    "images",
+    [random_images(2).float(), random_images(2, size=9), random_images(2)[0]],
+    ids=["float32", "9 x 9 pixels", "one image without a batch axis"],
+)
 def test_images_of_another_type_or_shape_are_refused(images):
     for entry in (network(), network().encode):
         with pytest.raises(InputError, match=r"images must be uint8 \[N, 1, 8, 8\].*, got"):
             entry(images)
 
 
-def test_images_that_are_no_tensor_are_refused():
+def test_images_that_are_not_a_tensor_are_refused():
     with pytest.raises(InputError, match=r"HashNet.encode: images must be a torch tensor, got list"):
         network().encode([1, 2])
 

@@ -1,4 +1,4 @@
-"""The layout of the convolutions: channels_last, unless it is known to corrupt memory."""
+"""The layout of convolutions: channels_last, except in a training in which it is known to corrupt memory."""
 
 import copy
 from pathlib import Path
@@ -15,19 +15,20 @@ AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl"}
 VERSIONS = ("2.11.0", "2.12.1+cpu", "2.13.0", "2.14.0", "2.15.0+cu132")
 
 
-def problem(**installation) -> str | None:
-    described = {
+def problem(**changes) -> str | None:
+    """`known_problem` on an x86 CPU with AVX-512, with some changes of the installation."""
+    installation = {
         "torch_version": "2.15.0",
         "has_onednn": True,
         "machine": "x86_64",
         "cpu_flags": AVX512,
         "environment": {},
     }
-    return memory_format.known_problem(**described | installation)
+    return memory_format.known_problem(**installation | changes)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_avx512_is_unsafe_with_every_supported_torch(version):
+def test_avx512_is_unsafe_and_avx2_is_safe_with_every_torch(version):
     assert f"torch {version} can corrupt memory" in problem(torch_version=version)
     assert problem(torch_version=version, cpu_flags=AVX2) is None
 
@@ -44,15 +45,15 @@ def test_avx512_is_unsafe_with_every_supported_torch(version):
         ("DEFAULT", False),
     ],
 )
-def test_a_limit_below_avx512_is_safe(variable, limit, is_safe):
+def test_only_a_limit_below_avx512_is_safe(variable, limit, is_safe):
     assert (problem(environment={variable: limit}) is None) == is_safe
 
 
-def test_an_empty_limit_counts_as_no_limit():
+def test_an_empty_limit_has_no_effect():
     assert problem(environment={"ONEDNN_MAX_CPU_ISA": ""}) is not None
 
 
-def test_unknown_flags_count_as_affected_on_x86_only():
+def test_unknown_cpu_flags_count_as_avx512_on_x86_only():
     assert "may have AVX-512" in problem(cpu_flags=frozenset())
     assert problem(cpu_flags=frozenset(), machine="aarch64") is None
     assert problem(machine="arm64") is None
@@ -81,7 +82,7 @@ def test_the_defaults_describe_this_installation(monkeypatch):
 
 @pytest.fixture
 def unsafe(monkeypatch):
-    """A CPU on which channels_last must not be trained."""
+    """A CPU on which a training in channels_last is unsafe."""
     monkeypatch.setattr(memory_format, "known_problem", lambda: "a problem")
 
 
@@ -96,15 +97,15 @@ def images(channels: int) -> Tensor:
 
 
 def layouts_of_convolutions(model: HashNet, x: Tensor, backward: bool) -> set[bool]:
-    """The layouts of the inputs, weights and outputs of the backbone's convolutions: True for channels_last.
+    """The layouts of the inputs, weights and outputs of the backbone's convolutions: True means channels_last.
 
-    The test for channels_last is the one by which torch chooses the layout of a convolution.
+    `is_channels_last` follows the rule by which torch chooses the layout of a convolution.
     """
     seen = set()
 
     def is_channels_last(tensor: Tensor) -> bool:
         return not tensor.is_contiguous() or (
-            tensor.stride() != torch.empty(tensor.shape).stride()  # the strides decide if both layouts fit
+            tensor.stride() != torch.empty(tensor.shape).stride()  # if a tensor has both layouts, its strides decide
         )
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -143,13 +144,13 @@ def test_training_uses_channels_last_if_that_is_safe(monkeypatch):
     lambda model: model.double().float(),
     copy.deepcopy,
     lambda model: model.cpu(),
-])  # fmt: skip
+], ids=["to channels_last", "to float64 and back", "deepcopy", "to the CPU"])  # fmt: skip
 def test_conversions_keep_the_safe_layout(unsafe, convert):
     model = convert(network(3)).train()
     assert layouts_of_convolutions(model, images(3), backward=True) == {False}
 
 
-def test_both_layouts_give_the_same_activations_and_the_same_files(monkeypatch, tmp_path: Path):
+def test_both_layouts_give_close_activations_and_equal_files(monkeypatch, tmp_path: Path):
     x = images(3)
     monkeypatch.setattr(memory_format, "known_problem", lambda: None)
     model = network(3)

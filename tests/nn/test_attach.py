@@ -1,4 +1,4 @@
-"""`attach` and `detach`: where attention goes, that nothing else changes, and that `detach` undoes all of it."""
+"""`attach` puts attention at the right sites and changes nothing else. `detach` undoes it."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ class Halve(nn.Module):
 
 
 def built_by(library: str, name: str) -> nn.Module:
-    """A network built by its library, without weights."""
+    """A network that its library builds, on the meta device and therefore without weights."""
     package = pytest.importorskip(library)
     with torch.device("meta"):
         return getattr(package.models, name)() if library == "torchvision" else package.create_model(name)
@@ -143,7 +143,7 @@ def test_plain_simam_does_not_change_neurons_at_the_mean():
 
 
 def anatomy(model: nn.Module) -> list[tuple]:
-    """Everything about the modules of `model` that `attach` could change."""
+    """The name, class, attributes, children and number of hooks of each module of `model`."""
     return [
         (name, type(module), set(vars(module)), list(module._modules), len(module._forward_hooks))
         for name, module in model.named_modules()
@@ -265,7 +265,7 @@ def with_triplet(model: nn.Module) -> nn.Module:
 
 
 def subclassed(model: nn.Module) -> nn.Module:
-    """Give the first block a class with another forward."""
+    """Replace the class of the first block by a subclass with another forward."""
     base = type(model.layer1[0])
     model.layer1[0].__class__ = type("OtherBlock", (base,), {"forward": lambda self, x: base.forward(self, x) * 2})
     return model

@@ -57,7 +57,7 @@ def test_timm_takes_the_layers_as_attn_layer(layer):
 
 @everywhere
 def test_networks_compile_to_one_graph(network, layer):
-    """With `fullgraph`, a graph break is an error. A compiled network is refused by `attach`, `detach` and `fuse`."""
+    """With `fullgraph`, a graph break is an error. `attach`, `detach` and `fuse` refuse a compiled network."""
     model = with_attention(network, layer)
     expected = train_step(copy.deepcopy(model), images())
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
@@ -80,7 +80,10 @@ def test_networks_can_be_exported(network, layer):
 
 @everywhere
 def test_conversion_to_sync_batch_norm_does_not_change_results(network, layer):
-    """In one process, SyncBatchNorm equals BatchNorm, so the separate ops must compute what the fused op does."""
+    """In one process, SyncBatchNorm computes the same as BatchNorm.
+
+    With it, TripletAttention runs separate ops (pool, convolution, gate) instead of the fused op.
+    """
     model = with_attention(network, layer).double()
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
@@ -135,7 +138,7 @@ def train_in_processes(rank: int, network: str, layer: str, folder: str) -> None
 
 
 def test_distributed_training_averages_the_gradients(tmp_path):
-    """The gradients of two processes are the mean of the gradients that each would compute alone."""
+    """After a backward in two processes, the gradients are the mean of those that each process would compute alone."""
     torch.multiprocessing.spawn(train_in_processes, ("torchvision", "triplet", str(tmp_path)), nprocs=2)
     alone = []
     for seed in range(2):
@@ -165,7 +168,7 @@ def vgg16() -> nn.Module:
 
 
 def pair(build, layer: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """The fused and the eager network: the same weights, with the official layers at the sites of `attach`."""
+    """The fused and the eager network. Both have the same weights, and official layers at the sites of `attach`."""
     eager = build()
     report = he.nn.attach(eager, {"simam": SimAM, "triplet": TripletAttention}[layer])
     for insertion in report.insertions:
@@ -195,10 +198,10 @@ def test_networks_in_float64_equal_eager_ones(build, layer):
 @end_to_end
 @pytest.mark.parametrize("layer", LAYERS)
 def test_networks_in_float32_are_as_accurate_as_eager_ones(build, layer):
-    """Compare the result of the network, and each attention layer alone on inputs from the network in float64.
+    """Compare the result of the network. Then compare each attention layer alone, on inputs from the float64 network.
 
-    Gradients are compared layer by layer. In a whole network, rounding may move an activation past the kink of a ReLU
-    or change which value is the maximum, and the error is then a matter of luck.
+    Gradients are compared only for single layers. In a whole network, rounding may move an activation to the other side
+    of a ReLU's kink or change which value is the maximum, and the error then depends on chance.
     """
     networks = pair(build, layer, torch.float32)
     exact = copy.deepcopy(networks[1]).double()

@@ -1,4 +1,4 @@
-"""`fuse`: it finds the official modules by structure, tests them, and makes them run the fused ops."""
+"""`fuse` finds the official modules by their structure, checks what they compute, and makes them run the fused ops."""
 
 import copy
 import pickle
@@ -105,7 +105,7 @@ class MaxAndSum(nn.Module):
 
 
 class PopulationVariance(OfficialSimAM):
-    """Divides the variance by M; the official module divides by M - 1."""
+    """Divides the sum of squares by the number of positions; the official module divides by that number minus 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         d = (x - x.mean((2, 3), keepdim=True)).square()
@@ -186,7 +186,7 @@ def test_similar_modules_are_left_unchanged(build, reason):
     assert f"left 0 alone: {report.left['0']}" in str(report)
 
 
-def test_own_layers_and_other_modules_are_not_candidates():
+def test_own_layers_and_other_modules_are_not_in_the_report():
     model = nn.Sequential(SimAM(), TripletAttention(), nn.Conv2d(3, 3, 1), nn.Sigmoid())
     report = he.nn.fuse(model)
     assert report == he.nn.FuseReport((), {}) and str(report).startswith("fused nothing: no module")

@@ -1,4 +1,4 @@
-"""The layers: official state dicts, BatchNorm's behaviour, factories, and training in a network."""
+"""The layers: official state dicts, other classes of BatchNorm, factories, and training in a network."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def official(seed: int = 0) -> OfficialTriplet:
 
 
 def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same state with the names of the other official module."""
+    """The same state with the names of the other official implementation."""
     return {
         key.replace(gate + ".conv.", OFFICIAL_NAMES[gate] + ".spatial.", 1): value
         for key, value in state.items()
@@ -41,7 +41,7 @@ def test_triplet_attention_loads_both_official_state_dicts(rename, training):
     for step in range(3):
         x = feature_map("contiguous", torch.float64, seed=step)
         torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # includes running statistics and step counts
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # includes running statistics
 
 
 def test_triplet_attention_inside_a_model_renames_its_own_keys_only():
@@ -61,7 +61,7 @@ def test_no_spatial_leaves_out_a_branch():
 
 
 def test_triplet_attention_with_sync_batch_norm_gives_the_same_result():
-    """With SyncBatchNorm in eval mode, the layer runs the separate ops, which must give the same result."""
+    """With SyncBatchNorm, the layer runs separate ops (pool, convolution, gate) instead of triplet_attention."""
     plain = TripletAttention().double()
     plain.load_state_dict(official().state_dict())
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(TripletAttention().double())
@@ -72,7 +72,7 @@ def test_triplet_attention_with_sync_batch_norm_gives_the_same_result():
 
 @pytest.mark.parametrize("momentum", [0.01, None])
 def test_separate_ops_give_the_same_gradients_as_the_fused_op(momentum):
-    """With another class of BatchNorm, the layer runs the separate ops; gradients and statistics stay the same."""
+    """With another class of BatchNorm, the layer runs separate ops (pool, convolution, gate)."""
 
     class OtherBatchNorm(nn.BatchNorm2d):
         pass

@@ -1,4 +1,4 @@
-"""`recalibrate`: running statistics become the average over the batches, and nothing else changes."""
+"""`recalibrate` sets running statistics to the average over the batches and changes nothing else."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def test_recalibrate_averages_the_batches():
 
 @pytest.mark.parametrize("build", [small_resnet, partial(small_vgg, normed=True)])
 def test_recalibrate_corrects_a_network_with_simam(build):
-    """The results in training and eval mode then differ only by the divisor of the variance, n or n - 1."""
+    """After `recalibrate`, training and eval mode differ only in the divisor of the variance, n or n - 1."""
     model = build()
     x = torch.cat([images(32, seed=seed) for seed in range(8)])
     model(x)

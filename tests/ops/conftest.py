@@ -5,7 +5,7 @@ import pytest
 from hashengine import _native
 
 
-@pytest.fixture(params=["scalar", "avx2"])  # at the level avx512, these ops run their avx2 code
+@pytest.fixture(params=["scalar", "avx2"])  # at the level avx512, the attention ops run the code of avx2
 def simd_level(request, monkeypatch) -> str:
     """Run the test once per SIMD level of the native kernels."""
     if not _native.available():

@@ -1,4 +1,4 @@
-"""Wrong arguments: native kernels and references refuse them with the same one-line message."""
+"""Native kernels and plain-torch references refuse wrong arguments with the same message of one line."""
 
 import importlib
 from collections.abc import Callable
@@ -86,7 +86,7 @@ EVEN = [torch.zeros(1, 2, 4, 4)] * 3
 ON_META = [tensor.to("meta") for tensor in PARAMETERS[4]]
 MASK = torch.zeros(1, dtype=torch.bool)
 
-CASES = [
+CASES = [  # (op, arguments, message without the op's name)
     ("simam", (X.int(), 0.1), f"x must be {ACTIVATIONS}, got int32"),
     ("simam", (X[0], 0.1), "x must be [N, C, H, W], got [4, 5, 6]"),
     ("simam", (X, 0.0), "lam must be above 0 (it is the divisor for a constant plane), got 0"),
@@ -202,7 +202,7 @@ CASES = [
         "pack_bits",
         (CODES,),
         f"u must be {ACTIVATIONS.replace(' or', ',')} or bool, got uint8",
-    ),  # uint8 always means packed codes
+    ),  # in this library, uint8 means packed codes
     ("pack_bits", (U[:, :7],), "u must be [..., bits] with bits a multiple of 8, got [4, 7]"),
     ("unpack_bits", (U,), f"codes must be uint8, got float32{PACK}"),
     ("unpack_bits", (CODES[0, 0],), "codes must be [..., bits / 8], got a scalar"),

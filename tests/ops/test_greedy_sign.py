@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from hashengine import ops
 from hashengine.ops.greedy_sign import _backward_reference, _reference
-from tests.helpers.eager import formula, special_values
+from tests.helpers.eager import eager_greedy_sign, special_values
 from tests.helpers.layouts import DTYPES, LAYOUTS, feature_map
 from tests.helpers.numerics import assert_as_accurate_as_eager
 from tests.helpers.threads import with_threads
@@ -27,7 +27,7 @@ def test_schema_fake_and_autograd_are_consistent(layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS[:-1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_formula(layout, dtype):
-    # One value, less than one of the kernel's chunks of 2,048 values, and several chunks.
+    # One value, fewer values than a chunk of the kernel (2,048), and several chunks.
     for shape in ((1, 1, 1, 1), (3, 4, 5, 6), (4, 33, 64, 9)):
         u = feature_map(layout, dtype, shape)
         grad_b = feature_map("channels_last", dtype, shape, seed=1)
@@ -36,8 +36,8 @@ def test_equals_the_formula(layout, dtype):
         assert b.dtype == dtype and b.stride() == torch.empty_like(u).stride()
         assert penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         (grad,) = torch.autograd.grad((b, penalty), inputs, (grad_b, torch.full_like(penalty, 0.7)))
-        eager = formula(u, 0.3, grad_b, torch.tensor(0.7, dtype=dtype))
-        exact = formula(u.double(), 0.3, grad_b.double(), torch.tensor(0.7, dtype=torch.float64))
+        eager = eager_greedy_sign(u, 0.3, grad_b, torch.tensor(0.7, dtype=dtype))
+        exact = eager_greedy_sign(u.double(), 0.3, grad_b.double(), torch.tensor(0.7, dtype=torch.float64))
         assert torch.equal(b, eager[0])
         if dtype == torch.float64:
             # The op and the formula sum in float64, in chains of up to 300 additions. Each addition errs by eps / 2.
@@ -51,7 +51,7 @@ def test_equals_the_formula(layout, dtype):
 def test_zero_is_plus_one_and_an_infinite_value_has_an_infinite_penalty(dtype):
     u = special_values(dtype).requires_grad_()
     b, penalty = ops.greedy_sign(u, 1.0)
-    assert b.tolist() == [1, 1, 1, -1, 1, -1, 1, -1, 1, -1]  # zero, of either sign, is +1
+    assert b.tolist() == [1, 1, 1, -1, 1, -1, 1, -1, 1, -1]  # +1 for 0.0 and for -0.0
     assert penalty.item() == torch.inf
     u = u.detach()[:8].requires_grad_()
     b, penalty = ops.greedy_sign(u, 1.0)
@@ -60,7 +60,7 @@ def test_zero_is_plus_one_and_an_infinite_value_has_an_infinite_penalty(dtype):
 
 
 def test_gradients_agree_with_finite_differences():
-    """The gradient of the penalty is its derivative; the gradient of the sign is straight-through by definition."""
+    """Compare the gradient of the penalty with finite differences; that of the sign is `grad_b` by definition."""
     u = feature_map("contiguous", torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda u: ops.greedy_sign(u, 0.1)[1], u)
     grad_b = torch.randn_like(u)
@@ -68,7 +68,7 @@ def test_gradients_agree_with_finite_differences():
 
 
 def test_gradients_scale_with_the_loss():
-    """A GradScaler multiplies both gradients by the same factor."""
+    """Scale the loss, as a GradScaler does: the gradient must be scaled exactly."""
     u = feature_map("contiguous", torch.float64).requires_grad_()
     b, penalty = ops.greedy_sign(u, 0.1)
     loss = b.sum() + penalty
@@ -83,7 +83,7 @@ def test_native_kernel_equals_the_reference(dtype):
     (b, penalty), (b_reference, penalty_reference) = OPS.greedy_sign(u, 0.2), _reference(u, 0.2)
     assert torch.equal(b, b_reference) and b.stride() == b_reference.stride()
     torch.testing.assert_close(penalty, penalty_reference)
-    # The backward accepts these values. Its result is finite if grad_penalty is None, because it is then grad_b or 0.
+    # The backward accepts infinity and NaN. If grad_penalty is None, its result is grad_b or 0, and therefore finite.
     u[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     for grad_b in (None, torch.randn_like(u)):
         for grad_penalty in (None, torch.full_like(penalty, -2.0)):

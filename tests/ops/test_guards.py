@@ -1,5 +1,6 @@
-"""Tests that run on many ops: torch.compile and determinism for all ops; for ops with a gradient also autocast, the
-error of a double backward, and gradients of the result in other layouts.
+"""Tests that run on many ops: torch.compile and determinism.
+
+For ops with a gradient also: autocast, the error of a double backward, and upstream gradients in other layouts.
 
 Values, opcheck and finite differences are tested in the files of the single ops.
 """
@@ -137,7 +138,7 @@ def test_inductor_compiles_the_attention_ops_with_the_torch_ops_around_them():
 
 @with_gradient
 def test_autocast_does_not_change_the_results_for_bfloat16(name):
-    """The ops take half precision and sum in float32, so autocast has nothing to change."""
+    """The ops accept bfloat16 and sum in float32, so autocast has nothing to change."""
     case = CASES[name]
     x = case.inputs().bfloat16()
     want = results_and_gradient(case, x)
@@ -174,7 +175,7 @@ def test_repeated_runs_with_1_to_3_threads_give_the_same_bits(name):
 
 
 @with_gradient
-def test_upstream_gradients_of_any_layout_are_accepted(name):
+def test_upstream_gradients_in_other_layouts_give_the_same_gradients(name):
     case = CASES[name]
     x = case.inputs().requires_grad_()
     y = outputs(case, x)[0]

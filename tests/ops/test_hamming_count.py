@@ -1,4 +1,4 @@
-"""The op hamming_count and its reference are compared with the definition; errors are one line."""
+"""The op hamming_count and its reference are compared with the definition. Errors have one line."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ LABELS = torch.zeros(5, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("count", [torch.ops.hashengine.hamming_count, _reference])
-@pytest.mark.parametrize("own_filters", [None, False, True])  # no filter, one for all queries, one per query
+@pytest.mark.parametrize("own_filters", [None, False, True], ids=["no filter", "shared filter", "filter per query"])
 def test_counts_with_labels_and_filters_equal_the_definition(count: Callable, own_filters: bool | None) -> None:
     rng = np.random.default_rng(5)
     codes, queries = make_codes("clustered", 900, 40, rng), make_codes("random", 6, 40, rng)

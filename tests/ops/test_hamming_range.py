@@ -1,4 +1,4 @@
-"""hamming_range: the op is compared with FAISS, the op and its reference with the definition; errors are one line."""
+"""hamming_range: the op is compared with FAISS; the op and its reference with the definition. Errors have one line."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ BYTES = torch.zeros(5, 8, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("hamming_range", [ops.hamming_range, _reference])
-@pytest.mark.parametrize("own_filters", [None, False, True])  # no filter, one for all queries, one per query
+@pytest.mark.parametrize("own_filters", [None, False, True], ids=["no filter", "shared filter", "filter per query"])
 def test_filtered_results_equal_the_definition(hamming_range: Callable, own_filters: bool | None) -> None:
     rng = np.random.default_rng(5)
     codes, queries = make_codes("clustered", 900, 40, rng), make_codes("random", 6, 40, rng)

@@ -1,4 +1,4 @@
-"""hamming_topk: the op is compared with FAISS, the op and its reference with the definition; errors are one line."""
+"""hamming_topk: the op is compared with FAISS; the op and its reference with the definition. Errors have one line."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def test_the_reference_equals_the_definition(kind: str) -> None:
 
 
 @pytest.mark.parametrize("topk", [ops.hamming_topk, _reference])
-@pytest.mark.parametrize("own_filters", [None, False, True])  # no filter, one for all queries, one per query
+@pytest.mark.parametrize("own_filters", [None, False, True], ids=["no filter", "shared filter", "filter per query"])
 def test_filtered_results_equal_the_definition(topk: Callable, own_filters: bool | None) -> None:
     rng = np.random.default_rng(5)
     codes, queries = make_codes("clustered", 900, 40, rng), make_codes("random", 6, 40, rng)

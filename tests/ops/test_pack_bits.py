@@ -1,4 +1,4 @@
-"""pack_bits and unpack_bits against numpy, for every dtype and for any strides."""
+"""pack_bits and unpack_bits against numpy, for every dtype, and on strided inputs."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_packing_equals_numpy(dtype, shape):
     opcheck(OPS.unpack_bits.default, (codes,))
 
 
-def test_packing_takes_any_strides():
+def test_strided_inputs_are_packed_like_contiguous_copies():
     u = torch.randn(16, 40, generator=torch.Generator().manual_seed(4))
     assert torch.equal(ops.pack_bits(u.T[::2, :8]), ops.pack_bits(u.T[::2, :8].contiguous()))
     codes = ops.pack_bits(u)

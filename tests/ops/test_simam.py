@@ -1,4 +1,4 @@
-"""simam for layouts, dtypes and SIMD levels, and simam_energy for layouts and dtypes, against the formula in torch."""
+"""simam and simam_energy against the formula in torch, in several layouts and dtypes; simam also at each SIMD level."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from tests.helpers.numerics import assert_as_accurate_as_eager
 from tests.helpers.threads import with_threads
 
 OPS = torch.ops.hashengine
-# [N, C, H, W]. The CPU kernels (csrc/cpu/simam) read rows: of positions, or of channels in channels_last. There are
+# [N, C, H, W]. The CPU kernels (csrc/cpu/simam) read rows: a row has the positions of a plane or, in channels_last, the
+# channels of a position. There are
 # - rows that are shorter than a vector, that are whole vectors, and that end in a part of a vector;
 # - planes that have several chunks of 2,048 positions and end in a part of a vector;
 # - more small planes than the 64 that are packed together;
@@ -38,7 +39,7 @@ def planes(shape, dtype=torch.float32, layout: str = "contiguous", seed: int = 0
 
 
 def run(x: Tensor, grad_y: Tensor, lam: float = 1e-4) -> tuple[Tensor, Tensor, Tensor]:
-    """y, statistics and grad_x of the ops."""
+    """Return y, the statistics and grad_x, computed by the ops."""
     y, stats = OPS.simam(x, lam)
     return y, stats, OPS.simam_backward(grad_y, x, stats, lam)
 
@@ -62,7 +63,7 @@ def assert_accurate_statistics(stats: Tensor, x: Tensor) -> None:
 
 
 def assert_accurate(x: Tensor, grad_y: Tensor, lam: float = 1e-4) -> Tensor:
-    """Compare y and grad_x with eager torch. Returns the statistics."""
+    """Compare y and grad_x with eager torch. Return the statistics."""
     y, stats, grad_x = run(x, grad_y, lam)
     assert y.dtype == grad_x.dtype == x.dtype and y.stride() == grad_x.stride() == x.stride()
     eager_y, eager_grad = eager(x, grad_y, lam)
@@ -111,7 +112,7 @@ def test_the_gate_of_a_plane_without_variance_is_sigmoid_of_one_half():
         torch.testing.assert_close(ops.simam_energy(x), torch.full_like(x, 0.5))
 
 
-def test_one_nan_fills_its_plane():
+def test_a_nan_fills_its_plane_and_no_other():
     x = feature_map("contiguous")
     x[0, 0, 0, 0] = torch.nan
     y = ops.simam(x)
@@ -135,7 +136,7 @@ def test_every_simd_level_is_as_accurate_as_eager(simd_level, shape, layout, dty
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("offset", [100.0, -3000.0])
-def test_a_mean_far_from_zero_costs_no_accuracy(simd_level, layout, offset):
+def test_planes_with_a_mean_far_from_zero_are_as_accurate_as_eager(simd_level, layout, offset):
     for shape in ((2, 16, 7, 7), (1, 16, 70, 70)):
         x = planes(shape, layout=layout, offset=offset)
         assert_accurate_statistics(assert_accurate(x, planes(shape, layout=layout, seed=1)), x)
@@ -143,7 +144,7 @@ def test_a_mean_far_from_zero_costs_no_accuracy(simd_level, layout, offset):
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_a_plane_with_one_outlier_is_as_accurate_as_eager(simd_level, layout):
-    """The outlier is the first value of each plane. The exponential of its importance overflows."""
+    """The outlier is the first value of each plane. The exponential of its inverse energy overflows in float32."""
     x = torch.full((1, 8, 40, 41), 0.25).contiguous(memory_format=MEMORY_FORMATS[layout])
     x[:, :, 0, 0] = 1e4
     assert_accurate(x, planes(x.shape, layout=layout, seed=1))

@@ -16,9 +16,9 @@ from tests.helpers.threads import with_threads
 
 OPS = torch.ops.hashengine
 EPS = 1e-5
-# Shape of x, kernel size, number of branches. There are planes of one row and of one value, rows of fewer and of more
-# than eight values, more rows than a strip of the convolution has, sums of more than 64 values, and batches that the
-# kernels split into parts.
+# (shape of x, kernel size, number of branches). There are planes of one row and of one value, rows of fewer and of more
+# than eight values, more rows than the convolution (csrc/cpu/triplet/conv.h) processes at a time, sums of more than 64
+# values, and batches that the kernels split into parts.
 SHAPES = [
     ((2, 3, 1, 37), 7, 3),
     ((5, 4, 1, 1), 7, 3),
@@ -53,9 +53,9 @@ def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def assert_accurate(runs: list[tuple[dict[str, Tensor], ...]], names: tuple[str, ...]) -> None:
-    """Compare several runs together by `assert_as_accurate_as_eager`, or up to rounding in float64.
+    """Compare the named results of all runs at once, by `assert_as_accurate_as_eager` or, in float64, up to rounding.
 
-    Each run is a tuple (got, eager, exact) of results by name.
+    Each run is a tuple (got, eager, exact) of dictionaries from names to results.
     """
     for name in names:
         got, eager, exact = (torch.cat([result[name].flatten() for result in kind]) for kind in zip(*runs, strict=True))
@@ -147,13 +147,13 @@ def test_is_as_accurate_as_the_reference(simd_level, dtype, memory_format, train
             runs.append((got, eager, exact))
         assert_accurate(runs, ("y", "pooled", "response", "grad_x"))
         all_runs += runs
-    # One run has too few of these values to compare errors, so all runs are compared together.
+    # A run has only a few of these values. Their errors vary by chance, so the values of all runs are compared at once.
     assert_accurate(all_runs, ("mean", "var", "grad_conv", "grad_weight", "grad_bias"))
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
 def test_sums_of_long_axes_keep_their_accuracy(simd_level, memory_format):
-    """The values are far from zero, because that is the case in which sequential addition loses the most accuracy."""
+    """The values are far from zero, because sequential addition of such values loses much accuracy."""
     for shape in ((1, 2048, 2, 3), (1, 2, 700, 3), (1, 2, 3, 700)):
         x = (
             feature_map("contiguous", torch.float32, shape)

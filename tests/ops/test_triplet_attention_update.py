@@ -20,6 +20,6 @@ def test_buffers_change_as_in_batch_norm(momentum, dtype):
         lists = [list(column) for column in zip(*((n.running_mean, n.running_var) for n in norms), strict=True)]
         version = norms[0].running_mean._version
         triplet_attention_update(mean, var, *lists, [n.num_batches_tracked for n in norms], [60] * 3, momentum)
-        assert norms[0].running_mean._version > version  # so autograd notices that the buffer has changed
+        assert norms[0].running_mean._version > version  # autograd detects changes by the version
     for norm, copy in zip(norms, copies, strict=True):
         torch.testing.assert_close(norm.state_dict(), copy.state_dict())

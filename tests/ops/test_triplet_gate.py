@@ -12,7 +12,7 @@ from tests.helpers.numerics import assert_close_to_exact
 from tests.helpers.threads import with_threads
 
 OPS = torch.ops.hashengine
-# [N, C, H, W]: planes of one row, planes of one value, and planes whose rows do not fill whole vectors.
+# [N, C, H, W]. There are planes of one row and of one value, and planes whose rows do not fill whole vectors.
 SHAPES = [(2, 3, 1, 37), (5, 4, 1, 1), (9, 8, 7, 7), (1, 70, 9, 3), (2, 13, 5, 11)]
 
 

@@ -1,4 +1,4 @@
-"""The decisions of setup.py on simulated machines, whose compilers are shell scripts, and builds of a small module."""
+"""The decisions of setup.py on simulated machines with shell scripts as compilers, and builds of a small module."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,9 +216,13 @@ def test_an_nvcc_that_cannot_compile_counts_as_missing(setup: ModuleType, machin
     assert "ptxas fatal : Unsupported .version 9.5" in missing.what
 
 
-def test_wheel_homes_have_the_major_version_of_torch(setup: ModuleType) -> None:
+def test_wheel_homes_are_those_of_the_major_cuda_version_of_torch(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(setup.toolchain, "find_spec", lambda name: spec if name == "nvidia" else None)
     assert setup.toolchain.wheel_homes(None) == []
-    assert all(home.endswith("nvidia/cu13") for home in setup.toolchain.wheel_homes("13.2"))
+    assert setup.toolchain.wheel_homes("13.2") == [str(tmp_path / "nvidia" / "cu13")]
 
 
 def test_cudart_in_the_wheel_gets_a_link_without_a_version(setup: ModuleType, machine: Machine, tmp_path: Path) -> None:
@@ -278,14 +282,14 @@ def test_the_cuda_build_adds_only_cuda_sources(setup: ModuleType) -> None:
     assert not [file for file in cpu if "cuda" in file]
 
 
-def test_flags_set_no_language_standard_and_no_instruction_set(setup: ModuleType) -> None:
+def test_flags_choose_no_language_standard_no_instruction_set_and_no_openmp_library(setup: ModuleType) -> None:
     extension = setup.extension(setup.Plan("cpu", "", "c++"))
     flags = " ".join(extension.extra_compile_args["cxx"] + extension.extra_compile_args["nvcc"])
     assert not re.search(r"-std|-march|-mavx|fast-math", flags)
     assert "-fopenmp" not in extension.extra_link_args and "-lgomp" not in extension.extra_link_args
 
 
-def test_jobs_are_bounded_by_cores_and_memory(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_and_memory_limit_the_number_of_jobs(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= setup.job_count() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(setup, "BYTES_PER_JOB", 1 << 60)
     assert setup.job_count() == 1

@@ -1,4 +1,4 @@
-"""The doctor checks every part, and reports each problem with its remedy."""
+"""`hashengine doctor` checks every part of an installation, and reports each problem with its remedy."""
 
 import sys
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def test_every_part_is_checked_and_nothing_is_broken() -> None:
     assert all(check.found and "\n" not in check.found for check in checks)
 
 
-def test_the_command_prints_every_check_and_succeeds() -> None:
+def test_the_command_prints_the_checks_and_succeeds() -> None:
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 0
     assert torch.__version__ in result.output and "native module" in result.output
@@ -112,7 +112,7 @@ def test_the_simd_level_is_reported_and_an_unknown_one_is_broken(monkeypatch: py
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1 and "must be one of auto, scalar" in " ".join(result.output.split())
     monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", "scalar")
-    assert "uses scalar of scalar" in check("SIMD").found
+    assert "uses scalar; this processor supports scalar" in check("SIMD").found
 
 
 @pytest.mark.parametrize("module", doctor.EXTRAS)
@@ -140,6 +140,41 @@ def test_a_gpu_without_kernels_is_reported_with_the_build_command(monkeypatch: p
     found = check("GPU 0")
     assert found.status == "warn" and "NVIDIA H200" in found.found
     assert "HASHENGINE_BUILD=cuda" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "visible", "remedy"),
+    [
+        ("The NVIDIA driver on your system is too old\nPlease update it", None, "update the NVIDIA driver"),
+        ("No CUDA GPUs are available", "", "unset CUDA_VISIBLE_DEVICES, which may hide the GPU"),
+        ("CUDA unknown error", None, "run nvidia-smi, which tests the NVIDIA driver"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_reported_with_the_cause(
+    monkeypatch: pytest.MonkeyPatch, error: str, visible: str | None, remedy: str
+) -> None:
+    def fail() -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(doctor, "_has_gpu_device", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = check("GPU")
+    assert (found.status, found.remedy) == ("warn", remedy)
+    assert found.found == f"a GPU is present, but torch cannot use it: {error.splitlines()[0]}"
+
+
+def test_a_gpu_with_a_torch_without_cuda_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor, "_has_gpu_device", lambda: True)
+    found = check("GPU")
+    assert (found.status, found.found) == ("warn", "a GPU is present, but this torch has no CUDA")
+    assert "CUDA build of torch" in found.remedy
 
 
 def test_a_tool_that_fails_is_not_reported_as_working(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A wheel and an sdist, built without native kernels, work in new environments outside the checkout."""
+"""A wheel and an sdist without native kernels work in new environments outside the checkout."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"sdist": sdist, "wheel": build("wheel", source)}
 
 
-def test_a_wheel_holds_hashengine_alone(distributions: dict[str, Path]) -> None:
+def test_a_wheel_contains_only_hashengine(distributions: dict[str, Path]) -> None:
     wheel = distributions["wheel"]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -88,7 +88,7 @@ def test_a_wheel_holds_hashengine_alone(distributions: dict[str, Path]) -> None:
     assert sources - built <= set(names)
 
 
-def test_an_sdist_holds_what_the_tests_need(distributions: dict[str, Path]) -> None:
+def test_an_sdist_contains_what_the_tests_need(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("csrc", "hashengine", "tests", "benchmarks", "training", "docs"):

@@ -1,4 +1,4 @@
-"""Tensors and databases on the CPU with more than 2^31 elements, which 32-bit indices cannot address.
+"""Tensors and databases on the CPU with more than 2^31 elements, too many for signed 32-bit indices.
 
 The tests need up to 17 GiB of free memory.
 """
@@ -65,7 +65,7 @@ def test_code_ops_on_a_large_tensor_equal_those_on_its_last_rows(x: torch.Tensor
     u = x.view(-1, 1024)
     assert torch.equal(ops.pack_bits(u)[-5:], ops.pack_bits(u[-5:]))
     assert torch.equal(ops.greedy_sign(u, 0.1)[0][-5:], ops.greedy_sign(u[-5:], 0.1)[0])
-    grad_u = torch.ops.hashengine.greedy_sign_backward(u, None, u, 0.1)  # straight through: the gradient is unchanged
+    grad_u = torch.ops.hashengine.greedy_sign_backward(u, None, u, 0.1)  # without grad_penalty, grad_u is grad_b
     assert torch.equal(grad_u[-5:], u[-5:])
 
 

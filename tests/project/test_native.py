@@ -46,7 +46,7 @@ def never_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ({"python": "3.9.1"}, ("2.13.0", "13.2"), f"it was built for Python 3.9.1, this is Python {HERE}"),
         ({}, ("2.13.0+cpu", None), "it was built for CUDA 13.2, this torch has no CUDA"),
         ({}, ("2.13.0+cu126", "12.6"), "it was built for CUDA 13.2, this torch has 12.6"),
-        ({"build": "none"}, ("2.13.0", "13.2"), "it was not built, because this machine has a GPU"),
+        ({"build": "none"}, ("2.13.0", "13.2"), "it was not built, because this machine has a GPU"),  # RECORD's reason
     ],
 )
 def test_the_reason_why_a_module_does_not_match_is_named(changes: dict, running: tuple, reason: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The Python and shell examples of README.md and of docs run as they are written; `make` only makes a dry run."""
+"""The Python and shell examples of README.md and of docs run as they are written, except that `make` is a dry run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
-NEEDED = {  # maps text in an example to a package; if the package is missing, the example is skipped
+NEEDED = {  # an example with such a text is skipped if the package next to it is missing
     "torchvision": "torchvision",
     "hashengine train": "sklearn",
     "benchmarks": "faiss",
@@ -55,7 +55,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def runnable(shell: str) -> str:
-    """The shell example with `make` as a dry run, because some targets run this test suite or its set-up."""
+    """The shell example with each `make` as a dry run, because some targets run this test suite or its set-up."""
     make = f"make --dry-run --directory={ROOT} " if shutil.which("make") else "true make "
     return re.sub(r"^make ", make, shell, flags=re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""Class folders in memory, and random batches of them."""
+"""Images of class folders in memory, and random batches of these images."""
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ def test_batches_visit_every_image_once_per_epoch_shifted_and_flipped():
     for (batch,), labels in Batches(data, 5, shift=1, flip=True, seed=0, device=torch.device("cpu")):
         for image, label in zip(batch[:, 0], labels.tolist(), strict=True):
             padded = torch.nn.functional.pad(images[label].float(), (1, 1, 1, 1), mode="replicate")[0].byte()
+            # The nine windows of the padded image are its shifts by up to one pixel.
             windows = [padded[y : y + size, x : x + size] for y in range(3) for x in range(3)]
             assert any(torch.equal(image, w) or torch.equal(image, w.flip(1)) for w in windows)
             seen.append(label)

@@ -1,4 +1,4 @@
-"""Data sets become two disjoint folders of class folders."""
+"""`prepare` divides a data set into the folders `database` and `query`, each with one folder per class."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def test_the_seed_decides_the_split_and_the_same_split_is_not_written_again(digi
         prepare("digits", tmp_path / "again", seed=1)
 
 
-def test_a_folder_of_class_folders_keeps_names_and_holds_out_no_copies(tmp_path):
+def test_a_folder_of_class_folders_keeps_its_names_and_no_query_has_a_copy(tmp_path):
     source = write_noise(tmp_path / "photos", {"a": 30, "b": 20})
     for number in range(15):  # a copy of every second image of "a"
         (source / "a" / f"copy {number}.png").write_bytes((source / "a" / f"{2 * number}.png").read_bytes())

@@ -1,4 +1,4 @@
-"""A sweep trains one run per combination, continues after an interruption, and writes a table of the results."""
+"""A sweep trains one run per combination of options, continues after an interruption, and writes a table."""
 
 import json
 from pathlib import Path
@@ -79,6 +79,27 @@ def test_a_mistake_in_any_run_is_found_before_the_first_run_starts(data):
     assert not (data / "runs").exists()
 
 
+def test_runs_that_would_share_a_folder_are_refused(data):
+    same = {"images": [str(data / "a" / "b"), str(data / "a-b")]}
+    with pytest.raises(InputError, match="^train sweep: grid must be values that give each run a folder of its own"):
+        sweep(config(data, grid=same))
+    with pytest.raises(InputError, match="got 'seed=1' twice$"):
+        sweep(config(data, grid={"seed": [1, 1]}))
+    assert not (data / "runs").exists()
+
+
+def test_other_queries_evaluate_complete_runs_again(data):
+    make_images(data / "other", per_class=3, seed=2)
+    shared = {"grid": {"seed": [0]}}
+    for name, count in [("query", 6), ("other", 9)]:
+        sweep(config(data, queries=data / name, **shared))
+        evaluation = data / "runs" / "seed=0" / "evaluation.json"
+        assert json.loads(evaluation.read_text())["queries"] == count
+    written = evaluation.stat().st_mtime_ns
+    sweep(config(data, queries=data / "other", **shared))
+    assert evaluation.stat().st_mtime_ns == written
+
+
 def test_methods_can_be_compared(data):
     results = sweep(config(data, grid={"method": ["greedy_hash", "itq"]}, bits=8))
     header, rows = results.cells()
@@ -92,8 +113,11 @@ def hand_made(folder: Path, seed: int, bits: int, accuracy: float) -> Run:
     return Run(folder, {"options": options, "epochs": [{"epoch": 1, "accuracy": accuracy}], "seconds": 100 * accuracy})
 
 
-def test_the_table_holds_mean_and_deviation_over_the_seeds(tmp_path):
-    runs = [hand_made(tmp_path / str(i), *values) for i, values in enumerate([(1, 8, 0.5), (0, 8, 0.7), (0, 16, 2.0)])]
+def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path):
+    runs = [
+        hand_made(tmp_path / str(i), seed, bits, accuracy)
+        for i, (seed, bits, accuracy) in enumerate([(1, 8, 0.5), (0, 8, 0.7), (0, 16, 2.0)])
+    ]
     results = table(runs)
     assert results.common == {"widths": [8, 16]}
     first, second = results.groups
@@ -108,7 +132,7 @@ def test_the_table_holds_mean_and_deviation_over_the_seeds(tmp_path):
     ]
 
 
-def test_a_damaged_or_missing_run_gives_an_error_of_one_line(tmp_path):
+def test_a_damaged_or_missing_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="^train report: run must be a model folder or a folder of them"):
         report([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="^train report: runs must be at least one folder, got none"):

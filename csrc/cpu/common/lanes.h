@@ -1,7 +1,7 @@
 // Arithmetic on eight lanes in the compiler's vector types: one source for every SIMD level.
 //
-// A kernel is an HE_INLINE template that uses these functions. run_at_level has one small function per level with the
-// level's target attribute. The kernel is inlined into that function, and so compiled for the level's instructions.
+// A kernel is an HE_INLINE template that uses these functions. run_at_level calls a small function that has the level's
+// target attribute. The kernel is inlined into this function and is therefore compiled for the level's instructions.
 // Eight floats take one AVX register, or two SSE or NEON registers; eight doubles take twice as many.
 //
 // Limits. Every function and lambda between a kernel and run_at_level must be HE_INLINE: a function that is not inlined
@@ -74,12 +74,12 @@ HE_INLINE Vector load_vector(const T* from) {
   return vector;
 }
 
-// values > bound, for values below 2^31. The comparison is signed, because AVX2 has no unsigned comparison.
-HE_INLINE LaneMask<float> exceeds(FloatBits values, int32_t bound) {
-  return bit_cast_lanes<LaneMask<float>>(values) > bound;
+// values > limit, for values below 2^31. The comparison is signed, because AVX2 has no unsigned comparison.
+HE_INLINE LaneMask<float> exceeds(FloatBits values, int32_t limit) {
+  return bit_cast_lanes<LaneMask<float>>(values) > limit;
 }
 
-// The upper (1) or lower (0) 16 bits of each lane.
+// The upper 16 bits of each lane if kUpper is 1, the lower 16 bits if it is 0.
 template <int kUpper>
 HE_INLINE HalfBits halves(FloatBits bits) {
   typedef uint16_t Pairs __attribute__((vector_size(32)));
@@ -135,7 +135,8 @@ HE_INLINE void store(Float16* to, Lanes<float> value) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// Load and store only the first `count` < kLanes lanes. The other lanes are loaded as zero.
+// These functions load and store only the first `count` lanes, which are fewer than kLanes. The other lanes are loaded
+// as zero.
 template <typename Element>
 HE_INLINE auto load_first(const Element* from, int count) {
   Element elements[kLanes] = {};
@@ -183,14 +184,14 @@ HE_INLINE Vector pick_lanes(Vector a, Vector b) {
 #endif
 }
 
-// v with lanes i and i ^ kDistance exchanged.
+// Swaps lane i with lane i ^ kDistance, for each i.
 template <int kDistance, typename Vector>
 HE_INLINE Vector exchange_lanes(Vector v) {
   constexpr int d = kDistance;
   return pick_lanes<0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d>(v, v);
 }
 
-// The sum of all lanes, in a fixed order: pairs, then pairs of pairs.
+// The sum of all lanes. Lanes that are 4, then 2, then 1 apart are added, so the order is fixed.
 template <typename Vector>
 HE_INLINE auto sum_lanes(Vector v) {
   v += exchange_lanes<4>(v);
@@ -263,8 +264,8 @@ HE_TARGET_AVX2 void run_avx2(const Arguments&... arguments) {
 }
 #endif
 
-// Calls Kernel::run, an HE_INLINE static function, compiled for `level`. AVX-512 uses the AVX2 code, because eight
-// floats do not fill a wider register. NEON is part of the baseline of ARM.
+// Calls Kernel::run, an HE_INLINE static function, which is compiled for `level`. AVX-512 uses the AVX2 code, because
+// eight floats do not fill a wider register. NEON is part of the baseline of ARM.
 template <typename Kernel, typename... Arguments>
 void run_at_level([[maybe_unused]] SimdLevel level, const Arguments&... arguments) {
 #ifdef HE_X86

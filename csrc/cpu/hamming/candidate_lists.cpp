@@ -5,7 +5,7 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kExtraKeys = 512;          // per query and thread, beyond twice the results expected per chunk
+constexpr int64_t kExtraKeys = 512;          // room per query and thread, beyond twice the results expected per chunk
 constexpr int64_t kMinKeysPerDistance = 16;  // on average; fewer keys do not repay several counters per distance
 constexpr uint32_t kUnbounded = UINT32_MAX;
 
@@ -69,15 +69,15 @@ int64_t CandidateLists::found(int64_t query) const {
 }
 
 int64_t CandidateLists::sort(int64_t query, int64_t max_results, int32_t* distances, int64_t* positions) const {
-  const bool is_long = found(query) >= kMinKeysPerDistance * distance_count_;
-  return is_long ? sort<4>(query, max_results, distances, positions)
-                 : sort<1>(query, max_results, distances, positions);
+  const bool has_many_keys = found(query) >= kMinKeysPerDistance * distance_count_;
+  return has_many_keys ? sort<4>(query, max_results, distances, positions)
+                       : sort<1>(query, max_results, distances, positions);
 }
 
 // A counting sort by distance. The sort is stable, and both the lists and the keys of a list are in order of position,
 // so the result is ordered by (distance, position). Two increments of the same counter in a row are slow, because the
-// second must wait for the store of the first. So a list is split into kStreams streams, which have their own counters
-// and are visited in turn.
+// second must wait for the store of the first. Therefore a list is split into kStreams streams, which have their own
+// counters and are visited in turn.
 template <int kStreams>
 int64_t CandidateLists::sort(int64_t query, int64_t max_results, int32_t* distances, int64_t* positions) const {
   const int64_t rows = kStreams * plan_.chunks;
@@ -123,8 +123,8 @@ uint32_t* CandidateLists::reserve_keys(PageBuffer& buffer, int64_t count) const 
 
 // Derives the tightest bound for query `query` of the item from `bound` and from the finished chunks. If a finished
 // chunk has found max_results codes, a code of this item can be a result only if its distance is below that chunk's
-// bound. The distance may also equal that bound if the item's chunk precedes the finished one, because among equal
-// distances the smaller position is nearer.
+// bound. The distance may also equal that bound if the item's chunk precedes the finished one, because codes at equal
+// distances are ordered by position.
 uint32_t CandidateLists::tightest_bound(const WorkItem& item, int64_t query, uint32_t bound) const {
   for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
     const Part& part = part_at(item.first_query, chunk);

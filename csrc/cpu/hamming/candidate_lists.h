@@ -12,15 +12,15 @@ namespace hashengine {
 
 // Consecutive queries of a search, and the kernel that scans for them.
 struct QueryBatch {
-  HammingSearch search;  // of these queries only
+  HammingSearch search;  // for these queries only
   int64_t first_query;
   const HammingKernel* kernel;
 };
 
-// The next batch: at most `max_queries` queries, starting with `first_query`. If these are enough for the bit-sliced
-// kernel, the batch consists of blocks of queries for it. All blocks but the last are full, and the last has at least
-// the kernel's min_queries; if fewer queries remain, they are left for the next batch. Without enough queries for one
-// such block, the batch uses a kernel that takes any number of queries. bytes_per_query: see HammingPlan.
+// The next batch: at most `max_queries` queries, starting with `first_query`. The batch uses the bit-sliced kernel if
+// at least that kernel's min_queries are available and fit in a thread's scratch memory. It then consists of full
+// blocks of queries and perhaps a last block of at least min_queries; a shorter remainder is left for the next batch.
+// Otherwise the batch uses a kernel that takes any number of queries. bytes_per_query: see HammingPlan.
 QueryBatch next_batch(const HammingSearch& search, int64_t first_query, int64_t max_queries, int64_t bytes_per_query,
                       SimdLevel level);
 
@@ -45,9 +45,9 @@ struct CandidateLimits {
 
 class CandidateLists {
  public:
-  // Lists for each query and chunk the nearest codes with a distance below bounds[query], at most limits.max_results
-  // per list. A list may lack codes that cannot be results because another chunk has enough nearer ones. The lists are
-  // stored in `scratch` until the next CandidateLists uses it.
+  // Makes one list per query and chunk: the nearest codes with a distance below bounds[query], at most
+  // limits.max_results. A list may lack codes that cannot be results because another chunk has enough nearer ones. The
+  // lists are stored in `scratch` until the next CandidateLists uses it.
   CandidateLists(const QueryBatch& batch, const CandidateLimits& limits, const std::vector<uint32_t>& bounds,
                  const ThreadPool& pool, SearchScratch& scratch);
 
@@ -61,7 +61,7 @@ class CandidateLists {
   // The candidates that one work item found.
   struct Part {
     uint32_t* keys;
-    std::vector<int64_t> begins;  // [query of the block + 1]
+    std::vector<int64_t> begins;  // [query of the block]: its first key in `keys`; the last entry is the end
     // [query of the block]: the final bound; kUnbounded if the item found fewer than max_results candidates.
     std::vector<uint32_t> bounds;
     std::atomic<bool> is_done{false};

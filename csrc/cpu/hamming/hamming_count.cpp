@@ -2,8 +2,8 @@
 //
 // Idea. The distances of a tile are computed first. Then one counter is incremented for each pair of a query and a
 // code. Neighbouring codes often have the same distance, and two increments of the same counter in a row are slow,
-// because the second must wait for the store of the first. So each distance has kCounterBanks counters, which
-// consecutive codes use in turn.
+// because the second must wait for the store of the first. Therefore each distance has kCounterBanks counters,
+// which consecutive codes use in turn.
 
 #include <mutex>
 
@@ -42,7 +42,7 @@ void add_relevance(const HammingLabels& labels, int64_t query, int64_t first_cod
 }
 
 struct ThreadScratch {
-  std::vector<uint32_t> distances;  // of a tile from one query
+  std::vector<uint32_t> distances;  // from one query to the codes of a tile
   std::vector<uint32_t> counts;     // [query, distance, relevance if there are labels, bank]
 };
 
@@ -60,20 +60,20 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
   std::mutex result_mutex;
   for_each_item<ThreadScratch>(plan, search, pool, [&](WorkItem& item, ThreadScratch& scratch) {
     scratch.counts.assign(size_t(item.queries.count * query_counters), 0);
-    item.for_each_distances(item.first_code, item.end_code, scratch.distances,
-                            [&](int64_t q, const HammingTile& tile, uint32_t* distances) {
-                              uint32_t* const counters = scratch.counts.data() + q * query_counters;
-                              if (labels)
-                                add_relevance(*labels, item.first_query + q, item.first_code, tile, distances);
-                              if (const uint8_t* const filter = item.filter_of(q)) {
-                                for (int64_t i = 0; i < tile.count; ++i)
-                                  counters[distances[i] * kCounterBanks + i % kCounterBanks] +=
-                                      passes(filter, tile.position_of(i));
-                              } else {
-                                for (int64_t i = 0; i < tile.count; ++i)
-                                  ++counters[distances[i] * kCounterBanks + i % kCounterBanks];
-                              }
-                            });
+    item.for_each_tile_and_query(item.first_code, item.end_code, scratch.distances,
+                                 [&](int64_t q, const HammingTile& tile, uint32_t* distances) {
+                                   uint32_t* const counters = scratch.counts.data() + q * query_counters;
+                                   if (labels)
+                                     add_relevance(*labels, item.first_query + q, item.first_code, tile, distances);
+                                   if (const uint8_t* const filter = item.filter_of(q)) {
+                                     for (int64_t i = 0; i < tile.count; ++i)
+                                       counters[distances[i] * kCounterBanks + i % kCounterBanks] +=
+                                           passes(filter, tile.position_of(i));
+                                   } else {
+                                     for (int64_t i = 0; i < tile.count; ++i)
+                                       ++counters[distances[i] * kCounterBanks + i % kCounterBanks];
+                                   }
+                                 });
     const std::lock_guard lock(result_mutex);  // items of other chunks add to the same counts
     for (int64_t row = 0; row < item.queries.count * distance_count; ++row) {
       int64_t sums[2] = {0, 0};

@@ -11,7 +11,7 @@ constexpr int64_t kMinChunkCodes = 1 << 16;   // fewer codes are not worth a lis
 constexpr int64_t kExpectedResults = 1024;    // per query; for more results the buffers grow
 constexpr int64_t kMinQueriesPerThread = 16;  // fewer queries are sorted faster by one thread
 
-// A copy of the first `count` values with room for `capacity`.
+// Copies the first `count` values to a new array with room for `capacity` values.
 template <typename T>
 std::unique_ptr<T[]> grown(const std::unique_ptr<T[]>& values, int64_t count, int64_t capacity) {
   std::unique_ptr<T[]> copy(new T[size_t(capacity)]);

@@ -1,6 +1,6 @@
 // Exact Hamming top-k on the CPU.
 //
-// Idea. A query's selector (selector.h) lowers the query's bound as it accepts candidates, so a scan only compares
+// Idea. A query's selector (selector.h) lowers the query's bound as it accepts candidates. A scan only compares
 // distances with the bound. Of N codes in random order, about k (1 + ln(N / k)) become candidates. If k is
 // large, a sample of the codes gives the first bound (sample.cpp), so that only a little more than k codes become
 // candidates. Each chunk of the database gives a list of candidates per query, and a counting sort merges the lists of
@@ -14,7 +14,7 @@ namespace hashengine {
 namespace {
 
 constexpr int64_t kMinChunkCodes = 1 << 16;  // fewer codes are not worth a list per query
-constexpr int64_t kMinRankedK = 4096;        // with a smaller k, ranking all codes is slower: it takes two passes
+constexpr int64_t kMinRankedK = 4096;        // up to this k, ranking all codes is slower, because it takes two passes
 constexpr int64_t kRankingShare = 8;         // if k > codes / 8, ranking all codes is faster than lists
 constexpr int64_t kBatchListBytes = int64_t(10) << 20;  // for the lists of all queries that are searched together
 

@@ -1,6 +1,6 @@
 // What a SIMD level provides for Hamming search: a layout for a tile of codes, a layout for queries, a scan of a tile
-// for the nearest codes, and the distances of a tile. Blocks, threads and selection are written once for all levels, in
-// plan.h and candidate_lists.h.
+// for the nearest codes, and the distances of a tile. The division into blocks and threads and the selection of the
+// nearest codes are the same for all levels: plan.h, selector.h and candidate_lists.h.
 #pragma once
 
 #include <cstdint>
@@ -12,29 +12,29 @@
 
 namespace hashengine {
 
-// Codes that every query of a block is compared with while they are in a cache: consecutive codes or, with a filter
-// that all queries share, the next codes that pass the filter.
+// A group of codes that stays in a cache while every query of a block is compared with it. The codes are consecutive in
+// the database or, with a filter that all queries share, the next codes that pass the filter.
 struct HammingTile {
-  const uint8_t* prepared;  // as laid out by prepare_tile
-  const uint8_t* codes;     // as stored in the database
+  const uint8_t* prepared;  // the codes in the layout that prepare_tile writes
+  const uint8_t* codes;     // the codes in the form in which the database stores them
   int64_t count;            // codes in the tile
   int64_t code_bytes;
-  const uint32_t* positions;  // of the codes in the chunk; null: consecutive from first_position
-  uint32_t first_position;
+  const uint32_t* positions;  // position of each code in the chunk; null if the codes are consecutive
+  uint32_t first_position;    // position of the first code; used only if `positions` is null
 
   uint32_t position_of(int64_t code) const { return positions ? positions[code] : first_position + uint32_t(code); }
 };
 
 struct QueryBlock {
-  const uint8_t* prepared;  // as laid out by prepare_queries
-  const uint8_t* codes;     // as passed by the caller
+  const uint8_t* prepared;  // the queries in the layout that prepare_queries writes
+  const uint8_t* codes;     // the queries as the caller passed them
   int64_t count;
 };
 
 struct HammingKernel {
   // The number of codes per tile.
   int64_t (*tile_codes)(int64_t code_bytes);
-  // The size of a prepared tile of `codes` codes, and of one prepared query.
+  // The bytes of a prepared tile of `codes` codes, and of one prepared query.
   int64_t (*tile_bytes)(int64_t codes, int64_t code_bytes);
   int64_t (*query_bytes)(int64_t code_bytes);
 
@@ -47,9 +47,9 @@ struct HammingKernel {
   // multiple of kDistancesMultiple.
   void (*compute_distances)(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint32_t* distances);
 
-  int64_t max_code_bytes;  // with longer codes the kernel's counters overflow, or another kernel is faster
-  // Bit-sliced kernels: the queries per block, and the fewest queries that repay the tables of a block. Other kernels
-  // take any number of queries and have 0 for both.
+  int64_t max_code_bytes;  // for longer codes, the kernel's counters would overflow or another kernel is faster
+  // For bit-sliced kernels: the number of queries per block, and the smallest number of queries for which building the
+  // tables of a block pays. Other kernels take any number of queries; for them, both values are 0.
   int64_t block_queries;
   int64_t min_queries;
 };
@@ -69,7 +69,7 @@ extern const HammingKernel kHammingBitslicedNeon;
 constexpr int64_t kTileBytes = 16384;  // half of a first-level cache of 32 KB
 constexpr int64_t kDistancesMultiple = 128;
 
-// The first `count` <= 8 bytes as a little-endian word, zero-extended.
+// Loads `count` bytes, at most 8, as a little-endian word. The missing high bytes are zero.
 inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {
   uint64_t word = 0;
   std::memcpy(&word, bytes, size_t(count));
@@ -91,7 +91,7 @@ HE_INLINE uint32_t hamming_distance(const HammingTile& tile, int64_t code, const
   return hamming_distance(queries.codes + query * bytes, tile.codes + code * bytes, bytes);
 }
 
-// For kernels that read codes or queries in their stored form and so have no prepared layout.
+// For kernels that read the codes, the queries or both in their stored form, without a prepared layout.
 inline int64_t no_tile_bytes(int64_t, int64_t) { return 0; }
 inline int64_t no_query_bytes(int64_t) { return 0; }
 inline void prepare_nothing(const uint8_t*, int64_t, int64_t, uint8_t*) {}

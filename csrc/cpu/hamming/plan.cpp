@@ -11,12 +11,12 @@ namespace {
 
 constexpr int64_t kMinQueryBlock = 32;  // fewer queries do not repay preparing a tile
 constexpr int64_t kMaxQueryBlock = 256;
-constexpr int64_t kPreparedQueryBytes = 1 << 17;  // per block; read from the second-level cache for every tile
+constexpr int64_t kPreparedQueryBytes = 1 << 17;  // per block; each tile reads them from the second-level cache
 constexpr int64_t kMinBitslicedCodes = 4096;      // fewer codes do not repay the tables of a block
 constexpr int64_t kItemsPerThread = 2;            // so that a slow core does not delay the others
 // The next two are numbers of compared bytes: the number of queries times the bytes of all codes.
 constexpr int64_t kMinParallelBytes = 1 << 20;          // comparing fewer costs less than waking threads
-constexpr int64_t kLongSearchBytes = int64_t(1) << 30;  // comparing this many takes some milliseconds
+constexpr int64_t kLongSearchBytes = int64_t(1) << 30;  // comparing this many is estimated to take milliseconds
 constexpr int64_t kMinHugePageBytes = 192 << 10;        // 48 small pages; a first-level TLB has about 64 entries
 constexpr int64_t kAlignment = 64;
 
@@ -27,14 +27,14 @@ const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_un
   if (level == SimdLevel::kAvx512) return kHammingAvx512;
   if (level == SimdLevel::kAvx2) {
     if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
-    // Few queries do not repay preparing the tiles, unless the codes have partial words: these slow the popcount kernel
-    // down by more than the cost of preparing.
+    // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word are
+    // an exception, because reading such words costs the popcount kernel more than preparing tiles would.
     const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
-    const bool is_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
-    return search.query_count <= few_queries && is_whole_words ? kHammingPopcnt : kHammingAvx2;
+    const bool has_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
+    return search.query_count <= few_queries && has_whole_words ? kHammingPopcnt : kHammingAvx2;
   }
 #elif defined(HE_ARM)
-  // The NEON kernel reads most codes without preparing them, so few queries need no kernel of their own.
+  // The NEON kernel reads codes of the usual lengths without preparing them, so it also serves few queries.
   if (level == SimdLevel::kNeon && search.code_bytes <= kHammingNeon.max_code_bytes) return kHammingNeon;
 #endif
   return kHammingScalar;
@@ -67,14 +67,14 @@ HammingPlan::HammingPlan(const HammingKernel& chosen_kernel, const HammingSearch
     query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
   }
   query_blocks = ceil_div(search.query_count, query_block);
-  // Cut the database into chunks if blocks of queries alone do not keep every thread busy for nine tenths of the time,
-  // but not into more than needed: every chunk is searched for its own k nearest, so more chunks mean more candidates.
+  // Use the fewest chunks that give every thread kItemsPerThread items and keep the threads busy for nine tenths of the
+  // time. More chunks mean more candidates, because every chunk is searched for its own k nearest.
   int64_t wanted = threads == 1 ? 1 : ceil_div(kItemsPerThread * threads, query_blocks);
   while (9 * round_up(query_blocks * wanted, threads) > 10 * query_blocks * wanted) ++wanted;
   const int64_t useful = std::max<int64_t>(search.code_count / min_chunk_codes, 1);
   const int64_t needed = ceil_div(search.code_count, max_chunk_codes);
   chunk_codes = ceil_div(search.code_count, std::max(std::min(wanted, useful), needed));
-  chunk_codes = round_up(std::max<int64_t>(chunk_codes, 1), 64);  // so that chunks begin at a word of a filter
+  chunk_codes = round_up(std::max<int64_t>(chunk_codes, 1), 64);  // so that each chunk begins at a word of a filter
   chunks = ceil_div(search.code_count, chunk_codes);
 }
 

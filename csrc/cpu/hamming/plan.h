@@ -1,9 +1,9 @@
 // How a Hamming search is divided between threads. A work item is a block of queries together with a chunk of the
 // database. The threads take the items one after another.
 //
-// An item prepares its queries once and then goes through its chunk tile by tile. So codes are read from memory once
-// per block of queries and stay in a cache while the block is compared with them. With many queries the
-// limit is the arithmetic of the scan; with one query it is the memory bandwidth.
+// For each item, a thread prepares the queries once and then goes through the chunk tile by tile. Codes are therefore
+// read from memory once per block of queries, and a tile stays in a cache while the block is compared with it. With
+// many queries, the speed is limited by the arithmetic of the scan; with a single query, by the memory bandwidth.
 #pragma once
 
 #include <atomic>
@@ -13,13 +13,13 @@
 
 namespace hashengine {
 
-constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;        // positions in a chunk have 32 bits
+constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;        // so that positions in a chunk fit in 32 bits
 constexpr int64_t kThreadScratchBytes = int64_t(24) << 20;  // for all queries of a block; a single query may take more
 
-// The level's kernel for any number of queries.
+// The kernel of a SIMD level that takes any number of queries.
 const HammingKernel& hamming_kernel(SimdLevel level, const HammingSearch& search);
-// The level's kernel for blocks of many queries; null if there is none for these codes, or if the codes are too few to
-// repay the tables of a block.
+// The kernel of a SIMD level for blocks of many queries. Null if there is none for codes of this length, or if there
+// are too few codes to repay building the tables of a block.
 const HammingKernel* bitsliced_hamming_kernel(SimdLevel level, const HammingSearch& search);
 
 struct HammingPlan {
@@ -27,18 +27,19 @@ struct HammingPlan {
   int64_t query_block, query_blocks;
   int64_t chunk_codes, chunks;
   int threads;
-  bool is_long = false;  // the search takes milliseconds, so zeroing some megabytes of huge pages costs little
+  bool is_long = false;  // whether the search takes so long that zeroing some megabytes of huge pages costs little
 
-  // bytes_per_query: a thread's scratch for each query of a block. Every chunk but the last has at least
-  // min_chunk_codes codes and at most max_chunk_codes, which must be a multiple of 64; max_chunk_codes has priority.
+  // bytes_per_query: the scratch memory of a thread for each query of a block. Every chunk but the last has at least
+  // min_chunk_codes codes. No chunk has more than max_chunk_codes codes, which must be a multiple of 64. If not both
+  // are possible, max_chunk_codes has priority.
   HammingPlan(const HammingKernel& kernel, const HammingSearch& search, int64_t bytes_per_query,
               int64_t min_chunk_codes, int max_threads, int64_t max_chunk_codes = kMaxChunkCodes);
 
   int64_t items() const { return query_blocks * chunks; }
 };
 
-// A growing buffer of whole pages. Large buffers of long searches use huge pages: small pages cost one page fault each,
-// and more pages than the first-level TLB holds slow a scan down.
+// A growing buffer of whole pages. Large buffers of long searches use huge pages, because each small page costs a page
+// fault, and because a scan is slower if the first-level TLB cannot hold all its pages.
 class PageBuffer {
  public:
   PageBuffer() = default;
@@ -46,7 +47,7 @@ class PageBuffer {
   PageBuffer(const PageBuffer&) = delete;
   PageBuffer& operator=(const PageBuffer&) = delete;
 
-  // At least `bytes` bytes, aligned to 64. Growing discards the contents.
+  // Returns at least `bytes` bytes, aligned to 64 bytes. Growing discards the contents.
   uint8_t* reserve(int64_t bytes, bool is_long_search);
 
  private:
@@ -69,17 +70,17 @@ class WorkItem {
   void for_each_tile(Work work) {
     for_each_tile(first_code, end_code, work);
   }
-  // The same for codes [begin, end) of the chunk.
+  // The same for the codes [begin, end) of the database, which must lie in the chunk.
   template <typename Work>
   void for_each_tile(int64_t begin, int64_t end, Work work) {
     HammingTile tile;
     for (tiles_.start(first_code, begin, end); tiles_.next(tile);) work(tile);
   }
 
-  // Calls work(query of the block, tile, distances) for each tile of codes [begin, end) and each query of the block.
-  // `distances` is scratch.
+  // Calls work(query of the block, tile, distances) for each tile of the codes [begin, end) and each query of the
+  // block. The parameter `distances` provides memory for the distances of a tile.
   template <typename Work>
-  void for_each_distances(int64_t begin, int64_t end, std::vector<uint32_t>& distances, Work work) {
+  void for_each_tile_and_query(int64_t begin, int64_t end, std::vector<uint32_t>& distances, Work work) {
     distances.resize(size_t(round_up(tiles_.tile_codes(), kDistancesMultiple)));
     for_each_tile(begin, end, [&](const HammingTile& tile) {
       for (int64_t q = 0; q < queries.count; ++q) {
@@ -89,13 +90,14 @@ class WorkItem {
     });
   }
 
-  // The bitmap of a query of the block, starting at the chunk's first code; null if the query has none of its own.
+  // The filter of a query of the block: a bitmap that starts at the chunk's first code. Null if there is no filter, or
+  // if all queries share one, because then the tiles contain only codes that pass it.
   const uint8_t* filter_of(int64_t query) const {
     if (search_.filter == nullptr || search_.filter_stride == 0) return nullptr;
     return search_.filter + (first_query + query) * search_.filter_stride + first_code / 8;
   }
 
-  int64_t number = 0;  // among the items of the plan
+  int64_t number = 0;  // the item's number in the plan
   int64_t chunk = 0;
   int64_t first_query = 0;
   int64_t first_code = 0, end_code = 0;

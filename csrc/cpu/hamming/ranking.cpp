@@ -1,6 +1,6 @@
 // Ranking of codes by a counting sort, in two passes over the codes. The first pass counts the codes of each chunk at
-// each distance. Prefix sums of these counts give, for each chunk and distance, the rank of the first such code. The
-// second pass writes every code to its rank.
+// each distance. Prefix sums of these counts give, for each chunk and distance, the rank of the chunk's first code at
+// that distance. The second pass writes each code to the entry of its rank, if the rank is less than k.
 
 #include "cpu/hamming/ranking.h"
 
@@ -18,14 +18,14 @@ constexpr int64_t kMaxCountBytes = int64_t(32) << 20;  // for the counts of all 
 // order of position.
 template <typename Work>
 void for_each_passing_code(WorkItem& item, std::vector<uint32_t>& scratch, Work work) {
-  item.for_each_distances(item.first_code, item.end_code, scratch,
-                          [&](int64_t q, const HammingTile& tile, const uint32_t* distances) {
-                            const uint8_t* const filter = item.filter_of(q);
-                            for (int64_t i = 0; i < tile.count; ++i) {
-                              const uint32_t position = tile.position_of(i);
-                              if (passes(filter, position)) work(q, position, distances[i]);
-                            }
-                          });
+  item.for_each_tile_and_query(item.first_code, item.end_code, scratch,
+                               [&](int64_t q, const HammingTile& tile, const uint32_t* distances) {
+                                 const uint8_t* const filter = item.filter_of(q);
+                                 for (int64_t i = 0; i < tile.count; ++i) {
+                                   const uint32_t position = tile.position_of(i);
+                                   if (passes(filter, position)) work(q, position, distances[i]);
+                                 }
+                               });
 }
 
 }  // namespace
@@ -34,6 +34,7 @@ void hamming_rank(const HammingSearch& search, int64_t k, int32_t* distances, in
                   const ThreadPool& pool) {
   using ThreadScratch = std::vector<uint32_t>;
   const int64_t distance_count = search.distance_count(), row_bytes = distance_count * int64_t(sizeof(int64_t));
+  // Assumes four chunks per thread, which is more than a plan usually makes.
   const int64_t batch_queries = std::max<int64_t>(kMaxCountBytes / (row_bytes * 4 * pool.threads), 1);
   for (int64_t first = 0; first < search.query_count; first += batch_queries) {
     const HammingSearch batch = search.slice(first, batch_queries);

@@ -1,8 +1,8 @@
-// Size of the sample. Of N codes, h N / k are sampled, so that the sample is expected to contain h of a query's k
-// nearest codes. The bound is chosen so that about h + 4 sqrt(h) sampled codes are below it, four standard deviations
-// more than expected; then about k (1 + 4 / sqrt(h)) codes become candidates. If a candidate costs 20 cycles and a
-// sampled code costs 3 (only their ratio matters, and only a little), the total cost is least for
-// h = (13 k^2 / N)^(2/3).
+// Size of the sample. Let h be the number of a query's k nearest codes that the sample is expected to contain. Then
+// h N / k of the N codes are sampled. The bound is chosen so that about h + 4 sqrt(h) sampled codes are below it: four
+// standard deviations more than expected. About k (1 + 4 / sqrt(h)) of all codes then become candidates. A candidate is
+// assumed to cost 20 cycles and a sampled code 3; only the ratio matters, and only a little. The total cost is then
+// least for h = (13 k^2 / N)^(2/3).
 
 #include "cpu/hamming/sample.h"
 
@@ -13,9 +13,9 @@
 namespace hashengine {
 namespace {
 
-constexpr double kMinSampledNearest = 8;    // the smallest h; a smaller one would make too many bounds too tight
+constexpr double kMinSampledNearest = 8;    // the smallest h; a smaller h would make too many bounds too tight
 constexpr int64_t kMinCodesPerSample = 64;  // the sample contains at most one in 64 codes
-constexpr int64_t kRunCodes = 512;          // per run of consecutive codes; the sampled runs are at equal intervals
+constexpr int64_t kRunCodes = 512;  // per run; a sample consists of runs of consecutive codes, at equal intervals
 
 struct ThreadScratch {
   std::vector<uint32_t> counts;  // [query, distance]
@@ -47,18 +47,18 @@ std::vector<uint32_t> sample_bounds(const HammingSearch& search, int64_t k, Simd
   const HammingPlan plan(hamming_kernel(level, search), search, distance_count * int64_t(sizeof(uint32_t)),
                          search.code_count, pool.threads);
   for_each_item<ThreadScratch>(plan, search, pool, [&](WorkItem& item, ThreadScratch& scratch) {
-    if (item.chunk > 0) return;  // only a database of more than 2^31 codes has several chunks: the first one suffices
+    if (item.chunk > 0) return;  // a database of more than 2^31 codes has several chunks; the first suffices
     scratch.counts.assign(size_t(item.queries.count * distance_count), 0);
     const int64_t stride = (item.end_code / runs) & ~int64_t(63);
     for (int64_t run = 0; run < runs; ++run) {
       const int64_t begin = run * stride, end = begin + kRunCodes;
-      item.for_each_distances(begin, end, scratch.distances,
-                              [&](int64_t q, const HammingTile& tile, const uint32_t* distances) {
-                                uint32_t* const counts = scratch.counts.data() + q * distance_count;
-                                const uint8_t* const filter = item.filter_of(q);
-                                for (int64_t i = 0; i < tile.count; ++i)
-                                  counts[distances[i]] += filter == nullptr || passes(filter, tile.position_of(i));
-                              });
+      item.for_each_tile_and_query(begin, end, scratch.distances,
+                                   [&](int64_t q, const HammingTile& tile, const uint32_t* distances) {
+                                     uint32_t* const counts = scratch.counts.data() + q * distance_count;
+                                     const uint8_t* const filter = item.filter_of(q);
+                                     for (int64_t i = 0; i < tile.count; ++i)
+                                       counts[distances[i]] += filter == nullptr || passes(filter, tile.position_of(i));
+                                   });
     }
     for (int64_t q = 0; q < item.queries.count; ++q)
       bounds[size_t(item.first_query + q)] =

@@ -1,7 +1,7 @@
 // Selects the k smallest pairs (distance, position) of a stream of candidates that arrives in order of position.
-// Distances are small integers, so a histogram of the accepted distances replaces a heap: after each candidate it gives
-// the exact bound below which the next candidate must stay. The result is in order of position; CandidateLists merges
-// the results of all chunks and sorts them by distance.
+// A histogram of the accepted distances replaces a heap, because distances are small integers. The histogram gives the
+// bound: the distance that the next candidate must stay below. The result is in order of position; CandidateLists
+// merges the results of all chunks and sorts them by distance.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ class Selector {
   static constexpr int64_t kMaxPush = 512;  // the most candidates that one call of push_all takes
 
   // The bytes that a selector takes for a stream of `stream_length` candidates with distances of up to `bits`. Callers
-  // choose the number of queries per block by it.
+  // derive the number of queries per block from it.
   static int64_t bytes(int64_t bits, int64_t k, int64_t stream_length) {
     return int64_t(sizeof(uint32_t)) * (bits + 2 + max_capacity(k, stream_length));
   }
@@ -59,8 +59,8 @@ class Selector {
     has_k_ = false;
   }
 
-  // The distance below which the next candidate must stay: the bound given to reset or, after k accepted candidates,
-  // the distance of the k-th nearest. (A candidate at that distance has a larger position than the k nearest so far.)
+  // The distance that the next candidate must stay below: the bound given to reset or, after k accepted candidates, the
+  // distance of the k-th nearest. (A later candidate at exactly that distance is rejected: its position is larger.)
   uint32_t bound() const { return bound_; }
 
   void push(uint32_t distance, uint32_t position) {
@@ -98,8 +98,8 @@ class Selector {
   }
 
  private:
-  // Compacting leaves k keys. There is room for at least k / 2 more, so compacting reads at most three keys per key
-  // that was accepted since the last time.
+  // Compacting leaves k keys. There is room for at least k / 2 more. If candidates are pushed one by one, compacting
+  // therefore reads at most three keys per key that was accepted since the last compaction.
   static int64_t max_capacity(int64_t k, int64_t stream_length) {
     return std::min(k + std::max(k / 2, kMaxPush), stream_length);
   }

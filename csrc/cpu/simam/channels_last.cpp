@@ -1,8 +1,8 @@
 // simam on the CPU for channels_last maps with eight or more channels, in slabs of channels (slab.h).
 //
 // Idea. Slabs are as wide as the number of threads and kMaxWidth allow, because the hardware prefetches along a row,
-// not down a column. In measurements, slabs of 32 channels, which stay in the second-level cache, took twice as long as
-// whole rows, which must be read again from the third-level cache.
+// not down a column. In measurements, slabs of 32 channels were slower than whole rows, although such slabs stay in the
+// second-level cache and whole rows must be read again from the third-level cache.
 //
 // Memory traffic for N elements of s bytes: 2Ns forward and 3Ns backward (the floor) if a slab stays in the caches,
 // otherwise 3Ns and 5Ns.
@@ -35,10 +35,11 @@ class Slabs {
   HE_INLINE Slab slab(int64_t index) const {
     return is_last(index) ? widest() : Slab{shape_.positions, width_, shape_.channels};
   }
-  // A slab's first value in the feature map, and its first plane among those of all samples.
+  // The offset of a slab's first value in the feature map.
   HE_INLINE int64_t offset(int64_t index) const {
     return index / per_sample_ * shape_.channels * shape_.positions + first_channel(index);
   }
+  // The number of a slab's first plane, counted over all samples.
   HE_INLINE int64_t plane(int64_t index) const { return index / per_sample_ * shape_.channels + first_channel(index); }
 
  private:

@@ -37,7 +37,7 @@ HE_INLINE Vector sum_of(const Vector (&parts)[4]) {
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-// The divisor n of the variance.
+// n, the divisor of the variance.
 HE_INLINE double simam_divisor(int64_t positions) { return double(std::max<int64_t>(positions - 1, 1)); }
 
 template <typename T, typename S>
@@ -51,19 +51,19 @@ struct SimamGate {
     return {mean, energy_scale, energy_scale * T(-1.4426950408889634)};
   }
 
-  // (1 - g) / g = e^-energy for d = x - mean, where g is the gate.
-  HE_INLINE Lanes<T> odds(Lanes<T> d) const {
+  // (1 - g) / g = e^-energy, where g is the gate and d = x - mean.
+  HE_INLINE Lanes<T> inverse_odds(Lanes<T> d) const {
     return exp2_nonpositive(d * d * exponent_scale - T(0.5 * 1.4426950408889634));
   }
 
-  HE_INLINE Lanes<T> forward(Lanes<T> x) const { return x / (1 + odds(x - mean)); }
+  HE_INLINE Lanes<T> forward(Lanes<T> x) const { return x / (1 + inverse_odds(x - mean)); }
 
-  // Returns the terms of the gradient that do not depend on sums over the plane: grad_y g + s, where s is the gradient
-  // through the energy. The terms through mean and variance need the sums of u = s * 2 (v + lam) and of u d. Adds this
-  // vector's u and u d to sum_u and sum_ud.
+  // Returns the terms of the gradient that do not depend on sums over the plane: grad_y * g + s, where s is the
+  // gradient through d. The terms through mean and variance need the sums of u = s * 2 (v + lam) and of u * d. Adds
+  // this vector's u and u * d to sum_u and sum_ud.
   HE_INLINE Lanes<T> backward(Lanes<T> grad_y, Lanes<T> x, Lanes<T>& sum_u, Lanes<T>& sum_ud) const {
     const Lanes<T> d = x - mean;
-    const Lanes<T> w = odds(d);
+    const Lanes<T> w = inverse_odds(d);
     const Lanes<T> g = 1 / (1 + w);
     const Lanes<T> grad = grad_y * g;
     const Lanes<T> u = grad * x * (w * g) * d;
@@ -72,8 +72,8 @@ struct SimamGate {
     return grad + u * (2 * energy_scale);
   }
 
-  // The other terms are -mean_s and -(x - mean) * slope. mean_s() and slope() compute the factors from the plane's sums
-  // of u and u d, and finish() adds the terms to the result of backward().
+  // The other terms are -mean_s and -(x - mean) * slope. mean_s() and slope() compute these two factors from the
+  // plane's sums of u and u * d. finish() adds the terms to `direct`, the result of backward().
   HE_INLINE S mean_s(S sum_u, int64_t positions) const { return sum_u * (2 * energy_scale) / T(positions); }
   HE_INLINE S slope(S sum_ud, double n) const { return sum_ud * energy_scale * (8 / T(n) * energy_scale); }
   HE_INLINE Lanes<T> finish(Lanes<T> direct, Lanes<T> x, S mean_s, S slope) const {

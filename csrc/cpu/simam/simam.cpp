@@ -5,7 +5,7 @@
 // mean and variance from the forward. Its first pass reads x and grad_y, computes the two sums, and stores those terms
 // of grad_x that do not depend on the sums: in grad_x or, for half precision, over the widened copy of grad_y. Its
 // second pass reads these terms and x, adds the terms that depend on the sums, and writes grad_x. In measurements with
-// AVX2, a vector in the cache takes 13 cycles forward and 20 backward: arithmetic is the limit, not memory.
+// AVX2, arithmetic was the limit, not memory.
 //
 // Memory traffic for N elements of s bytes: 2Ns forward and 3Ns backward (the floor) if two planes fit in the caches.
 //
@@ -113,8 +113,8 @@ HE_INLINE Moments<double> plane_moments(const T* x, const Vectors<T>& vectors) {
   return moments;
 }
 
-// The number of planes that are processed together. With several small planes, the sums of a plane do not wait for the
-// output of the previous one.
+// The number of planes that are processed together. Small planes are processed several at a time, so that the sums of a
+// plane do not wait for the output of the previous plane.
 HE_INLINE int64_t block_planes(int64_t positions) { return std::max<int64_t>(kBlock / positions, 1); }
 
 template <typename Element>
@@ -140,7 +140,7 @@ struct ForwardPlanes {
       for (int64_t plane = 0; plane < planes; ++plane, x += positions, y += positions, ahead += positions) {
         const auto gate = SimamGate<T, T>::make(stats[2 * plane], stats[2 * plane + 1], p.lam);
         for (int64_t i = 0; i < vectors.whole; i += kLanes) {
-          __builtin_prefetch(ahead + i, 0, 2);  // saves a fifth of the time of a large forward
+          __builtin_prefetch(ahead + i, 0, 2);  // makes the forward of large maps faster
           store(y + i, gate.forward(load(x + i)));
         }
         if (vectors.rest) store(y + vectors.last, gate.forward(load(x + vectors.last)));
@@ -149,7 +149,8 @@ struct ForwardPlanes {
   }
 };
 
-// The sums over a plane that the backward needs; SimamGate::backward (formulas.h) defines u and ud = u d.
+// The two sums over a plane that the backward needs, of u and of ud = u * d. SimamGate::backward (formulas.h) defines
+// u.
 struct PlaneSums {
   double u = 0;
   double ud = 0;

@@ -1,9 +1,10 @@
 // SimAM on a slab: planes that are stored side by side, so that eight lanes are one position of eight planes.
 //
-// A slab is read row by row. Statistics and sums are arrays with one value per plane, in the first-level cache.
-// Forward: rows are summed 64 at a time, and the deviations from the mean of these rows are summed while the rows are
-// in the caches; then a pass writes the output. Backward: one pass computes the two sums and stores those terms of
-// grad_x that do not depend on the sums; a second pass adds the terms that do.
+// A slab is read row by row; a row holds one position of all planes. Statistics and sums are arrays with one value per
+// plane, in the first-level cache. Forward: 64 rows at a time are summed, and then their deviations from their mean are
+// summed while the rows are in the caches; a last pass writes the output. Backward: one pass computes the two sums that
+// SimamGate needs (formulas.h) and stores those terms of grad_x that do not depend on the sums. A second pass adds the
+// terms that do.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,8 @@ struct Slab {
   int64_t width;
   int64_t stride;
 
-  // A row has vectors() vectors, and vector v starts with plane(v). The last vector ends with the slab and may overlap
-  // the vector before it.
+  // A row has vectors() vectors, and vector v starts with plane(v). The last vector ends at the end of the row and may
+  // overlap the vector before it.
   HE_INLINE int64_t vectors() const { return ceil_div<int64_t>(width, kLanes); }
   HE_INLINE int64_t plane(int64_t vector) const { return std::min(vector * kLanes, width - kLanes); }
 };

@@ -5,9 +5,9 @@
 // together with a margin of neighbouring values, or zeros, so that the taps need no bounds checks. Eight rows of eight
 // columns are computed at a time, with one accumulator per row, so that one load of a weight serves all eight rows.
 //
-// Cost. With a kernel of K x K, each value of the resulting plane takes 2 K^2 multiply-adds forward and 4 K^2 backward.
-// Eight multiply-adds of vectors need nine loads: eight vectors and a weight. So the loads are the limit; the memory
-// traffic is negligible.
+// Cost. With a kernel of K x K taps, each value of the resulting plane takes 2 K^2 multiply-adds forward and 4 K^2
+// backward. Eight multiply-adds of vectors need nine loads: eight vectors and a weight. So the loads are the limit; the
+// memory traffic is negligible.
 #pragma once
 
 #include <cstring>
@@ -125,8 +125,8 @@ HE_INLINE void fill_strip(const TripletStrip<T>& strip, int plane, const Triplet
   }
 }
 
-// to[row][column] = sum over planes and taps of strip[plane][row + ky][column + kx] * weight[plane][ky][kx], for the
-// tile's rows and columns, rounded up to multiples of eight.
+// to[row][column] = sum over planes and taps of strip[plane][row + ky][column + kx] * weight[plane][ky][kx]. The
+// numbers of rows and columns are those of the tile, rounded up to multiples of eight.
 template <int kKernel, typename T>
 HE_INLINE void convolve_strip(const TripletStrip<T>& strip, int planes, const T* weight, int kernel_size,
                               const MapTile& tile, T* to, int64_t to_pitch) {

@@ -46,13 +46,14 @@ struct TripletLayout {
   TripletMap map[kTripletBranches];
   int64_t numel;         // values of all maps of a sample
   int64_t padded_numel;  // the same for padded maps
-  int64_t parts;         // per sample; a part is a share of the planes along A0 and of the rows of each map
+  int64_t parts;         // per sample; a part is a share of the planes [A1, A2] and of the rows of each map
 
   explicit TripletLayout(const TripletShape& shape) : samples(shape.samples), branches(shape.branches) {
     const int64_t c = shape.channels, h = shape.height, w = shape.width;
     const bool is_last = shape.layout == FeatureLayout::kChannelsLast;
     const int64_t sizes[2][3] = {{c, h, w}, {h, w, c}};
-    const int pooling[2][3] = {{2, 0, 1}, {0, 1, 2}};  // C, H, W are pooled by the branches hw, cw, hc
+    const int pooling[2][3] = {{2, 0, 1}, {0, 1, 2}};  // C, H, W are pooled by the branches hw (2), cw (0), hc (1)
+    // Per branch (cw, hc, hw): rows, columns, pooled length.
     const int64_t maps[kTripletBranches][3] = {{c, w, h}, {h, c, w}, {h, w, c}};
     for (int axis = 0; axis < 3; ++axis) {
       length[axis] = sizes[is_last][axis];
@@ -84,7 +85,7 @@ struct TripletLayout {
   int64_t plane_numel() const { return length[1] * length[2]; }
   int64_t plane_padded() const { return length[1] * pitch; }
 
-  // The rows of a part: `count` rows are divided between the parts in multiples of `unit`.
+  // The rows of part `part` if `count` rows are divided between the parts in multiples of `unit`.
   Range share(int64_t count, int64_t unit, int64_t part) const {
     const int64_t units = ceil_div(count, unit);
     return {std::min(count, units * part / parts * unit), std::min(count, units * (part + 1) / parts * unit)};
@@ -92,7 +93,7 @@ struct TripletLayout {
 
  private:
   // The number of parts depends on the shape alone, so that sums are divided alike for every number of threads. Merging
-  // one part costs about as much as pooling three planes.
+  // one part is estimated to cost as much as pooling three planes.
   static constexpr int64_t kEnoughTasks = 8;
   static constexpr int64_t kMinPartPlanes = 16;
 };
@@ -135,7 +136,7 @@ class ScratchBlock {
 // Calls phase(sample, part, scratch) for all phases, samples and parts. A phase of a sample starts when all parts of
 // the sample have finished the previous phase. A sample of a single part goes through all phases while it is in the
 // cache. bytes: the scratch memory of a sample, which its parts share. last_first: each thread processes its samples in
-// descending order, because its last samples are still in the cache from the previous call. If samples have several
+// descending order, because its last samples may still be in the cache from the previous call. If samples have several
 // parts, last_first has no effect.
 template <typename... Phases>
 void run_phases(const ThreadPool& pool, const TripletLayout& layout, int64_t bytes, bool last_first, Phases... phases) {

@@ -6,10 +6,10 @@
 //
 // Memory traffic. x is read once, and 12 bytes per value of the maps are written (20 with float64).
 //
-// Numerics. Values are compared by `value > maximum` in ascending order, which keeps the lowest index among equal
-// values and ignores NaN. A NaN makes the mean NaN, so a search for NaN follows only if the mean is NaN. Sums over A0
-// and A1 are split into chains of 64 additions, which makes them about as accurate as pairwise sums. A sum over A2 is
-// split between eight lanes only.
+// Numerics. Values are compared by `value > maximum` in ascending order of their index, which keeps the lowest index
+// among equal values and ignores NaN. A NaN makes the mean NaN, so a search for NaN follows only if the mean is NaN.
+// Sums over A0 and A1 are split into chains of 64 additions, which makes them about as accurate as pairwise sums. A sum
+// over A2 is split between eight lanes only.
 #pragma once
 
 #include "cpu/triplet/layout.h"
@@ -214,7 +214,7 @@ HE_INLINE void pool_part(const Element* x, const TripletLayout& layout, Range pl
 }
 
 // For rows `rows` of A1: merges the parts of the map over A0 in order, and writes the result to `target`. The parts are
-// consecutive in memory; the first one is overwritten.
+// consecutive in memory; the first part is overwritten.
 template <typename Element, typename T>
 HE_INLINE void finish_axis0(const Element* x, const TripletLayout& layout, Range rows, PoolRows<T> all,
                             PoolTarget<T> target) {

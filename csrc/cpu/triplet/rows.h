@@ -14,14 +14,14 @@
 
 namespace hashengine {
 
-// Runs body, an HE_INLINE_LAMBDA, compiled for the level. float64 is compiled only for the baseline: it is used to
-// check gradients, so its speed does not matter.
 #ifdef HE_X86
 template <typename Body>
 HE_TARGET_AVX2 __attribute__((noinline)) void run_with_avx2(const Body& body) {
   body();
 }
 #endif
+// Runs `body`, an HE_INLINE_LAMBDA, which is compiled for the level. float64 is compiled only for the baseline: it is
+// used to check gradients, so its speed does not matter.
 template <typename T, typename Body>
 void run_at_level([[maybe_unused]] SimdLevel level, const Body& body) {
 #ifdef HE_X86
@@ -38,7 +38,7 @@ struct Whole {};
 
 struct Partial {
   int count;   // lanes that belong to the row, 1 to 7
-  bool exact;  // memory after these lanes must not be read or written
+  bool exact;  // whether the memory after these lanes must not be read or written
 };
 
 template <typename Element>

@@ -5,8 +5,8 @@
 // convolution on the small maps. The backward of BatchNorm needs two sums over the whole batch, so the samples are
 // processed in two rounds.
 //
-// Memory traffic for N elements of s bytes: 4Ns, the floor, and 24 bytes per value of the maps (pooled, index and
-// response are read; the gradients of the gates are written and read).
+// Memory traffic for N elements of s bytes: 4Ns, the floor, and 24 bytes per value of the maps (44 with float64):
+// pooled, index and response are read; the gradients of the gates are written and read.
 //
 // Tasks and the order of sums are the same as in the forward.
 

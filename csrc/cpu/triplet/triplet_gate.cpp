@@ -2,7 +2,8 @@
 //
 // Memory traffic for N elements of s bytes. Forward: 2Ns (x, y). Backward: at most 4Ns (grad_y and x for the gradients
 // of the maps, then grad_y and grad_x), and less if a sample's grad_y stays in the cache between the two passes. In
-// addition, the forward reads 4 bytes per value of the maps, and the backward reads 4 and writes 4.
+// addition, the forward reads 4 bytes per value of the maps, and the backward reads 4 and writes 4 (8 each with
+// float64).
 
 #include "hashengine/triplet_gate.h"
 

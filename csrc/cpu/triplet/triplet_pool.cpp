@@ -2,7 +2,7 @@
 // pool.h; the backward uses write_gradient() of gate.h.
 //
 // Memory traffic for N elements of s bytes: Ns (x in the forward, grad_x in the backward), and 12 bytes per value of
-// the maps.
+// the maps (20 with float64).
 
 #include "hashengine/triplet_pool.h"
 

@@ -9,7 +9,7 @@ namespace hashengine {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// A barrier for all threads of the cluster. Writes to shared memory before it are visible after it.
+// A barrier for all threads of the cluster. After it, all of them see the writes to shared memory before it.
 __device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(cooperative_groups::this_cluster().block_rank());
@@ -17,8 +17,9 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ int cluster_blocks() {
   return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
 }
-// The address of the shared variable in block `rank`. Valid only while that block runs: it must have started, which
-// cluster_sync() ensures, and must not exit before the last access.
+// `shared` points to a shared variable of this block. Returns the address of the same variable in block `rank`. The
+// address is valid only while that block runs. cluster_sync() ensures that all blocks have started; a block must not
+// exit before the last access to its memory.
 template <typename T>
 __device__ __forceinline__ T* map_to_rank(T* shared, int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(shared, rank);

@@ -1,4 +1,4 @@
-// Launching a kernel, its dynamic shared memory, and the C++ type of a Dtype.
+// Functions that launch a kernel, return its dynamic shared memory, and map a Dtype to a C++ type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,7 @@
 
 namespace hashengine {
 
-// An attribute of the current device. The query takes well under a microsecond.
+// An attribute of the current device. The call is assumed to be fast, so each launch repeats it.
 inline int64_t device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);
@@ -17,39 +17,34 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Whether the code that this device runs can wait for the previous kernel (griddepcontrol). Code for 8.x cannot, and a
-// later device runs code for 8.x if the module contains no newer code.
-inline bool supports_programmatic_launch() {
-#if defined(__CUDA_ARCH_LIST__)
-  constexpr int kCompiledFor[] = {__CUDA_ARCH_LIST__};
-#else
-  constexpr int kCompiledFor[] = {900};
-#endif
-  const int64_t device = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
-                         10 * device_attribute(cudaDevAttrComputeCapabilityMinor);
-  for (const int architecture : kCompiledFor)
-    if (900 <= architecture && architecture <= device) return true;
-  return false;
+// Whether the code of this kernel that runs on the current device can wait for the previous kernel (the instruction
+// griddepcontrol). The compiler emits that instruction for the virtual architecture 9.0 and later. A newer device is
+// not enough: it runs code for 8.x if the module has no newer code for it.
+template <typename... Parameters>
+bool supports_programmatic_launch(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes compiled{};
+  return cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90;
 }
 
 struct LaunchShape {
   int64_t blocks;
   int threads;               // per block
   int64_t shared_bytes = 0;  // dynamic shared memory per block
-  int cluster = 1;           // blocks per cluster; more than 1 needs compute capability 9.0
+  int cluster = 1;           // blocks per cluster; more than 1 needs compute capability 9.0 or later
 
-  // Programmatic dependent launch: the kernel may start before the previous kernel of the stream has finished. It must
-  // call wait_for_previous_kernel() before it accesses global memory.
+  // Programmatic dependent launch: the kernel may start before the previous kernel of the stream has finished. The
+  // kernel must call wait_for_previous_kernel() before it accesses global memory.
   bool programmatic_launch = false;
 };
 
-// Without a request, a block can use 48 KB of shared memory: the variables that the kernel declares and the dynamic
-// shared memory together. Here each of them may take half of it, so that the host need not know the size of the other.
+// By default, a block can use 48 KB of shared memory. This includes static memory (the variables that the kernel
+// declares) and dynamic memory. Each kind may take half of the 48 KB, so that launch() can tell from the dynamic size
+// alone whether it must request more.
 constexpr int64_t kMaxStaticSharedBytes = 24 << 10, kDefaultDynamicSharedBytes = 24 << 10;
 
-// Launches the kernel with a runtime function instead of <<<>>>, so that any C++ compiler can compile the file: the
-// tests run the kernels on the host (tests/emulation). A failure is reported by the binding, which calls
-// cudaGetLastError.
+// Launches the kernel. launch() calls a runtime function instead of using <<<>>>, because the tests compile the file
+// with a C++ compiler and run the kernel on the host (tests/emulation). It does not report errors; the binding calls
+// C10_CUDA_KERNEL_LAUNCH_CHECK after the launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, Arguments... arguments) {
   cudaLaunchConfig_t config{};
@@ -65,21 +60,21 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
     cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
-  if (shape.programmatic_launch && supports_programmatic_launch()) {
+  if (shape.programmatic_launch && supports_programmatic_launch(kernel)) {
     cudaLaunchAttribute& programmatic = attributes[config.numAttrs++];
     programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     programmatic.val.programmaticStreamSerializationAllowed = 1;
   }
   if (shape.shared_bytes > kDefaultDynamicSharedBytes) {
-    // Request the device's maximum, not this launch's size: another host thread may launch the same kernel with a
-    // larger size.
+    // Request the device's maximum, not this launch's size. A request applies to every launch of the kernel, and
+    // another host thread may be launching it with a larger size.
     cudaFuncAttributes declared{};
     cudaFuncGetAttributes(&declared, kernel);
     const int64_t max_bytes =
         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(declared.sharedSizeBytes);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(max_bytes));
   }
-  constexpr int kMaxPortableCluster = 8;  // blocks; every device with clusters supports this size without a request
+  constexpr int kMaxPortableCluster = 8;  // blocks; a larger cluster must be requested
   if (shape.cluster > kMaxPortableCluster)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchKernelEx(&config, kernel, arguments...);
@@ -90,8 +85,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   launch(kernel, LaunchShape{blocks, threads}, stream, arguments...);
 }
 
-// Programmatic dependent launch: lets the next kernel start early, then waits until the previous kernel has finished
-// and its writes are visible. This hides the latency of the launches.
+// Lets the next kernel of the stream start early, if its launch is programmatic; this hides the latency of that launch.
+// Then waits until the previous kernel has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
@@ -114,7 +109,7 @@ struct TypeTag {
   using Type = T;
 };
 
-// Calls function(TypeTag<T>()) with the floating-point type of `dtype`.
+// Calls function(TypeTag<T>()), where T is the C++ type of `dtype`. `dtype` must be a floating-point type.
 template <typename Function>
 void with_floating_type(Dtype dtype, Function function) {
   switch (dtype) {
@@ -122,7 +117,7 @@ void with_floating_type(Dtype dtype, Function function) {
     case Dtype::kFloat32: return function(TypeTag<float>());
     case Dtype::kFloat16: return function(TypeTag<__half>());
     case Dtype::kBFloat16: return function(TypeTag<__nv_bfloat16>());
-    case Dtype::kBool: return;  // no caller passes it
+    case Dtype::kBool: return;  // no caller passes kBool
   }
 }
 

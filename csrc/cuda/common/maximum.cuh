@@ -9,7 +9,8 @@ namespace hashengine {
 
 __device__ __forceinline__ float maximum(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  float larger;  // one instruction since sm_80; fmaxf would ignore a NaN
+  float larger;
+  // A single instruction from sm_80 on. fmaxf would ignore a NaN.
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
 #else
@@ -21,7 +22,7 @@ __device__ __forceinline__ double maximum(double a, double b) { return a > b || 
 __device__ __forceinline__ __half maximum(__half a, __half b) { return __hmax_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat16 maximum(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmax_nan(a, b); }
 
-// The elementwise maximum. Half-precision elements are processed in pairs, which halves the number of instructions.
+// The elementwise maximum. Elements of two bytes are processed in pairs, which halves the number of instructions.
 template <typename T, int kWidth>
 __device__ __forceinline__ Vector<T, kWidth> maximum(const Vector<T, kWidth>& a, const Vector<T, kWidth>& b) {
   Vector<T, kWidth> larger;

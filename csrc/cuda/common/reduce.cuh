@@ -1,4 +1,5 @@
-// Sums over a warp, a block and a grid. The order of addition is fixed, so equal inputs give bit-identical results.
+// Sums over a warp, a block and a grid. For a given launch shape the order of the additions is fixed, so equal inputs
+// give bit-identical results.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +11,7 @@ namespace hashengine {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// The sum over a warp, in every lane.
+// Returns the sum of `value` over a warp, in every lane.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -19,8 +20,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// The sum over a block, in thread 0. The block is one-dimensional and consists of whole warps. A second call with the
-// same T needs a __syncthreads() before it.
+// Returns the sum of `value` over a block in thread 0; the other threads must ignore the result. The block is
+// one-dimensional and consists of whole warps. Between two calls with the same T there must be a __syncthreads().
 template <typename T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T warp_sums[kWarpThreads];
@@ -33,8 +34,8 @@ __device__ __forceinline__ T block_sum(T value) {
   return value;
 }
 
-// The workspace of grid_sum: a header with the number of finished blocks, which must be zero before the launch, then
-// one sum per block.
+// The workspace of grid_sum begins with a header, the number of finished blocks. The header must be zero before the
+// launch. One sum per block follows.
 constexpr int64_t kGridSumHeaderBytes = 16;
 
 template <typename T>
@@ -42,12 +43,12 @@ constexpr int64_t grid_sum_workspace_bytes(int64_t blocks) {
   return kGridSumHeaderBytes + blocks * static_cast<int64_t>(sizeof(T));
 }
 
-// Counts this block as finished; thread 0 must already have stored the values that other blocks read. Returns true in
-// every thread of the block that finishes last. Every thread must call.
+// Counts this block as finished. Before the call, thread 0 must have stored the values that other blocks will read.
+// Returns true in all threads of the block that is counted last, otherwise false. Every thread must call.
 __device__ __forceinline__ bool finishes_last(unsigned* finished_blocks) {
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
-    __threadfence();  // makes the stores visible to the device before the count
+    __threadfence();  // makes the stores of thread 0 visible to the device before the count
     is_last = atomicAdd(finished_blocks, 1u) == gridDim.x - 1;
   }
   __syncthreads();
@@ -55,9 +56,9 @@ __device__ __forceinline__ bool finishes_last(unsigned* finished_blocks) {
   return is_last;
 }
 
-// Sums the `block_total` that thread 0 of each block passes. Returns true in one thread of the grid, thread 0 of the
-// block that finishes last, and sets `grid_total` only there. The order of the additions is the same whichever block
-// finishes last. Every thread must call.
+// Sums the values that the blocks' threads 0 pass as `block_total`. Only thread 0 of the block that finishes last gets
+// the result: there the function returns true, and `grid_total` is the sum. All other threads get false and must ignore
+// `grid_total`. The order of the additions does not depend on which block finishes last. Every thread must call.
 template <typename T>
 __device__ __forceinline__ bool grid_sum(T block_total, void* workspace, double& grid_total) {
   auto* block_totals = reinterpret_cast<T*>(static_cast<char*>(workspace) + kGridSumHeaderBytes);

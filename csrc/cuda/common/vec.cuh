@@ -1,4 +1,4 @@
-// Vectorised loads and stores of up to 128 bits, and conversions between storage and arithmetic types.
+// Vectors for wide loads and stores, and conversions between storage types and arithmetic types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,10 +13,10 @@
 
 namespace hashengine {
 
-constexpr int kVectorBytes = 16;  // per load or store instruction; supported by every architecture since sm_50
+constexpr int kVectorBytes = 16;  // the most that one instruction loads or stores on every supported architecture
 
-// kWidth elements, loaded or stored by one instruction, or by one instruction per kVectorBytes if they have more bytes.
-// kWidth * sizeof(T) is a power of two.
+// kWidth elements. One instruction loads or stores the vector, or kVectorBytes of it if the vector is longer.
+// kWidth * sizeof(T) must be a power of two.
 template <typename T, int kWidth>
 struct alignas(kWidth * sizeof(T) < kVectorBytes ? kWidth * sizeof(T) : kVectorBytes) Vector {
   T at[kWidth];
@@ -26,7 +26,8 @@ HE_HOST_DEVICE bool is_aligned(const void* pointer, int bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
 }
 
-// The vector that begins at element `begin`, a multiple of kWidth. The array must be aligned to a Vector.
+// The vector that begins at element `begin`. `begin` must be a multiple of kWidth, and the array must have the
+// alignment of a Vector<T, kWidth>.
 template <int kWidth, typename T>
 __device__ __forceinline__ const Vector<T, kWidth>& vector_at(const T* array, int64_t begin) {
   return *reinterpret_cast<const Vector<T, kWidth>*>(array + begin);
@@ -37,7 +38,7 @@ __device__ __forceinline__ Vector<T, kWidth>& vector_at(T* array, int64_t begin)
   return *reinterpret_cast<Vector<T, kWidth>*>(array + begin);
 }
 
-// The type in which elements of type T are computed and accumulated.
+// The type in which kernels compute with elements of type T and accumulate them.
 template <typename T>
 using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -46,8 +47,8 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Element i of a vector, widened. A pair of bfloat16 stays in the register that it was loaded to; one shift or one mask
-// extracts either of them.
+// Element i of a vector, converted to Arithmetic<T>. One 32-bit register holds two bfloat16: a shift extracts the
+// first, and a mask extracts the second.
 template <typename T, int kWidth>
 __device__ __forceinline__ Arithmetic<T> widen_at(const Vector<T, kWidth>& vector, int i) {
   if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ Arithmetic<T> widen_at(const Vector<T, kWidth>& vecto
   }
 }
 
-// Rounds to the nearest T, ties to even.
+// Converts to T: rounds to the nearest value, ties to even.
 template <typename T>
 __device__ __forceinline__ T narrow(Arithmetic<T> value) {
   if constexpr (std::is_same_v<T, __half>) {

@@ -1,4 +1,4 @@
-// The scratch memory of a launcher, cut into arrays.
+// The scratch memory of a host function that launches kernels, divided into arrays.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace hashengine {
 
-// A bump allocator. take() returns one array after another, each aligned to kAlignment bytes if the base is.
+// A bump allocator. Each take() returns the next array, aligned to kAlignment bytes if `base` is aligned to them.
 //
-// With a null base it only measures: after the same calls of take(), bytes() is the size that the caller must allocate.
-// The returned pointers must then not be dereferenced.
+// If `base` is null, the allocator only measures: after the same calls of take(), bytes() is the size that the caller
+// must allocate. In this case, the pointers that take() returns must not be dereferenced.
 class Workspace {
  public:
   static constexpr int64_t kAlignment = 16;
@@ -26,7 +26,7 @@ class Workspace {
     return array;
   }
 
-  // The size of all arrays so far.
+  // The size of all arrays taken so far, padding included.
   int64_t bytes() const { return bytes_; }
 
  private:

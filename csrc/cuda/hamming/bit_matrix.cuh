@@ -1,9 +1,9 @@
-// The 1-bit matrix instructions: sum[row][column] = popcount(row & column), for rows and columns of 256 bits (eight
-// 32-bit words), with `mma` also of 128 bits.
+// The 1-bit matrix instructions `mma` and `wgmma`. They compute sum[row][column] = popcount(row & column). Rows and
+// columns have 256 bits (eight 32-bit words); `mma` also exists for 128 bits.
 //
 // Layout. A warp holds 16 rows in registers: lane 4g + t has words t and t + 4 of rows g and g + 8. With `mma` the warp
-// also holds 8 columns; with `wgmma` four warps share 256 columns in shared memory. Lane 4g + t receives the following
-// sums, with `wgmma` for j = 0 to 31, with `mma` only for j = 0:
+// also holds 8 columns in registers. With `wgmma`, a warpgroup (four warps, 64 rows) shares 256 columns in shared
+// memory. Lane 4g + t receives the following sums of its warp. j is 0 for `mma`, and 0 to 31 for `wgmma`:
 //
 //   sum      row     column
 //   4j       g       8j + 2t
@@ -11,9 +11,10 @@
 //   4j + 2   g + 8   8j + 2t
 //   4j + 3   g + 8   8j + 2t + 1
 //
-// Limits. Native mma: compute capability 8.0 to 9.0; wgmma: only 9.0a. Later architectures have neither in hardware.
-// The kernels use AND because the instructions with XOR are native only up to 8.9. Without nvcc, host functions in
-// tests/emulation replace the instructions.
+// Limits. The hardware has the 1-bit `mma` on compute capability 8.0 to 9.0, and `wgmma` only on 9.0 (in code for
+// 9.0a). For 10.0 and 12.0, nvcc 13.0 emulates the 1-bit `mma` with 8-bit matrix instructions. The kernels use AND
+// because the hardware has `mma` with XOR only up to 8.9. Without nvcc, host functions in tests/emulation replace the
+// instructions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,14 +32,15 @@ constexpr int kSliceWords = 8;  // a slice is the part of a row or column that o
 constexpr int kWgmmaColumns = 256;
 constexpr int kWgmmaSums = 128;  // per thread
 constexpr int kWarpgroupThreads = 128;
-constexpr int kColumnTileBytes = kWgmmaColumns * kSliceWords * 4;  // one slice of kWgmmaColumns columns
+constexpr int kColumnTileBytes = kWgmmaColumns * kSliceWords * 4;  // a column tile is one slice of 256 columns
 
-// The row and the column of a lane's sum.
+// The row and the column of a lane's sum, where `sum` is its number in the table above.
 HE_HOST_DEVICE int row_of_sum(int lane, int sum) { return lane / 4 + 8 * (sum / 2 % 2); }
 HE_HOST_DEVICE int column_of_sum(int lane, int sum) { return 8 * (sum / 4) + 2 * (lane % 4) + sum % 2; }
 
-// The offset, in words, of a column's word within a tile of columns in shared memory. A tile consists of core matrices
-// of eight columns by 16 bytes, stored contiguously; the two core matrices of the same columns are adjacent.
+// The offset, in words, of word `word` of a column within a column tile in shared memory. A tile consists of core
+// matrices. A core matrix is contiguous and has 16 bytes of each of eight columns. The two core matrices of the same
+// columns are adjacent.
 HE_HOST_DEVICE int column_word(int column, int word) {
   return (2 * (column / 8) + word / 4) * 32 + column % 8 * 4 + word % 4;
 }
@@ -58,7 +60,7 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
 #endif
 }
 
-// The same for 128 bits: lane 4g + t passes word t.
+// The same for rows and columns of 128 bits: lane 4g + t passes word t of rows g and g + 8 and of column g.
 __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint32_t (&rows)[2],
                                                  const uint32_t (&columns)[1], const uint32_t (&before)[4]) {
 #if __CUDA_ARCH__ < 1000
@@ -70,32 +72,33 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
 #endif
 }
 
-// The descriptor of a tile of columns for wgmma (PTX, matrix descriptor, no swizzle). In units of 16 bytes: bits 0-13
-// are the tile's address, bits 16-29 the stride between core matrices along a column, bits 32-45 the stride between
-// groups of eight columns.
+// The descriptor of a column tile for wgmma (see "matrix descriptor" in the PTX manual; no swizzle). In units of 16
+// bytes, bits 0-13 are the tile's address, bits 16-29 the stride between the two core matrices of the same columns, and
+// bits 32-45 the stride between groups of eight columns.
 __device__ __forceinline__ uint64_t column_tile_descriptor(const uint32_t* tile) {
   constexpr uint64_t kStrides = uint64_t{128 / 16} << 16 | uint64_t{256 / 16} << 32;
   uint32_t begin = static_cast<uint32_t>(__cvta_generic_to_shared(tile) & 0x3ffff) >> 4;
-  asm volatile("" : "+r"(begin));  // otherwise the compiler recomputes it before each instruction
+  asm volatile("" : "+r"(begin));  // keeps the compiler from recomputing it for each wgmma
   return kStrides | begin;
 }
-// The descriptor of the tile that is stored `tiles` tiles after this one.
+// The descriptor of the column tile that is stored `tiles` column tiles after `tile`.
 __device__ __forceinline__ uint64_t advance_tiles(uint64_t tile, int tiles) {
   return tile + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16);
 }
 
-// After this and a barrier, wgmma sees what this thread has stored in shared memory.
+// Call this after storing columns in shared memory and before the barrier. After the barrier, wgmma sees the stores.
 __device__ __forceinline__ void fence_matrix_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Pins the values in registers; otherwise the compiler rematerialises them at each use.
+// Keeps the values in registers. Otherwise the compiler recomputes them at each use.
 template <size_t kCount>
 __device__ __forceinline__ void pin_registers(uint32_t (&values)[kCount]) {
 #pragma unroll
   for (size_t i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
 }
 
+// a | b | c. Assembly ensures that it is a single instruction.
 __device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t result;  // a single instruction, which the compiler does not generate by itself
+  uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xfe;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }

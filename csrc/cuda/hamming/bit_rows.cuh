@@ -1,27 +1,31 @@
-// Codes as rows and queries as columns of 1-bit matrices, built so that a single bit of a product tells whether a code
-// is within a query's maximum distance T.
+// Codes as rows and queries as columns of 1-bit matrices. They are built so that one bit of each sum tells whether the
+// code is within T, the query's maximum distance.
 //
-// Idea. The matrix instructions count the bits of row & column. The distance must be expressed by such counts and
-// compared with T, which differs between queries. Both are possible because rows and columns have extra bits: a
-// complement, or a number n in unary (n ones, then zeros). (scan_mma.cu instead starts each sum with a number per
-// query. With wgmma that would take a move per sum, whereas the check of the sums takes half an instruction per sum.)
+// Idea. For each row and column, the matrix instructions count the ones of row & column. The distance must result from
+// such a count, and must be compared with T, which differs between queries. Therefore rows and columns have extra bits:
+// a complement, or a number n in unary ("n ones", followed by zeros). scan_mma.cu needs no numbers in unary, because it
+// starts each sum with a number per query. With wgmma that would take an extra instruction per sum, and checking a sum
+// takes only half an instruction.
 //
-// Up to 64 bits. The code, padded to 64 bits, and its complement fit in 256 bits:
+// In the following, d is a code, q a query, both padded with zeros, and |d| is the number of ones in d.
+//
+// Codes of up to 64 bits are padded to 64 bits, and rows and columns have 256 bits:
 //
 //   row     [d, ~d, 128 ones]
 //   column  [q, ~q, 64 + T ones]
-//   sum     (64 - distance) + (64 + T); bit 7 is set if distance <= T
+//   sum     (64 - distance) + (64 + T); the bit of value 128 is set exactly if distance <= T
 //
-// Longer codes are padded to W = 4, 8, 16 or 32 words (b = 32 W bits), and rows and columns have 2b bits. Because
-// distance = |q| + |d| - 2 |q & d|:
+// Longer codes are padded to b = 128, 256, 512 or 1,024 bits, and rows and columns have 2b bits. They use the
+// equation distance = |q| + |d| - 2 |q & d|:
 //
 //   row     [d, b/2 - ceil(|d| / 2) ones, b/2 ones]
 //   column  [q, b/2 ones, b/2 - floor((|q| - T) / 2) ones]
 //   sum     |q & d| - ceil(|d| / 2) - floor((|q| - T) / 2) + b; the bit of value b is set if distance <= T
 //
-// Because the halves are rounded, some codes at distance T + 1 pass; Candidates::add_if_within_bound computes the exact
-// distance. The column requires T <= |q|; otherwise it is all ones and admits every code. To make this rare even for
-// sparse codes, codes and queries are first XORed with the same arbitrary bits, which does not change distances.
+// Because |d| / 2 and (|q| - T) / 2 are rounded, the bit is also set for some codes at distance T + 1. Therefore
+// Candidates::add_if_within_bound computes the exact distance of every hit. The column requires T <= |q|. If T is
+// larger, the column is all ones and admits every code. This would be frequent for codes with few ones. Therefore codes
+// and queries are first XORed with the same arbitrary bits, which does not change distances.
 #pragma once
 
 #include "cuda/hamming/bit_matrix.cuh"
@@ -29,7 +33,7 @@
 
 namespace hashengine {
 
-// Rows and columns of codes of up to kWords words.
+// Rows and columns for codes of up to kWords words of 32 bits.
 template <int kWords>
 struct BitRows {
   static_assert(kWords == 2 || kWords == 4 || kWords == 8 || kWords == 16 || kWords == 32);
@@ -37,27 +41,29 @@ struct BitRows {
   static constexpr bool kHasComplement = kWords == 2;
   static constexpr int kRowWords = kHasComplement ? kSliceWords : 2 * kWords;
   static constexpr int kSlices = kRowWords / kSliceWords;
-  static constexpr int kOnesSlices = kHasComplement ? 0 : kWords / 2 / kSliceWords;  // the last slices, all ones
-  static constexpr int kBuiltSlices = kSlices - kOnesSlices;  // the slices that depend on the code
-  static constexpr int kHalfBits = 16 * kWords;               // b / 2
-  static constexpr int kCandidateBit = kHasComplement ? 128 : 32 * kWords;
-  static constexpr int kLaneWords = kHasComplement ? 1 : kWords / 4;  // words of a code per lane
+  // The first kBuiltSlices slices of a row depend on the code. The last kOnesSlices slices are all ones.
+  static constexpr int kOnesSlices = kHasComplement ? 0 : kWords / 2 / kSliceWords;
+  static constexpr int kBuiltSlices = kSlices - kOnesSlices;
+  static constexpr int kHalfBits = 16 * kWords;                             // b / 2
+  static constexpr int kCandidateBit = kHasComplement ? 128 : 32 * kWords;  // set in the sum of a hit
+  static constexpr int kLaneWords = kHasComplement ? 1 : kWords / 4;        // words of a code per lane
 
-  // XORs a word of a code or query with the arbitrary bits.
+  // XORs word `index` of a code or query with the arbitrary bits, except if kHasComplement.
   static __device__ __forceinline__ uint32_t scramble(uint32_t word, int index) {
     return kHasComplement ? word : word ^ (0x9e3779b9u * static_cast<uint32_t>(index + 1) ^ 0x5bd1e995u);
   }
 
-  // Word `index` of a field of `ones` ones followed by zeros.
+  // Word `index` of a number in unary: `ones` ones, followed by zeros.
   static __device__ __forceinline__ uint32_t unary(int ones, int index) {
     const int ones_here = min(max(ones - 32 * index, 0), 32);
     return ones_here == 32 ? ~0u : (1u << ones_here) - 1;
   }
 
-  // --- rows: a warp holds tiles of 16 codes. Lane 4g + t has words t and t + 4 of each slice of codes g and g + 8 ---
+  // --- rows: a warp holds tiles of 16 codes; lane 4g + t has words t and t + 4 of each slice of codes g and g + 8 ---
 
-  // Loads the lane's words of codes g and g + 8 of each tile: words t, t + 4, ..., or, if kHasComplement, word t % 2.
-  // Rows after `end` repeat the last code; the caller must ignore their sums.
+  // Loads the lane's words of codes g and g + 8 of each tile: words t, t + 4 and so on, or only word t % 2 if
+  // kHasComplement. The first tile begins at position `first`. From position `end` on, rows repeat the code before
+  // `end`; the caller must ignore their sums.
   template <int kTiles>
   static __device__ __forceinline__ void load(const CodeRows& codes, int64_t first, int64_t end,
                                               uint32_t (&words)[kTiles][2][kLaneWords]) {
@@ -79,7 +85,7 @@ struct BitRows {
     }
   }
 
-  // Builds the lane's words of a tile's built slices from the loaded words.
+  // Builds the lane's words of a tile's first kBuiltSlices slices. `words` comes from load().
   static __device__ __forceinline__ void build(const uint32_t (&words)[2][kLaneWords],
                                                uint32_t (&rows)[kBuiltSlices][4]) {
     const int t = static_cast<int>(threadIdx.x % 4);
@@ -100,13 +106,14 @@ struct BitRows {
           rows[i / 2][i % 2 * 2 + half] = scramble(words[half][i], t + 4 * i);
           ones += __popc(rows[i / 2][i % 2 * 2 + half]);
         }
-        ones += __shfl_xor_sync(~0u, ones, 1);  // adds up the four lanes of the same row
+        ones += __shfl_xor_sync(~0u, ones, 1);  // sums over the four lanes that hold the same row
         ones += __shfl_xor_sync(~0u, ones, 2);
         fill[half] = kHalfBits - (ones + 1) / 2;
       }
 #pragma unroll
       for (int i = kLaneWords; i < 2 * kBuiltSlices; ++i) {
-        const int index = t + 4 * i - kWords;  // index in the two fields of kWords / 2 words that follow the code
+        // The index in the two unary numbers that follow the code. Each number has kWords / 2 words.
+        const int index = t + 4 * i - kWords;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           rows[i / 2][i % 2 * 2 + half] = index < kWords / 2 ? unary(fill[half], index) : ~0u;
@@ -114,9 +121,10 @@ struct BitRows {
     }
   }
 
-  // Zeroes the rows of codes that a filter shared by all queries excludes, so that no column accepts them (in
-  // scan_mma.cu: no column except one that accepts every distance). `slices` hold the words of rows g and g + 8
-  // alternately; the tile begins at position `first`.
+  // If all queries share one filter, sets the rows of the codes that it excludes to zero. Then no column has a hit with
+  // them. There is an exception in scan_mma.cu: a query whose maximum distance admits every code has hits, which the
+  // check of the filter rejects later. `slices` holds words of rows g and g + 8 alternately. The tile begins at
+  // position `first`.
   template <int kRowSlices, int kSliceLaneWords>
   static __device__ __forceinline__ void clear_filtered_rows(const DeviceSearch& search, int64_t first, int64_t end,
                                                              uint32_t (&slices)[kRowSlices][kSliceLaneWords]) {
@@ -134,8 +142,8 @@ struct BitRows {
   // --- columns ---
 
   struct Column {
-    int ones;          // |q| of the scrambled q
-    int max_distance;  // T; -1: no code is within it
+    int ones;          // the number of ones in the scrambled query; not used if kHasComplement
+    int max_distance;  // T; -1: the column has no hits
 
     // Word `index` of the column.
     __device__ __forceinline__ uint32_t word(const CodeRows& queries, int64_t query, int index) const {
@@ -161,7 +169,7 @@ struct BitRows {
   }
 };
 
-// Calls function(BitRows<kWords>()) with the shortest rows that hold codes of `words` words.
+// Calls function(BitRows<kWords>()) with the smallest supported kWords that is at least `words`.
 template <typename Function>
 void with_bit_rows(int words, Function function) {
   if (words <= 2) return function(BitRows<2>());

@@ -1,18 +1,20 @@
-// An upper bound for the k-th nearest code of each query, estimated from a sample of the database.
+// Estimates a bound for each query of hamming_topk from a sample of the database.
 //
-// Idea. The sample is stratified: it has one code from each of `count` equal parts of the database (strata), at a
-// position chosen by a hash, so that neither sorted nor periodic databases bias it. The bound is the key of the sampled
-// code that has a given rank by (distance, position). The kernel finds the bound's distance with a histogram of the
-// sampled distances. If several sampled codes have that distance (ties), it counts the ties in each of 64 sections of
-// the sample to find the section of the bound, and then walks through this section to find the bound's position.
+// Idea. The sample is stratified: the database is divided into equal parts (strata), and each gives one code to the
+// sample. A hash chooses the position within the stratum, so that neither a sorted nor a periodic database biases the
+// sample. The bound is the key of the sampled code that has a given rank in the order (distance, position). A histogram
+// of the sampled distances gives the bound's distance. Several sampled codes may have that distance; these are the
+// ties. The kernel counts the ties in each of 64 sections of the sample, which gives the section of the bound. It then
+// searches this section for the bound's position.
 //
-// Traffic. A block with two to eight queries reads the sample twice, one 32-byte sector per code. For a sample of
-// 16,384 codes and eight queries that is 128 KB per query, from L2. Computing and counting the distance of two 64-bit
-// codes takes about ten instructions and an atomic in shared memory. A block with a single query is limited by memory
-// latency. Therefore it keeps the distances in shared memory instead of reading the sample twice, and has eight loads
-// per thread in flight.
+// Traffic. A block with two to eight queries reads the sample twice, about one 32-byte sector per code of up to 256
+// bits. For a sample of 16,384 codes and eight queries that is 128 KB per query, from L2. To compute and count the
+// distance of two 64-bit codes takes about ten instructions (estimated) and an atomic in shared memory. A block with a
+// single query is limited by memory latency. Therefore it keeps the distances in shared memory instead of reading the
+// sample twice, and has eight loads per thread in flight.
 //
-// Launch. 512 threads per block and one to eight queries per block, about as many as there are queries per SM.
+// Launch. 512 threads per block. The number of queries per block is the number of queries per SM, rounded up, but at
+// most eight. It is smaller if the histograms of so many queries would have more than HammingSample::kMaxBins bins.
 //
 // Limits. Fewer than 2^32 codes, each of fewer than HammingSample::kMaxBins bits.
 
@@ -29,10 +31,10 @@ constexpr int kBlockThreads = 512;
 constexpr int kMaxQueriesPerBlock = 8;
 constexpr int kSections = HammingSample::kSections;
 
-// The strata of the database, one sample from each. Their length is a fixed-point number, so that computing a position
-// needs no 64-bit division, which would take longer than computing the distances.
+// The strata of the database. Their length is a fixed-point number, so that computing a position needs no 64-bit
+// division. A division is assumed to take longer than computing the distances.
 struct Strata {
-  static constexpr int kFractionBits = 30;  // no product overflows with up to 2^32 codes
+  static constexpr int kFractionBits = 30;  // for up to 2^32 codes, index * length fits in 64 bits
 
   int count;
   uint64_t length;  // codes per stratum, scaled by 2^kFractionBits
@@ -40,7 +42,7 @@ struct Strata {
   Strata(int64_t strata_count, int64_t codes)
       : count(static_cast<int>(strata_count)), length(static_cast<uint64_t>((codes << kFractionBits) / strata_count)) {}
 
-  // The position of the sampled code of stratum `index`.
+  // The position of the code that the sample takes from stratum `index`.
   __device__ __forceinline__ int64_t position(int index) const {
     uint32_t hash = static_cast<uint32_t>(index);  // the finaliser of MurmurHash3 (Appleby)
     hash = (hash ^ hash >> 16) * 0x85ebca6bu;
@@ -52,10 +54,10 @@ struct Strata {
   }
 };
 
-// The bin of a histogram that contains the element of a rank.
+// The bin of a histogram that contains the element of a given rank.
 struct RankedBin {
-  int index;     // the number of bins if the histogram has fewer elements than the rank
-  int64_t rank;  // the element's rank within its bin, counted from 1
+  int index;     // the index of the bin, or the number of bins if the histogram has too few elements
+  int64_t rank;  // the element's rank within the bin, counted from 1
 };
 
 // Finds the bin at which the running sum of `counts` reaches `rank`. The whole warp must call.
@@ -79,9 +81,10 @@ __device__ __forceinline__ RankedBin find_bin(const unsigned* counts, int count,
   return {count, rank};
 }
 
-// Calls visit(query, sample, distance) for each of the block's queries and each sampled code that passes the filter of
-// this query. The queries' words are in shared memory, [words][kQueries]. Each code is in a different cache line, so
-// each thread processes several codes at a time to have several loads in flight.
+// Calls visit(q, sample, distance) for each query first_query + q of the block and each sampled code that passes the
+// filter of this query. `sample` is the number of the code in the sample. The queries' words are in shared memory,
+// [words][kQueries]. Most sampled codes are in different cache lines. Therefore a thread processes several codes at a
+// time, which keeps several loads in flight.
 template <int kQueries, typename Visit>
 __device__ __forceinline__ void visit_sample(const DeviceSearch& search, const Strata& strata, int64_t first_query,
                                              int queries, const uint32_t* query_words, Visit visit) {
@@ -118,7 +121,8 @@ __device__ __forceinline__ void visit_sample(const DeviceSearch& search, const S
   }
 }
 
-// The `rank`-th sample of a section for which is_tie(sample) holds. The whole warp must call.
+// Returns the `rank`-th tie, counted from 1, of a section of `size` sampled codes. is_tie(sample) says whether a
+// sampled code is a tie. The whole warp must call.
 template <typename IsTie>
 __device__ __forceinline__ int find_tie(int section, int size, int64_t rank, IsTie is_tie) {
   const int begin = section * size, end = begin + size;
@@ -135,9 +139,9 @@ __device__ __forceinline__ int find_tie(int section, int size, int64_t rank, IsT
   return end - 1;  // unreachable: the section has at least `rank` ties
 }
 
-constexpr uint16_t kFilteredOut = 0xffff;  // stored instead of a distance
+constexpr uint16_t kFilteredOut = 0xffff;  // stored for a code that the filter excludes, instead of its distance
 
-// kQueries: 1, or kMaxQueriesPerBlock for blocks of 2 to kMaxQueriesPerBlock queries.
+// kQueries is 1 if queries_per_block is 1, otherwise kMaxQueriesPerBlock.
 template <int kQueries>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     bounds_kernel(DeviceSearch search, Strata strata, int64_t rank, Candidates candidates, int queries_per_block) {
@@ -146,9 +150,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   __shared__ int distances[kQueries];
   auto* query_words = dynamic_shared<uint32_t>();
   uint32_t* const histograms = query_words + search.codes.words() * kQueries;  // [queries_per_block][bins]
-  wait_for_previous_kernel();  // does not wait, because this launch is not programmatic; lets the scan start early
+  wait_for_previous_kernel();  // lets the scan start early; does not wait, because this launch is not programmatic
   const int bins = search.bits() + 1;
-  auto* const stored = reinterpret_cast<uint16_t*>(histograms + queries_per_block * bins);  // [samples], distances
+  auto* const stored = reinterpret_cast<uint16_t*>(histograms + queries_per_block * bins);  // distances, [strata.count]
   const int64_t first = static_cast<int64_t>(blockIdx.x) * queries_per_block;
   const int queries = static_cast<int>(min(static_cast<int64_t>(queries_per_block), search.queries.count - first));
   const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     if constexpr (kStoresDistances) stored[sample] = static_cast<uint16_t>(distance);
   });
   __syncthreads();
-  // From here on, warp q computes the bound of query q.
+  // Warp q finds the distance of query q's bound.
   RankedBin ranked{};
   if (warp < queries) {
     ranked = find_bin(histograms + warp * bins, bins, rank);
@@ -186,6 +190,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   __syncthreads();
   if (warp >= queries) return;
 
+  // Warp q finds the position of query q's bound.
   const int64_t query = first + warp;
   // If fewer than `rank` sampled codes pass the filter, the bound admits every code.
   uint64_t bound = candidates.format.key(search.bits(), search.codes.count - 1);

@@ -1,16 +1,17 @@
 // The candidates of a top-k search: the codes that a scan keeps for the selection.
 //
-// Key. A distance and a position packed into one number, so that keys are ordered like results.
+// Key. A distance and a position, packed into one number so that keys are ordered like results.
 //
-// Bound. The largest key that a candidate of a query may have: usually the key of a code that is slightly farther from
-// the query than the k-th nearest code. It includes a position, so that it also cuts off ties at its distance: a
-// database of a million equal codes has no more candidates than any other. It is estimated from a sample. If it admits
-// too few or too many candidates, the selection notices and reads all codes of the database instead.
+// Bound. The largest key that a candidate may have; each query has its own. bounds.cu estimates it from a sample. It is
+// usually the key of a code slightly farther from the query than the k-th nearest code. Because a bound includes a
+// position, it admits only some of the codes at its own distance. Therefore a query has few candidates even if all
+// codes of the database are equal. If a bound admits too few or too many candidates, the selection (select.cu) detects
+// it and reads all codes instead.
 //
-// Tightening. The candidates accepted so far bound the k-th distance more tightly than the sample does, so a scan
-// recomputes its maximum distances before each chunk. For this it sums counters that other blocks may be incrementing.
-// The sum is never too large. If it is too small, the maximum distance is larger than necessary, which only admits
-// unnecessary candidates.
+// Tightening. Once k candidates are nearer than the bound, a code farther than all of them cannot be a result.
+// Therefore a scan recomputes each query's maximum distance before each chunk, from counters of the candidates found so
+// far. Other blocks may be incrementing these counters. A counter that is read too early is too small, and makes the
+// maximum distance too large. This admits unnecessary candidates, but loses none of the k nearest codes.
 #pragma once
 
 #include "cuda/hamming/device_search.cuh"
@@ -18,7 +19,7 @@
 namespace hashengine {
 
 struct DeviceKeyFormat {
-  int position_bits;
+  int position_bits;  // a key's lowest position_bits bits hold the position, the bits above hold the distance
 
   HE_HOST_DEVICE uint64_t key(int64_t distance, int64_t position) const {
     return static_cast<uint64_t>(distance) << position_bits | static_cast<uint64_t>(position);
@@ -30,20 +31,20 @@ struct DeviceKeyFormat {
 };
 
 struct Candidates {
-  // A candidate's margin is the bound's distance minus its own distance. All margins of kMargins - 1 or more are
-  // counted together.
+  // A candidate's margin is the distance of the query's bound minus the distance of the candidate. All margins of
+  // kMargins - 1 or more are counted together.
   static constexpr int kMargins = 16;
 
   uint64_t* keys;           // [query_count, capacity], unordered; candidates beyond the capacity are only counted
   uint64_t* bounds;         // [query_count]
-  unsigned* counts;         // [query_count], candidates per query
-  unsigned* margin_counts;  // [query_count, kMargins], candidates per margin
-  int64_t capacity;
-  unsigned k;
+  unsigned* counts;         // [query_count], candidates per query, including those beyond the capacity
+  unsigned* margin_counts;  // [query_count, kMargins], candidates per query and margin
+  int64_t capacity;         // candidates per query for which `keys` has space
+  unsigned k;               // results per query
   DeviceKeyFormat format;
 
-  // Computes the exact distance of a code and makes it a candidate if it is within the query's bound and passes the
-  // filter. A scan may call this for codes that do not qualify, but at most once per query and code.
+  // Computes the exact distance of a code. Adds the code to the candidates if it is within the query's bound and passes
+  // the filter. A scan may call this for any code, but at most once per query and code.
   __device__ __forceinline__ void add_if_within_bound(const DeviceSearch& search, int64_t query,
                                                       int64_t position) const {
     const int distance = search.distance(query, position);
@@ -54,14 +55,14 @@ struct Candidates {
     if (slot < capacity) keys[query * capacity + slot] = key;
   }
 
-  // The largest distance at which a code at position `first` or later can still be among the k nearest; -1 if none can
-  // be. It shrinks during a scan: if k candidates have a margin of at least m, the k-th nearest code is at least m
-  // closer than the bound.
+  // The largest distance at which a code at position `first` or later can still be among the k nearest codes; -1 if no
+  // such code can be. It shrinks during a scan: if k candidates have a margin of at least m, the distance of the k-th
+  // nearest code is at most the bound's distance minus m.
   __device__ __forceinline__ int max_distance(int64_t query, int64_t first) const {
     const uint64_t bound = bounds[query];
     const int distance = format.distance(bound);
     const auto* counts_by_four = reinterpret_cast<const uint4*>(margin_counts + query * kMargins);
-    unsigned accepted = 0;  // the candidates whose margin is at least the current one
+    unsigned accepted = 0;  // the number of candidates whose margin is at least 4 * i + j
     int margin = 0;
 #pragma unroll
     for (int i = kMargins / 4 - 1; i >= 0; --i) {

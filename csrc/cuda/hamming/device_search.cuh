@@ -1,4 +1,4 @@
-// A Hamming search as the kernels see it: packed codes read as 32-bit words, exact distances, the filter's bitmap.
+// A Hamming search on the device: reads packed codes as 32-bit words, computes exact distances, and reads the filter.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,18 +25,18 @@ struct CodeRows {
 
   HE_HOST_DEVICE int words() const { return ceil_div(bytes, 4); }
 
-  // Requires has_whole_words. It is separate from word() because the branch of word() for bytes would prevent the
-  // compiler from issuing consecutive loads together.
+  // Word `word` of a row; requires has_whole_words. word() has a second branch, which reads bytes. That branch
+  // would keep the compiler from issuing consecutive loads together.
   __device__ __forceinline__ uint32_t whole_word(int64_t row, int word) const {
     return __ldg(reinterpret_cast<const uint32_t*>(rows + row * bytes + 4 * word));
   }
 
-  // The bits after the end of the code are zero.
+  // Word `word` of any row. Bits after the end of the code are zero.
   __device__ __forceinline__ uint32_t word(int64_t row, int word) const {
     const uint8_t* const begin = rows + row * bytes + 4 * word;
     if (has_whole_words) return __ldg(reinterpret_cast<const uint32_t*>(begin));
     uint32_t value = 0;
-#pragma unroll 1  // rare, so not worth the registers of an unrolled loop
+#pragma unroll 1  // the loop runs rarely, so unrolling it is not worth the registers
     for (int i = 0; i < min(4, bytes - 4 * word); ++i) value |= static_cast<uint32_t>(__ldg(begin + i)) << 8 * i;
     return value;
   }
@@ -62,7 +62,7 @@ struct DeviceSearch {
     return sum;
   }
 
-  // Whether the query may find the code at this position.
+  // Whether the filter lets the query find the code at this position.
   __device__ __forceinline__ bool passes_filter(int64_t query, int64_t position) const {
     return filter == nullptr || (__ldg(filter + query * filter_stride + position / 8) >> position % 8 & 1) != 0;
   }

@@ -1,11 +1,11 @@
 // hamming_count on the GPU: the number of codes at each distance and, if labels are given, also the number of relevant
 // codes at each distance.
 //
-// Idea. A block compares its codes with up to eight queries, so that one load of a code's word serves all of them, and
-// counts in shared memory. An atomicAdd of the constant 1 compiles to a single instruction, which first adds up the
-// lanes of a warp that increment the same counter. The block then adds its nonzero counters to the result with atomics.
-// All counts are integers, so the order of the additions does not matter. With labels each distance has two counters,
-// one for relevant codes and one for the others.
+// Idea. A block compares its codes with up to eight queries, so that one load of a word of a code serves all of them.
+// It counts in shared memory. There, an atomicAdd of the constant 1 compiles to a single instruction, ATOMS.POPC.INC,
+// which is assumed to combine the lanes of a warp that increment the same counter. The block then adds its nonzero
+// counters to the result with atomics. All counts are integers, so the order of the additions does not matter. With
+// labels, each distance has two counters: one for relevant codes and one for the others.
 //
 // Traffic, for N codes of B bytes. The floor is one read of the codes, N * B bytes. Each further group of eight queries
 // reads the codes again, mostly from L2, because blocks with the same codes are adjacent. The result has
@@ -15,12 +15,12 @@
 // clock. Estimated for an H200 (132 SMs at 1.9 GHz, 4.8 TB/s): from about four queries on, the population counts take
 // longer than one read of the codes.
 //
-// Launch. 256 threads per block, one segment of the codes and up to eight queries. Segments have at least 4,096 codes;
-// they are longer if such short segments would need more than kEnoughBlocks blocks. If the counters do not fit in
-// shared memory (codes of more than 9,208 bits, or of more than 4,600 bits with labels), the kernel increments the
-// result in global memory instead. For such long codes an increment takes little time compared with the distance.
+// Launch. 256 threads per block. Each block has one segment of the codes and up to eight queries. Segments have 4,096
+// codes, or more if the grid would otherwise exceed about kEnoughBlocks blocks. If the counters do not fit in shared
+// memory (codes of more than 9,208 bits, or of more than 4,600 bits with labels), the kernel increments the result in
+// global memory instead. For such long codes, an increment is assumed to take little time compared with the distance.
 //
-// Limits. At most 2^31 - 1 blocks, and at most 2^31 codes per segment.
+// Limits. A grid has at most 2^31 - 1 blocks, and a segment at most 2^31 codes.
 
 #include <algorithm>
 
@@ -33,7 +33,7 @@ namespace {
 
 constexpr int64_t kMinSegmentCodes = 4096;
 constexpr int64_t kMaxSegmentCodes = int64_t{1} << 31;  // a 32-bit counter can count all codes of a segment
-constexpr int64_t kEnoughBlocks = 1 << 13;              // several times as many blocks as any GPU runs at a time
+constexpr int64_t kEnoughBlocks = 1 << 13;              // several times as many as a current GPU runs at a time
 
 __device__ __forceinline__ bool is_relevant(const HammingLabels& labels, int64_t query, int64_t position) {
   for (int64_t i = 0; i < labels.words; ++i) {
@@ -76,10 +76,12 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerSm)
     atomicAdd(counters + (q * bins + distance) * counters_per_bin + counter, 1u);
   });
   __syncthreads();
-  for (int i = threadIdx.x; i < kQueries * bins; i += kCountThreads) {  // counters of absent queries are zero
-    const unsigned hits = counters_per_bin == 2 ? counters[2 * i + 1] : 0, all = counters[i * counters_per_bin] + hits;
-    if (all != 0) atomicAdd(counts + i, Count{all});
-    if (hits != 0) atomicAdd(relevant + i, Count{hits});
+  // If the block has fewer than kQueries queries, the other counters are zero.
+  for (int i = threadIdx.x; i < kQueries * bins; i += kCountThreads) {
+    const unsigned relevant_codes = counters_per_bin == 2 ? counters[2 * i + 1] : 0;
+    const unsigned all_codes = counters[i * counters_per_bin] + relevant_codes;
+    if (all_codes != 0) atomicAdd(counts + i, Count{all_codes});
+    if (relevant_codes != 0) atomicAdd(relevant + i, Count{relevant_codes});
   }
 }
 

@@ -1,29 +1,31 @@
-// hamming_range on the GPU, and hamming_topk for the searches that can_launch_hamming_topk does not accept. A ranking
-// is the result for one query, all codes within a radius or the k nearest codes, ordered by (distance, position).
+// hamming_range on the GPU, and hamming_topk for the searches that can_launch_hamming_topk does not accept. A query's
+// ranking has all codes within a radius, or the k nearest codes, ordered by (distance, position).
 //
-// Idea. Distances have few values, so a stable counting sort computes a ranking. The database is divided into segments.
-// The first launch counts, per query, the codes of each segment at each distance, and computes prefix sums, first over
-// the segments of each distance and then over the distances. The prefix sums give the slots at which each segment's
-// codes of each distance begin in the result. In the second launch a warp reads a segment in order, 32 codes at a time:
-// lanes with equal distances find each other with __match_any_sync, and a lane's rank among them determines its slot.
-// No two results are compared, and the order does not depend on timing.
+// Idea. Distances have few values, so a stable counting sort computes the rankings. The database is divided into
+// segments. launch_hamming_ranking_count counts, per query, the codes of each segment at each distance. It computes
+// prefix sums of these counts, first over the segments of each distance and then over the distances. They give the slot
+// at which each segment's codes of each distance begin in the ranking. launch_hamming_ranking_place stores the results.
+// A warp reads a segment in order, 32 codes at a time. Lanes with equal distances find each other with
+// __match_any_sync, and a lane's rank among them determines its slot. No two results are compared, and the order does
+// not depend on timing.
 //
-// Traffic, for N codes of B bytes and R results. The codes are read twice, N * B bytes each time, and 12 R bytes of
-// results are written. The floor is one read of the codes, but the slots of the results are not known before the end of
-// the first pass. In the second pass a warp skips a segment that has no result for its query, so a small radius takes
-// hardly more than one pass. If 32 codes are all farther than the farthest result that the segment may have, the warp
-// computes only their distances. To store, sum and read the counts moves 40 bytes more per query, segment and distance.
-// With many queries the population counts are the bottleneck, as in hamming_count.cu. If all codes are results, the
-// bottleneck is the matching and the scattered stores.
+// Traffic, for N codes of B bytes and R results of one query. The codes are read twice, N * B bytes each time, and 12 R
+// bytes of results are written. The floor is one read of the codes, but the slots of the results are not known before
+// the end of the first read. During the second read, a warp skips a segment that has no result for its query, if the
+// slots are in shared memory. Therefore a small radius takes hardly more than one read. If 32 codes are all farther
+// than the farthest result that the segment may have, the warp computes only their distances. To store, sum and read
+// the counts moves 40 more bytes per query, segment and distance. With many queries the population counts are the
+// bottleneck, as in hamming_count.cu. If all codes are results, the matching and the scattered stores are the
+// bottleneck (estimated).
 //
-// Launch. Counting: 256 threads per block, one segment and up to eight queries. Prefix sums: one warp per query and
-// distance, then one warp per query. Placing: four warps per block, each with one query and segment; adjacent warps
-// have the same segment, whose codes they read from the caches. For hamming_topk, a last kernel fills the slots that no
-// result takes.
+// Launch. Counting: 256 threads per block; each block has one segment and up to eight queries. Prefix sums: one warp
+// per query and distance, then one warp per query. Placing: four warps per block; each warp has one query and one
+// segment. Adjacent warps have the same segment, whose codes they read from the caches. For hamming_topk, a last kernel
+// fills the slots without a result.
 //
-// Limits. The number of codes per segment is a power of two, at least 1,024: the smallest with which all queries
-// together have at most kEnoughSegments segments, whose counts fit in kMaxWorkspaceBytes. Counts for more than 9,216
-// distances, and slots for more than 1,152 distances, are in global memory.
+// Limits. A segment has 1,024 codes, or the next power of two with which all queries together have at most
+// kEnoughSegments segments and the counts fit in kMaxWorkspaceBytes. Counts for more than 9,216 distances, and slots
+// for more than 1,152 distances, are in global memory.
 
 #include <algorithm>
 
@@ -37,22 +39,22 @@ namespace {
 
 constexpr int64_t kMaxWorkspaceBytes = int64_t(256) << 20;
 constexpr int64_t kMinSegmentCodes = 1024;
-constexpr int64_t kBatchSegmentCodes = 8192;   // hamming_ranking_batch sizes batches for segments of this length
-constexpr int64_t kEnoughSegments = 1 << 15;   // of all queries: more than the warps that any GPU runs at a time
+constexpr int64_t kBatchSegmentCodes = 8192;   // the segment length that hamming_ranking_batch assumes
+constexpr int64_t kEnoughSegments = 1 << 15;   // of all queries: more than the warps that a current GPU runs at a time
 constexpr int kSumWarps = 8, kPlaceWarps = 4;  // per block
 constexpr int kPlaceBlocksPerSm = 8;
 constexpr int kFillThreads = 256;
-constexpr int64_t kFillSlots = 1 << 15;  // per block
+constexpr int64_t kFillSlots = 1 << 15;  // slots per block of fill_kernel
 
-// The histograms of the segments, in the workspace. The prefix sums turn counts into offsets.
+// The histogram of each query and segment, in the workspace. The prefix sums turn the counts into offsets.
 struct SegmentHistograms {
   int64_t queries, segments, segment_codes;
-  int distances;  // 0 to the radius
-  // [query, distance, segments + 1]: the number of each segment's codes that have the distance; after the prefix sums,
-  // the number in all segments before it.
+  int distances;  // the number of distances, which are 0 to the radius
+  // [queries, distances, segments + 1]: the number of the segment's codes that have the distance. After the prefix
+  // sums, the number of such codes in all segments before it.
   Count* counts;
-  // [query, distances + 1]: the slot at which the codes of each distance begin; the last entry is the number of
-  // results.
+  // [queries, distances + 1]: the slot at which the codes of each distance begin. The last entry is the number of codes
+  // within the radius that pass the filter.
   Count* offsets;
 
   SegmentHistograms(const HammingRanking& ranking, int64_t codes_per_segment)
@@ -76,13 +78,13 @@ struct SegmentHistograms {
     return measured.bytes();
   }
 
+  // The counts of a query and distance, one per segment.
   HE_HOST_DEVICE Count* row(int64_t query, int64_t distance) const {
     return counts + (query * distances + distance) * (segments + 1);
   }
 };
 
-// Plans the shortest segments with which all queries together have at most kEnoughSegments segments, whose counts fit
-// in kMaxWorkspaceBytes.
+// Returns the histograms of the shortest segments that the limits at the top of this file permit, without arrays.
 SegmentHistograms plan_histograms(const HammingRanking& ranking) {
   SegmentHistograms histograms(ranking, kMinSegmentCodes);
   while (histograms.segments > 1 &&
@@ -91,6 +93,7 @@ SegmentHistograms plan_histograms(const HammingRanking& ranking) {
   return histograms;
 }
 
+// The same histograms, with their arrays in the workspace.
 SegmentHistograms plan_histograms(const HammingRanking& ranking, void* workspace) {
   SegmentHistograms histograms = plan_histograms(ranking);
   Workspace arrays(workspace);
@@ -132,10 +135,10 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerSm)
 
 // --- prefix sums -----------------------------------------------------------------------------------------------------
 
-// sums[i] is the sum of the first i values, for i from 0 to `count`; the values are `stride` apart. Works in place if
-// the stride is 1. Returns the sum of all values. The whole warp must call.
+// Sets sums[i] to the sum of the first i values, for i from 0 to `count`. Value i is values[i * stride]. `sums` may be
+// `values` if the stride is 1. Returns the sum of all values. The whole warp must call.
 __device__ __forceinline__ Count prefix_sum(const Count* values, int64_t stride, int64_t count, Count* sums) {
-  constexpr int kLoads = 4;  // loads in flight at a time
+  constexpr int kLoads = 4;  // loads in flight per lane
   const int lane = threadIdx.x % kWarpThreads;
   Count before = 0;
   for (int64_t first = 0; first < count; first += kLoads * kWarpThreads) {
@@ -165,7 +168,7 @@ __device__ __forceinline__ Count prefix_sum(const Count* values, int64_t stride,
 
 __global__ void __launch_bounds__(kSumWarps* kWarpThreads) sum_segments_kernel(SegmentHistograms histograms) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / kWarpThreads;
-  if (row >= histograms.queries * histograms.distances) return;  // the same in a whole warp
+  if (row >= histograms.queries * histograms.distances) return;  // all lanes of the warp return
   Count* const counts = histograms.row(0, row);
   prefix_sum(counts, 1, histograms.segments, counts);
 }
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarpThreads) sum_segments_kernel(S
 __global__ void __launch_bounds__(kSumWarps* kWarpThreads)
     sum_distances_kernel(SegmentHistograms histograms, int64_t max_results, int64_t* totals) {
   const int64_t query = static_cast<int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / kWarpThreads;
-  if (query >= histograms.queries) return;  // the same in a whole warp
+  if (query >= histograms.queries) return;  // all lanes of the warp return
   const Count found = prefix_sum(histograms.row(query, 0) + histograms.segments, histograms.segments + 1,
                                  histograms.distances, histograms.offsets + query * (histograms.distances + 1));
   if (totals != nullptr && threadIdx.x % kWarpThreads == 0)
@@ -188,13 +191,13 @@ struct Results {
   int64_t max_results;
 };
 
-// The slot of the next code at each distance, for the query and segment of a warp. The slots are in shared memory or,
-// if they do not fit, in the workspace, where they replace the counts.
+// For a warp's query and segment: the slot that the next code at each distance takes. The slots are in shared memory.
+// If they do not fit there, they are in the workspace and replace the counts.
 template <bool kInShared>
 struct NextSlots {
   Count* slots;  // slots[d * stride] is the next slot at distance d
   int64_t stride;
-  int max_distance;  // the largest distance at which the segment may have results; -1: it has none
+  int max_distance;  // the largest distance at which the segment may have results; -1: it has no results
 
   __device__ __forceinline__ NextSlots(const SegmentHistograms& histograms, int64_t query, int64_t segment,
                                        int64_t max_results) {
@@ -207,7 +210,8 @@ struct NextSlots {
     for (int distance = lane; distance < histograms.distances; distance += kWarpThreads) {
       const Count* const count = counts + distance * (histograms.segments + 1);
       const Count begin = offsets[distance] + count[0];
-      // In the workspace, the warp of the next segment may already have replaced count[1] by a slot.
+      // count[1] belongs to the next segment. If the slots are in the workspace, count[1] cannot be used, because the
+      // warp of that segment may already have replaced it by a slot.
       const bool may_have_results = !kInShared || count[1] > count[0];
       if (may_have_results && begin < static_cast<Count>(max_results)) max_distance = distance;
       slots[distance * stride] = begin;
@@ -218,13 +222,13 @@ struct NextSlots {
     __syncwarp();
   }
 
-  // Takes a slot at `distance` for each lane that calls with `takes`, in the order of the lanes. The whole warp must
-  // call.
+  // Returns the next slot at `distance` to each lane that passes `takes`, in the order of the lanes. Other lanes must
+  // ignore the result. The whole warp must call.
   __device__ __forceinline__ Count take(bool takes, int distance) {
     const unsigned peers = __match_any_sync(kWholeWarp, takes ? distance : -1);
     const unsigned before = peers & ((1u << threadIdx.x % kWarpThreads) - 1);
     const Count next = takes ? slots[distance * stride] : 0;
-    __syncwarp();  // all lanes have read
+    __syncwarp();  // no lane writes before all lanes have read
     if (takes && before == 0) slots[distance * stride] = next + __popc(peers);
     __syncwarp();  // makes the writes visible for the next 32 codes
     return next + __popc(before);
@@ -237,7 +241,7 @@ __global__ void __launch_bounds__(kPlaceWarps* kWarpThreads, kPlaceBlocksPerSm)
   constexpr int kCodes = kCodesPerStep<1>;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kPlaceWarps + threadIdx.x / kWarpThreads;
   const int64_t segment = warp / histograms.queries, query = warp - segment * histograms.queries;
-  if (segment >= histograms.segments) return;  // the same in a whole warp
+  if (segment >= histograms.segments) return;  // all lanes of the warp return
   NextSlots<kInShared> next_slots(histograms, query, segment, results.max_results);
   if (next_slots.max_distance < 0) return;
   const int64_t first_result = lims != nullptr ? lims[query] : query * results.max_results;
@@ -262,7 +266,7 @@ __global__ void __launch_bounds__(kPlaceWarps* kWarpThreads, kPlaceBlocksPerSm)
   }
 }
 
-// Fills the slots that no result takes.
+// Fills the slots without a result with distance `absent` and position -1. A query has `parts` blocks.
 __global__ void __launch_bounds__(kFillThreads)
     fill_kernel(SegmentHistograms histograms, int64_t parts, int absent, Results results) {
   const int64_t query = blockIdx.x / parts, part = blockIdx.x - query * parts;
@@ -277,11 +281,11 @@ __global__ void __launch_bounds__(kFillThreads)
 }  // namespace
 
 int64_t hamming_ranking_batch(const HammingRanking& ranking) {
-  HammingRanking one = ranking;
-  one.search.query_count = 1;
-  SegmentHistograms histograms(one, kBatchSegmentCodes);
+  HammingRanking one_query = ranking;
+  one_query.search.query_count = 1;
+  SegmentHistograms histograms(one_query, kBatchSegmentCodes);
   while (histograms.segments > 1 && histograms.bytes() > kMaxWorkspaceBytes)
-    histograms = SegmentHistograms(one, 2 * histograms.segment_codes);
+    histograms = SegmentHistograms(one_query, 2 * histograms.segment_codes);
   return std::max<int64_t>(kMaxWorkspaceBytes / histograms.bytes(), 1);
 }
 

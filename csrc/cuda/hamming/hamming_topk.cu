@@ -1,11 +1,12 @@
 // hamming_topk on the GPU, for the searches that can_launch_hamming_topk accepts; hamming_range.cu serves the others.
 //
-// Idea. Three launches: bounds.cu estimates a bound per query from a sample, a scan keeps the codes within it as
-// candidates, and select.cu selects the k nearest of them. This reads the codes about once. For a small database only
-// the selection is launched; it then reads all codes. choose_scan() picks the scan for the device and the search;
-// topk_steps.h declares the steps.
+// Idea. Three steps, one launch each. bounds.cu estimates a bound per query from a sample. A scan then finds each
+// query's candidates, the codes within its bound. select.cu selects the k nearest candidates. The three launches
+// together read the codes about once. For a small database only select.cu is launched, and selects from all codes.
+// choose_scan() chooses the scan for the device and the search. topk_steps.h declares the steps.
 //
-// Launch. The queries are divided into batches so that the candidates of a batch fit in kMaxCandidateBytes.
+// Launch. The queries are divided into batches, so that the candidates of a batch fit in kMaxCandidateBytes. The three
+// steps are launched once per batch.
 
 #include <algorithm>
 #include <cmath>
@@ -17,17 +18,17 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kMaxSelectedK = 4096;  // select.cu sorts k keys in 32 KB of shared memory
-constexpr int64_t kSmallDatabaseCodes = 8192;
-constexpr int64_t kSmallK = 256;
+constexpr int64_t kMaxSelectedK = 4096;        // select.cu sorts k keys in 32 KB of shared memory
+constexpr int64_t kSmallDatabaseCodes = 8192;  // the largest database for which only select.cu is launched
+constexpr int64_t kSmallK = 256;               // up to this k, a sample has at most kMaxCountForSmallK codes
 constexpr int64_t kMaxCandidateBytes = 512 << 20;
 
 enum class Scan { kPopcount, kMma, kWgmma };
 
-// scan_popcount compares a code with one query after another. scan_mma compares it with eight queries in the time of
-// one query, so it is faster than scan_popcount from two queries on. scan_wgmma compares it with 256 queries in the
-// time of one query, but this time is longer than that of scan_mma for eight queries. 64 queries are the assumed
-// break-even between scan_mma and scan_wgmma; no measurement of it is recorded.
+// scan_popcount compares a code with one query at a time, scan_mma with eight, and scan_wgmma with 256. With fewer than
+// eight queries scan_mma takes as long as with eight; with fewer than 256 scan_wgmma takes as long as with 256.
+// scan_mma is assumed to be faster than scan_popcount from two queries on, and scan_wgmma faster than scan_mma from 64
+// queries on. No measurement of either number is recorded.
 Scan choose_scan(const HammingSearch& search) {
   constexpr int64_t kMinMmaQueries = 2, kMinWgmmaQueries = 64;
   const int64_t major = device_attribute(cudaDevAttrComputeCapabilityMajor);
@@ -54,20 +55,22 @@ Candidates take_candidates(const HammingTopkPlan& plan, Workspace& workspace) {
 
 HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t result_count) : k(result_count) {
   format.position_bits = bit_width(search.code_count - 1);
-  const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t max_sample = is_few         ? HammingSample::kMaxCountForFewQueries
-                             : k <= kSmallK ? HammingSample::kMaxCountForSmallK
-                                            : HammingSample::kMaxCount;
+  const bool has_few_queries = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t max_sample = has_few_queries ? HammingSample::kMaxCountForFewQueries
+                             : k <= kSmallK  ? HammingSample::kMaxCountForSmallK
+                                             : HammingSample::kMaxCount;
   constexpr int64_t kMinSample = 1024, kCodesPerSample = 32;
   sample.count = std::clamp<int64_t>(search.code_count / kCodesPerSample, kMinSample, max_sample) /
                  HammingSample::kSections * HammingSample::kSections;
+  // The constants in the next four lines give the probabilities that topk_steps.h states.
   const double fraction = double(sample.count) / double(search.code_count), expected = double(k) * fraction;
   sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
   const double max_rank = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
   capacity = std::min<int64_t>(int64_t(std::ceil(max_rank / fraction)), search.code_count);
   const int64_t queries = std::max<int64_t>(search.query_count, 1);
   const int64_t max_batch = std::max<int64_t>(kMaxCandidateBytes / (capacity * int64_t{sizeof(uint64_t)}), 1);
-  batch = ceil_div(queries, ceil_div(queries, max_batch));  // equal batches: a small last batch would be inefficient
+  // Batches of about equal size, because a small last batch would be inefficient.
+  batch = ceil_div(queries, ceil_div(queries, max_batch));
 }
 
 Candidates HammingTopkPlan::candidates(void* workspace) const {

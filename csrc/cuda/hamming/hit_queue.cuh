@@ -1,6 +1,7 @@
-// A queue, one per warp, of the hits of a matrix scan: pairs of a query and a position that may be candidates. A
-// verification takes one memory latency of about 500 cycles, whether the warp verifies one hit or 32 hits at a time.
-// Therefore hits are buffered in shared memory and verified 32 at a time.
+// A queue of hits for scan_mma and scan_wgmma; each warp has one. A hit is a pair of a query and a position whose code
+// may be a candidate. To verify a hit, a lane computes the exact distance. A warp needs about one memory latency
+// (estimated at 500 cycles) to verify one hit, and the same time to verify 32. Therefore the hits wait in shared memory
+// until there are at least 32 or the scan ends.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -14,7 +15,7 @@ struct HitQueue {
   uint2 hits[kCapacity];  // query, position
   unsigned count;         // the caller sets it to zero before the first push
 
-  // Any lane may call. A hit that finds the queue full is verified immediately.
+  // Adds a hit. Any lane may call. If the queue is full, the lane verifies the hit immediately.
   __device__ __forceinline__ void push(const DeviceSearch& search, const Candidates& candidates, int64_t query,
                                        int64_t position) {
     const unsigned slot = atomicAdd(&count, 1u);
@@ -24,7 +25,7 @@ struct HitQueue {
       candidates.add_if_within_bound(search, query, position);
   }
 
-  // Verifies all queued hits and empties the queue, if it holds at least `min_count`. The whole warp must call.
+  // If the queue has at least `min_count` hits, verifies all of them and empties the queue. The whole warp must call.
   __device__ __forceinline__ void drain(const DeviceSearch& search, const Candidates& candidates, unsigned min_count) {
     __syncwarp();
     const unsigned queued = count;

@@ -1,20 +1,22 @@
-// The scan for candidates with `mma`: a warp compares 16 to 64 codes, held in registers, with every column of its
-// block's queries.
+// The scan that finds candidates with the matrix instruction `mma`. A warp holds 16 to 64 codes in registers and
+// compares them with all queries of its block.
 //
-// Idea. For b-bit codes, padded with zeros, the row [d, ~d] times the column [q, ~q] counts the bits that agree: b -
-// distance. Each sum starts with b + T (T is the query's maximum distance), so the bit of value 2b is set exactly if
-// distance <= T. When bounds tighten, only these initial sums change. For codes of more than 64 bits only q is stored,
-// and the lanes complement it. A lane ORs its sums for eight columns, and checks the sums one by one only if the OR has
-// the bit.
+// Idea. d is a code and q a query, both padded with zeros to b bits. A row is [d, ~d] and a column is [q, ~q]. Their
+// product is the number of bits that agree, b - distance. Each sum starts with b + T, where T is the query's maximum
+// distance. Therefore the bit of value 2b is set exactly if distance <= T. If T changes, only this initial sum changes.
+// For codes of more than 64 bits only q is stored, and the lanes compute ~q. For eight columns at a time, a lane ORs
+// its sums, and checks them one by one only if the OR has the bit.
 //
-// Traffic. The codes are read once per group of up to 1,024 queries of 64 bits (16 KB of columns), 8 bytes per code.
-// With 2 to about 32 queries, this read is the bottleneck. A warp needs about 40 instructions for 64 codes and eight
-// queries of 64 bits, so with more queries the instructions are the bottleneck, and with many queries the matrix unit.
+// Traffic, for codes of 64 bits. The codes are read once per group of up to 1,024 queries (16 KB of columns), 8 bytes
+// per code. Estimated: with 2 to about 32 queries, this read is the bottleneck. With more queries, it is the
+// instructions: a warp needs about 40 per 64 codes and eight queries; four of them use the matrix unit.
 //
-// Launch. 256 threads per block; each block has a segment of the codes and a group of queries. It processes the segment
-// in chunks, each twice as long as the one before, and updates the initial sums before each chunk.
+// Launch. 256 threads per block. Each block has a segment of the codes and a group of queries. It processes the segment
+// in chunks and updates the initial sums before each chunk. Each chunk is twice as long as the one before, up to
+// kMaxChunk.
 //
-// Limits. Codes of at most kMaxMatrixWords words; compute capability 8.0 to 9.0. For later ones the kernel is empty.
+// Limits. Codes of at most kMaxMatrixWords words. Compute capability 8.0 to 9.0; in code for later devices the kernel
+// is empty.
 
 #include <algorithm>
 
@@ -30,30 +32,31 @@ constexpr int kBlockThreads = 256;
 constexpr int kWarps = kBlockThreads / 32;
 constexpr int kColumnBytes = 16 << 10;  // shared memory for the columns of a group
 constexpr int kBlocksPerSm = 4;
-// The lengths of the first and of the longest chunk, in codes: multiples of the number of codes that a block's warps
-// compare at a time.
+// The lengths of the first and of the longest chunk, in codes. They are multiples of the number of codes that a block's
+// warps compare at a time.
 [[maybe_unused]] constexpr int64_t kFirstChunk = 4 * 64 * kWarps, kMaxChunk = 64 * 64 * kWarps;
 
-// A slice is what one instruction processes: four words of a code and their complements, or two words and their
-// complements.
+// A slice is the part of a row that one instruction processes: four words of a code and their complements. For codes of
+// two words, it is the two words and their complements.
 template <int kWords>
 constexpr int kSlices = kWords == 2 ? 1 : kWords / 4;
 template <int kWords>
-constexpr int kSliceLaneWords = kWords == 2 ? 2 : 4;  // words per lane in a slice of 16 rows
+constexpr int kSliceLaneWords = kWords == 2 ? 2 : 4;  // words per lane, in one slice of 16 rows
+// A stored column has 16 bytes per slice.
 template <int kWords>
 constexpr int kMaxGroupQueries = kColumnBytes / (16 * kSlices<kWords>);
 
-// Tiles of 16 codes that a warp holds in registers at a time; enough of them to keep several loads in flight.
+// The number of tiles (16 codes each) that a warp holds in registers at a time. It keeps several loads in flight.
 template <int kWords>
 constexpr int kTiles = kWords <= 4    ? 4
                        : kWords <= 16 ? 2
                                       : 1;
 
-// The words that a lane has loaded of its warp's codes.
+// A lane's words of its warp's codes, as BitRows::load() loads them.
 template <int kWords>
 using LaneWords = uint32_t[kTiles<kWords>][2][BitRows<kWords>::kLaneWords];
 
-// The rows [d, ~d] of a warp's codes.
+// A lane's words of the rows [d, ~d] of its warp's codes.
 template <int kWords>
 struct Rows {
   uint32_t tiles[kTiles<kWords>][kSlices<kWords>][kSliceLaneWords<kWords>];
@@ -77,7 +80,8 @@ struct Rows {
   }
 };
 
-// Stores the columns in groups of eight, slice by slice: lane 4g + t reads word t of column g.
+// Stores the columns in shared memory, in groups of eight and slice by slice within a group. Later, lane 4g + t reads
+// word t of a slice of column g.
 template <int kWords>
 __device__ __forceinline__ void store_columns(const CodeRows& queries, int64_t first_query, int group_queries,
                                               uint32_t* columns) {
@@ -90,7 +94,7 @@ __device__ __forceinline__ void store_columns(const CodeRows& queries, int64_t f
   }
 }
 
-// Compares the warp's codes from position `first` on with all columns, and queues the hits.
+// Compares the warp's codes, which start at position `first`, with all columns. Queues the hits.
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
                                         int group_queries, const uint32_t* columns, const uint32_t* initial_sums,
@@ -116,7 +120,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     for (int tile = 0; tile < kTiles<kWords>; ++tile)
       any = or3(or3(any, sums[tile][0], sums[tile][1]), sums[tile][2], sums[tile][3]);
     if (any & kCandidateBit) {
-      unsigned hits = 0;  // one bit per sum
+      unsigned hits = 0;  // bit i is set if sum i is a hit
 #pragma unroll
       for (int i = 0; i < 4 * kTiles<kWords>; ++i)
         hits |= static_cast<unsigned>((sums[i / 4][i % 4] & kCandidateBit) != 0) << i;
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8    ? 3
     BitRows<kWords>::load(search.codes, chunk + warp * kWarpCodes, chunk_end, words);
     for (int64_t first = chunk + warp * kWarpCodes; first < chunk_end; first += kWarps * kWarpCodes) {
       const Rows<kWords> rows(search, words, first, chunk_end);
-      // Prefetch the next codes while these are compared.
+      // Load the next codes while these are compared.
       BitRows<kWords>::load(search.codes, first + kWarps * kWarpCodes, chunk_end, words);
       compare<kWords>(search, candidates, first_query, group_queries, columns, initial_sums, rows, first, chunk_end,
                       queues[warp]);

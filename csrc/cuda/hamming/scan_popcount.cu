@@ -1,21 +1,21 @@
-// The scan for candidates with XOR and population counts. It serves single queries, codes of more than kMaxMatrixWords
-// words, and devices whose compute capability is neither 8.x nor 9.x.
+// The scan that finds candidates by XOR and population counts. It serves single queries, codes of more than
+// kMaxMatrixWords words, and devices whose compute capability is neither 8.x nor 9.x.
 //
 // Idea. A thread keeps several codes in registers and loops over its block's queries. It reads each word of a query
 // from shared memory once for all of its codes. It checks its codes one by one only if the nearest of them is within
 // the query's maximum distance.
 //
 // Traffic. The codes are read once per group of up to 128 queries, with the widest loads that the code length permits.
-// With one query this read is the floor: 8 bytes per code of 64 bits. For codes of 64 to 512 bits, 64 bytes per thread
-// and at least 48 KB per SM are in flight. With many queries the population counts are the bottleneck: a distance of 64
-// bits needs two population counts, and an SM computes 16 per clock.
+// With one query this read is the floor: 8 bytes per code of 64 bits. For codes of 64, 128, 256 or 512 bits, 64 bytes
+// per thread and at least 48 KB per SM are in flight. With many queries the population counts are the bottleneck: the
+// distance of two 64-bit codes needs two population counts, and an SM computes 16 per clock.
 //
-// Launch. 256 threads per block; each block has a segment of the codes and a group of queries. It processes the segment
-// in chunks, each twice as long as the one before, and updates the queries' maximum distances before each chunk. The
-// grid has about twice as many blocks as the registers permit at a time.
+// Launch. 256 threads per block. Each block has a segment of the codes and a group of queries. It processes the segment
+// in chunks and updates the queries' maximum distances before each chunk. Each chunk is twice as long as the one
+// before, up to kMaxChunk. The grid has about twice as many blocks as run at a time (kBlocksPerSm per SM).
 //
-// Limits. Codes of more than 32 words have a kernel of their own, which reads them word by word from the caches, has no
-// chunks and does not tighten the bounds.
+// Limits. Codes of more than 32 words have a kernel of their own. It reads them word by word, has no chunks and does
+// not use maximum distances.
 
 #include <algorithm>
 
@@ -28,22 +28,23 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kMaxGroupQueries = 128;
 constexpr int kLongCodeBlocksPerSm = 8;
-constexpr int64_t kFirstChunk = 16 * kBlockThreads, kMaxChunk = 256 * kBlockThreads;  // codes
+constexpr int64_t kFirstChunk = 16 * kBlockThreads, kMaxChunk = 256 * kBlockThreads;  // lengths, in codes
 
-// The codes that a thread holds at a time: 64 bytes of codes, but at least one code, and at most eight because each
-// needs a register for its distance.
+// The codes that a thread holds at a time: 64 bytes, but at least one code and at most eight. The number is limited
+// because each code needs a register for its distance.
 template <int kWords>
 constexpr int kCodes = kWords <= 2   ? 8
                        : kWords <= 8 ? 16 / kWords
                                      : 1;
+// For __launch_bounds__: limits the registers so that an SM can run this number of blocks.
 template <int kWords>
 constexpr int kBlocksPerSm = kWords == 1    ? 4
                              : kWords <= 16 ? 3
                                             : 2;
 
-// Loads a code's words, up to four per instruction; words after the code's end are zero. kIsVector is a template
-// parameter because the other branch, which may load byte by byte, is much longer and would keep the compiler from
-// issuing a thread's loads together.
+// Loads a code into `words`; words after the code's end are zero. If kIsVector, the code must have exactly kWords words
+// and be aligned; an instruction then loads up to four of them. kIsVector is a template parameter, because the other
+// branch can load byte by byte and would keep the compiler from issuing a thread's loads together.
 template <int kWords, bool kIsVector>
 __device__ __forceinline__ void load_code(const CodeRows& codes, int64_t position, uint32_t (&words)[kWords]) {
   constexpr int kWidth = kWords < 4 ? kWords : 4;
@@ -61,14 +62,15 @@ __device__ __forceinline__ void load_code(const CodeRows& codes, int64_t positio
   }
 }
 
-// A block's queries, in shared memory.
+// Arrays in shared memory, one entry per query of the block's group.
 template <int kWords>
 struct QueryGroup {
   uint32_t (*words)[kWords];
   int* max_distances;
 };
 
-// Compares the thread's codes, at positions `first`, first + kBlockThreads and so on, with the queries of a group.
+// Compares the thread's codes with the queries of a group, and adds candidates. The codes are at positions `first`,
+// first + kBlockThreads and so on.
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
                                         int queries, const QueryGroup<kWords>& group, int64_t first, int64_t end,
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIsVector ? kBlocksPerSm<kWords
   }
 }
 
-// For codes of any length. A thread compares one code at a time.
+// The kernel for codes of more than 32 words. A thread compares one code at a time.
 __global__ void __launch_bounds__(kBlockThreads)
     long_code_kernel(DeviceSearch search, Candidates candidates, int groups, int64_t segment_codes) {
   wait_for_previous_kernel();
@@ -143,7 +145,8 @@ __global__ void __launch_bounds__(kBlockThreads)
       candidates.add_if_within_bound(search, query, position);
 }
 
-// A grid of about `blocks_per_sm` blocks per SM, whose segments are multiples of `round_codes`.
+// A grid of about `blocks_per_sm` blocks per SM. The length of a segment is a multiple of `round_codes`, the number of
+// codes that a block compares at a time.
 struct ScanGrid {
   int64_t groups, segment_codes;
   LaunchShape shape;
@@ -159,7 +162,7 @@ struct ScanGrid {
 template <int kWords>
 void launch_popcount(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream) {
   const bool is_vector = search.code_bytes == 4 * kWords && is_aligned(search.codes, 4 * std::min(kWords, 4));
-  constexpr int kWaves = 2;
+  constexpr int kWaves = 2;  // the number of times that the grid fills the device
   const ScanGrid grid(search, kWaves * kBlocksPerSm<kWords>, kCodes<kWords> * kBlockThreads);
   launch(is_vector ? popcount_kernel<kWords, true> : popcount_kernel<kWords, false>, grid.shape, stream,
          DeviceSearch(search), candidates, static_cast<int>(grid.groups), grid.segment_codes);

@@ -1,20 +1,22 @@
-// Selects the k nearest codes per query among its candidates, in order.
+// Selects each query's k nearest codes from its candidates, and orders them by (distance, position).
 //
-// Idea. One block per query. It determines the k-th smallest key by radix selection: digit by digit, from the most
-// significant one. Each digit results from a histogram over the keys that begin with the digits found before. Then the
-// keys up to the k-th are gathered and sorted in shared memory (bitonic sort). Keys are unique, so the order of the
-// candidates does not matter.
+// Idea. One block per query. It finds the k-th smallest key by radix selection: digit by digit, the most significant
+// digit first. For each digit, a histogram counts the keys that begin with the digits found so far. The block then
+// gathers the keys up to the k-th one and sorts them in shared memory (bitonic sort). Keys are unique, so the order of
+// the candidates does not matter.
 //
-// Fallback. If the bound estimated from the sample admitted too few or too many candidates, the same steps run over all
-// codes. That is exact but slow: several passes of one SM over the database per query. Bounds and capacities are chosen
-// so that fewer than one query in 100,000 has too few candidates, and fewer than one in 100,000 has too many. For a
-// small database, the search consists of these steps over all codes.
+// Fallback. If a query has too few candidates (fewer than k, although its bound excludes codes) or more than the
+// capacity, the same steps run over all codes. That is exact but slow, because one SM reads the database several times
+// for the query. Bounds and capacities are chosen so that fewer than one query in 100,000 has too few candidates, and
+// fewer than one in 100,000 has too many. For a small database there are no candidates, and the same steps run over all
+// codes.
 //
-// Traffic. Each digit reads 8 bytes per candidate, from the caches. With k = 1,000 and a million codes of 64 bits, a
-// query has about 2,500 candidates, and their keys have three digits. Each result adds 12 bytes.
+// Traffic. Each digit takes one pass over the keys, and so does the gathering; a pass reads 8 bytes per candidate from
+// the caches. With more queries than SMs, k = 1,000 and a million codes of 64 bits, about 2,400 codes are within a
+// query's bound, and keys have three digits. Each result adds 12 bytes.
 //
-// Launch. 256 threads per block, or 1,024 if there are at most as many queries as SMs. At the largest k the keys take
-// 32 KB of shared memory.
+// Launch. 256 threads per block, or 1,024 if there are at most as many queries as SMs. With the largest k, the keys
+// take 32 KB of shared memory.
 //
 // Limits. Fewer than 2^32 codes; k is at most 4,096 (hamming_topk.cu).
 
@@ -28,7 +30,7 @@ namespace {
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kThreads = 256, kThreadsOfFewBlocks = 1024;  // per block
-constexpr uint64_t kNoKey = ~uint64_t{0};
+constexpr uint64_t kNoKey = ~uint64_t{0};                  // larger than every key
 
 // The keys of a query's candidates.
 struct CandidateKeys {
@@ -53,14 +55,14 @@ struct DatabaseKeys {
 struct SelectScratch {
   unsigned histogram[kDigits];  // keys per digit
   unsigned warp_sums[kWarpThreads];
-  unsigned digit;         // the digit that find_digit found
-  unsigned smaller_keys;  // keys with a smaller digit
-  unsigned equal_keys;    // keys with this digit; 0: there are fewer keys than the rank
-  unsigned gathered;
+  unsigned digit;         // the result of find_digit
+  unsigned smaller_keys;  // the number of keys with a smaller digit
+  unsigned equal_keys;    // the number of keys with this digit; 0: there are fewer keys than the rank
+  unsigned gathered;      // the number of keys gathered so far
 };
 
-// Finds the digit at which the running sum of the histogram reaches `rank`, counted from 1. Each thread sums an equal
-// share of the digits.
+// Finds the digit at which the running sum of the histogram reaches `rank`, which counts from 1. Stores it in `scratch`
+// with the two numbers of keys. Each thread sums an equal share of the digits.
 __device__ __forceinline__ void find_digit(SelectScratch& scratch, unsigned rank) {
   const unsigned lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const unsigned share = kDigits / blockDim.x;
@@ -87,8 +89,8 @@ __device__ __forceinline__ void find_digit(SelectScratch& scratch, unsigned rank
   __syncthreads();
 }
 
-// Returns a number that is greater than or equal to exactly `rank` keys. If there are fewer than `rank` keys, it is
-// greater than or equal to all keys except kNoKey.
+// Returns a number that is at least as large as exactly `rank` keys. If there are fewer than `rank` keys, returns
+// kNoKey - 1, which is larger than every key.
 template <typename Source>
 __device__ __forceinline__ uint64_t key_of_rank(const Source& source, unsigned rank, int key_bits,
                                                 SelectScratch& scratch) {
@@ -132,7 +134,7 @@ __device__ __forceinline__ void sort_keys(uint64_t* keys, int size) {
   __syncthreads();
 }
 
-// Stores the k smallest keys in `keys`, sorted and padded with kNoKey to `size`.
+// Stores the k smallest keys of the source in `keys`, sorted and padded with kNoKey to `size` entries.
 template <typename Source>
 __device__ __forceinline__ void select_nearest(const Source& source, int k, int size, int key_bits, uint64_t* keys,
                                                SelectScratch& scratch) {
@@ -179,9 +181,9 @@ void launch_hamming_select(const HammingSearch& search, const Candidates* candid
                            int32_t* distances, int64_t* positions, cudaStream_t stream) {
   const int size = 1 << bit_width(k - 1);
   const int key_bits = format.position_bits + bit_width(8 * search.code_bytes);
-  const bool is_few = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
-  const LaunchShape shape{search.query_count, is_few ? kThreadsOfFewBlocks : kThreads, size * int64_t{sizeof(uint64_t)},
-                          1, true};
+  const bool has_few_queries = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
+  const LaunchShape shape{search.query_count, has_few_queries ? kThreadsOfFewBlocks : kThreads,
+                          size * int64_t{sizeof(uint64_t)}, 1, true};
   launch(select_kernel, shape, stream, DeviceSearch(search), candidates != nullptr ? *candidates : Candidates{},
          candidates != nullptr, format, static_cast<int>(k), size, key_bits, distances, positions);
 }

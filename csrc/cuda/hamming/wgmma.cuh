@@ -1,5 +1,5 @@
-// Hopper's warpgroup-wide 1-bit matrix instruction: 64 rows from registers, 256 columns from shared memory.
-// bit_matrix.cuh describes the layout.
+// Hopper's 1-bit matrix instruction `wgmma`. It is executed by a warpgroup (four warps), and multiplies 64 rows in
+// registers by 256 columns in shared memory. bit_matrix.cuh describes the layout.
 #pragma once
 
 #include "cuda/hamming/bit_matrix.cuh"
@@ -8,13 +8,15 @@ namespace hashengine {
 
 #if defined(__CUDACC__)
 
+// HE_SUMSn(i) lists the sums i to i + n - 1 as operands of an asm statement.
 #define HE_SUMS4(i) "+r"(sums[i]), "+r"(sums[i + 1]), "+r"(sums[i + 2]), "+r"(sums[i + 3])
 #define HE_SUMS16(i) HE_SUMS4(i), HE_SUMS4(i + 4), HE_SUMS4(i + 8), HE_SUMS4(i + 12)
 #define HE_SUMS64(i) HE_SUMS16(i), HE_SUMS16(i + 16), HE_SUMS16(i + 32), HE_SUMS16(i + 48)
 
-// Starts to compute popcount(rows & columns), which replaces the sums or, if `accumulate`, is added to them. Until
-// wgmma_wait() returns, sums and rows must not be accessed and columns must not be written: call pin_registers(rows)
-// before wgmma_fence() and after wgmma_wait(). All threads of the warpgroup must call.
+// Starts to compute popcount(rows & columns). If `accumulate` is true, the result is added to the sums; otherwise it
+// replaces them. `columns` is the descriptor of a tile of columns. Until wgmma_wait() returns, `sums` and `rows` must
+// not be accessed, and the columns must not be written. To keep the compiler from accessing `rows` in between, call
+// pin_registers(rows) before wgmma_fence() and after wgmma_wait(). All threads of the warpgroup must call.
 __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums], const uint32_t (&rows)[4],
                                                    uint64_t columns, bool accumulate) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -36,15 +38,16 @@ __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums],
 #endif
 }
 
-// Call before the first instruction of a batch: makes written registers visible to the matrix unit.
+// Makes the registers that the thread has written visible to the matrix unit. Call it before the first of several
+// wgmma_and_popcount().
 __device__ __forceinline__ void wgmma_fence() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
-// Waits for all instructions since wgmma_fence(). The sums are operands, so that the compiler does not read them
-// earlier.
+// Waits for all calls of wgmma_and_popcount() since wgmma_fence(). The sums are operands, so that the compiler does not
+// read them before the wait.
 __device__ __forceinline__ void wgmma_wait(uint32_t (&sums)[kWgmmaSums]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"

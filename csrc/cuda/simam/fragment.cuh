@@ -1,5 +1,5 @@
-// The elements that a thread of a SimAM kernel holds in registers (its fragment of x), and the steps of the formulas
-// over them.
+// The fragment of a SimAM kernel's thread, that is, the elements that the thread holds in registers, and the steps of
+// the formulas that process it.
 #pragma once
 
 #include "cuda/common/fast_math.cuh"
@@ -8,7 +8,7 @@
 
 namespace hashengine::simam {
 
-// The constants that all planes have in common.
+// The constants that are the same for all planes.
 template <typename Real>
 struct Constants {
   Real inverse_positions;  // 1 / (H * W)
@@ -21,17 +21,18 @@ struct Constants {
         lam(lambda) {}
 };
 
-// The sigmoid of the energy d^2 * energy_scale + 1/2, and its complement to one, computed without cancellation.
+// The gate: value = sigmoid(energy) with energy = d^2 * energy_scale + 1/2, and complement = 1 - value, computed
+// without cancellation.
 template <typename Real>
 struct Gate {
   Real value, complement;
 };
 
-// The energy is at least 1/2 and power therefore in [0, 0.61]: nothing overflows, and the relative error of
-// value = 1 / (1 + power) is less than half of power's.
+// power = e^-energy is in [0, 0.61], because the energy is at least 1/2. Therefore nothing overflows, and the relative
+// error of value = 1 / (1 + power) is less than half of that of power.
 __device__ __forceinline__ Gate<float> gate_of(float d, float energy_scale) {
   constexpr float kLog2OfE = 1.44269504f;
-  const float power = fast_exp2(d * d * (-kLog2OfE * energy_scale) - kLog2OfE / 2);  // e^-energy
+  const float power = fast_exp2(d * d * (-kLog2OfE * energy_scale) - kLog2OfE / 2);
   const float value = fast_reciprocal(1 + power);
   return {value, power * value};
 }
@@ -41,20 +42,22 @@ __device__ __forceinline__ Gate<double> gate_of(double d, double energy_scale) {
   return {value, power * value};
 }
 
-// The vectors of a thread: the offset of the first, the distance between them (both in elements), and their number.
+// The place of a thread's vectors: the offset of the first, the distance between them (both in elements), and their
+// number.
 struct FragmentPlace {
   int64_t begin;
   int64_t stride;
   int count;
 };
 
-// Elements of a 16-byte vector. float64 exists for gradient checks, not for speed, and is processed by single elements.
+// The number of elements of a 16-byte vector. float64 is for gradient checks, not for speed, and is processed by single
+// elements.
 template <typename T>
 constexpr int kFullWidth = sizeof(T) == 8 ? 1 : kVectorBytes / sizeof(T);
 
-// The vectors have 16 bytes. They have one element for float64, and if planes or pointers are not aligned to 16 bytes.
-// In NCHW all elements of a thread belong to one channel. In NHWC element i of every vector belongs to the thread's
-// channel i. Values per channel are therefore arrays of kChannels, in which element i uses the entry i % kChannels.
+// A vector has 16 bytes, or a single element: for float64, and if planes or arrays are not aligned to 16 bytes. In NCHW
+// all elements of a thread belong to one channel. In NHWC element i of every vector belongs to the thread's channel i.
+// Values per channel are therefore arrays of kChannels values, and element i uses the value i % kChannels.
 template <typename Element, int kVectorWidth, FeatureLayout kFeatureLayout>
 struct Fragment {
   using T = Element;
@@ -103,9 +106,9 @@ struct Fragment {
     for_each(place, [&](int v, int i, int c) { sums[c] += widen_at(x[v], i); });
   }
 
-  // If the mean is much larger than the deviations, the rounding error of the mean affects every difference. For
-  // element types precise enough to show this error, the differences are summed too. Their sum would be zero for the
-  // exact mean; it is used to correct the mean.
+  // If the mean is much larger than the deviations, the rounding error of the mean affects every difference. Element
+  // types of 32 bits or more are precise enough to show this error. For them the differences are summed too. For the
+  // exact mean this sum would be zero, so correct() corrects the mean by it.
   static constexpr bool kCorrects = sizeof(T) >= sizeof(float);
   static constexpr int kMoments = kCorrects ? 2 * kChannels : kChannels;
 
@@ -118,7 +121,7 @@ struct Fragment {
     });
   }
 
-  // pairs: per channel the corrected mean and the sum of squared deviations from it.
+  // Writes to `pairs`, per channel, the corrected mean and the sum of squared deviations from it.
   static __device__ __forceinline__ void correct(const Real (&means)[kChannels], const Real (&sums)[kMoments],
                                                  Real inverse_count, Real (&pairs)[2 * kChannels]) {
 #pragma unroll
@@ -141,7 +144,9 @@ struct Fragment {
     });
   }
 
-  // --- backward: dx = t - sum(s) / M - d * sum(s d) / (n (v + lam)) with M = H * W, t = dy g + s; s as in simam.h ---
+  // --- backward ---
+  //
+  // dx = t - sum(s) / M - d * sum(s * d) / (n (v + lam)), with M = H * W, t = dy * g + s, and s, n, v as in simam.h.
 
   struct Slope {
     Real d, s, t;
@@ -154,7 +159,8 @@ struct Fragment {
     }
   };
 
-  // The parts of a plane's gradients that come from its mean and from its variance.
+  // The parts of a plane's gradient that come from its mean and from its variance: the same for all elements, except
+  // that the second is multiplied by d.
   struct PlaneGradient {
     Real from_mean, from_variance;
 
@@ -165,7 +171,8 @@ struct Fragment {
     __device__ __forceinline__ Real gradient(Real t, Real d) const { return t - from_mean - d * from_variance; }
   };
 
-  // sums: a pair per channel, the sums of s and of s d. store_gradient() needs `t` instead of grad_y.
+  // Adds, per channel, the sums of s and of s * d to `sums`, and writes t, which store_gradient() takes instead of
+  // grad_y.
   static __device__ __forceinline__ void sum_slopes(const Vectors& x, const Vectors& grad_y, const FragmentPlace& place,
                                                     const Plane (&planes)[kChannels], Real (&sums)[2 * kChannels],
                                                     Reals& t) {
@@ -200,7 +207,7 @@ struct Fragment {
     });
   }
 
-  // --- pairs in memory, [channels, 2]: mean and variance, or the sums of s and of s d ---
+  // --- pairs in memory, [channels, 2]: mean and variance, or the sums of s and of s * d ---
 
   static __device__ __forceinline__ void load_pairs(const void* array, int64_t channel, Real (&pairs)[2 * kChannels]) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // SimAM of slabs (plan.h) that fit into the registers of one block or of the blocks of a cluster.
 //
-// Idea. A thread loads up to 64 bytes of x, and of grad_y in the backward, and keeps them in registers while sums are
+// Idea. A thread loads up to 64 bytes of x, and of grad_y in the backward. It keeps them in registers while sums are
 // exchanged: between the threads of a block through shared memory, between the blocks of a cluster through distributed
 // shared memory. The mean is computed first, then the sum of squared deviations from it. This is numerically sound and
 // costs no memory traffic, because x is still in the registers.
@@ -8,17 +8,19 @@
 // Traffic, for N elements of s bytes. Forward: reads x, writes y: 2Ns. Backward: reads x and grad_y, writes grad_x:
 // 3Ns. Both are the floor. The statistics add 8 bytes (16 for float64) per plane.
 //
-// Launch. As few threads per block as can hold the slab, up to 512 (256 in NHWC and for single elements). A slab of
-// more than 32 KB (16 KB with 256 threads) uses a cluster of 2, 4 or 8 blocks, which holds up to 256 KB (128 KB). On
-// devices without clusters it is split (split.cu). The registers allow 512 to 1024 threads per multiprocessor. With 64
-// bytes per thread (128 bytes in the backward), 32 to 64 KB per multiprocessor are in flight or in use in the forward,
-// and one block loads while another computes sums. In NHWC a row of a slab has 64 bytes, more if the slab would
-// otherwise have too little work for a block, or 32 bytes (one memory sector) if slabs with rows of 64 bytes do not
-// fit.
+// Launch. As few threads per block as can hold the slab, up to 512 (256 in NHWC and for single elements). A block of
+// 512 threads holds 32 KB. A block of 256 threads holds 16 KB, or 8 KB of single elements in half precision. A larger
+// slab uses a cluster of 2, 4 or 8 blocks, which holds up to 256 KB. On devices without clusters it is split
+// (split.cu). The registers allow 512 to 1024 threads per multiprocessor. With 64 bytes per thread (128 bytes in the
+// backward), 32 to 64 KB per multiprocessor are in flight or in use in the forward. If a multiprocessor runs several
+// blocks, one of them loads while another computes sums. In NHWC a row of a slab has 64 bytes. It has more if the slab
+// would otherwise have too little work for a block. It has 32 bytes (one memory sector) if slabs with rows of 64 bytes
+// do not fit.
 //
 // Instructions, half precision, counted in sm_90a code: about 14 per element forward and 23 backward, two of them in
-// the special function unit, plus about 200 per thread (500 in NHWC). In the time that an H200 needs to move the data
-// of one element at 4.3 TB/s, it can issue 27 instructions forward and 40 backward. Not yet measured on a GPU.
+// the special function unit, plus about 200 per thread (500 in NHWC). Estimate: in the time that an H200 needs to move
+// the data of one element at 4.3 TB/s, it can issue 27 instructions forward and 40 backward. The time has not been
+// measured on a GPU.
 //
 // Limits. At most 2^31 - 1 blocks.
 
@@ -37,7 +39,7 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
 
   typename Fragment::Vectors x;
   Fragment::load(params.x, place, x);
-  if (plan.parts > 1) cluster_sync();  // waits until all blocks have started, while the loads are in flight
+  if (plan.parts > 1) cluster_sync();  // all blocks have started; the loads are still in flight
 
   Real means[Fragment::kChannels] = {};
   Fragment::sum(x, place, means);
@@ -70,7 +72,7 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   Fragment::load(params.grad_y, place, grad_y);
   typename Fragment::Plane planes[Fragment::kChannels];
   Fragment::load_planes(params.stats, place.channel, constants.lam, planes);
-  if (plan.parts > 1) cluster_sync();  // waits until all blocks have started, while the loads are in flight
+  if (plan.parts > 1) cluster_sync();  // all blocks have started; the loads are still in flight
 
   Real sums[2 * Fragment::kChannels] = {};
   typename Fragment::Reals t;

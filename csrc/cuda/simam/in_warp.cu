@@ -1,19 +1,20 @@
-// SimAM of NCHW planes that fit into the registers of one warp, or of a team of a few of its lanes.
+// SimAM of NCHW planes that fit into the registers of one warp, or of a few of its lanes.
 //
-// Idea. A team of 1 to 32 lanes processes one plane. Teams are as small as the plane allows, so that a warp processes
-// several planes and the sums need few shuffles and no barrier. Planes of whole 16-byte vectors in aligned arrays, and
-// all planes of float64, are loaded to registers directly. All others, most importantly 7 x 7 and 14 x 14 in half
-// precision, are staged: the planes of a block are contiguous in memory and are copied to shared memory and back in
-// 16-byte pieces, whatever the size of a plane. Single elements of staged planes are read from shared memory only.
+// Idea. A team of 1 to 32 lanes processes one plane. Teams are as small as the plane allows. A warp therefore processes
+// several planes, and the sums need few shuffles and no barrier. Planes of whole 16-byte vectors in aligned arrays, and
+// all planes of float64, are loaded to registers directly. All others are staged; the most important are 7 x 7 and 14 x
+// 14 in half precision. The planes of a block are contiguous in memory. In staging they are copied to shared memory and
+// back as one array, in 16-byte pieces if the array is aligned, whatever the size of a plane. The threads then access
+// the single elements in shared memory.
 //
 // Traffic, for N elements of s bytes. Forward 2Ns, backward 3Ns: the floors.
 //
 // Launch. 256 threads per block. A thread holds up to 64 bytes (16 elements if staged) of x, and of grad_y in the
-// backward. 4 to 8 blocks per multiprocessor keep at least 32 KB in flight. Copies to shared memory are asynchronous
-// and need no registers.
+// backward. With 4 to 8 blocks per multiprocessor (an estimate), 32 KB or more are in flight. Copies to shared memory
+// are asynchronous and need no registers.
 //
 // Instructions, half precision, counted in sm_90a code: about 21 per element forward and 31 backward, and three more
-// per element if the planes are staged. Not yet measured on a GPU.
+// per element if the planes are staged. The time has not been measured on a GPU.
 //
 // Limits. Planes of up to 128 vectors, or of 512 elements if staged, or of 256 elements of float64; 2^31 - 1 blocks.
 
@@ -28,7 +29,7 @@ namespace {
 
 constexpr int kThreads = 256;  // per block
 
-// The place of a thread's fragment: in device memory, or in the block's tile in shared memory.
+// The place of a thread's fragment: in device memory, or, if `in_tile`, in the block's tile in shared memory.
 template <typename Fragment>
 struct TeamPlace : FragmentPlace {
   int64_t plane;
@@ -49,7 +50,7 @@ struct TeamPlace : FragmentPlace {
   }
 };
 
-// Sums over the lanes of a team. All of them get the same result.
+// Sums over the lanes of a team. Every lane gets the result.
 template <int kSums, typename Real>
 __device__ __forceinline__ void team_sums(int team_log2, Real (&sums)[kSums]) {
   for (int distance = (1 << team_log2) / 2; distance > 0; distance /= 2) {
@@ -58,7 +59,7 @@ __device__ __forceinline__ void team_sums(int team_log2, Real (&sums)[kSums]) {
   }
 }
 
-// The elements of a block's planes, which are contiguous.
+// The elements of all planes of a block, which are contiguous in memory.
 struct Run {
   int64_t begin;
   int count;

@@ -6,10 +6,11 @@
 
 namespace hashengine::simam {
 
-// Vectors that a thread holds in registers. A vector has `width` elements: 16 bytes, or a single element.
+// The number of vectors that a thread holds in registers. A vector has `width` elements: 16 bytes, or a single element.
 constexpr int fragment_vectors(int width, int element_bytes) { return width > 1 ? 4 : element_bytes == 8 ? 8 : 16; }
 
-// In NHWC the sums of several channels need registers too, so a block has fewer threads.
+// A thread of an NHWC kernel also needs registers for the sums of several channels, so a block has fewer threads. All
+// single elements are processed by the NHWC kernels (with_fragment in slab.cuh).
 constexpr int max_block_threads(FeatureLayout layout, int width) {
   return layout == FeatureLayout::kContiguous && width > 1 ? 512 : 256;
 }
@@ -19,8 +20,8 @@ constexpr int max_block_threads(FeatureLayout layout, int width) {
 // A team is the group of adjacent lanes that processes one plane.
 struct WarpPlan {
   int64_t planes;
-  int team_log2;   // log2 of the lanes per team
-  bool is_staged;  // planes are copied through shared memory
+  int team_log2;   // log2 of the number of lanes per team
+  bool is_staged;  // whether planes are copied through shared memory
 };
 void launch_in_warp_forward(const SimamForward& params, const WarpPlan& plan, cudaStream_t stream);
 void launch_in_warp_backward(const SimamBackward& params, const WarpPlan& plan, cudaStream_t stream);
@@ -31,19 +32,19 @@ void launch_in_warp_backward(const SimamBackward& params, const WarpPlan& plan, 
 // is one plane, and a row is one vector. In NHWC a slab is a few adjacent channels, and a row is one position. A slab
 // is cut into parts of consecutive rows, one part per block.
 struct SlabPlan {
-  int64_t count;          // slabs of all samples
+  int64_t count;          // the number of slabs, of all samples
   int64_t sample_stride;  // in elements, like all strides
-  int64_t slab_stride;    // within a sample
+  int64_t slab_stride;    // between the slabs of a sample
   int64_t row_stride;
   int64_t rows;      // per slab
   int64_t channels;  // per sample
   unsigned slabs_per_sample;
-  unsigned parts;  // per slab
-  int part_rows;
-  int columns_log2;  // log2 of the vectors per row; the last vectors of a row can be beyond the last channel
-  int threads;       // per block: whole warps and whole rows
-  int width;         // elements per vector
-  int slab_channels;
+  unsigned parts;     // per slab
+  int part_rows;      // per part; the last part of a slab can have fewer
+  int columns_log2;   // log2 of the number of vectors per row; the last vectors can lie beyond the last channel
+  int threads;        // per block: whole warps and whole rows
+  int width;          // elements per vector
+  int slab_channels;  // channels per slab
 
   int64_t blocks() const { return count * parts; }
 };
@@ -53,7 +54,7 @@ struct SlabPlan {
 void launch_in_cluster_forward(const SimamForward& params, const SlabPlan& plan, cudaStream_t stream);
 void launch_in_cluster_backward(const SimamBackward& params, const SlabPlan& plan, cudaStream_t stream);
 
-// --- split.cu: the parts of a slab store their sums in the workspace ---
+// --- split.cu: the blocks store the sums of the parts in the workspace, and another kernel merges them ---
 
 int64_t split_workspace_bytes(const SlabPlan& plan, const SimamShape& shape);
 void launch_split_forward(const SimamForward& params, const SlabPlan& plan, void* workspace, cudaStream_t stream);

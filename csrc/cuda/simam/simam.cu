@@ -1,12 +1,13 @@
-// simam on the GPU: chooses one of three ways to process a feature map of N elements of s bytes, by its layout, by the
-// size of a plane and by the alignment of the arrays.
+// simam on the GPU. This file chooses one of three ways to process a feature map of N elements of s bytes. The choice
+// depends on the layout, on the size of a plane and on the alignment of the arrays. plan.h defines a slab.
 //
-//   in_warp.cu     NCHW planes that fit into a warp: one launch; moves 2Ns forward, 3Ns backward, the floors
-//   in_cluster.cu  NCHW planes, and NHWC slabs of channels, that fit into a cluster of blocks: likewise one launch
-//   split.cu       everything larger: three launches; moves 3Ns forward and 5Ns backward
+//   in_warp.cu     NCHW planes that fit into a warp: one launch; moves 2Ns bytes forward, 3Ns backward, the floors
+//   in_cluster.cu  NCHW planes and NHWC slabs that fit into a cluster of blocks: also one launch, with the same traffic
+//   split.cu       everything larger: three launches; moves 3Ns bytes forward and 5Ns backward
 //
-// All of them hold x in registers, compute the mean first and then the squares of the deviations from it, and use
-// float32 (float64 for float64) in an order of additions that the launch plan fixes. A NaN affects its own plane only.
+// All of them hold x in registers. They compute the mean first, and then the squares of the deviations from it. Sums
+// are in float32 (float64 for float64); split.cu merges them in float64. The launch plan fixes the order of the
+// additions. A NaN affects its own plane only.
 
 #include <algorithm>
 
@@ -22,15 +23,16 @@ namespace {
 using namespace simam;
 
 constexpr int64_t kMaxClusterBlocks = 8;  // a power of two
-// Bytes per row of an NHWC slab, which should be whole sectors of memory.
+// The bytes per row of an NHWC slab should be whole sectors of memory, because a row is contiguous but the next row is
+// not adjacent to it.
 constexpr int64_t kSectorBytes = 32;
-constexpr int64_t kClusterRowBytes = 64;  // or kSectorBytes, if slabs with 64 bytes per row do not fit
-constexpr int64_t kSplitRowBytes = 256;
+constexpr int64_t kClusterRowBytes = 64;  // in_cluster.cu; kSectorBytes if slabs with 64 bytes per row do not fit
+constexpr int64_t kSplitRowBytes = 256;   // split.cu
 constexpr int64_t kMinSlabVectors = 512;  // a slab has fewer vectors only if there are too few channels
 
 int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Elements of a 16-byte vector. float64 is always processed by single elements.
+// The number of elements of a 16-byte vector. float64 is always processed by single elements.
 int full_width(Dtype dtype) { return dtype == Dtype::kFloat64 ? 1 : kVectorBytes / element_bytes(dtype); }
 
 int ceil_log2(int64_t value) {
@@ -43,7 +45,7 @@ int thread_vectors(const SimamShape& shape, int width) { return fragment_vectors
 
 bool is_contiguous(const SimamShape& shape) { return shape.layout == FeatureLayout::kContiguous; }
 
-// In a map of one channel or of one position the layouts are equal.
+// If a map has only one channel or only one position, both layouts are the same; it is then treated as NCHW.
 SimamShape simplified(SimamShape shape) {
   if (shape.channels == 1 || shape.positions == 1) shape.layout = FeatureLayout::kContiguous;
   return shape;
@@ -51,8 +53,8 @@ SimamShape simplified(SimamShape shape) {
 
 int vector_width(const SimamShape& shape, bool are_aligned) {
   const int width = full_width(shape.dtype);
-  const int64_t run = is_contiguous(shape) ? shape.positions : shape.channels;
-  return are_aligned && run % width == 0 ? width : 1;
+  const int64_t row_elements = is_contiguous(shape) ? shape.positions : shape.channels;
+  return are_aligned && row_elements % width == 0 ? width : 1;
 }
 
 bool fits_in_warp(const SimamShape& shape, int width) {
@@ -71,7 +73,7 @@ int max_block_rows(const SimamShape& shape, const SlabPlan& plan) {
   return (max_block_threads(shape.layout, plan.width) >> plan.columns_log2) * thread_vectors(shape, plan.width);
 }
 
-// Slabs with 2^columns_log2 vectors per row, not yet cut into parts.
+// Slabs with 2^columns_log2 vectors per row, not yet cut into parts: cut() sets the remaining fields.
 SlabPlan uncut_slabs(const SimamShape& shape, int width, int columns_log2) {
   const int64_t columns = int64_t{1} << columns_log2;
   SlabPlan plan{};
@@ -106,7 +108,7 @@ SlabPlan cut(const SimamShape& shape, SlabPlan plan, int64_t parts) {
   return plan;
 }
 
-// The log2 of the number of vectors in a row of `row_bytes` bytes; smaller if there are fewer channels.
+// The log2 of the number of vectors in a slab's row of `row_bytes` bytes; smaller if there are fewer channels.
 int row_columns_log2(const SimamShape& shape, int width, int64_t row_bytes) {
   if (is_contiguous(shape)) return 0;
   const int64_t columns = std::max<int64_t>(row_bytes / (width * element_bytes(shape.dtype)), 1);
@@ -118,7 +120,7 @@ SlabPlan cluster_plan(const SimamShape& shape, int width) {
   const int64_t max_parts = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMaxClusterBlocks : 1;
   for (const int64_t row_bytes : {kClusterRowBytes, kSectorBytes}) {
     SlabPlan plan = uncut_slabs(shape, width, row_columns_log2(shape, width, row_bytes));
-    // Short slabs are widened until they occupy a block.
+    // If a slab has too few rows, it is widened until it has enough vectors for a block.
     while (!is_contiguous(shape) && plan.slabs_per_sample > 1 && plan.rows << plan.columns_log2 < kMinSlabVectors)
       plan = uncut_slabs(shape, width, plan.columns_log2 + 1);
     for (int64_t parts = 1; parts <= max_parts; parts *= 2)
@@ -145,7 +147,7 @@ void choose(Params params, bool are_aligned, InWarp launch_in_warp, InCluster la
   launch_split(params, split_plan(params.shape, width));
 }
 
-// Enough for vectors and for single elements, because the alignment of the arrays is not known yet.
+// Enough bytes for both cases, vectors and single elements: the alignment of the arrays is not known yet.
 int64_t workspace_bytes(SimamShape shape) {
   if (is_empty(shape)) return 0;
   shape = simplified(shape);

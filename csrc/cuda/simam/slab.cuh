@@ -9,12 +9,12 @@
 
 namespace hashengine::simam {
 
-// One block of 512 threads, or two of 256, leave each thread 128 registers.
+// A multiprocessor that runs one block of 512 threads, or two of 256, has 128 registers for each thread.
 #define HE_SLAB_BOUNDS(Fragment)                                            \
   __launch_bounds__(max_block_threads(Fragment::kLayout, Fragment::kWidth), \
                     512 / max_block_threads(Fragment::kLayout, Fragment::kWidth))
 
-// A compile-time constant in NCHW, which has one column.
+// In NCHW the result is a compile-time constant, because a slab has one column.
 template <FeatureLayout kLayout>
 __device__ __forceinline__ int slab_columns_log2(const SlabPlan& plan) {
   return kLayout == FeatureLayout::kContiguous ? 0 : plan.columns_log2;
@@ -25,8 +25,8 @@ template <typename Fragment>
 struct SlabPlace : FragmentPlace {
   int64_t channel;  // the first channel of the fragment, counted over all samples
   unsigned slab, part;
-  int rows;        // rows of the part
-  bool is_leader;  // whether this is the first of the part's threads with these channels
+  int rows;        // of the part
+  bool is_leader;  // whether this is the first thread of the part with these channels
 
   __device__ __forceinline__ SlabPlace(const SlabPlan& plan, unsigned block) {
     const int columns_log2 = slab_columns_log2<Fragment::kLayout>(plan);
@@ -63,17 +63,18 @@ struct SlabPlace : FragmentPlace {
   }
 };
 
-// Values of shared memory that one call of slab_sums needs for `sums` sums per thread in clusters of `blocks`.
+// The number of values of shared memory that one call of slab_sums needs, for `sums` sums per thread and clusters of
+// `blocks` blocks.
 inline int64_t slab_scratch_values(const SlabPlan& plan, int sums, int64_t blocks) {
   const int64_t columns = int64_t{1} << plan.columns_log2;
   const int64_t rows = plan.threads / (columns < kWarpThreads ? kWarpThreads : columns);
   return (rows + blocks + 1) * columns * sums;
 }
 
-// Sums over the threads of a cluster that hold the same column. All of them get the same result. The order is fixed:
-// over lanes, then over the block in shared memory with one thread per sum, then over the blocks, which write their
-// totals to each other. Each call needs its own `scratch`, which saves barriers. All blocks of the cluster must have
-// started.
+// Sums over the threads of a cluster that hold the same column. Each of these threads gets the result. The order of the
+// additions is fixed: first over the lanes of a warp, then over the block in shared memory with one thread per sum,
+// then over the blocks, which write their totals to each other. Each call in a kernel needs its own `scratch`, so that
+// no barrier is needed between the calls. All blocks of the cluster must have started.
 template <FeatureLayout kLayout, typename Real, int kSums>
 __device__ __forceinline__ void slab_sums(const SlabPlan& plan, Real* scratch, Real (&sums)[kSums]) {
   constexpr int kSumsPerStore = kSums * sizeof(Real) % kVectorBytes == 0 ? kVectorBytes / sizeof(Real) : 1;
@@ -85,8 +86,8 @@ __device__ __forceinline__ void slab_sums(const SlabPlan& plan, Real* scratch, R
     for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(kWholeWarp, sums[i], distance);
   }
 
-  // In scratch a row holds the sums of one warp, or of one row of the slab if that has more threads than a warp. It has
-  // kSums values per column.
+  // In scratch, a row holds the sums of one warp, or of one row of the slab if this row has more threads than a warp. A
+  // row has kSums values per column.
   const int values = columns * kSums;
   const int row_log2 = columns_log2 < 5 ? 5 : columns_log2;
   const int thread_in_row = threadIdx.x & ((1 << row_log2) - 1);

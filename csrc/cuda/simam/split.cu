@@ -1,17 +1,19 @@
-// SimAM of slabs (plan.h) that fit into no cluster: first the statistics, then the gate, each over all parts.
+// SimAM of slabs (plan.h) that fit into no cluster. One pass over all parts computes the sums, and a second pass
+// computes the result.
 //
-// Idea. Each block processes the part of a slab that it can hold, and stores two sums per channel: forward the mean and
-// the sum of squared deviations from it, backward sum(s) and sum(s d). A small kernel merges the sums of a slab's parts
-// in a fixed order and in float64. It merges means and squares by the method of Chan, Golub and LeVeque (1979), which
-// avoids differences of large sums. Then every part is read again.
+// Idea. Each block processes the part of a slab that it can hold, and stores two values per channel. In the forward
+// these are the mean and the sum of squared deviations from it, in the backward sum(s) and sum(s * d), with s and d as
+// in simam.h. A small kernel merges the values of a slab's parts in a fixed order and in float64. It merges means and
+// squares by the method of Chan, Golub and LeVeque (1979), which avoids differences of large sums. Then every part is
+// read again.
 //
 // Traffic, for N elements of s bytes. Forward: reads x twice, writes y: 3Ns. Backward: reads x and grad_y twice, writes
 // grad_x: 5Ns. The second pass processes the parts in reverse order, so that it finds in L2 the data that the first
-// pass read last. The floors, 2Ns and 3Ns, require that a slab stays on chip; in_cluster.cu states up to which size it
-// does. The sums add 8 bytes (16 for float64) per part and channel.
+// pass read last. The floors, 2Ns and 3Ns, require that a slab stays on chip; in_cluster.cu states the largest such
+// slab. The values in the workspace have 8 bytes (16 for float64) per part and channel.
 //
-// Launch. Three kernels. The first and the last have up to 512 threads per block with 64 bytes each, as in
-// in_cluster.cu; the merge has one warp per channel.
+// Launch. Three kernels. The first and the last have up to 512 threads per block, with up to 64 bytes of x per thread,
+// as in in_cluster.cu. The merge has one warp per channel.
 //
 // Limits. At most 2^31 - 1 blocks, each with up to 32 KB of x.
 
@@ -23,7 +25,7 @@ namespace {
 
 constexpr int kMergeWarps = 8;  // per block
 
-// Stores a pair per channel.
+// Stores the part's two values per channel.
 template <typename Fragment>
 __device__ __forceinline__ void store_partials(const SlabPlan& plan, const SlabPlace<Fragment>& place, void* partials,
                                                const typename Fragment::Real (&pairs)[2 * Fragment::kChannels]) {
@@ -78,7 +80,7 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   Fragment::load_planes(params.stats, place.channel, constants.lam, planes);
 
   Real sums[2 * kChannels] = {};
-  typename Fragment::Reals t;  // not used
+  typename Fragment::Reals t;  // sum_slopes() writes it; not used here
   Fragment::sum_slopes(x, grad_y, place, planes, sums, t);
   slab_sums<Fragment::kLayout>(plan, dynamic_shared<Real>(), sums);
   store_partials(plan, place, partials, sums);
@@ -99,7 +101,7 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   Fragment::store_gradient_recomputed(x, grad_y, place, planes, slope_sums, constants, params.grad_x);
 }
 
-// The count, the mean, and the sum of squared deviations from the mean, of a set of numbers.
+// The moments of a set of numbers: their count, their mean, and the sum of squared deviations from the mean.
 struct Moments {
   double count, mean, squares;
 
@@ -113,7 +115,8 @@ struct Moments {
   }
 };
 
-// A warp merges the pairs of one channel over the parts of a slab.
+// A warp merges the pairs of one channel over the parts of a slab. `row_positions` is the number of positions of one
+// channel per row.
 template <typename Real, bool kIsForward>
 __global__ void __launch_bounds__(kMergeWarps* kWarpThreads)
     merge_kernel(SlabPlan plan, int64_t row_positions, const void* partials, void* merged) {
@@ -121,14 +124,14 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpThreads)
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / kWarpThreads;
   const int64_t slab = index / slab_channels;
   const int channel_in_slab = static_cast<int>(index - slab * slab_channels);
-  if (slab >= plan.count) return;  // the same in the whole warp
+  if (slab >= plan.count) return;  // all lanes of a warp return or none does
   const int64_t sample = slab / plan.slabs_per_sample;
   const int64_t channel = (slab - sample * plan.slabs_per_sample) * slab_channels + channel_in_slab;
   if (channel >= plan.channels) return;
 
   const unsigned lane = threadIdx.x % kWarpThreads;
   Moments all = {};
-  double first = 0, second = 0;
+  double first = 0, second = 0;  // forward: the mean and the variance; backward: sum(s) and sum(s * d)
   for (unsigned part = lane; part < plan.parts; part += kWarpThreads) {
     const int64_t at = (slab * plan.parts + part) * slab_channels + channel_in_slab;
     const auto& pair = vector_at<2>(static_cast<const Real*>(partials), 2 * at);

@@ -1,4 +1,4 @@
-// The running maximum and sum of kWidth adjacent lines, in registers.
+// The maximum and the sum, so far, of the values of kWidth adjacent lines, in registers.
 #pragma once
 
 #include <cmath>

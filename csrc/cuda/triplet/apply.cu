@@ -1,12 +1,12 @@
-// The two apply passes of triplet_attention (apply.cuh). Gate: y = x * (mean of the gates of the branches) and, if the
-// pooled maps are saved for the backward, the index of each maximum (argmax.cuh). Gate backward: dx from dy. dy
-// contributes through the gates, through the mean of each branch and, for an element that is a maximum, through this
-// maximum.
+// The two apply passes of triplet_attention (apply.cuh). The gate pass computes y = x * (mean of the gates of the
+// branches). If the maps are saved for the backward, it also finds the index of each maximum (argmax.cuh). The gate
+// backward computes dx from dy. dx has a term through the gates, a term through the mean of each branch and, for an
+// element that is a maximum, a term through this maximum.
 //
 // Instructions per bfloat16 element. The gate pass takes 1 for the conversion, 2 for the gates, 1.5 for the product and
 // the rounding, 8 for the indices, and 1 for loads and stores. The gate backward takes 1 for the conversion, 5 for
-// gates and means, 6 for the maxima, 0.5 for the rounding, and 1.5 for loads and stores. In the time that an H200 needs
-// to load and store one element, it issues 24 instructions.
+// gates and means, 6 for the maxima, 0.5 for the rounding, and 1.5 for loads and stores. Estimate: in the time that an
+// H200 needs to load and store one element, it issues 24 instructions.
 //
 // Numerics. Arithmetic in float32 (float64 for float64), rounded once.
 
@@ -21,7 +21,7 @@ template <typename T, bool kSavesIndex>
 struct ApplyGate {
   using Element = T;
   using Real = Arithmetic<T>;
-  static constexpr int kFields = kSavesIndex ? 2 : 1;  // the gate and, if kSavesIndex, the maximum
+  static constexpr int kFields = kSavesIndex ? 2 : 1;  // gate / branches and, if kSavesIndex, the maximum
   static constexpr int kBlocksPerSm = kSavesIndex ? 2 : 3;
   static constexpr bool kReads = true, kWrites = true, kHasIndex = kSavesIndex, kFindsIndex = kSavesIndex;
 
@@ -76,7 +76,7 @@ template <typename T>
 struct ApplyGateBackward {
   using Element = T;
   using Real = Arithmetic<T>;
-  static constexpr int kFields = 3;  // the gate, the gradient through the mean, the gradient of the maximum
+  static constexpr int kFields = 3;  // gate / branches, the gradient through the mean, the gradient of the maximum
   static constexpr int kBlocksPerSm = 2;
   static constexpr bool kReads = true, kWrites = true, kHasIndex = true, kFindsIndex = false;
 

@@ -1,33 +1,34 @@
-// The apply pass: one pass over the elements that combines each of them with the values of the maps at its position.
-// For example, triplet_attention computes y from x and the gates, and dx from dy, the gates and the gradients of the
-// pooled maps.
+// The apply pass: one pass over the elements. It combines each element with the values of the maps at its position. For
+// example, triplet_attention computes y from x and the gates, and dx from dy, the gates and the gradients of the pooled
+// maps.
 //
 // Idea. The values of the A0 map at a thread's positions stay in its registers while the thread moves along A0. The
-// values of the A1 and A2 maps are computed once per line (a sigmoid, for example) and cached in shared memory for a
-// run of slices.
+// values of the A1 and A2 maps are computed once per line (a sigmoid, for example). They are cached in shared memory
+// for a run of slices: as many consecutive slices as the cache has room for.
 //
 // Traffic, for N elements of s bytes. Reads Ns and writes Ns, the floor; the passes of triplet_pool only read or only
-// write. Each map is read once per tile along the axis that it pools.
+// write. The map of an axis is read once for each tile along this axis.
 //
 // Launch. 256 threads per block, one tile of x per block (tiles.cuh). Each thread has two 16-byte vectors in flight. A
-// multiprocessor runs at least two blocks and so has at least 16 KB in flight. (Half of the 4.8 TB/s of an H200 is
-// reads; 2.4 TB/s at a latency of 0.8 microseconds need 15 KB.) A block has up to 36 KB of map values in shared memory,
-// and two barriers per run of slices.
+// multiprocessor runs at least two blocks and therefore has at least 16 KB in flight. (Half of the 4.8 TB/s of an H200
+// is reads; 2.4 TB/s at an assumed latency of 0.8 microseconds need 15 KB.) A block has up to 32 KB of map values in
+// shared memory, and two barriers per run of slices.
 //
 // Limits. As in reduce.cu.
 //
-// The pass is a template over an Apply functor:
+// The pass is a template over an Apply functor, which has these members:
 //   Element, Real              type of the elements, type of the map values
-//   kFields                    Reals cached per map value
+//   in, out                    the elements to read, if kReads; the elements to write, if kWrites
+//   kFields                    number of Reals that are cached per map value
 //   kBlocksPerSm               blocks per multiprocessor that the registers must allow
-//   kReads, kWrites            whether it reads `in`, whether it writes `out`
+//   kReads, kWrites            whether the pass reads elements, whether it writes elements
 //   kHasIndex                  whether an index is cached per map value
-//   kFindsIndex                whether apply() updates the cached indices, which are then stored by flush()
+//   kFindsIndex                whether apply() updates the cached indices; flush() then stores them
 //   prepare<kAxis>()           returns the data that load<kAxis>() needs for every value of the axis's map
 //   load<kAxis>(prepared, sample, outer, inner, set, index)
 //                              calls set(field, value) for each field of a map value and initializes its cached index
 //   apply(vector, own, cache, place)
-//                              replaces the elements by the results; `own` holds the A0 map's values
+//                              replaces the elements of `vector` by the results; `own` has the values of the A0 map
 //   flush<kAxis>(sample, outer, inner, index)
 //                              stores the index that apply() found for a map value
 #pragma once
@@ -44,14 +45,14 @@ struct MapValues {
   Vector<int32_t, kWidth> index;
 };
 
-// Map values in shared memory. During a run of slices they are the values of the A1 map, [slices][columns], followed by
-// those of the A2 map, [slices][rows]. Before the first run the values of the A0 map pass through this memory to the
-// threads' registers; after the last run the indices found for the A0 map pass through it from the registers to the
-// result. Each field has room for kValues; the indices follow the last field.
+// Map values in shared memory. During a run of slices it holds the values of the A1 map, [slices][columns], then those
+// of the A2 map, [slices][rows]. Before the first run it passes the values of the A0 map to the threads' registers.
+// After the last run it passes the indices of the A0 map's maxima from the registers to the result. Each field has room
+// for kValues values. The indices follow the last field.
 template <typename Apply>
 struct MapCache {
   using Real = typename Apply::Real;
-  static constexpr int kValues = 8192 / sizeof(Real);  // at least one slice of the largest tile
+  static constexpr int kValues = 8192 / sizeof(Real);  // enough for one slice of the largest tile
   static constexpr int64_t kBytes = kValues * static_cast<int64_t>(Apply::kFields * sizeof(Real) + sizeof(int32_t));
   const Apply& apply;
   const Tile& tile;
@@ -68,8 +69,8 @@ struct MapCache {
   __device__ __forceinline__ int row_at(int slice, int row) const { return max_slices * columns + slice * rows + row; }
   __device__ __forceinline__ int column_at(int slice, int column) const { return slice * columns + column; }
 
-  // Loads [lines][width] values of the map of kAxis, which begin at outer index `line` and inner index `column`, to the
-  // places of the cache from first_at on.
+  // Loads [lines][width] values of the map of kAxis. They begin at outer index `line` and inner index `column`, and
+  // take the places of the cache from first_at on.
   template <int kAxis>
   __device__ __forceinline__ void load(int first_at, int lines, int width, int64_t line, int64_t column) const {
     const auto prepared = apply.template prepare<kAxis>();
@@ -121,7 +122,7 @@ __device__ __forceinline__ void load_positions(const MapCache<Apply>& cache, con
   }
 }
 
-// Stores the indices that the thread found for the A0 map at its positions.
+// Stores the indices that the thread found for the maxima of the A0 map at its positions.
 template <typename Apply, int kWidth, int kVectors>
 __device__ __forceinline__ void flush_positions(const MapCache<Apply>& cache, const ThreadPositions<kWidth>& positions,
                                                 const MapValues<Apply, kWidth> (&own)[kVectors]) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ void flush_positions(const MapCache<Apply>& cache, co
   }
 }
 
-// The coordinates in x of the first element of a vector, and the places of its A1 and A2 map values in the cache.
+// The coordinates in x of a vector's first element, and the cache places of its values of the A1 and A2 maps.
 struct VectorPlace {
   int64_t slice;
   int64_t row;
@@ -154,7 +155,7 @@ struct VectorPlace {
 template <int kWidth>
 struct ApplyConfig {
   static constexpr int kVectors = apply_vectors(kWidth);
-  static constexpr int kBatch = 2;  // slices that are loaded before the first is used
+  static constexpr int kBatch = 2;  // the number of slices that are loaded before the first is used
 };
 
 template <typename Apply, int kWidth>

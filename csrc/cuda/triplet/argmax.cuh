@@ -1,19 +1,19 @@
-// The index of each maximum, found by the apply passes that read x.
+// The index of each maximum. The apply passes that read x find it.
 //
-// Idea. An element that equals the maximum of its line is the maximum. The apply pass has x in registers anyway, so the
-// reduce pass does not find indices. The indices of the A0 map are kept in registers. Those of the other maps are
-// minima in shared memory, updated by an atomicMin that only the elements that are a maximum (about 1 in 50) execute.
-// If a line is divided among several blocks, an atomicMin on device memory merges their results. The lowest index wins
-// in any order of execution, so every run gives the same result. If the maximum is NaN, its index is that of the first
-// NaN.
+// Idea. The maximum of a line is known when the apply pass runs, so the index is that of the first element that equals
+// it. The apply pass has x in registers anyway; therefore the reduce pass does not find indices. The indices of the A0
+// map are kept in registers. Those of the other maps are minima in shared memory, updated by an atomicMin. Only the
+// elements that equal a maximum, few per line, execute it. If a line is divided among several blocks, an atomicMin on
+// device memory merges their results. The lowest index wins in any order of execution, so every run gives the same
+// result. If the maximum is NaN, its index is that of the first NaN.
 #pragma once
 
 #include "cuda/triplet/apply.cuh"
 
 namespace hashengine::triplet {
 
-// Updates the indices with the maxima among a vector's elements. Field kField holds the maxima of the lines, or NaN for
-// a map whose index is not needed.
+// Compares the elements of a vector with the maxima of their lines, and updates the indices. Field kField holds the
+// maxima, or NaN for a map whose index is not needed.
 template <int kField, typename Apply, int kWidth>
 __device__ __forceinline__ void update_argmax(const Vector<typename Apply::Element, kWidth>& vector,
                                               MapValues<Apply, kWidth>& own, const MapCache<Apply>& cache,

@@ -1,22 +1,23 @@
 // Inference of triplet_attention in one launch, if a sample fits into the shared memory of a cluster of blocks.
 //
-// Idea. Each block loads a range of A0 (tiles.cuh) and keeps it in shared memory. The outer rows of the maps are
-// divided among the blocks of the cluster (cluster_plan.h) so that a row of the A1 or A2 map is pooled, convolved and
-// used in the block that has its slice. A block reads only the border of its rows from other blocks. For the A0 map
-// each block has maxima and sums over its own slices. A block merges the maxima and sums of all blocks for its rows, in
-// the order of the blocks, and writes the resulting gates to every block. The cluster synchronizes twice: before blocks
-// read each other's maps, and after all gates are written.
+// Idea. Each block loads a range of A0 (tiles.cuh) and keeps it in shared memory. The blocks of the cluster divide the
+// outer rows of the maps among them (cluster_plan.h). A row of the A1 or A2 map is pooled, convolved and used in the
+// block that has its slice. Such a block reads only the border of its rows from other blocks. For the A0 map, each
+// block computes maxima and sums over its own slices. Then a block merges the maxima and sums of all blocks for its
+// rows, in the order of the blocks, and writes the resulting gates to every block. The cluster synchronizes twice:
+// before blocks read each other's maps, and after all gates are written.
 //
-// Traffic, for N elements of s bytes. Reads x, writes y: 2Ns, the floor. x passes through shared memory four times,
-// three of them for pooling, and one float of a map is read per element and gate. At 128 bytes per clock and
-// multiprocessor that takes about a third of the time of the device memory traffic for bfloat16. Samples that do not
-// fit take three launches, which move 3Ns.
+// Traffic, for N elements of s bytes. Reads x, writes y: 2Ns, the floor. In shared memory, x is written once and read
+// four times, three of them for pooling; in addition, about one float of the A1 map is read per element. Estimate for
+// bfloat16 on an H200, at 128 bytes per clock and multiprocessor: this takes about half as long as the device memory
+// traffic. Samples that do not fit take three launches, which move 3Ns.
 //
 // Launch. 128 to 512 threads per block and 1 to 8 blocks per cluster. A block has up to 113 KB of shared memory if two
-// fit into a multiprocessor, otherwise up to 227 KB. x is loaded by asynchronous copies of 16 bytes.
+// blocks fit into a multiprocessor, otherwise up to 227 KB. x is loaded by asynchronous copies of 16 bytes.
 //
-// Numerics. As in the three launches, except for the order of the additions, which depends only on the shape and on the
-// device's shared memory and number of multiprocessors. A NaN makes the maxima and sums of its lines NaN.
+// Numerics. As in the three launches, except for the order of the additions. This order depends on the shape, on the
+// dtype, on the alignment of the arrays, and on the device's shared memory and number of multiprocessors, but not on
+// timing. A NaN makes the maxima and sums of its lines NaN.
 //
 // Limits. Compute capability 9.0 and later; no float64. A sample and its maps must fit into the shared memory of 8
 // blocks.
@@ -35,8 +36,8 @@ template <typename T>
 struct ClusterBlock {
   const ClusterPlan& plan;
   int rank;
-  int first[3];  // first row of each map
-  int count[3];  // number of rows
+  int first[3];  // the block's first row of each map
+  int count[3];  // the block's number of rows of each map
   T* x;
 
   explicit __device__ __forceinline__ ClusterBlock(const ClusterPlan& cluster_plan)
@@ -59,7 +60,8 @@ struct ClusterBlock {
   __device__ __forceinline__ float* weights(int a) const {
     return at(plan.weights) + a * 2 * plan.kernel_size * plan.kernel_size;
   }
-  // Offset in a plane of the first channel's value at a row, counted from the block's first, and a column of the map.
+  // Offset in a plane of a value of the first channel. `row` counts from the block's first row; `column` is a column of
+  // the map.
   __device__ __forceinline__ int plane_offset(int a, int row, int column) const {
     return (row + plan.border()) * plan.pitch(a) + column + plan.border();
   }
@@ -105,9 +107,9 @@ __device__ __forceinline__ void prepare(const Params<T>& params, const ClusterBl
 }
 
 // Calls emit(line, largest, sum) with the maximum and the sum of x along kAxis, over the block's slices. Along A0 and
-// A1 `line` is a vector of kWidth adjacent lines, along A2 it is a single line. Several lanes share a line if there are
-// too few lines to keep the block busy. Along A2 these lanes are adjacent, otherwise warp_lines apart, so that a warp
-// reads contiguous memory.
+// A1 `line` is the index of a vector of kWidth adjacent lines, along A2 the index of a single line. Several lanes share
+// a line (or a vector of lines) if there are too few lines to keep the block busy. Along A2, up to 8 lanes share a line
+// in any case. These lanes are adjacent along A2, otherwise warp_lines apart, so that a warp reads contiguous memory.
 template <int kWidth, int kAxis, typename T, typename Emit>
 __device__ __forceinline__ void pool_axis(const ClusterBlock<T>& block, Emit emit) {
   constexpr int kLineWidth = kAxis == 2 ? 1 : kWidth, kMinLanes = kAxis == 2 ? 8 : 1;
@@ -180,7 +182,8 @@ __device__ __forceinline__ void pool_slices(const Params<T>& params, const Clust
     });
 }
 
-// Completes the block's rows of a plane: with values from the other blocks, and with zeros outside of the map.
+// Completes the block's rows of a plane with their border: with values from other blocks, and with zeros outside of the
+// map.
 template <int kAxis, typename T>
 __device__ __forceinline__ void complete_plane(const Params<T>& params, const ClusterBlock<T>& block) {
   const ClusterPlan& plan = params.plan;
@@ -214,8 +217,8 @@ __device__ __forceinline__ void complete_plane(const Params<T>& params, const Cl
 }
 
 // Computes the gates of the block's rows of one map. A task is kRows rows of one column. The tasks of all maps are
-// numbered consecutively, so that no thread is idle at the end of a map. Returns the thread's next task, counted from
-// the first task of the next map.
+// numbered consecutively, so that few threads are idle at the end of a map. Returns the thread's next task, counted
+// from the first task of the next map.
 template <int kAxis, int kSize, typename T>
 __device__ __forceinline__ int compute_gates(const Params<T>& params, const ClusterBlock<T>& block, int task) {
   constexpr int kRows = MapTiling::kRows;
@@ -248,7 +251,7 @@ __device__ __forceinline__ int compute_gates(const Params<T>& params, const Clus
   return task - tasks;
 }
 
-// Computes y for the block's slices. A thread processes the same position of every slice, as in apply.cuh.
+// Computes y for the block's slices. A thread processes the same position of all of its slices, as in apply.cuh.
 template <int kWidth, typename T>
 __device__ __forceinline__ void apply_gates(const Params<T>& params, const ClusterBlock<T>& block) {
   constexpr bool kIsDirect = kWidth * sizeof(T) == kVectorBytes;  // otherwise y is staged in shared memory
@@ -286,7 +289,7 @@ __global__ void __launch_bounds__(kMaxClusterThreads, 2) inference_kernel(Params
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const ClusterBlock<T> block(params.plan);
   stage(params.x + block.begin(), block.numel(), block.x);
-  prepare(params, block);  // during the copy of x
+  prepare(params, block);  // while x is copied
   wait_for_staged();
   pool_slices<kWidth>(params, block);
   cluster_sync();  // all blocks have pooled their slices

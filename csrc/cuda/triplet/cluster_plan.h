@@ -22,11 +22,11 @@ struct ClusterPlan {
   int blocks;  // blocks per cluster; a cluster processes one sample. 0: there is no plan
   int kernel_size;
   int threads;  // per block
-  // Offsets in shared memory, in floats. x is stored at offset 0.
+  // Offsets in a block's shared memory, in floats. x is stored at offset 0.
   int weights;
   int partial;   // maxima and sums of the A0 map over the block's own slices, [2][A1][A2]
-  int plane[3];  // maximum and mean, [2][rows][columns]: the block's rows with the border that the convolution reads
-  int gate[3];   // [rows][columns]: all rows of the A0 map, the block's own rows of the others
+  int plane[3];  // maximum and mean, [2][rows][columns]: the block's own rows and the border that the convolution reads
+  int gate[3];   // [rows][columns]: all rows of the A0 map, but only the block's own rows of the other maps
   int64_t bytes;
 
   bool exists() const { return blocks > 0; }
@@ -35,15 +35,16 @@ struct ClusterPlan {
   HE_HOST_DEVICE int outer(int a) const { return size[a == 0 ? 1 : 0]; }
   HE_HOST_DEVICE int inner(int a) const { return size[a == 2 ? 1 : 2]; }
   HE_HOST_DEVICE int pitch(int a) const { return inner(a) + kernel_size - 1; }
-  // Values of one channel of a plane. Rows are rounded up because `correlate` reads kRows rows per thread.
+  // The number of values of one channel of a plane. Rows are rounded up because `correlate` reads kRows rows per
+  // thread.
   HE_HOST_DEVICE int area(int a) const {
     return (ceil_div(block_rows[a], MapTiling::kRows) * MapTiling::kRows + kernel_size - 1) * pitch(a);
   }
 
-  // Chooses the smallest cluster with which two blocks fit into a multiprocessor, so that one block loads while another
-  // computes. If the batch would leave multiprocessors idle, it chooses a larger cluster. If two blocks do not fit with
-  // any cluster, it chooses the largest. There is no plan if not even one block fits, or if the three launches are
-  // faster.
+  // Chooses the smallest cluster with which two blocks fit into a multiprocessor, so that one block loads while the
+  // other computes. If this would leave multiprocessors idle because the batch is small, it chooses a larger cluster.
+  // If two blocks do not fit with any cluster, it chooses the largest. There is no plan if not even one block fits, or
+  // if the three launches of the forward are estimated to be faster.
   static ClusterPlan make(const TripletShape& shape) {
     constexpr int kMaxBlocks = 8, kMinSlices = 8;
     const Geometry geometry = Geometry::from_shape(shape);
@@ -68,15 +69,16 @@ struct ClusterPlan {
 
  private:
   // A block can request all shared memory of a multiprocessor except kReservedBytes, and occupies kReservedBytes in
-  // addition to its request. The kernel uses 64 registers per thread, so a multiprocessor can run kMaxThreads threads.
+  // addition to its request. The kernel uses at most 64 registers per thread, so a multiprocessor can run kMaxThreads
+  // threads.
   int64_t blocks_per_sm(int64_t max_bytes) const {
     constexpr int64_t kReservedBytes = 1 << 10, kMaxThreads = 1024;
     return std::min((max_bytes + kReservedBytes) / (bytes + kReservedBytes), kMaxThreads / threads);
   }
 
   // A block needs some microseconds for latencies and for the maps, whatever the size of x. If there is too little x to
-  // move in this time (a small sample with many channels), the three launches are faster, unless all blocks run at the
-  // same time. Estimated, not measured.
+  // move in this time (a small sample with many channels), the three launches are faster. This does not apply if all
+  // blocks run at the same time. The times are estimated, not measured.
   bool is_faster_than_three_launches(int64_t samples, int64_t sample_bytes, int64_t resident_blocks,
                                      int64_t multiprocessors) const {
     constexpr int64_t kMinBytesPerSm = 48 << 10;  // bytes of x

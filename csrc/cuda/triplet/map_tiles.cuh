@@ -1,7 +1,7 @@
-// Kernels over the maps alone: how they see the map of a branch and how they cut it into tiles.
+// For kernels that process only maps: their view of the map of a branch, and its tiles.
 //
 // The reduce pass leaves the map of an axis in memory order and in parts (AxisMap in maps.cuh). A kernel over maps
-// merges the parts and sees the map of a branch as the op saves it, in rows and columns. If the memory order is
+// merges the parts. It sees the map of a branch as the op saves it, in rows and columns. If the memory order is
 // different, this is a transposed view.
 #pragma once
 
@@ -19,14 +19,14 @@ struct MapTiling {
   int64_t first_block;    // the branch's first block in the grid
   int groups;             // threads per column of a tile
   int columns;            // columns of a tile
-  unsigned row_tiles;     // tiles along the rows of the map
-  unsigned column_tiles;  // tiles along its columns
+  unsigned row_tiles;     // number of tiles along the rows of the map
+  unsigned column_tiles;  // number of tiles along its columns
 
   __host__ __device__ int64_t blocks(int64_t samples) const { return samples * row_tiles * column_tiles; }
   __host__ __device__ int rows() const { return groups * kRows; }
 
-  // Tiles are about square. A block needs shared memory for the weights and for a number (`planes`) of arrays, each of
-  // the size of a tile with its border of kernel_size - 1. Together they must fit into kMaxSharedBytes.
+  // Tiles are about square. A block needs shared memory for the weights and for `planes` arrays. Each array has the
+  // size of a tile with its border: kernel_size - 1 more rows and columns. Together they must fit into kMaxSharedBytes.
   static MapTiling make(int64_t map_rows, int64_t map_columns, int kernel_size, int planes, int value_bytes) {
     constexpr int64_t kWantedColumns = 32, kMaxGroups = 16, kMaxSharedBytes = 96 << 10;
     MapTiling tiling{};
@@ -49,7 +49,7 @@ struct MapTiling {
     return tiling;
   }
 
-  // The values of a tile with its border: pitch() per row, area() in total.
+  // The number of values of a tile with its border: pitch() per row, area() in total.
   __host__ __device__ int pitch(int kernel_size) const { return columns + kernel_size - 1; }
   __host__ __device__ int area(int kernel_size) const { return (rows() + kernel_size - 1) * pitch(kernel_size); }
   int64_t shared_values(int kernel_size, int planes) const {
@@ -61,17 +61,17 @@ template <typename Real>
 struct BranchMap {
   int64_t rows;
   int64_t columns;
-  int64_t flat_begin;  // offset of the branch in flat arrays of one channel
+  int64_t flat_begin;  // offset of the branch's maps in flat arrays of one channel
   AxisMap<Real> source;
   int64_t row_stride;  // the strides of the source
   int64_t column_stride;
-  int64_t pooled_length;
+  int64_t pooled_length;  // the length of the axis that the branch pools
   const Real* conv_weight;
   const Real* bn_weight;
   const Real* bn_bias;
   MapTiling tiling;
-  bool is_saved;      // the source is the saved array itself
-  bool shares_index;  // several threads of the apply pass can find the maximum of one line
+  bool is_saved;      // whether the source is the saved array itself
+  bool shares_index;  // whether several threads of the apply pass can find the maximum of the same line
 
   __device__ __forceinline__ int64_t numel() const { return rows * columns; }
   __device__ __forceinline__ const Real* source_at(int64_t sample, int64_t row, int64_t column) const {
@@ -134,8 +134,8 @@ struct BranchMaps {
   }
 };
 
-// One pointer per branch. operator[] reads the array at constant indices only, so that the compiler need not copy the
-// kernel's parameters to local memory.
+// One pointer per branch. operator[] reads the array at constant indices only. With a variable index, the compiler
+// would copy the kernel's parameters to local memory.
 template <typename T>
 struct BranchPointers {
   T* branch[kTripletBranches];
@@ -185,7 +185,7 @@ struct MapTile {
     thread_column = static_cast<int>(threadIdx.x) % tiling.columns;
   }
 
-  // For the thread's r-th value: whether it is inside the map, its row in the map, its offset in the map.
+  // About the thread's r-th value: whether it is inside the map, its row in the map, and its offset in the map.
   __device__ __forceinline__ bool has(int r) const {
     return thread_group < map.tiling.groups && value_row(r) < map.rows && column + thread_column < map.columns;
   }
@@ -194,8 +194,8 @@ struct MapTile {
 };
 
 // sums[r] += the correlation of weights [size, size] with the window that begins r rows below `window`. kSize is the
-// size if it is known at compile time, otherwise 0. Each value of the tile and each weight is loaded once for the
-// thread's kRows sums.
+// size if it is known at compile time, otherwise 0. If it is known, the thread loads each value of its windows and each
+// weight once, for all of its kRows sums.
 template <int kSize, typename Real>
 __device__ __forceinline__ void correlate(Real (&sums)[MapTiling::kRows], const Real* window, int pitch,
                                           const Real* weights, int size) {

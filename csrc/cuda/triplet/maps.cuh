@@ -1,6 +1,7 @@
 // The maps as the passes over x see them. The reduce pass writes maps. The apply pass reads maps and, if it looks for
-// maxima, writes the maps of their indices. Both passes address a map in memory order, by the outer and the inner of
-// the two axes that it extends over (tiles.cuh). Kernels that process the maps alone are in map_tiles.cuh.
+// maxima, writes the maps of their indices. A map extends over two axes of x. Both passes address its values in memory
+// order, by an index on the outer axis and an index on the inner axis (Axis in tiles.cuh). Kernels that process the
+// maps alone are in map_tiles.cuh.
 #pragma once
 
 #include <climits>
@@ -10,14 +11,14 @@
 
 namespace hashengine::triplet {
 
-constexpr int32_t kNoIndex = INT_MAX;  // larger than every index, so that its minimum with an index is the index
+constexpr int32_t kNoIndex = INT_MAX;  // larger than every index, so that any index replaces it in a minimum
 
 // --- written by the reduce pass ---
 
-// The map of one axis in parts, one per tile along that axis: [part][sample][channel][outer][inner]. The last channel
-// is the part's sum times `scale`: with scale = 1 / length of the axis, the part's share of the mean. If there are two
-// channels, the first is the part's maximum. The kernel that reads the map merges the parts in their order: it takes
-// the maximum of the maxima and adds up the sums.
+// The map of one axis in parts, one per tile along that axis: [part][sample][channel][outer][inner]. If there are two
+// channels, the first is the maximum over the part. The last channel is the sum over the part, multiplied by `scale`.
+// With scale = 1 / length of the axis, this is the part's share of the mean. The kernel that reads the map merges the
+// parts in their order: it takes the maximum of the maxima and adds up the sums.
 template <typename Real>
 struct AxisMap {
   Real* data;  // null: no branch pools this axis
@@ -50,7 +51,7 @@ struct AxisMaps {
   }
 };
 
-// --- used by the apply passes of triplet_attention: the responses, from which they compute the gates ---
+// --- used by the apply passes of triplet_attention: they compute the gates from the responses ---
 
 template <typename Real>
 __device__ __forceinline__ Real sigmoid(Real value) {
@@ -61,7 +62,7 @@ __device__ __forceinline__ Real sigmoid(Real value) {
 template <typename Real>
 struct GateFunction {
   Real mean;
-  Real rstd;
+  Real rstd;  // 1 / sqrt(variance + eps)
   Real weight;
   Real bias;
 
@@ -73,7 +74,7 @@ struct GateFunction {
   __device__ __forceinline__ Real gate(Real response) const { return sigmoid(normalized(response) * weight + bias); }
 };
 
-// Where the map of one axis is in the flat arrays, which contain the maps of all branches one after another.
+// The place of one axis's map in the flat arrays, which contain the maps of all branches one after another.
 template <typename Real>
 struct GateMap {
   int branch;  // -1: no branch pools this axis
@@ -88,8 +89,8 @@ struct GateMap {
   __device__ __forceinline__ int64_t offset(int64_t sample, int64_t outer, int64_t inner) const {
     return flat_begin + sample * numel + outer * outer_stride + inner * inner_stride;
   }
-  // The offset of the first channel's value in a flat array of two channels. The second channel's value is `numel`
-  // further.
+  // The offset of a value of the first channel in a flat array of two channels. The value of the second channel is
+  // `numel` further.
   __device__ __forceinline__ int64_t offset_of_two(int64_t sample, int64_t outer, int64_t inner) const {
     return offset(sample, outer, inner) + flat_begin + sample * numel;
   }
@@ -136,8 +137,8 @@ struct GateMaps {
   }
 };
 
-// --- used by the apply passes of triplet_gate and triplet_pool: maps in one array per branch, given by the
-// caller. The forward of triplet_pool also writes maps: those of the indices ---
+// --- used by the apply passes of triplet_gate and triplet_pool: maps that the caller passes, one array per branch. In
+// the forward of triplet_pool, the apply pass also writes such maps, those of the indices ---
 
 template <typename T>
 struct MapView {

@@ -14,13 +14,13 @@ namespace hashengine::triplet {
 
 // --- reduce.cu: one pass over x that reduces it along each axis ---
 
-// The maximum and the sum of x. The caller sets the scale of each map to 1 / length of the axis, so that the scaled
-// sums add up to the mean.
+// Computes the maximum and the sum of x along each axis. The caller sets the scale of each map to 1 / length of the
+// axis. The scaled sums of the parts then add up to the mean.
 template <typename Real>
 void launch_reduce_pool(const void* x, Dtype dtype, const Geometry& geometry, const PassPlan& plan,
                         const AxisMaps<Real>& maps, cudaStream_t stream);
 
-// The sums of x * dy, multiplied by the scale of each map.
+// Computes the sums of x * dy along each axis, multiplied by the scale of each map.
 template <typename Real>
 void launch_reduce_products(const void* x, const void* grad_y, Dtype dtype, const Geometry& geometry,
                             const PassPlan& plan, const AxisMaps<Real>& maps, cudaStream_t stream);
@@ -32,13 +32,14 @@ struct Response {
   BranchMaps<Real> maps;
   const Real* running_mean[kTripletBranches];
   const Real* running_var[kTripletBranches];
-  // Saved for the backward, unless null.
+  // `pooled` and `index` are null if nothing is saved for a backward. The launch sets the maps of `index` with
+  // shares_index to kNoIndex, so that the apply pass can take minima.
   Real* pooled;
-  int32_t* index;  // the maps with shares_index are set to kNoIndex, so that the apply pass can take minima
+  int32_t* index;
   Real* response;
-  Real* mean;  // of the batch if `training`, otherwise the running mean; the same applies to `var`
-  Real* var;
-  void* workspace;  // response_workspace_bytes
+  Real* mean;       // of the batch if `training`, otherwise the running mean
+  Real* var;        // of the batch if `training`, otherwise the running variance
+  void* workspace;  // of response_workspace_bytes() bytes
   bool training;
 };
 template <typename Real>
@@ -53,7 +54,7 @@ template <typename Real>
 void launch_apply_gate(const void* x, void* y, const GateMaps<Real>& maps, const Real* pooled, int32_t* index,
                        Dtype dtype, const Geometry& geometry, const PassPlan& plan, cudaStream_t stream);
 
-// Computes dx.
+// Computes dx from dy.
 template <typename Real>
 void launch_apply_gate_backward(const void* grad_y, void* grad_x, const GateMaps<Real>& maps, const Real* grad_pooled,
                                 const int32_t* index, Dtype dtype, const Geometry& geometry, const PassPlan& plan,
@@ -63,17 +64,18 @@ void launch_apply_gate_backward(const void* grad_y, void* grad_x, const GateMaps
 
 template <typename Real>
 struct ResponseBackward {
-  BranchMaps<Real> maps;  // their sources are the sums of x * dy / branches
+  BranchMaps<Real> maps;  // their sources are the sums of x * dy, divided by the number of branches
   const Real* pooled;
   const Real* response;
   const Real* mean;
   const Real* var;
-  Real* grad_affine;  // scratch: the gradient of BatchNorm's result, flat
-  Real* grad_pooled;  // the gradient of the maximum, and the gradient of each element of the line through the mean
+  Real* grad_affine;  // scratch, flat: the gradient of BatchNorm's result
+  // Flat, two channels: the gradient of the maximum; the gradient of the mean, divided by the pooled axis's length.
+  Real* grad_pooled;
   Real* grad_conv_weight;
   Real* grad_bn_weight;
   Real* grad_bn_bias;
-  void* workspace;  // response_backward_workspace_bytes
+  void* workspace;  // of response_backward_workspace_bytes() bytes
   bool training;
 };
 template <typename Real>
@@ -81,7 +83,7 @@ int64_t response_backward_workspace_bytes(const BranchMaps<Real>& maps);
 template <typename Real>
 void launch_response_backward(const ResponseBackward<Real>& params, cudaStream_t stream);
 
-// --- cluster_inference.cu: the whole inference in one launch, if ClusterPlan (cluster_plan.h) finds room ---
+// --- cluster_inference.cu: the whole inference in one launch, if there is a ClusterPlan (cluster_plan.h) ---
 
 // `width` is the number of elements per vector along A2.
 void launch_cluster_inference(const TripletInference& params, int width, cudaStream_t stream);
@@ -108,7 +110,7 @@ void with_element(Dtype dtype, Function function) {
   }
 }
 
-// The maps that a reduce pass writes, in the workspace. The caller sets the scales.
+// Takes memory for the maps of a reduce pass from the workspace. The caller sets the scales.
 template <typename Real>
 AxisMaps<Real> partial_maps(const Geometry& geometry, const Tiling& tiling, int channels, Workspace& workspace) {
   AxisMaps<Real> maps{};
@@ -122,8 +124,8 @@ AxisMaps<Real> partial_maps(const Geometry& geometry, const Tiling& tiling, int 
   return maps;
 }
 
-// The bytes that plan(width, workspace) takes from the workspace: the maximum over the two widths that vector_width can
-// return, because the alignment of the arrays is not known when the workspace is allocated.
+// The bytes that plan(width, workspace) takes from the workspace, for the worse of the two widths that vector_width can
+// return: the alignment of the arrays is not known when the workspace is allocated.
 template <typename Plan>
 int64_t workspace_bytes(const TripletShape& shape, Plan plan) {
   Workspace for_vectors(nullptr), for_elements(nullptr);

@@ -4,24 +4,25 @@
 // Idea. A thread keeps the reduction along A0 of its positions in registers. Each slice is also staged in shared
 // memory, where other threads reduce it over its rows (A1) and over its columns (A2). Device memory is therefore read
 // once, and only the last steps of the reduction over columns use shuffles. If a tile does not span an axis, the map of
-// that axis is left in parts, and the kernel that reads the map merges the parts in their order.
+// that axis is left in parts. The kernel that reads the map merges the parts in their order.
 //
 // Traffic, for N elements of s bytes. Reads Ns (2Ns with dy), the floor. Writes one partial map per axis and part: for
-// a tile of 56 x 56 x 56 elements, 3 * 56^2 values of two Reals each, which the next kernel finds in L2.
+// a tile of 56 x 56 x 56 elements, 3 * 56^2 values of two Reals each. The next kernel finds them in L2.
 //
 // Instructions. Each of the three reductions processes each element once: with a conversion (half precision only), a
-// maximum (one instruction per element for float32, per two elements for half precision) and an addition. Together with
-// loads, staging and the last steps that is about 9 instructions per element for bfloat16 and 8 for float32. In the
-// time that an H200 loads one element it issues 12 for bfloat16 and 24 for float32.
+// maximum (one instruction per element for float32, one per two elements for half precision) and an addition. Together
+// with loads, staging and the last steps, that is about 9 instructions per element for bfloat16 and 8 for float32.
+// Estimate: in the time that an H200 loads one element, it issues 12 for bfloat16 and 24 for float32.
 //
 // Launch. 256 threads per block, one tile of x per block (tiles.cuh). Each thread has four 16-byte vectors in flight:
-// 16 KB per block, 32 KB in the two blocks per multiprocessor that the registers allow (the 4.8 TB/s of an H200 at a
-// latency of 0.8 microseconds need 29 KB). A block has 32 KB of slices and at most 12 KB of scratch in shared memory,
-// and two barriers per stage.
+// 16 KB per block. The registers allow two blocks per multiprocessor, with 32 KB in flight. (The 4.8 TB/s of an H200 at
+// an assumed latency of 0.8 microseconds need 29 KB.) A block has 32 KB of slices and at most 12 KB of scratch in
+// shared memory, and two barriers per stage, that is, per filling of the 32 KB.
 //
 // Numerics. Sums in float32 (float64 for float64). A thread sums at most as many elements as the tile has along the
-// axis; sums over groups, slots and parts follow. The order depends only on the shape and on the device's number of
-// multiprocessors. A NaN makes the maxima and sums of its lines NaN.
+// axis. Sums over lanes, groups, slots and parts follow (see below). The order depends on the shape, on the dtype, on
+// the alignment of the arrays and on the device's number of multiprocessors, but not on timing. A NaN makes the maxima
+// and sums of its lines NaN.
 //
 // Limits. At most 2^31 - 1 tiles; each axis shorter than 2^31.
 
@@ -36,8 +37,8 @@
 namespace hashengine::triplet {
 namespace {
 
-// A Source has an Element (the type that is loaded), a Value (the type that is reduced, with sums of
-// Arithmetic<Value>), kHasMaximum, and load<kWidth>(offset).
+// A Source has these members: Element (the type that is loaded), Value (the type that is reduced; its sums have the
+// type Arithmetic<Value>), kHasMaximum, and load<kWidth>(offset).
 
 template <typename T>
 struct PoolSource {
@@ -74,8 +75,8 @@ template <typename Source, int kWidth>
 struct ReduceConfig {
   using Value = typename Source::Value;
   using Real = Arithmetic<Value>;
-  // Vectors of a slice per thread, and slices that are loaded before the first is used.
-  static constexpr int kVectors = reduce_vectors(kWidth);
+  static constexpr int kVectors = reduce_vectors(kWidth);  // vectors of a slice per thread
+  // The number of slices that are loaded before the first is used.
   static constexpr int kBatch = kWidth * sizeof(typename Source::Element) == kVectorBytes ? 2 : 4;
   static constexpr int kPositions = kPassThreads * kVectors * kWidth;
   static constexpr int kStageValues = (32 << 10) / sizeof(Value);
@@ -92,7 +93,7 @@ struct ReduceConfig {
 template <typename Source, int kWidth>
 using Running = Accumulator<typename Source::Value, kWidth, Source::kHasMaximum>;
 
-// The maximum and the sum of one line. The maximum is unused if the source has none.
+// The maximum and the sum of one line. The maximum is not used if kHasMaximum is false.
 template <typename Source>
 struct Reduced {
   using Real = Arithmetic<typename Source::Value>;
@@ -119,14 +120,14 @@ struct Stage {
     return vector_at<kWidth>(shared.stage, (slice * rows + row) * columns + index * kWidth);
   }
 
-  // The number of threads that share a column vector of a slice; each reduces every groups-th row.
+  // The number of groups that divide the rows of a slice among them: group g reduces the rows g, g + groups, ...
   __device__ __forceinline__ int groups(int max_slices) const {
     const int wanted = kPassThreads / (max_slices * (columns / kWidth));
     return wanted < 1 ? 1 : (wanted < rows ? wanted : rows);
   }
 
-  // The first half of the reduction over the rows. With one group it calls emit(slice, column, reduced); with several
-  // groups it stores each group's result in scratch.
+  // The first half of the reduction over the rows: a thread reduces the rows of one group, for a vector of kWidth
+  // columns. With one group it calls emit(slice, column, reduced); with several groups it stores the result in scratch.
   template <typename Emit>
   __device__ __forceinline__ void reduce_rows(int group_count, Emit emit) {
     const int vectors = columns / kWidth;
@@ -147,7 +148,7 @@ struct Stage {
     }
   }
 
-  // The second half, after a barrier: merges the groups in their order.
+  // The second half, after a barrier: merges the results of the groups, in the order of the groups.
   template <typename Emit>
   __device__ __forceinline__ void merge_groups(int group_count, Emit emit) {
     if (group_count == 1) return;
@@ -204,7 +205,7 @@ struct Stage {
   }
 };
 
-// Loads the slices, `slots` at a time: adds them to the running reductions of the thread's positions and stages them.
+// Loads the slices, one per slot at a time. Adds them to the reductions of the thread's positions, and stages them.
 template <typename Source, int kWidth>
 __device__ __forceinline__ void stage_slices(const Source& source, const Stage<Source, kWidth>& stage,
                                              const ThreadPositions<kWidth>& positions, int64_t first_offset,
@@ -237,8 +238,8 @@ __device__ __forceinline__ void stage_slices(const Source& source, const Stage<S
   }
 }
 
-// After the last slice: calls emit(row, column, reduced) with the reduction over A0 of each position. Several slots are
-// merged through scratch.
+// Calls emit(row, column, reduced) with the reduction over A0 of each position, after the last slice. If there are
+// several slots, their results are merged through scratch.
 template <typename Source, int kWidth, typename Emit>
 __device__ __forceinline__ void emit_positions(
     Stage<Source, kWidth>& stage, const ThreadPositions<kWidth>& positions,

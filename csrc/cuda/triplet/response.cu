@@ -1,23 +1,24 @@
-// The responses of triplet_attention: the convolution of the pooled maps of each branch, 2 channels to 1, and the batch
-// statistics of the result, for all branches in one launch.
+// The responses of triplet_attention, for all branches in one launch. A response is the convolution of the pooled maps
+// of a branch, from 2 channels to 1. In training the launch also computes the batch statistics of the responses.
 //
-// Idea. A block loads a tile of the maximum and of the mean with its border into shared memory and merges the parts
+// Idea. A block loads a tile of the maximum and of the mean, with its border, into shared memory, and merges the parts
 // that the reduce pass left. It also stores the tile without the border in the saved array. A thread computes 8 results
-// of one column, so that the 14 values of a column of windows serve 56 multiplications. In training each block stores
-// its mean and its sum of squared deviations. The block that finishes last merges the statistics of all blocks (Chan,
-// Golub, LeVeque 1979) in a fixed order, in float64.
+// of one column. For a kernel_size of 7, 14 values of a column and 7 weights serve 56 multiplications. In training each
+// block stores the mean of its results and their sum of squared deviations. The block that finishes last merges the
+// statistics of all blocks (Chan, Golub, LeVeque 1979) in a fixed order, in float64.
 //
-// Traffic. Maps only: 2 Reals read and 1 to 3 written per value, about 5% of the elements for a map of 56 x 56. Most of
-// it stays in L2. Compute-bound: 98 multiplications per value for a kernel_size of 7, at 1.3 instructions each.
+// Traffic. Maps only: per value of a map, 2 Reals read and 1 to 3 written. For samples of 56 x 56 x 56 elements, the
+// maps have about 5% as many values as x. Most of this traffic stays in L2. The kernel is limited by arithmetic: 98
+// multiplications per value for a kernel_size of 7, at 1.3 instructions each.
 //
-// Launch. 128 threads and up to 15 KB of shared memory (30 KB for float64) per block, for a kernel_size of 7 and tiles
-// of about 32 x 32. A larger kernel_size needs smaller tiles and up to 96 KB. The statistics need a memset of 4 bytes
-// before the launch.
+// Launch. 128 threads per block. For a kernel_size of 7, a block has tiles of about 32 x 32 and up to 15 KB of shared
+// memory (30 KB for float64). A larger kernel_size takes up to 96 KB and, if that is not enough, smaller tiles. The
+// statistics need a memset of 4 bytes before the launch.
 //
-// Numerics. Sums in Real. The statistics of a block take two passes over the results in its registers.
+// Numerics. Sums in Real. The statistics of a block take two passes over its results, which are in registers.
 //
-// Limits. kernel_size is at most kTripletLargestCudaKernel. At this size, the tile of one thread and its border fill
-// the shared memory.
+// Limits. kernel_size is at most kTripletLargestCudaKernel. At this size in float64, the tile of a single thread with
+// its border takes almost all of the 96 KB in the backward.
 
 #include <algorithm>
 
@@ -33,7 +34,7 @@ constexpr int kRows = MapTiling::kRows;
 
 struct BlockStatistics {
   double mean;
-  double deviations;  // sum of squares
+  double deviations;  // the sum of the squared deviations from the mean
   double count;
 };
 
@@ -46,8 +47,9 @@ struct StatisticsWorkspace {
         blocks(reinterpret_cast<BlockStatistics*>(static_cast<char*>(workspace) + kGridSumHeaderBytes)) {}
 };
 
-// Loads the maximum and the mean of the tile with its border into `planes`: zeros outside of the map. For the backward,
-// also stores the tile without the border in the saved array, unless it is there already, and initializes the indices.
+// Loads the maximum and the mean of the tile with its border into `planes`; values outside of the map are zeros. If the
+// maps are saved for the backward, also stores the tile without the border in the saved array, unless it is there
+// already, and initializes the indices.
 template <typename Real>
 __device__ __forceinline__ void load_tile(const Response<Real>& params, const MapTile<Real>& tile, Real* planes) {
   const BranchMap<Real>& map = tile.map;
@@ -82,7 +84,7 @@ __device__ __forceinline__ void load_tile(const Response<Real>& params, const Ma
   }
 }
 
-// Stores the statistics of the block's results. All threads must call it.
+// Stores the statistics of the block's results. All threads of the block must call it.
 template <typename Real>
 __device__ __forceinline__ void store_statistics(const Real (&results)[kRows], const MapTile<Real>& tile,
                                                  BlockStatistics* statistics) {
@@ -106,7 +108,8 @@ __device__ __forceinline__ void store_statistics(const Real (&results)[kRows], c
   if (threadIdx.x == 0) *statistics = {block_mean, deviations, count};
 }
 
-// In the block that finishes last: computes the mean and the variance of each branch from the statistics of all blocks.
+// Computes the mean and the variance of each branch from the statistics of all blocks. Only the block that finishes
+// last calls it.
 template <typename Real>
 __device__ __forceinline__ void merge_statistics(const Response<Real>& params, const BlockStatistics* blocks) {
   __shared__ double merged_mean;
@@ -121,7 +124,7 @@ __device__ __forceinline__ void merge_statistics(const Response<Real>& params, c
     double sum = 0, deviations = 0;
     for (int64_t block = begin + threadIdx.x; block < end; block += kThreads)
       sum += __ldcg(&blocks[block].mean) * __ldcg(&blocks[block].count);
-    __syncthreads();  // block_sum can be called again
+    __syncthreads();  // block_sum requires it between two calls
     sum = block_sum(sum);
     if (threadIdx.x == 0) merged_mean = sum / static_cast<double>(values);
     __syncthreads();

@@ -1,19 +1,20 @@
-// The backward of triplet_attention over the maps: from the sums of x * dy along each axis to the gradients of
-// BatchNorm, of the convolution's weights and of the pooled maps, for all branches in three launches.
+// The backward of triplet_attention over the maps, for all branches in three launches. It turns the sums of x * dy
+// along each axis into the gradients of BatchNorm, of the convolution's weights and of the pooled maps.
 //
-// Idea. (1) affine_kernel merges the parts of the sums, multiplies them by the slope of the gate and sums the terms of
-// the gradients of BatchNorm's parameters; the block that finishes last adds up the sums of all blocks. (2)
-// convolution_kernel loads a tile of the response's gradient and of the pooled maps, with a border, into shared memory.
-// A thread correlates the gradient with the flipped weights for 8 values of a column, and then computes a part of the
-// weights' gradients. For the latter, if kernel_size is 7, the threads form 9 groups of 14, with one thread per column
-// of weights. A thread computes 7 weights, so that 22 loads serve 56 multiplications. (3) weights_kernel sums the
-// weights' gradients over the tiles, with one block per weight.
+// Idea. (1) affine_kernel merges the parts of the sums and multiplies the sums by the slope of the gate. It also sums
+// the terms of the gradients of BatchNorm's parameters; the block that finishes last adds up the sums of all blocks.
+// (2) convolution_kernel loads a tile of the response's gradient and of the pooled maps, with a border, into shared
+// memory. First, a thread correlates the gradient with the flipped weights for 8 values of a column. Then it computes a
+// part of the weights' gradients. For this part, if kernel_size is 7, the threads form 9 groups of 14, with one thread
+// per column of weights. A thread computes 7 weights' gradients, so that 22 loads serve 56 multiplications. (3)
+// weights_kernel sums the weights' gradients over the tiles, with one block per weight.
 //
-// Traffic. Maps only: about 7 Reals read and 3 written per value, and 2 * kernel_size^2 Reals per tile. Compute-bound:
-// 4 * kernel_size^2 multiplications per value, at about 1.3 instructions each.
+// Traffic. Maps only: per value of a map, about 7 Reals read and 3 written; per tile, 2 * kernel_size^2 Reals written
+// and read. The kernels are limited by arithmetic: 4 * kernel_size^2 multiplications per value, at about 1.3
+// instructions each.
 //
-// Launch. 128 threads per block, tiles as in response.cu, up to 26 KB of shared memory (52 KB for float64). A memset of
-// 4 bytes precedes the first launch.
+// Launch. 128 threads per block (96 in weights_kernel) and tiles as in response.cu. For a kernel_size of 7, a block has
+// up to 26 KB of shared memory (52 KB for float64). A memset of 4 bytes precedes the first launch.
 //
 // Numerics. Sums in Real within a tile, in float64 over the tiles. The launch plan fixes the order; there are no
 // atomics on floats.
@@ -39,7 +40,7 @@ template <typename Real>
 struct BackwardWorkspace {
   unsigned* finished_blocks;
   BlockSums* sums;
-  Real* weight_gradients;  // [2 * kernel_size^2][blocks]: the sums over the tile of each block
+  Real* weight_gradients;  // [2 * kernel_size^2][blocks]: each block's sums over its tile
 
   HE_HOST_DEVICE BackwardWorkspace(void* workspace, int64_t blocks)
       : finished_blocks(static_cast<unsigned*>(workspace)),
@@ -47,7 +48,8 @@ struct BackwardWorkspace {
         weight_gradients(reinterpret_cast<Real*>(sums + blocks)) {}
 };
 
-// Calls function(branch). The argument is a constant in each of the unrolled calls, as in BranchPointers.
+// Calls function(branch). In each of the unrolled calls, the argument is a constant, for the reason given at
+// BranchPointers.
 template <typename Function>
 __device__ __forceinline__ void with_branch(int branch, Function function) {
 #pragma unroll
@@ -62,7 +64,7 @@ __device__ __forceinline__ GateFunction<Real> gate_function(const ResponseBackwa
                                   tile.map.bn_bias, params.maps.eps);
 }
 
-// In the block that finishes last: sums the gradients of BatchNorm over the blocks.
+// Sums the gradients of BatchNorm's parameters over the blocks. Only the block that finishes last calls it.
 template <typename Real>
 __device__ __forceinline__ void merge_sums(const ResponseBackward<Real>& params, const BlockSums* blocks) {
   for (int branch = 0; branch < params.maps.branches; ++branch) {
@@ -76,7 +78,7 @@ __device__ __forceinline__ void merge_sums(const ResponseBackward<Real>& params,
       affine += __ldcg(&blocks[block].affine);
       affine_normalized += __ldcg(&blocks[block].affine_normalized);
     }
-    __syncthreads();  // block_sum can be called again
+    __syncthreads();  // block_sum requires it between two calls
     affine = block_sum(affine);
     __syncthreads();
     affine_normalized = block_sum(affine_normalized);
@@ -114,7 +116,8 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(ResponseBackward<Real>
   if (finishes_last(workspace.finished_blocks)) merge_sums(params, workspace.sums);
 }
 
-// Loads the response's gradient, the maximum and the mean of the tile with its border: zeros outside of the map.
+// Loads the response's gradient, the maximum and the mean of the tile with its border; values outside of the map are
+// zeros.
 template <typename Real>
 __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, const MapTile<Real>& tile,
                                           Real* planes) {
@@ -144,8 +147,8 @@ __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, 
   }
 }
 
-// The weights' gradients of the tile for 7 x 7 weights: a thread processes one column of weights and every kGroups-th
-// column of the tile.
+// Computes the tile's part of the gradients of 7 x 7 weights. The tile is divided into strips: kRows rows of one
+// column. A group of kColumns threads processes every kGroups-th strip, with one thread per column of weights.
 template <typename Real>
 __device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling, const Real* planes, Real* scratch,
                                                         Real* gradients, int64_t stride) {
@@ -175,10 +178,10 @@ __device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling,
     gradients[weight * stride] = sum;
   }
 }
-// The scratch of tile_weight_gradients_7: 98 weights for each of its groups.
+// The number of values in the scratch of tile_weight_gradients_7: 98 weights for each group of 14 threads.
 constexpr int kWeightScratchValues = kThreads / 14 * 98;
 
-// The same for any size: one weight per thread.
+// The same for weights of any size. A thread computes the gradients of whole weights, one after another.
 template <typename Real>
 __device__ __forceinline__ void tile_weight_gradients(const MapTiling& tiling, int size, const Real* planes,
                                                       Real* gradients, int64_t stride) {

@@ -5,9 +5,9 @@
 // layout, so one kernel serves both.
 //
 // A block processes one tile of x, slice by slice. A slice is the part of the tile at one index of A0. A thread
-// processes the same positions of every slice, so that the values of a position (its maximum and sum over A0, its gate)
-// stay in registers. If a slice has fewer vectors than the block has threads, the block processes several slices at a
-// time, one per slot.
+// processes the same positions (rows and columns) of every slice. The values of a position (its maximum and sum over
+// A0, its gate) therefore stay in registers. If a slice has at most half as many vectors as the block has threads, the
+// block divides its threads into several "slots" and processes one slice per slot at a time.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace hashengine::triplet {
 
 constexpr int kPassThreads = 256;  // threads per block of a pass over x
 
-// Vectors of a slice per thread. The apply pass holds more registers per vector than the reduce pass.
+// The number of vectors of a slice per thread. The apply pass holds more registers per vector than the reduce pass.
 constexpr int reduce_vectors(int width) { return width == 1 ? 4 : 2; }
 constexpr int apply_vectors(int width) { return width == 1 ? 2 : 1; }
 
@@ -30,11 +30,11 @@ constexpr int apply_vectors(int width) { return width == 1 ? 2 : 1; }
 // "inner", in memory order.
 struct Axis {
   int branch;          // -1: no branch pools this axis
-  int64_t flat_begin;  // offset of the branch in the flat response and index
+  int64_t flat_begin;  // offset of the branch's maps in the flat arrays of one channel
   int64_t numel;       // values of the map per sample
   int64_t outer_size;
   int64_t inner_size;
-  bool transposed;  // the saved map has the inner axis as rows and the outer axis as columns
+  bool transposed;  // in the saved map, the inner index is the row and the outer index is the column
 };
 
 struct Geometry {
@@ -56,7 +56,8 @@ struct Geometry {
     for (int a = 0; a < 3; ++a) {
       const int branch = branch_of_axis[channels_last][a];
       const int64_t outer = geometry.size[a == 0 ? 1 : 0], inner = geometry.size[a == 2 ? 1 : 2];
-      const bool transposed = channels_last ? a == 0 : a == 2;  // cw is stored as (W, C), hc as (C, H)
+      // In memory order, the cw map of channels_last is [W, C], and the hc map of NCHW is [C, H].
+      const bool transposed = channels_last ? a == 0 : a == 2;
       geometry.axis[a] = {branch < shape.branches ? branch : -1, 0, outer * inner, outer, inner, transposed};
       if (branch < shape.branches) geometry.axis[a].flat_begin = flat_begin[branch];
     }
@@ -70,9 +71,9 @@ struct Tiling {
 
   int64_t blocks(int64_t samples) const { return samples * tile_count[0] * tile_count[1] * tile_count[2]; }
 
-  // Tiles of at most `slice_values` values per slice, with rows of whole vectors. A tile that does not span an axis
-  // leaves the map of that axis in parts. Square tiles leave the fewest parts, so long rows are cut. A0 is cut only
-  // until the multiprocessors have enough blocks.
+  // Makes tiles of at most `slice_values` values per slice, with rows of whole vectors. If a tile does not span an
+  // axis, the map of that axis is left in parts. Square tiles leave the fewest parts, so long rows are cut. A0 is cut
+  // only until the multiprocessors have enough blocks.
   static Tiling make(const Geometry& geometry, int slice_values, int width, int64_t multiprocessors) {
     constexpr int64_t kMaxColumns = 128, kMaxRows = 512, kMinSlices = 8, kBlocksPerMultiprocessor = 4;
     Tiling tiling;
@@ -85,7 +86,8 @@ struct Tiling {
   }
 
  private:
-  // Cuts axis `a` into tiles of equal size, a multiple of `unit` and about `max_size` at most.
+  // Cuts axis `a` into tiles of equal size (the last can be smaller). The size is a multiple of `unit`, and at most
+  // `max_size` if that is a multiple of `unit`.
   void cut(const Geometry& geometry, int a, int64_t max_size, int64_t unit) {
     const int64_t size = geometry.size[a];
     const int64_t even = ceil_div(size, ceil_div(size, max_size));
@@ -94,7 +96,8 @@ struct Tiling {
   }
 };
 
-// The launch plan of one pass over x. It depends on the shape and on the device's number of multiprocessors.
+// The launch plan of one pass over x. It depends on the shape, on the vector width, and on the device's number of
+// multiprocessors.
 struct PassPlan {
   int width;  // elements per vector
   Tiling tiling;
@@ -113,8 +116,8 @@ struct PassPlan {
   }
 };
 
-// The widest vector, in elements, that divides the rows of the shape: 16 bytes, 4 bytes or one element. float64 exists
-// for gradient checks only and is always processed by single elements.
+// The number of elements of the widest vector that divides the length of A2: 16 bytes, 4 bytes or one element. float64
+// exists for gradient checks only and is always processed by single elements.
 inline int widest_vector(const Geometry& geometry, Dtype dtype) {
   const int element_bytes = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
   for (int bytes : {kVectorBytes, 4})
@@ -122,7 +125,7 @@ inline int widest_vector(const Geometry& geometry, Dtype dtype) {
   return 1;
 }
 
-// The widest vector if both arrays are aligned to 16 bytes, otherwise single elements.
+// The result of widest_vector if both arrays are aligned to 16 bytes, otherwise 1.
 inline int vector_width(const Geometry& geometry, Dtype dtype, const void* x, const void* y) {
   return is_aligned(x) && is_aligned(y) ? widest_vector(geometry, dtype) : 1;
 }
@@ -165,8 +168,8 @@ struct Tile {
   }
 };
 
-// The positions of a slice that a thread processes. The vectors of kWidth elements are numbered within the slice; the
-// thread has the vectors `first`, `first + kPassThreads` and so on.
+// The positions of a slice that a thread processes. The vectors (of kWidth elements) of a slice are numbered. The
+// thread processes the vectors `first`, `first + kPassThreads` and so on.
 template <int kWidth>
 struct ThreadPositions {
   int slice_vectors;
@@ -183,7 +186,7 @@ struct ThreadPositions {
     slot = slots > 1 ? thread / slice_vectors : 0;
     first = slots > 1 ? thread % slice_vectors : thread;
   }
-  // For the thread's k-th vector: its number, whether it exists, its row, the column of its first element.
+  // About the thread's k-th vector: its number, whether it exists, its row, and the column of its first element.
   __device__ __forceinline__ int vector(int k) const { return first + k * kPassThreads; }
   __device__ __forceinline__ bool has(int k) const { return slot < slots && vector(k) < slice_vectors; }
   __device__ __forceinline__ int row(int k) const { return vector(k) / row_vectors; }

@@ -1,5 +1,5 @@
 // triplet_attention on the GPU: forward, inference and backward as sequences of launches (passes.h), and their
-// workspaces.
+// workspaces. The titles below state the bytes that are moved, for a feature map of N elements of s bytes.
 //
 // Forward in training, 3Ns:
 //   reduce.cu             reads x; writes the pooled maps
@@ -8,14 +8,14 @@
 //   3Ns is the floor because the statistics of the whole batch are needed between the two reads of x.
 // Inference, 2Ns (the floor):
 //   cluster_inference.cu  one launch, if a sample fits into the shared memory of a cluster of blocks
-//   Otherwise the three launches of the forward, with the running statistics and nothing saved.
+//   Otherwise, 3Ns: the launches of the forward, with the running statistics. Nothing is saved.
 // Backward, 4Ns (the floor):
 //   reduce.cu             reads x and dy; writes the sums of x * dy
 //   response_backward.cu  maps only; three launches
 //   apply.cu              reads dy and writes dx
 //
-// N is the number of elements, s their size in bytes. For the backward, 16 bytes (28 for float64) are saved per value
-// of a map: maximum, mean, response and index. All other maps are in the workspace.
+// Per value of a map, the forward saves 16 bytes (28 for float64) for the backward: maximum, mean, response and index.
+// All other maps are in the workspace.
 
 #include "cuda/triplet/cluster_plan.h"
 #include "cuda/triplet/passes.h"
@@ -26,7 +26,7 @@ namespace {
 
 using namespace triplet;
 
-// A planned forward, or an inference that saves nothing.
+// The plan and the arrays of a forward. If `saves` is false, it is an inference: nothing is saved for a backward.
 template <typename Real>
 struct Forward {
   Geometry geometry;
@@ -46,7 +46,8 @@ struct Forward {
       const Axis& axis = geometry.axis[a];
       pooled.axis[a].scale = Real(1) / static_cast<Real>(geometry.size[a]);
       if (!params.saved.pooled || axis.branch < 0 || axis.transposed || reduce_plan.splits(a)) continue;
-      // The map is in one part and in the saved order, so the reduce pass writes it to the saved array directly.
+      // The map has one part and the order of the saved array. Therefore the reduce pass writes it to that array
+      // directly.
       is_saved[axis.branch] = true;
       pooled.axis[a].data = static_cast<Real*>(params.saved.pooled) + 2 * axis.flat_begin;
     }
@@ -109,7 +110,7 @@ TripletForward as_forward(const TripletInference& params) {
   return forward;
 }
 
-// A planned backward.
+// The plan and the arrays of a backward.
 template <typename Real>
 struct Backward {
   Geometry geometry;
@@ -151,7 +152,7 @@ struct Backward {
   }
 };
 
-// For an empty batch: sets the gradients of the parameters to zero.
+// Sets the gradients of the parameters to zero. An empty batch has these gradients.
 void clear_parameter_gradients(const TripletBackward& params, cudaStream_t stream) {
   const int64_t real_bytes = params.shape.dtype == Dtype::kFloat64 ? 8 : 4, branches = params.shape.branches;
   const int64_t weights = 2 * params.shape.kernel_size * params.shape.kernel_size;

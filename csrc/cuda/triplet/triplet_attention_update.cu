@@ -1,5 +1,5 @@
 // triplet_attention_update on the GPU. One launch, with one thread per branch, updates three values per branch: the
-// running mean, the running variance and the number of batches. In plain torch this takes about a dozen launches.
+// running mean, the running variance and the number of batches. Plain torch takes about a dozen launches for this.
 
 #include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
@@ -11,7 +11,7 @@ namespace {
 template <typename Real>
 __global__ void __launch_bounds__(kWarpThreads) update_kernel(TripletUpdate params) {
 #pragma unroll
-  for (int branch = 0; branch < kTripletBranches; ++branch)  // constant indices: no copy of params in local memory
+  for (int branch = 0; branch < kTripletBranches; ++branch)  // constant indices avoid a copy of params in local memory
     if (threadIdx.x == unsigned(branch) && branch < params.branches) triplet_update_branch<Real>(params, branch);
 }
 

@@ -20,12 +20,12 @@ namespace {
 
 using namespace triplet;
 
-// An Apply (apply.cuh): the gates without convolution, BatchNorm and indices.
+// An Apply functor (apply.cuh): multiplies the elements by the mean of the sigmoids of the maps.
 template <typename T>
 struct ApplySigmoids {
   using Element = T;
   using Real = Arithmetic<T>;
-  static constexpr int kFields = 1;  // the gate
+  static constexpr int kFields = 1;  // gate / branches
   static constexpr int kBlocksPerSm = 3;
   static constexpr bool kReads = true, kWrites = true, kHasIndex = false, kFindsIndex = false;
 
@@ -59,7 +59,7 @@ Real weight_of_branch(const TripletShape& shape) {
   return Real(1) / static_cast<Real>(shape.branches);
 }
 
-// out = in * mean gate.
+// Computes out = in * (mean of the sigmoids of the maps).
 void launch_apply_sigmoids(const void* in, void* out, const void* const (&maps)[kTripletBranches],
                            const TripletShape& shape, cudaStream_t stream) {
   const Geometry geometry = Geometry::from_shape(shape);
@@ -80,14 +80,14 @@ struct MapGradients {
   BranchPointers<Real> grad_map;
 };
 
-// Merges the parts and multiplies the sums by the slopes of the sigmoids.
+// Merges the parts of the sums, and multiplies the sums by the slopes of the sigmoids.
 template <typename Real>
 __global__ void __launch_bounds__(MapTiling::kThreads) map_gradients_kernel(MapGradients<Real> params) {
   const MapTile<Real> tile(params.maps);
   const BranchMap<Real>& map = tile.map;
   const Real* values = params.map[tile.branch] + tile.sample * map.numel();
   Real* gradients = params.grad_map[tile.branch] + tile.sample * map.numel();
-#pragma unroll 1  // eight copies of the loop over the parts would exceed the registers
+#pragma unroll 1  // the loop over the parts, unrolled eight times, would not fit in the registers
   for (int r = 0; r < MapTiling::kRows; ++r) {
     if (!tile.has(r)) break;
     const Real* source = map.source_at(tile.sample, tile.value_row(r), tile.column + tile.thread_column);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(MapTiling::kThreads) map_gradients_kernel(MapG
   }
 }
 
-// The planned gradients of the maps.
+// The plan and the arrays of the gradients of the maps.
 template <typename Real>
 struct MapBackward {
   Geometry geometry;

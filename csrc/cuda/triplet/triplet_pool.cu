@@ -4,9 +4,9 @@
 // second pass over x finds the indices of the maxima (argmax.cuh). Backward: one apply pass (apply.cuh) writes dx from
 // the maps alone.
 //
-// Traffic, for N elements of s bytes. Forward: 2Ns read. The floor is Ns, but to find the indices in the reduce pass
-// would take more instructions than that pass has to spare (reduce.cu). For a typical layer, the second pass finds part
-// of x in L2. Backward: Ns written, the floor. Maps: see apply.cuh.
+// Traffic, for N elements of s bytes. Forward: 2Ns read. The floor is Ns, but the reduce pass has too few instructions
+// to spare to find the indices (reduce.cu). If x is not much larger than L2, the second pass finds a part of it there.
+// Backward: Ns written, the floor. Maps: see apply.cuh.
 //
 // Launch. As in reduce.cu and apply.cuh. The kernel over the maps has 128 threads per block and 8 values per thread.
 //
@@ -29,7 +29,7 @@ struct PoolMerge {
   BranchPointers<int32_t> index;
 };
 
-// Merges the parts, and initializes the indices, on which FindArgmax executes atomicMin.
+// Merges the parts. Also initializes the indices, because FindArgmax stores them by atomicMin.
 template <typename Real>
 __global__ void __launch_bounds__(MapTiling::kThreads) merge_kernel(PoolMerge<Real> params) {
   const MapTile<Real> tile(params.maps);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(MapTiling::kThreads) merge_kernel(PoolMerge<Re
   }
 }
 
-// An Apply (apply.cuh) that writes no element.
+// An Apply functor (apply.cuh) that writes no element: it finds the indices of the maxima.
 template <typename T>
 struct FindArgmax {
   using Element = T;
@@ -87,7 +87,8 @@ struct FindArgmax {
   }
 };
 
-// An Apply (apply.cuh) that reads no element: dx from the gradients of the pooled maps and the indices.
+// An Apply functor (apply.cuh) that reads no element: it computes dx from the indices and the gradients of the pooled
+// maps.
 template <typename T>
 struct PoolBackward {
   using Element = T;
@@ -132,7 +133,7 @@ struct PoolBackward {
   }
 };
 
-// A planned forward.
+// The plan and the arrays of a forward.
 template <typename Real>
 struct PoolForward {
   Geometry geometry;

@@ -1,4 +1,5 @@
-// Half-precision elements on the host, without torch or CUDA headers: 16 bits, and conversions from and to float32.
+// Half-precision elements on the host, without torch or CUDA headers. An element has 16 bits and is converted from and
+// to float32.
 #pragma once
 
 #include <cstdint>
@@ -54,11 +55,11 @@ struct Float16 {
     uint32_t half;
     if (magnitude > 0x7f800000u) {
       half = 0x7e00u;
-    } else if (magnitude >= 0x47800000u) {  // 65536 or more
+    } else if (magnitude >= 0x47800000u) {  // 65536 or more: infinity
       half = 0x7c00u;
     } else if (magnitude < 0x38800000u) {
-      // Below 2^-14 the result is subnormal. Adding 0.5 rounds it to a multiple of 2^-24, the smallest subnormal half,
-      // because 2^-24 is the unit in the last place of 0.5 in float32.
+      // Below 2^-14 the result is subnormal: a multiple of 2^-24, the smallest positive half. The unit in the last
+      // place of 0.5 in float32 is also 2^-24, so adding 0.5 rounds the magnitude to such a multiple.
       half = bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f);
     } else {
       half = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -67,7 +68,7 @@ struct Float16 {
   }
 };
 
-// The type in which arithmetic on elements is done, and the conversions to and from it.
+// Type is the type for arithmetic on elements. load() and store() convert from and to the element.
 template <typename Element>
 struct Arithmetic {
   using Type = float;

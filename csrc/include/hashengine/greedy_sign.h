@@ -1,5 +1,5 @@
-// greedy_sign: b = +1 if u >= 0, otherwise -1; penalty = alpha * mean(||u| - 1|^3). The gradients through both outputs
-// are computed in one pass.
+// greedy_sign: b = +1 if u >= 0, otherwise -1; penalty = alpha * mean(||u| - 1|^3). The backward computes the gradients
+// through both outputs in one pass.
 //   Su, Zhang, Han, Tian: "Greedy Hash", NeurIPS 2018; the cubic penalty is their equation 6 with p = 3.
 #pragma once
 
@@ -21,8 +21,8 @@ struct GreedySignForward {
   Dtype dtype;
 };
 
-// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, otherwise one float. If an output
-// was not used, its gradient (grad_b or grad_penalty) may be null, which counts as zero.
+// grad_b, u, grad_u: [numel], the same dtype. grad_penalty: one double for float64, otherwise one float. The gradient
+// of an unused output (grad_b or grad_penalty) may be null; it counts as zero.
 struct GreedySignBackward {
   const void* grad_b;
   const void* grad_penalty;

@@ -1,5 +1,5 @@
-// Hamming search over packed codes: d(q, x) = popcount(q ^ x). Results are ordered by (distance, position), where a
-// code's position is its row in `codes`.
+// Hamming search over packed codes: distance(q, x) = popcount(q ^ x). Results are ordered by (distance, position). The
+// position of a code is its row in `codes`.
 #pragma once
 
 #include <algorithm>
@@ -12,19 +12,19 @@
 
 namespace hashengine {
 
-// The length of the longest supported code. Distances between codes of this length are at most 65,536, which takes 17
-// bits. The 32-bit keys of the CPU search (KeyFormat in cpu/hamming/selector.h) then have 15 bits for the position.
+// The length of the longest supported code. Distances between such codes are at most 65,536, which takes 17 bits. A
+// 32-bit key of the CPU search (KeyFormat in cpu/hamming/selector.h) then has 15 bits for the position.
 constexpr int64_t kHammingMaxBytes = 8192;
 
 // The inputs of a search: the queries, the codes that are searched, and an optional filter. A code that the filter
-// excludes is not found.
+// excludes is never a result.
 struct HammingSearch {
   const uint8_t* queries;  // [query_count, code_bytes]
   const uint8_t* codes;    // [code_count, code_bytes]
   int64_t query_count;
   int64_t code_count;
   int64_t code_bytes;
-  const uint8_t* filter;  // bitmap over positions, least significant bit first; null: every code may be found
+  const uint8_t* filter;  // a bitmap over positions, least significant bit first; null: no code is excluded
   int64_t filter_stride;  // bytes from one query's bitmap to the next; 0: all queries share one bitmap
 
   // The number of possible distances, which are 0 to 8 * code_bytes.
@@ -59,9 +59,9 @@ struct HammingRangeResult {
 HammingRangeResult hamming_range_cpu(const HammingSearch& search, int64_t radius, int64_t max_results, SimdLevel level,
                                      const ThreadPool& pool);
 
-// Labels say which codes are relevant to which queries. They are rows of 64-bit words: queries [query_count, words] and
-// codes [code_count, words]. Without `any`, a code is relevant if its row equals the query's; with `any`, if the two
-// rows share a set bit.
+// Labels say which codes are relevant to which queries. Each query and each code has a row of 64-bit words: queries
+// [query_count, words], codes [code_count, words]. If `any` is false, a code is relevant if its row equals the query's.
+// If `any` is true, a code is relevant if the two rows share a set bit.
 struct HammingLabels {
   const uint64_t* queries;
   const uint64_t* codes;
@@ -70,8 +70,8 @@ struct HammingLabels {
 };
 
 // Counts the codes at each distance from each query. A code that the filter excludes is not counted. counts:
-// [query_count, distance_count()], the number of codes. relevant: the same for relevant codes only; not written if
-// `labels` is null.
+// [query_count, distance_count()], the number of codes. relevant: of the same shape, the number of relevant codes; not
+// written if `labels` is null.
 void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels, int64_t* counts, int64_t* relevant,
                        SimdLevel level, const ThreadPool& pool);
 

@@ -22,17 +22,17 @@ void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distan
 void launch_hamming_count(const HammingSearch& search, const HammingLabels* labels, int64_t* counts, int64_t* relevant,
                           cudaStream_t stream);
 
-// A ranking of the codes within a radius, nearest first. It takes two launches. Between them the caller can read the
-// totals and allocate the results. Both launches need the same workspace. The second launch overwrites what the first
-// one wrote to the workspace.
+// A ranking of the codes within a radius, nearest first. It takes two calls: launch_hamming_ranking_count, then
+// launch_hamming_ranking_place. Between them the caller can read the totals and allocate the results. Both calls need
+// the same workspace. The second call overwrites what the first one wrote to it.
 struct HammingRanking {
   HammingSearch search;
   int64_t radius;
   int64_t max_results;  // per query
 };
 
-// The number of queries to rank at a time, so that the workspace stays below about 256 MB. The result does not depend
-// on ranking.search.query_count.
+// The number of queries to rank at a time, so that the workspace stays below about 256 MB. Callers pass rankings of at
+// most so many queries to the functions below. The returned number does not depend on ranking.search.query_count.
 int64_t hamming_ranking_batch(const HammingRanking& ranking);
 int64_t hamming_ranking_workspace_bytes(const HammingRanking& ranking);
 

@@ -1,5 +1,5 @@
-// Huge pages have 2 MB instead of 4 KB: one page fault provides 512 times as much memory, and a few TLB entries cover a
-// large buffer.
+// Huge pages have 2 MB instead of 4 KB. One page fault then provides 512 times as much memory, and a few TLB entries
+// cover a large buffer.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,8 +10,8 @@ namespace hashengine {
 
 constexpr int64_t kHugePageBytes = 2 << 20;
 
-// Asks the system to back [memory, memory + bytes) with huge pages. This is a hint, which is best given before the
-// memory is first written: small pages that exist already are merged only later, in the background, or never.
+// Asks the system to back [memory, memory + bytes) with huge pages. This is a hint. It has the most effect before the
+// memory is first written: the system merges existing small pages only later, in the background, or never.
 inline void use_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto address = reinterpret_cast<uintptr_t>(memory);

@@ -1,6 +1,6 @@
 // pack_bits: packs eight activations into a byte, the first into the most significant bit. The bit of a floating-point
 // activation is 1 if the activation is >= 0; the bit of a bool is 1 if the bool is true. The length of a row is a
-// multiple of 8, so the rows of a contiguous tensor are packed as one array.
+// multiple of 8. The rows of a contiguous tensor can therefore be packed as one array.
 #pragma once
 
 #include "hashengine/parallel.h"

@@ -8,8 +8,8 @@
 namespace hashengine {
 
 struct ThreadPool {
-  // Calls body(context, begin, end) on disjoint ranges that cover [0, count). `grain` is a hint: a pool should not make
-  // ranges much smaller than `grain`, because they are not worth a thread.
+  // Calls body(context, begin, end) on disjoint ranges that cover [0, count). `grain` is a hint: a range much smaller
+  // than `grain` is not worth a thread.
   void (*run)(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
   int threads;
 };

@@ -41,8 +41,8 @@ struct SimamBackward {
 void simam_forward_cpu(const SimamForward& params, SimdLevel level, const ThreadPool& pool);
 void simam_backward_cpu(const SimamBackward& params, SimdLevel level, const ThreadPool& pool);
 
-// Bytes of scratch memory that the launchers need on the current device; 0 if a plane stays on chip. The memory may be
-// uninitialized.
+// Bytes of scratch memory that the launchers need on the current device; 0 if each plane stays on chip. The memory may
+// be uninitialized.
 int64_t simam_forward_workspace_bytes(const SimamShape& shape);
 int64_t simam_backward_workspace_bytes(const SimamShape& shape);
 void launch_simam_forward(const SimamForward& params, void* workspace, cudaStream_t stream);
@@ -51,10 +51,10 @@ void launch_simam_backward(const SimamBackward& params, void* workspace, cudaStr
 // The formulas of one plane, for host and device code. T is double for float64, otherwise float.
 //
 // With d = x - m, e = d^2 / (4 (v + lam)) + 1/2 and g = sigmoid(e), the gradient of a plane is
-//   dx = dy g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),
-//   s = dy x g (1 - g) d / (2 (v + lam)),   q = dy x g (1 - g) d^2.
-// The four terms are the gradients through x itself, through d, through m, and through v. (v has no gradient through m
-// because sum(d) = 0.)
+//   dx = dy * g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),
+//   s = dy * x * g * (1 - g) * d / (2 (v + lam)),   q = dy * x * g * (1 - g) * d^2.
+// The four terms of dx are the gradients through x itself, through d, through m, and through v. (There is no gradient
+// through v and then m, because sum(d) = 0.)
 template <typename T>
 struct SimamPlane {
   T mean;

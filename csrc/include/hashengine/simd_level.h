@@ -1,7 +1,7 @@
 // Which vector instructions a CPU kernel may use.
 //
 // A function that uses a level's instructions has the level's target attribute. No source file has compiler flags of
-// its own. So one build runs on every CPU of its architecture, and code that several levels share never contains
+// its own. Therefore one build runs on every CPU of its architecture: code that several levels share contains no
 // instructions that a CPU may lack.
 #pragma once
 
@@ -31,8 +31,8 @@ SimdLevel chosen_simd_level();
 #ifndef HE_TARGET_AVX2
 #define HE_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #endif
-// The tests define this as empty and replace the intrinsics with plain C++ functions, to run the AVX-512 kernels on any
-// CPU.
+// The tests define this macro as empty and replace the intrinsics with plain C++ functions. The AVX-512 kernels then
+// run on any CPU.
 #ifndef HE_TARGET_AVX512
 #define HE_TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx512vpopcntdq")))
 #endif

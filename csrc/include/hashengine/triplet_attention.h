@@ -1,10 +1,10 @@
 // triplet_attention: y = x * mean over the branches of sigmoid(BatchNorm(convolution(pool(x)))).
 //   Misra, Nalamada, Arasanipalai, Hou: "Rotate to Attend", WACV 2021 (equation 2).
 //
-// A branch pools one axis of x [N, C, H, W]; its map extends over the other two:
+// A branch pools one axis of x [N, C, H, W]. Its map extends over the other two of C, H and W:
 //   cw [N, C, W] pools H,   hc [N, H, C] pools W,   hw [N, H, W] pools C.
-// A "flat" array stores the maps of all branches one after another, in this order. Without hw there are two branches.
-// "Real" is the type of every map, parameter and statistic: double if x is float64, otherwise float.
+// A "flat" array stores the maps of all branches one after another, in this order. If there are two branches, they are
+// cw and hc. "Real" is the type of every map, parameter and statistic: double if x is float64, otherwise float.
 #pragma once
 
 #include "hashengine/parallel.h"
@@ -15,7 +15,7 @@ namespace hashengine {
 
 constexpr int kTripletBranches = 3;
 
-// The largest kernel_size on the GPU: a tile of a map and its border must fit into shared memory.
+// The largest kernel_size on the GPU: a tile of a map and its border must fit into shared memory (map_tiles.cuh).
 constexpr int kTripletLargestCudaKernel = 47;
 
 struct TripletShape {
@@ -28,7 +28,7 @@ struct TripletShape {
   FeatureLayout layout;
   Dtype dtype;
 
-  // The number of values in a branch's maps of all samples.
+  // The number of values in the maps of one branch, for all samples.
   int64_t map_numel(int branch) const {
     const int64_t sizes[] = {channels * width, height * channels, height * width};
     return samples * sizes[branch];

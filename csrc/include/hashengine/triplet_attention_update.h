@@ -13,7 +13,7 @@ struct TripletUpdate {
   void* running_mean[kTripletBranches];
   void* running_var[kTripletBranches];
   int64_t* num_batches_tracked[kTripletBranches];
-  double unbiased[kTripletBranches];  // count / (count - 1): makes a variance of `count` values unbiased
+  double unbiased[kTripletBranches];  // count / (count - 1): the factor from the biased to the unbiased variance
   int branches;
   double momentum;  // the weight of this batch; if negative, all batches have equal weights
   Dtype dtype;      // the type of Real: kFloat64 or kFloat32

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// The typedef of <cuda_runtime_api.h>, repeated so that a CPU build needs no CUDA header.
+// The typedef of <cuda_runtime_api.h>. It is repeated here so that a CPU build needs no CUDA header.
 typedef struct CUstream_st* cudaStream_t;
 
 #if defined(__CUDACC__)

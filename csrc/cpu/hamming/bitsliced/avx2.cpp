@@ -22,7 +22,7 @@ struct Level {
 };
 using Scan = BitslicedScan<Level>;
 
-constexpr int64_t kMinQueries = 144;  // measured; with fewer queries, the kernel of isa/avx2.cpp is faster
+constexpr int64_t kMinQueries = 144;  // with fewer queries, the kernel of isa/avx2.cpp was faster in a measurement
 
 HE_TARGET_AVX2 void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
   Scan::prepare_queries(queries, count, code_bytes, prepared);

@@ -15,7 +15,7 @@ struct Level {
 
   static HE_BITSLICED Vector full_add(Vector& sum, Vector b, Vector c) {
     const auto x = cast<__m512i>(sum), y = cast<__m512i>(b), z = cast<__m512i>(c);
-    sum = cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0x96));   // bits set in one or in all three
+    sum = cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0x96));   // bits set in exactly one or in all three
     return cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0xe8));  // bits set in at least two
   }
   static HE_BITSLICED bool has_zero(Vector v) {

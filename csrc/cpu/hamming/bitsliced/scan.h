@@ -2,26 +2,26 @@
 // queries.
 //
 // Idea. A code is read in fields of three, six or seven bits. Each field has a table, which is prepared once per block:
-// for each value of the field it holds the distances between this value and the same field of all queries. The
-// distances are stored in slices: slice w is a vector of bit w of every query's distance. Distances of 0 to 7 take
+// for each value of the field it holds the distance between this value and the same field of each query. The distances
+// are stored in slices: slice w is a vector that holds bit w of every query's distance. Distances of 0 to 7 take
 // three slices, distances of 0 to 3 take two. Full adders sum the slices of a code's fields. The sum of each query has
-// n slices and starts at 2^n minus the query's bound, so that the last carry marks the queries whose distance is not
-// below their bound. No population count is needed.
+// n slices and starts at 2^n minus the query's bound, so that the carry out of the last slice marks the queries whose
+// distance is not below their bound. No population count is needed.
 //
 // Cost. A field of seven bits takes three loads and about three full adders. A full adder takes 5 instructions with
 // AVX2, 2 with AVX-512, and 3 with NEON. A code of 64 bits takes 28 loads and 27 full adders: with AVX2, 28 + 27 * 5 =
 // 163 instructions for 256 distances. Codes need no prepared layout.
 //
 // Limits. The speed is limited by the arithmetic and by transfers from the second-level to the first-level cache, which
-// take two cycles per cache line. With AVX2, a table entry of three slices spans two cache lines, and an entry of two
-// slices fits in one; the table of a 7-bit field has 12 KB, and the tables of a word have 108 KB. Codes of more than
-// two words have narrower fields, so that all their tables, 53 to 340 KB, stay in the second-level cache.
+// are assumed to take two cycles per cache line. With AVX2, a table entry of three slices spans two cache lines, and an
+// entry of two slices fits in one; the table of a 7-bit field has 12 KB, and the tables of a word have 108 KB. Codes of
+// more than two words have narrower fields, so that all their tables, 53 to 340 KB, stay in the second-level cache.
 #pragma once
 
 #include "cpu/hamming/kernel.h"
 
-// Before including this, define HE_BITSLICED_TARGET as the level's target attribute: intrinsics are inlined only into
-// functions that have it.
+// Before including this file, define HE_BITSLICED_TARGET as the level's target attribute: intrinsics are inlined only
+// into functions that have it.
 #define HE_BITSLICED HE_BITSLICED_TARGET HE_INLINE
 
 namespace hashengine {
@@ -30,7 +30,7 @@ constexpr int64_t kMaxBitslicedWords = 32;  // 64-bit words; the tables of longe
 constexpr int kMaxWeights = 12;             // for distances of up to 2048
 constexpr int64_t kMaxHitCodes = 512;       // codes that are collected before they are pushed; a multiple of 64
 static_assert(kMaxHitCodes <= Selector::kMaxPush, "all collected codes may be hits of one query");
-constexpr int64_t kMaxStepCodes = 128;  // codes that are scanned between two checks of how many were collected
+constexpr int64_t kMaxStepCodes = 128;  // codes that are scanned between two checks of the number of collected codes
 
 // How a 64-bit word of a code is divided into fields of kBits bits. The last, shorter field takes the remaining bits.
 template <int kBits>
@@ -43,8 +43,8 @@ struct WordFields {
   static constexpr int64_t kVectors = kEntries * kSlices;
 };
 
-// A counter per query, in kWeights slices: slice w has weight 2^w. A full adder takes two addends of a weight, so an
-// addend is kept pending until a second one of its weight arrives.
+// A counter per query, in kWeights slices: slice w has weight 2^w. A full adder adds two addends of equal
+// weight to a slice, so an addend is kept pending until a second addend of its weight arrives.
 template <typename Level, int kWeights>
 struct BitslicedCounter {
   using Vector = typename Level::Vector;
@@ -103,6 +103,7 @@ class BitslicedScan {
 
   // Tiles are large, because the bounds are converted to slices again for each tile.
   static int64_t tile_codes(int64_t code_bytes) { return std::max<int64_t>((128 << 10) / code_bytes, 1024); }
+  // The size of a block's tables divided by the number of its queries, rounded up.
   static int64_t query_bytes(int64_t code_bytes) {
     const int64_t words = words_of(code_bytes), bits = field_bits(words);
     const int64_t vectors = bits == 7   ? WordFields<7>::kVectors
@@ -155,7 +156,8 @@ class BitslicedScan {
 
   static int64_t field_bits(int64_t words) { return words <= 2 ? 7 : words <= 4 ? 6 : 3; }
 
-  // Transposes 64 rows of 64 bits in place. If Row is a vector, each of its 64-bit words is transposed separately.
+  // Transposes 64 rows of 64 bits in place. If Row is a vector of 64-bit words, the words at each index form a matrix
+  // of their own.
   template <typename Row>
   static HE_BITSLICED void transpose_bits(Row* rows) {
     uint64_t mask = 0x00000000ffffffff;
@@ -167,7 +169,7 @@ class BitslicedScan {
       }
   }
 
-  // The position of the lowest bit; 63 if there is none.
+  // The position of the lowest set bit; 63 if no bit is set.
   static HE_BITSLICED int lowest_bit(uint64_t bits) { return __builtin_ctzll(bits | uint64_t(1) << 63); }
 
   // Writes the tables of all fields of a word and returns their end.
@@ -190,25 +192,26 @@ class BitslicedScan {
     return table;
   }
 
-  // A code has kChunks times kWords words, or any number of single words if kChunks is 0. kFields: the number of fields
-  // to read of each word; 5 is for codes of 4 bytes only. kWeights: the slices of a counter, enough for every distance.
-  template <typename Word, int kChunks, int kWords, int kWeights, int kFields = Word::kFields>
+  // A code is summed in kRounds rounds of kWords words each. If kRounds is 0, the number of words is not a constant.
+  // kWeights: the number of slices of a counter, enough for every distance. kFields: the number of fields that are read
+  // of each word; it is 5 for codes of 4 bytes only.
+  template <typename Word, int kRounds, int kWords, int kWeights, int kFields = Word::kFields>
   HE_BITSLICED void scan() {
-    constexpr int64_t kBytes = kFields == 5 ? 4 : 8 * kChunks * kWords;
+    constexpr int64_t kBytes = kFields == 5 ? 4 : 8 * kRounds * kWords;
     for (int64_t q = 0; q < kQueries; ++q) set_bound<kWeights>(q, q < queries_.count ? selectors_[q].bound() : 0);
     for (int64_t first = 0; first < tile_.count;) {
       // Bounds fall fast at first, so the first steps are short.
       const int64_t seen = tile_.position_of(first);
       const int64_t count = std::min(std::clamp<int64_t>(seen / 4, 16, kMaxStepCodes), tile_.count - first);
-      collect_hits<Word, kChunks, kWords, kWeights, kFields>(first, count);
+      collect_hits<Word, kRounds, kWords, kWeights, kFields>(first, count);
       first += count;
       if (hit_count_ > kMaxHitCodes - kMaxStepCodes || count < kMaxStepCodes || first == tile_.count)
         push_hits<kWeights, kBytes>();
     }
   }
 
-  // Sets the initial value of the query's counter, so that the counter reaches 2^kWeights if the distance reaches the
-  // bound.
+  // Sets the initial value of the query's counter to 2^kWeights - bound, so that the counter overflows if the distance
+  // is not below the bound.
   template <int kWeights>
   HE_BITSLICED void set_bound(int64_t query, uint32_t bound) {
     bounds_[query] = bound;
@@ -221,19 +224,19 @@ class BitslicedScan {
 
   // Appends to hit_codes_ the codes whose distance is below the bound of at least one query. For each of these
   // codes, appends to misses_ a vector in which a query's bit is 1 if the distance is not below the query's bound.
-  template <typename Word, int kChunks, int kWords, int kWeights, int kFields>
+  template <typename Word, int kRounds, int kWords, int kWeights, int kFields>
   HE_BITSLICED void collect_hits(int64_t first, int64_t count) {
     const uint8_t* codes = tile_.codes + first * tile_.code_bytes;
-    const int64_t chunks = kChunks ? kChunks : words_of(tile_.code_bytes);
+    const int64_t rounds = kRounds ? kRounds : words_of(tile_.code_bytes);
     for (int64_t code = first; code < first + count; ++code, codes += tile_.code_bytes) {
       BitslicedCounter<Level, kWeights> counter(starts_);
       const Vector* table = tables_;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int64_t round = 0; round < rounds; ++round) {
         counter.begin();
 #pragma GCC unroll 4
         for (int w = 0; w < kWords; ++w) {
-          const int64_t byte = 8 * (kWords * chunk + w);
-          const int64_t width = kFields == 5 ? 4 : kChunks ? 8 : std::min<int64_t>(8, tile_.code_bytes - byte);
+          const int64_t byte = 8 * (kWords * round + w);
+          const int64_t width = kFields == 5 ? 4 : kRounds ? 8 : std::min<int64_t>(8, tile_.code_bytes - byte);
           const uint64_t word = load_code_word(codes + byte, width);
           table = add_word<Word, kFields>(table, word, counter);
         }
@@ -276,8 +279,8 @@ class BitslicedScan {
     return reinterpret_cast<const Vector*>(reinterpret_cast<const uint8_t*>(table) + offset);
   }
 
-  // Pushes the collected codes, query by query. misses_ has a row per code and a column per query. Transposing groups
-  // of 64 rows turns each column into 64-bit words.
+  // Pushes the collected codes to the selectors, query by query. misses_ has a row per code and a column per query.
+  // Transposing groups of 64 rows turns each column into 64-bit words.
   template <int kWeights, int64_t kBytes>
   HE_BITSLICED void push_hits() {
     const int64_t groups = (hit_count_ + 63) / 64;
@@ -301,7 +304,8 @@ class BitslicedScan {
     uint32_t hits[kMaxHitCodes + 1], distances[kMaxHitCodes], positions[kMaxHitCodes];
     int64_t count = 0;
     for (int64_t group = 0; group < groups; ++group) {
-      // Most words have at most two hits. These are taken without a loop, whose end would be mispredicted.
+      // Most words have at most two hits. Two hits are taken without a loop, because the end of a loop would be
+      // mispredicted.
       uint64_t remaining = ~misses_[64 * group + query % 64][query / 64];
       const uint32_t* const codes = hit_codes_ + 64 * group;
 #pragma GCC unroll 2

@@ -1,16 +1,17 @@
-// Hamming search with AVX2, which has no vector population count: tables of distances, looked up by nibble, replace it.
+// Hamming search with AVX2, which has no vector population count. Tables replace it: they give the distance between two
+// nibbles.
 //
 // Layout. A tile consists of groups of 32 codes, and a group consists of planes. Plane j holds nibble j of every code,
 // one byte per code. For a query, vpshufb looks up the 32 distances of a plane in the table of the query's nibble j.
 //
 // Cost. A distance of 0 to 4 fits in half a byte, so one table serves two queries. The values of three planes are
-// summed before the two halves are separated. Comparing 12 bits of 32 codes with two queries takes 10 instructions, so
-// a distance takes bits / 77 instructions.
+// summed before the two halves are separated. Comparing 12 bits of 32 codes with two queries takes 10 instructions.
+// A distance between codes of b bits therefore takes b / 77 instructions.
 //
 // Long codes. Sums are bytes, so one comparison tests 32 of them against the bound. A byte can hold the sum of 63
-// planes. Longer codes are summed in blocks of at most 63 planes, in bytes that saturate; before each block but the
-// first, an equal share of the bound is subtracted. A code is a possible hit if its final sum is below what remains of
-// the bound, or if a subtraction went below zero. Its exact distance decides.
+// planes. Longer codes are summed in blocks of at most 63 planes, in bytes that saturate. Before each block but the
+// first, an equal share of the bound is subtracted from the sum. A code is a hit if its final sum is below the rest of
+// the bound, or if a subtraction went below zero. The exact distance then decides whether the hit becomes a candidate.
 
 #include "cpu/hamming/kernel.h"
 
@@ -21,10 +22,10 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kGroup = 32;  // codes per vector of bytes
-constexpr int64_t kGroups = 4;  // groups that share each load of a table
-constexpr int64_t kBatch = kGroup * kGroups;
-constexpr int64_t kMaxBlockPlanes = 63;  // a byte can sum their distances: 63 * 4 < 256
+constexpr int64_t kGroup = 32;                // codes per vector of bytes
+constexpr int64_t kGroups = 4;                // groups that share each load of a table
+constexpr int64_t kBatch = kGroup * kGroups;  // codes that are scanned together
+constexpr int64_t kMaxBlockPlanes = 63;       // a byte can sum their distances: 63 * 4 < 256
 // Blocks are multiples of three planes, so a block may have almost three planes more than the average.
 constexpr int64_t kMeanBlockPlanes = kMaxBlockPlanes - 3;
 static_assert(kBatch == kDistancesMultiple);
@@ -59,15 +60,16 @@ HE_INLINE long long load_word(const uint8_t* bytes) {
   return word;
 }
 
-// Reads eight bytes of each of 32 codes, the first at `source`, and transposes them: bytes[j] holds byte j of every
-// code, in order.
+// Reads eight bytes of each of 32 codes, those of code i at source + i * stride, and transposes them: bytes[j] holds
+// byte j of every code, in order.
 HE_TARGET_AVX2 HE_INLINE void transpose_words(const uint8_t* source, int64_t stride, Vector bytes[8]) {
   Vector x[8];
 #pragma GCC unroll 8
   for (int r = 0; r < 8; ++r)
     x[r] = _mm256_set_epi64x(load_word(source + (r + 24) * stride), load_word(source + (r + 16) * stride),
                              load_word(source + (r + 8) * stride), load_word(source + r * stride));
-  // Each step interleaves neighbours: the bytes of two codes, of four, of eight, then of the two halves of a lane.
+  // The steps interleave the bytes of two codes, then of four, then of eight. The last step appends the next eight
+  // codes.
   Vector pairs[8], quads[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -162,7 +164,8 @@ HE_TARGET_AVX2 HE_INLINE Sums sum_block(const Vector* planes, int64_t group_plan
 }
 
 // A bound divided between the blocks of planes: `share` is subtracted before each block but the first, and the final
-// sum is compared with `rest`. rest + share * (blocks - 1) is the bound, or a little more to make the shares equal.
+// sum is compared with `rest`. rest + share * (blocks - 1) is the bound. Exception: if a single block has a bound above
+// 255, `rest` is 255, which is above every sum.
 struct ByteBound {
   Vector rest;
   Vector share;
@@ -184,8 +187,9 @@ HE_TARGET_AVX2 HE_INLINE bool is_zero(const Vector (&hits)[kGroups]) {
   return _mm256_testz_si256(any, any);
 }
 
-// Pushes the codes of a batch whose byte of `hits` is not zero. `sums` are the distances if a code is a single block,
-// otherwise null. This is the rare path; it is not inlined, so that it takes no registers from the loop.
+// Pushes each code of a batch whose byte in `hits` is not zero. `sums` contains the distances if a code is a single
+// block of planes; otherwise it is null. This path is rare. It is not inlined, so that it takes no registers from the
+// loop.
 HE_TARGET_AVX2 __attribute__((noinline)) void push_hits(const Vector (&hits)[kGroups], const Vector* sums,
                                                         const HammingTile& tile, int64_t first_code,
                                                         const uint8_t* query, Selector& selector) {
@@ -205,8 +209,8 @@ HE_TARGET_AVX2 __attribute__((noinline)) void push_hits(const Vector (&hits)[kGr
   }
 }
 
-// Scans the whole tile for the kQueries queries of a pair. kPlanes: the number of planes as a constant, if they are one
-// block; 0: any number.
+// Scans the whole tile for a pair of queries (kQueries = 2) or for a last query without a partner (1). kPlanes: the
+// number of planes as a constant, if they are one block; 0: any number.
 template <int kQueries, int kPlanes>
 HE_TARGET_AVX2 void scan_pair(const HammingTile& tile, const uint8_t* tables, const uint8_t* queries,
                               Selector* selectors) {

@@ -46,7 +46,7 @@ void prepare_tile(const uint8_t* codes, int64_t count, int64_t code_bytes, uint8
   }
 }
 
-// Pushes the codes of a group. This is the rare path; it is not inlined, so that it takes no registers from the loop.
+// Pushes the codes of a group. This path is rare. It is not inlined, so that it takes no registers from the loop.
 __attribute__((noinline)) void push_group(const int64_t distances[kGroup], const HammingTile& tile, int64_t first_code,
                                           Selector& selector) {
   const int64_t present = std::min(kGroup, tile.count - first_code);
@@ -76,7 +76,7 @@ HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* queri
         sums[q] = _mm512_add_epi64(sums[q], _mm512_popcnt_epi64(difference));
       }
     }
-    // A distance below the bound makes the difference negative. One test of the sign bits serves all queries.
+    // distance - bound is negative if the distance is below the bound. One test of the sign bits serves all queries.
     __m512i any = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) any = _mm512_or_si512(any, _mm512_sub_epi64(sums[q], bounds[q]));

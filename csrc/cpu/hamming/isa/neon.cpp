@@ -1,15 +1,15 @@
 // Hamming search with NEON, which counts the bits of every byte: xor, cnt and add, 3 instructions per 16 bytes.
 //
 // Idea. The bit counts of a code's bytes must be summed across a vector. One addp instruction adds the neighbours in
-// two vectors, and 15 of them turn 16 vectors of counts into one vector of 16 sums. A layout with the same byte of 16
-// codes in each vector would need as many additions. So codes are read code by code, in their stored form (some lengths
-// are padded), a query's bytes need not be broadcast, and a single query needs no kernel of its own. Four queries share
-// each load of four vectors of codes, and the 16 vectors of counts stay in registers.
+// two vectors, and 15 addp instructions turn 16 vectors of counts into one vector of 16 sums. A layout with the same
+// byte of 16 codes in each vector would need as many additions. Therefore codes are read one by one, in their stored
+// form (some lengths are padded). A query's bytes then need not be broadcast, and a single query needs no kernel of its
+// own. Four queries share each load of four vectors of codes, and the 16 vectors of counts stay in registers.
 //
 // Widths. The distance of codes of up to 128 bits fits in a byte, so that one comparison tests 16 distances. For longer
 // codes, neighbours are summed in bytes as long as the sums fit, then in 16 bits. A byte can hold the sum of the counts
-// of 31 vectors. Codes of more than 31 vectors are summed in blocks of 31 vectors, and each block is added to the
-// 16-bit sums, which takes 1 instruction in 93. (Dividing the bound between blocks, as isa/avx2.cpp does, would take 3
+// of 31 vectors. Codes of more than 31 vectors are summed in blocks of 31 vectors. Adding a block to the 16-bit
+// sums takes 1 instruction in 93. (Dividing the bound between blocks, as isa/avx2.cpp does, would take 3
 // instructions and an exact check of each hit.)
 //
 // Cost in instructions per 16 distances, with loads, test and loop, as compiled by GCC 12: 16 at 32 bits, 31 at 64, 60
@@ -35,12 +35,12 @@ constexpr int64_t kBlockBytes = 31 * kVectorBytes;  // a byte can sum the counts
 using Bytes = uint8x16_t;
 using Shorts = uint16x8_t;
 
-// The bytes of a row, which holds one code: 4, 8 or whole vectors. Codes of other lengths are padded with zeros.
+// The bytes of a row. A row holds one code in 4 bytes, 8 bytes or whole vectors; shorter codes are padded with zeros.
 int64_t row_bytes(int64_t code_bytes) {
   return code_bytes <= 4 ? 4 : code_bytes <= 8 ? 8 : round_up(code_bytes, kVectorBytes);
 }
 
-// The number of codes in the largest group, which is the group of a single query.
+// The number of codes in the largest group (see Group): the group for a single query.
 int64_t max_group_codes(int64_t row) { return kSums * std::max<int64_t>(kVectorBytes / row, 1); }
 
 int64_t tile_codes(int64_t code_bytes) {
@@ -94,7 +94,7 @@ HE_INLINE void fold(Vector* vectors, int count) {
   }
 }
 
-// How many times the neighbours of a row can be added in bytes: until each sum is a distance, or until the next
+// How many times neighbouring sums of a row can be added in bytes: until each sum is a distance, or until the next
 // addition could overflow.
 constexpr int byte_levels(int64_t row) {
   const int64_t most = 8 * std::max<int64_t>(row / kVectorBytes, 1);  // the largest count before the first addition
@@ -118,13 +118,14 @@ struct Group {
   static constexpr int kByteLevels = byte_levels(kRow);
 
   const uint8_t* prepared_queries;
-  int64_t stride;  // bytes from one vector of codes to the next, and from one query to the next
+  int64_t stride;  // bytes from one code (or vector of short codes) to the next, and from one query to the next
 
   Group(const QueryBlock& queries, int64_t first_query, int64_t code_bytes)
       : prepared_queries(queries.prepared + first_query * query_bytes(code_bytes)),
         stride(kRow ? std::max<int64_t>(kRow, kVectorBytes) : row_bytes(code_bytes)) {}
 
-  // The number of differing bits of each byte of a vector, summed over bytes [begin, end) of the rows.
+  // Counts the differing bits in each byte of a vector. Sums the counts over the vectors in bytes [begin, end) of a
+  // row.
   HE_INLINE void count_block(const uint8_t* rows, int64_t begin, int64_t end, Bytes (&sums)[kSums]) const {
 #pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i) sums[i] = vdupq_n_u8(0);
@@ -175,8 +176,7 @@ struct Group {
     for (int i = 0; i < kResults; ++i) store(to + i * kDistances / kResults, distances[i]);
   }
 
-  // Pushes all codes of the group. This is the rare path; it is not inlined, so that it takes no registers from the
-  // loop.
+  // Pushes all codes of the group. This path is rare. It is not inlined, so that it takes no registers from the loop.
   static __attribute__((noinline)) void push(const Distance* distances, const HammingTile& tile, int64_t first_code,
                                              Selector* selectors) {
     for (int64_t i = 0; i < kDistances; ++i)

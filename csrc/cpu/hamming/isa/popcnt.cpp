@@ -1,7 +1,7 @@
 // Hamming search for a few queries, or for very long codes, on x86 with AVX2 but without AVX-512.
 //
-// Preparing a tile for isa/avx2.cpp costs as much as scanning it for several queries. So codes here are read in their
-// stored form, and bits are counted by the scalar popcnt instruction, which every CPU with AVX2 has. For codes of 64
+// Preparing a tile for isa/avx2.cpp costs as much as scanning it for several queries. Therefore this kernel reads codes
+// in their stored form and counts bits by the scalar popcnt instruction, which every CPU with AVX2 has. For codes of 64
 // bits a table lookup per nibble is faster than popcnt: four codes in 11 instructions.
 
 #include "cpu/hamming/kernel.h"
@@ -14,13 +14,14 @@ namespace hashengine {
 namespace {
 
 constexpr int64_t kGroupCodes = 8;  // codes that share one test against the bound
-// How far ahead codes are prefetched. The processor's own prefetching stops at the end of a page; this does not.
+// How far ahead codes are prefetched. The processor's own prefetching stops at the end of a page; prefetch_ahead does
+// not.
 constexpr int64_t kPrefetchBytes = 8192;
 
 int64_t tile_codes(int64_t code_bytes) { return std::max(kTileBytes / code_bytes, kGroupCodes); }
 
-// Prefetches the cache lines of `bytes` bytes that lie kPrefetchBytes ahead. The search of a single query is limited by
-// memory bandwidth.
+// Prefetches the cache lines of `bytes` bytes that lie kPrefetchBytes ahead. This matters because the search for a
+// single query is limited by memory bandwidth.
 HE_INLINE void prefetch_ahead(const uint8_t* codes, int64_t bytes) {
   // The address may be beyond the codes: a prefetch of an invalid address has no effect.
   const uintptr_t ahead = reinterpret_cast<uintptr_t>(codes) + kPrefetchBytes;

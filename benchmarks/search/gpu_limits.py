@@ -1,17 +1,18 @@
-"""Bounds of the rate of a GPU search, in distances per second.
+"""Limits on the rate of a GPU search, in distances per second.
 
-Each bound follows from a rate of the hardware, and limits only searches that depend on this rate: a search by matrix
-products can exceed `popcount`, and one whose codes stay in the L2 cache can exceed `memory`. Except for `memory`, the
-rate is per clock and multiprocessor:
+Each limit follows from the rate of a part of the hardware, and holds only for searches that use this part. A search by
+matrix products can exceed `popcount`. A search whose codes stay in the L2 cache can exceed `memory`. The first three
+rates are per clock and multiprocessor:
 
 - `popcount`: 16 POPC instructions, each of which counts 32 bits of a distance (CUDA C++ Programming Guide, "Throughput
   of Native Arithmetic Instructions").
-- `tensor`: 128 products of 256 bits, which means that the 1-bit `wgmma` m64n256k256 takes 128 clocks. This is eight
-  times the int8 rate; the data sheet of the A100 states the same ratio for that GPU. On an H200 it gives 15.2 POPS; a
-  published kernel (JoeyBF/sseq) reaches 9.6. Only compute capability 9.0 has the instruction. It multiplies with AND,
-  so a distance needs the products of a code and of its complement, and the inner dimension is twice the number of bits.
-- `alu`: 105 distances. 64 lanes execute the LOP3 instructions that test products for hits, about 0.6 for each product
-  (counted in the compiled code that tests a tile of 64 x 256 products).
+- `tensor`: 128 products of 256 bits, which means that the 1-bit `wgmma` m64n256k256 takes 128 clocks. This rate is an
+  assumption: eight times the int8 rate, as on the data sheet of the A100. On an H200 it gives 15.2 POPS; the authors of
+  the kernel in JoeyBF/sseq report 9.6 POPS on an H200 NVL. Only compute capability 9.0 has the instruction. It
+  multiplies with AND. A distance therefore needs the products of a code and of its complement, and the inner dimension
+  is twice the number of bits.
+- `alu`: 105 distances. Products are tested for hits with LOP3 instructions, about 0.6 per product (counted in the
+  compiled code that tests a tile of 64 x 256 products). A multiprocessor executes 64 LOP3 instructions per clock.
 - `memory`: codes and queries are read once and answers are written once, at the rate of a copy in the same run.
 """
 
@@ -34,12 +35,12 @@ _COPIES = 9
 
 
 class Gpu(NamedTuple):
-    """The properties of a GPU from which its bounds follow.
+    """The properties of a GPU from which the limits follow.
 
     Attributes:
-        multiprocessors: their number.
-        clock: their clock rate in Hz.
-        clock_is: "held" if `clock` was measured under load, "maximum" if it is the highest rate that the GPU can have.
+        multiprocessors: the number of multiprocessors.
+        clock: the clock rate in Hz.
+        clock_is: "held" if `clock` was measured under load, "maximum" if it is the highest clock rate of the GPU.
         memory: bytes per second that a copy reads and writes.
         tensor: whether there is a native 1-bit matrix product.
     """
@@ -52,7 +53,7 @@ class Gpu(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The least work of a search; `share` is the part of the codes that the filter lets through."""
+    """The least work of a search; `share` is the part of the codes that the filter selects."""
 
     queries: int
     codes: int
@@ -61,8 +62,8 @@ class Work(NamedTuple):
     share: float = 1.0
 
 
-def bounds(gpu: Gpu, work: Work) -> dict[str, float]:
-    """The bounds by name, in distances per second; distances to codes that the filter excludes count as computed."""
+def rate_limits(gpu: Gpu, work: Work) -> dict[str, float]:
+    """The limits by name, in distances per second. Distances to codes that the filter excludes count as computed."""
     per_clock = {"popcount": _POPCOUNTS_PER_CLOCK / math.ceil(work.bits / _BITS_PER_POPCOUNT)}
     if gpu.tensor:
         per_clock["tensor"] = _PRODUCTS_PER_CLOCK / math.ceil(2 * work.bits / _BITS_PER_PRODUCT)
@@ -72,10 +73,10 @@ def bounds(gpu: Gpu, work: Work) -> dict[str, float]:
     return found | {"memory": work.codes * work.queries * gpu.memory / (read_bytes + work.answer_bytes)}
 
 
-def tightest(found: dict[str, float]) -> str:
-    """The name of the bound that limits the search; a 1-bit matrix product makes `popcount` irrelevant."""
-    names = [name for name in found if name != "popcount" or "tensor" not in found]
-    return min(names, key=found.__getitem__)
+def lowest(limits: dict[str, float]) -> str:
+    """The name of the lowest limit. `popcount` does not count if the GPU has a 1-bit matrix product."""
+    names = [name for name in limits if name != "popcount" or "tensor" not in limits]
+    return min(names, key=limits.__getitem__)
 
 
 def describe(device: torch.device, clock: Clock) -> Gpu | None:
@@ -98,16 +99,16 @@ def copy_rate(device: torch.device, clock: Clock, size: int = _COPY_BYTES) -> fl
 
 def under_load(gpu: Gpu, device: torch.device, call: Callable[[], Any]) -> Gpu:
     """`gpu` with the clock rate that it holds while `call` runs repeatedly, if the driver reports that rate."""
-    question = _ask(device, "clocks.sm")
-    while not question.is_answered():
+    request = _ask(device, "clocks.sm")
+    while not request.is_answered():
         call()
         torch.cuda.synchronize(device)
-    held = question.hertz()
-    return gpu._replace(clock=held, clock_is="held") if held else gpu
+    clock_rate = request.hertz()
+    return gpu._replace(clock=clock_rate, clock_is="held") if clock_rate else gpu
 
 
-class _Question:
-    """A query of nvidia-smi that runs while the device works."""
+class _Request:
+    """A call of nvidia-smi that runs while the device works."""
 
     def __init__(self, command: list[str]):
         self._process = None
@@ -128,6 +129,6 @@ class _Question:
             return None
 
 
-def _ask(device: torch.device, field: str) -> _Question:
+def _ask(device: torch.device, field: str) -> _Request:
     options = [f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id={device.index or 0}"]
-    return _Question(["nvidia-smi", *options])
+    return _Request(["nvidia-smi", *options])

@@ -1,4 +1,4 @@
-"""Measured rates to compare a CPU search with: a bare distance loop over cached codes, and a plain read of memory.
+"""Measured rates to compare a CPU search with: of a bare distance loop over cached codes, and of a read of memory.
 
 The bare loop counts the bits of each code separately. A search that counts bits in another way can exceed its rate.
 
@@ -24,24 +24,24 @@ SOURCE = Path(__file__).with_name("bare_loop.cpp")
 BUILD = Path("build/bare-loop")
 
 _QUERIES = 8
-_COMPILED_WORDS = (1, 2, 4, 8, 16)  # code lengths in 64-bit words for which bare_loop.cpp has a loop
+_COMPILED_WORDS = (1, 2, 4, 8, 16)  # the code lengths, in 64-bit words, for which bare_loop.cpp has a loop
 _CODES_BYTES = 1 << 14  # half of a small first-level cache
 _WORDS_PER_CALL = 1 << 27  # pairs of 64-bit words that each thread compares
 _MIN_READ_BYTES = 1 << 28  # bytes that a call reads at least
 
 
-class Bound(NamedTuple):
-    """A call to time, and the work that it does: pairs of a query and a code, or bytes."""
+class Reference(NamedTuple):
+    """A call to time, and the work that it does: the number of (query, code) pairs, or of bytes."""
 
     call: Callable[[], object]
     amount: int
 
 
-def bare_loop(bits: int, threads: int) -> Bound | None:
+def bare_loop(bits: int, threads: int) -> Reference | None:
     """A loop that compares eight queries at a time with codes in the first-level cache: XOR, popcount, add, compare.
 
-    None if there is no working C++ compiler, or if codes have more than 1024 bits. Other code lengths for which there
-    is no loop are rounded up to the next length that has one.
+    None if there is no working C++ compiler, or if codes have more than 1024 bits. A shorter length for which there is
+    no loop is rounded up to the next length that has one.
     """
     library = load_library()
     words = next((words for words in _COMPILED_WORDS if 64 * words >= bits), None)
@@ -54,13 +54,13 @@ def bare_loop(bits: int, threads: int) -> Bound | None:
     passes = max(1, _WORDS_PER_CALL // (count * words * _QUERIES))
 
     def call() -> int:
-        bound = 8 * words  # an eighth of the bits: no random code is that near
+        bound = 8 * words  # an eighth of the bits: none of these random codes is that near
         return library.bare_loop(codes.ctypes.data, count, words, queries.ctypes.data, bound, passes, threads)
 
-    return Bound(call, threads * passes * count * _QUERIES)
+    return Reference(call, threads * passes * count * _QUERIES)
 
 
-def read_memory(buffer: np.ndarray, threads: int) -> Bound | None:
+def read_memory(buffer: np.ndarray, threads: int) -> Reference | None:
     """Read the buffer, one part per thread, in enough passes that the time to start the threads is negligible.
 
     None if there is no working C++ compiler.
@@ -70,7 +70,7 @@ def read_memory(buffer: np.ndarray, threads: int) -> Bound | None:
         return None
     passes = max(1, -(-_MIN_READ_BYTES // buffer.nbytes))
     words = buffer.nbytes // 8
-    return Bound(lambda: library.read_memory(buffer.ctypes.data, words, passes, threads), passes * 8 * words)
+    return Reference(lambda: library.read_memory(buffer.ctypes.data, words, passes, threads), passes * 8 * words)
 
 
 def simd_level() -> str:
@@ -81,7 +81,7 @@ def simd_level() -> str:
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """Load the library made from bare_loop.cpp, and make it first if it is missing; None without a working compiler."""
+    """Load the library compiled from bare_loop.cpp; compile it first if necessary. None without a working compiler."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         return None
