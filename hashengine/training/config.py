@@ -150,7 +150,7 @@ class FitConfig(Config):
 
 
 def _collect_others(config: type[Config], values: Any, into: str) -> Any:
-    """Move the entries of `values` that are not fields of `config` into the dict that is the value of the field `into`."""
+    """Move the entries of `values` that are not fields of `config` into the dict that is the value of field `into`."""
     if not isinstance(values, dict):  # pydantic reports it
         return values
     fields = {name: value for name, value in values.items() if name in config.model_fields}

@@ -26,8 +26,8 @@ def sweep(config: SweepConfig) -> RunTable:
     """Train one run for each combination of `config.grid` into a folder of its own, and write the table of results.
 
     Complete runs are kept; therefore an interrupted sweep continues after the last complete run. If `config.queries` is
-    given, each run that has not been evaluated with these queries is evaluated as by `evaluate`. After each run, the table is written to table.md and table.json in
-    `config.output`.
+    given, each run that has not been evaluated with these queries is evaluated as by `evaluate`. After each run, the
+    table is written to table.md and table.json in `config.output`.
 
     Raises:
         InputError: an option of a run is invalid or two runs would share a folder, which is found before the first run
