@@ -15,6 +15,7 @@ from tests.helpers.triplet_cases import (
     DTYPES,
     H200_MULTIPROCESSORS,
     LAYOUTS,
+    TILED_SHAPES,
     HugeInput,
     Launchers,
     check_runs,
@@ -64,21 +65,7 @@ def test_every_dtype(emulation, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (3, 1, 1, 1),  # one element per sample
-        (2, 13, 5, 11),  # no size is a multiple of a vector
-        # The remaining comments describe the contiguous layout.
-        # small slices, processed several at a time; the map over C is computed in several parts
-        (1, 40, 7, 7),
-        # each row is too long for one tile, so the map over W is computed in parts; elements are loaded as vectors
-        (1, 3, 4, 264),
-        # a slice is too large for one block, so the map over H is computed in parts; elements are loaded one by one
-        (1, 2, 57, 59),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", TILED_SHAPES, ids=str)
 def test_shapes(emulation, shape, layout):
     check(emulation, normal(0, *shape).float(), layout)
 

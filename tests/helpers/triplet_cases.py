@@ -14,6 +14,19 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # in the
 LAYOUTS = ("contiguous", "channels_last")
 H200_MULTIPROCESSORS = 132  # the launchers derive the sizes of their grids from it
 
+# Shapes [N, C, H, W] that the kernels of triplet_pool and triplet_gate split into tiles in different ways.
+TILED_SHAPES = [
+    (3, 1, 1, 1),  # one element per sample
+    (2, 13, 5, 11),  # no size is a multiple of a vector
+    # The remaining comments describe the contiguous layout.
+    # small slices, processed several at a time; the map over C is computed in several parts
+    (1, 40, 7, 7),
+    # each row is too long for one tile, so the map over W is computed in parts; elements are loaded as vectors
+    (1, 3, 4, 264),
+    # a slice is too large for one block, so the map over H is computed in parts; elements are loaded one by one
+    (1, 2, 57, 59),
+]
+
 
 def normal(seed: int, *sizes: int) -> Tensor:
     """Return normally distributed float64 values."""
