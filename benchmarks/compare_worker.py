@@ -41,7 +41,7 @@ def codes(bits: int) -> torch.Tensor:
 
 
 def search_cells() -> Iterator[tuple[str, Callable[[], Call]]]:
-    """Yield the name of each cell of the search, and a function that makes its call."""
+    """Yield the name of each cell of the search, and a function that prepares it and returns the call to time."""
     for bits in BITS:
         for queries, k in ((1000, 10), (1000, 100), (1000, 1000), (64, 10), (1, 10)):
             yield f"search/topk/{bits} bits/{queries} queries/k {k}", lambda b=bits, q=queries, k=k: topk(b, q, k)
@@ -79,7 +79,7 @@ def small_index() -> Call:
 
 
 def kernel_cells() -> Iterator[tuple[str, Callable[[], Call]]]:
-    """Yield the name of each cell of the other ops, and a function that makes its call."""
+    """Yield the name of each cell of the other ops, and a function that prepares it and returns the call to time."""
     for op in (simam, triplet_attention):
         for shape in SHAPES:
             for dtype in DTYPES:

@@ -1,6 +1,6 @@
 """python -m tests.soak --device cuda --minutes 5: random operations on indexes, compared with an index on the CPU.
 
-Each operation is run on a pair of indexes with equal contents: the first is placed at random, mostly on the given
+The operations are run on a pair of indexes with equal contents: the first is placed at random, mostly on the given
 devices; the second is on the CPU, in one shard. Their answers and their contents must be equal bit for bit. A pair goes
 through 5 to 40 operations (steps). The pairs are counted from 0, and all random choices of pair i depend on the number
 seed + i. The report of a difference names this number. A run with it as its seed starts with the pair that differed.
@@ -77,7 +77,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def small_blocks(self) -> Iterator[None]:
-        """Make shard blocks, chunks and transfers so small that the codes of this test fill many of them."""
+        """Make shard blocks, chunks and transfers so small that the codes of this test fill several of them."""
         rows = max(8, self.most_codes // self.pick((3, 10, 40)))
         with pytest.MonkeyPatch.context() as patch:
             block = int(self.pick((8, 64, 4096)))
@@ -117,7 +117,7 @@ class Comparison:
         return f"{self.operation}; {contents} on {self.place}"
 
     def step(self) -> None:
-        """Run a random operation on both indexes. If they are empty, the operation is `add`."""
+        """Run a random operation on the pair of indexes. If they are empty, the operation is `add`."""
         writes = [self.add, self.remove, self.update, self.compact, self.move, self.save_and_load]
         reads = [self.search, self.search, self.range_search, self.count, self.reconstruct]
         operation = self.add if len(self.plain) == 0 else self.pick(writes + 2 * reads)

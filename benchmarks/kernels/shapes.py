@@ -1,4 +1,8 @@
-"""The shapes of the feature maps in well-known networks, at the places where attention is attached."""
+"""The shapes of the feature maps in well-known networks, at the places where `attach` puts triplet attention.
+
+SimAM is measured on the same shapes. In ResNet50, `attach` puts it after the second convolution of a block, where the
+shapes are those of ResNet18.
+"""
 
 import enum
 from dataclasses import dataclass, field

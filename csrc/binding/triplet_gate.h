@@ -13,7 +13,7 @@
 namespace hashengine::binding {
 
 // The checked maps. given: the maps that the caller passed. native: the same maps, contiguous and of wide_dtype(x). The
-// kernel reads `native`. This struct owns its memory.
+// kernel reads `native`, whose memory this struct owns.
 struct TripletGateMaps {
   std::array<at::Tensor, kTripletBranches> given, native;
   int branches = 2;

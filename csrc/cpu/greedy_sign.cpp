@@ -1,7 +1,8 @@
 // greedy_sign on the CPU.
 //
 // Memory traffic for N elements of s bytes. Forward: 2Ns, the floor (reads u, writes b). Backward: 3Ns, the floor
-// (reads grad_b and u, writes grad_u). The code does not branch on signs, because they cannot be predicted.
+// (reads grad_b and u, writes grad_u), or 2Ns if there is no grad_b. The code does not branch on signs, because they
+// cannot be predicted.
 //
 // Order of sums. The penalty is summed in chunks of fixed size, and the sums of the chunks are added in order, in
 // float64. Therefore the result has the same bits for every number of threads.

@@ -41,7 +41,7 @@ def prepare(
         (side, f"{part['images']:,}", len(part["classes"]), part["sha256"][:16])
         for side, part in ((side, record[side]) for side in ("database", "query"))
     ]
-    print_table(("", "images", "classes", "sha256 of the list"), rows, f"{source} in {output}")
+    print_table(("", "images", "classes", "sha256 of the image list"), rows, f"{source} in {output}")
     if copies := record["queries_identical_to_a_database_image"]:
         _progress.note(f"{copies} of the queries are identical to a database image")
 

@@ -185,13 +185,13 @@ class LevelLibrary:
         return counts, relevant
 
     def pushed(self, level: str, queries: np.ndarray, codes: np.ndarray, radius: int) -> np.ndarray:
-        """Per query, the number of hits of a scan that are within `radius` of the query's complement.
+        """Per query, the number of hits of a bit-sliced scan that are within `radius` of the query's complement.
 
         The scan looks for codes within `radius` of the query. A false hit is a code beyond the radius. The results of a
         search do not show false hits, because the search drops them after it has computed their exact distances.
 
-        This function replaces the exact distance by that from the complement: the number of bits minus the distance
-        from the query. If the radius is half the bits, all false hits are counted, and those true hits whose distance
+        Here the exact distances are computed from the complement of the query instead of the query. Each is the number
+        of bits minus the distance from the query. If the radius is half the bits, all false hits are counted, and those true hits whose distance
         is exactly the radius.
         """
         counts = np.full(len(queries), -7, np.int64)
@@ -231,7 +231,7 @@ def level_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LevelLib
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     if request.param == "avx2" and "avx2" not in native_levels():
-        pytest.skip("this CPU has no AVX2")
+        pytest.skip("this CPU has no AVX2, or the native module is not built")
     if request.param == "avx512" and IS_ARM:
         pytest.skip("the x86 kernels are not compiled on ARM")
     return request.param
@@ -248,7 +248,7 @@ def make_codes(kind: str, count: int, bits: int, rng: np.random.Generator) -> np
 
 
 def make_filter(rng: np.random.Generator, count: int, queries: int, share: float, own: bool) -> np.ndarray:
-    """A random filter that about `share * count` codes pass: one per query if `own`, otherwise one for all queries."""
+    """A random filter, which about `share * count` codes pass. If `own`, each query has a filter of its own."""
     return rng.random((queries, count) if own else count) < share
 
 
@@ -296,7 +296,7 @@ def counts_by_distance(
     filter: np.ndarray | None = None,
     is_relevant: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By definition, the number of codes at each distance, and that of relevant codes: both [queries, bits + 1].
+    """The number of codes at each distance, and that of relevant codes, by definition: both [queries, bits + 1].
 
     is_relevant: bool, [queries, codes]. Default: no code is relevant.
     """

@@ -42,7 +42,7 @@ def pointers(tensors: Sequence[Tensor]) -> Tensor:
 class Launchers:
     """Calls the launchers for one shape, dtype and layout of x, on an emulated device with H200_MULTIPROCESSORS.
 
-    x, and all results of its shape, begin `offset` elements after an address that is aligned to 16 bytes.
+    x, and all other tensors of its shape, begin `offset` elements after an address that is aligned to 16 bytes.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class HugeInput:
         return [maps[0], *map(self.tail, maps[1:])]
 
     def check(self, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-        """Check that the last rows are accurate, and that as many rows at the start and just before them are zero."""
+        """Check that the last `rows` rows are accurate, and that the first `rows` and the `rows` before the last are zero."""
         assert_as_accurate_as_eager(self.tail(got), eager, exact)
         assert not got[:, :, : self.rows].any() and not got[:, :, -2 * self.rows : -self.rows].any()
 

@@ -168,7 +168,11 @@ def vgg16() -> nn.Module:
 
 
 def pair(build, layer: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """The fused and the eager network. Both have the same weights, and official layers at the sites of `attach`."""
+    """The fused and the eager network, with the same weights.
+
+    The eager network has official layers at the places where `attach` puts layers. `fuse` has converted those of the
+    fused network.
+    """
     eager = build()
     report = he.nn.attach(eager, {"simam": SimAM, "triplet": TripletAttention}[layer])
     for insertion in report.insertions:

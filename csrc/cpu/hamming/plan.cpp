@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMinQueryBlock = 32;  // fewer queries do not repay preparing a tile
 constexpr int64_t kMaxQueryBlock = 256;
-constexpr int64_t kPreparedQueryBytes = 1 << 17;  // per block; each tile reads them from the second-level cache
+constexpr int64_t kPreparedQueryBytes = 1 << 17;  // per block; read from the second-level cache once per tile
 constexpr int64_t kMinBitslicedCodes = 4096;      // fewer codes do not repay the tables of a block
 constexpr int64_t kItemsPerThread = 2;            // so that a slow core does not delay the others
 // The next two are numbers of compared bytes: the number of queries times the bytes of all codes.

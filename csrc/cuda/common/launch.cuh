@@ -17,9 +17,10 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Whether the code of this kernel that runs on the current device can wait for the previous kernel (the instruction
-// griddepcontrol). The compiler emits that instruction for the virtual architecture 9.0 and later. A newer device is
-// not enough: it runs code for 8.x if the module has no newer code for it.
+// A kernel may be compiled for several architectures. Whether the version that runs on the current device can wait for
+// the previous kernel (the instruction griddepcontrol). The compiler emits that instruction for the virtual
+// architecture 9.0 and later. A newer device is not enough: it runs code for 8.x if the module has no newer code for
+// it.
 template <typename... Parameters>
 bool supports_programmatic_launch(void (*kernel)(Parameters...)) {
   cudaFuncAttributes compiled{};

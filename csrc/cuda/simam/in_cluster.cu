@@ -8,14 +8,14 @@
 // Traffic, for N elements of s bytes. Forward: reads x, writes y: 2Ns. Backward: reads x and grad_y, writes grad_x:
 // 3Ns. Both are the floor. The statistics add 8 bytes (16 for float64) per plane.
 //
-// Launch. As few threads per block as can hold the slab, up to 512 (256 in NHWC and for single elements). A block of
-// 512 threads holds 32 KB. A block of 256 threads holds 16 KB, or 8 KB of single elements in half precision. A larger
-// slab uses a cluster of 2, 4 or 8 blocks, which holds up to 256 KB. On devices without clusters it is split
-// (split.cu). The registers allow 512 to 1024 threads per multiprocessor. With 64 bytes per thread (128 bytes in the
-// backward), 32 to 64 KB per multiprocessor are in flight or in use in the forward. If a multiprocessor runs several
-// blocks, one of them loads while another computes sums. In NHWC a row of a slab has 64 bytes. It has more if the slab
-// would otherwise have too little work for a block. It has 32 bytes (one memory sector) if slabs with rows of 64 bytes
-// do not fit.
+// Launch. A thread loads either vectors of 16 bytes or, if x is not aligned for them, one element at a time. A block
+// has as few threads as can hold the slab, up to 512 (256 in NHWC and without vectors). A block of 512 threads holds 32
+// KB. A block of 256 threads holds 16 KB, or 8 KB in half precision without vectors. A larger slab uses a cluster of 2,
+// 4 or 8 blocks, which holds up to 256 KB. On devices without clusters it is split (split.cu). The registers allow 512
+// to 1024 threads per multiprocessor. Therefore a multiprocessor holds 32 to 64 KB in the forward, and twice as much in
+// the backward. If a multiprocessor runs several blocks, one of them loads while another computes sums. In NHWC a row
+// of a slab has 64 bytes. It has more if the slab would otherwise have too little work for a block. It has 32 bytes
+// (one memory sector) if slabs with rows of 64 bytes do not fit.
 //
 // Instructions, half precision, counted in sm_90a code: about 14 per element forward and 23 backward, two of them in
 // the special function unit, plus about 200 per thread (500 in NHWC). Estimate: in the time that an H200 needs to move
