@@ -39,7 +39,7 @@ class BatchedRanking {
         radius_(radius),
         max_results_(max_results),
         batch_size_(std::min(hamming_ranking_batch(slice(0, search_.query_count)), search_.query_count)),
-        workspace_(arguments.empty({hamming_ranking_workspace_bytes(slice(0, batch_size_))}, at::kByte)) {}
+        workspace_(arguments.empty({hamming_ranking_workspace_bytes(slice(0, search_.query_count))}, at::kByte)) {}
 
   bool is_one_batch() const { return batch_size_ == search_.query_count; }
 

@@ -88,7 +88,7 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
         path: the folder; created if it does not exist.
         contents: the index.
         last: the folder and the manifest of the last save or load of this index, or None. If the folder still has this
-            manifest, only new codes and ids are written. Otherwise everything is written.
+            manifest, only the new codes and ids, and which rows are live, are written. Otherwise everything is written.
     """
     if path.exists() and not path.is_dir():
         raise invalid("save", "path", "a folder or not exist yet", f"the file {path}")
@@ -145,9 +145,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _append(path: Path, kind: str, rows: Rows | None, base: FileEntry | None) -> FileEntry | None:
-    """Write `rows` to a file: append to the file of `base`, which contains the first rows, or write a new file."""
+    """Write `rows` to a file: append to the file of `base`, which contains the first rows, or write a new file.
+
+    If the file of `base` is missing or has become shorter than its entry says, a new file replaces it.
+    """
     if rows is None:
         return None
+    if base is not None and not _holds(path / base["file"], base["bytes"]):
+        base = None
     entry = base or {"file": f"{kind}-{secrets.token_hex(4)}.bin", "bytes": 0, "crc32": 0}
     size, checksum = entry["bytes"], entry["crc32"]
     row_bytes = max(rows[:1].nbytes, 1)
@@ -218,7 +223,7 @@ class StoredIndex:
         return SavePoint(self.path.resolve(), self.manifest)
 
     def is_current(self) -> bool:
-        """Whether the folder still has this manifest. If not, a later save may have removed the files that it names."""
+        """Whether the folder still has this manifest. If not, a later save may have removed the manifest's files."""
         return read_manifest(self.path) == self.manifest
 
     def codes_file(self) -> Path:
@@ -273,10 +278,15 @@ def _check_rows(stored: StoredIndex, ids: np.ndarray | None, live: np.ndarray | 
 def _file_of(path: Path, entry: FileEntry) -> Path:
     """The file that the manifest names. Raises an `InputError` if it is missing or too short."""
     file = path / entry["file"]
-    size = file.stat().st_size if file.is_file() else 0
-    if size < entry["bytes"] or not file.is_file():
-        raise _damaged(f"the size of {file}", f"at least {entry['bytes']} bytes", size)
+    if not _holds(file, entry["bytes"]):
+        actual = file.stat().st_size if file.is_file() else "no file"
+        raise _damaged(f"the size of {file}", f"at least {entry['bytes']} bytes", actual)
     return file
+
+
+def _holds(file: Path, size: int) -> bool:
+    """Whether there is a file with at least `size` bytes."""
+    return file.is_file() and file.stat().st_size >= size
 
 
 def _damaged(what: str, expected: str, actual: object) -> InputError:
@@ -298,7 +308,7 @@ def _fill(path: Path, entry: FileEntry, buffers: Iterable[memoryview]) -> Iterat
     with open(file, "rb") as source:
         for buffer in buffers:
             if source.readinto(buffer) != len(buffer):
-                raise invalid("load", str(file), "a file that nothing changes while it is read", "an early end")
+                raise invalid("load", str(file), "a file that does not change while it is read", "an early end")
             checksum = zlib.crc32(buffer, checksum)
             yield buffer
     if checksum != entry["crc32"]:
@@ -341,7 +351,7 @@ def read_manifest(path: Path) -> Manifest:
     _check_manifest(file, manifest)
     # The whole text is compared, because a changed byte is damage even if all values stay the same.
     if manifest.keys() != _FIELDS[2] or manifest_text(with_checksum(manifest)).encode() != contents:
-        raise _damaged(f"the text of {file}", "that of its fields, with their checksum", "another")
+        raise _damaged(f"the text of {file}", "exactly the text that a save writes, with its checksum", "another one")
     return manifest
 
 

@@ -107,7 +107,7 @@ def read_codes(path: str | os.PathLike[str], *, bit_order: str, mmap: bool = Fal
             return np.memmap(file, np.uint8, mode="c", offset=start, shape=(count, width))
         codes = np.fromfile(file, np.uint8, count * width)
     if len(codes) != count * width:
-        raise invalid("read_codes", str(path), "a file that nothing changes while it is read", "an early end")
+        raise invalid("read_codes", str(path), "a file that does not change while it is read", "an early end")
     return _convert("read_codes", codes.reshape(count, width), bit_order)
 
 

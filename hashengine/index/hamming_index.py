@@ -383,8 +383,8 @@ class HammingIndex:
         """Write the index to a folder. If the last save or load used this folder, only new codes and ids are written.
 
         The folder contains a manifest and a file with the codes as they are in memory, row after row. A save appends
-        the new codes to that file. After an update or a compaction, or if another save has changed the folder, it
-        writes all codes to a new file. If it fails before the new manifest replaces the old one, the old index remains.
+        the new codes to that file. After an update or a compaction, or if another save has changed the folder or the
+        file is no longer complete, it writes all codes to a new file. If it fails before the new manifest replaces the old one, the old index remains.
 
         Raises:
             InputError: the path cannot be written to, contains a damaged index, or is in use by another save.

@@ -5,6 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tests.emulation.harness import FORWARD, SCHEDULES, Emulation, array, load_emulation, sparse_array
 from tests.helpers.hamming_levels import all_distances, assert_same, make_codes, make_filter, nearest, within
@@ -237,6 +239,33 @@ def test_a_batch_of_queries_fits_in_its_workspace(emulation, count, code_bytes):
     # The workspace of a single query has counters for enough segments to occupy a whole GPU, if there are enough codes.
     one = call("workspace_bytes_of_hamming_ranking", 1)
     assert one >= 8 * (8 * code_bytes + 1) * (min(count // SEGMENT, 16_000 if code_bytes < 128 else 250) + 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    query_count=st.integers(0, 20_000),
+    count=st.integers(0, 10**8),
+    code_bytes=st.sampled_from([1, 8, 16, 128]),
+    radius=st.integers(0, 1024),
+)
+# In these searches the last batch needs more memory than the others.
+@example(query_count=10_000, count=10**6, code_bytes=8, radius=64)
+@example(query_count=8_225, count=10**6, code_bytes=8, radius=64)
+@example(query_count=10_000, count=10**6, code_bytes=16, radius=128)
+@example(query_count=98, count=10**8, code_bytes=8, radius=48)
+def test_the_last_batch_fits_in_the_workspace(query_count, count, code_bytes, radius):
+    library = load_emulation().library
+
+    def call(name: str, queries: int) -> int:
+        function = getattr(library, name)
+        function.restype = ctypes.c_int64
+        sizes = torch.tensor([queries, count, code_bytes, 0, min(radius, 8 * code_bytes), max(count, 1)])
+        return function(ctypes.c_void_p(sizes.data_ptr()))
+
+    batch = call("batch_of_hamming_ranking", query_count)
+    workspace = call("workspace_bytes_of_hamming_ranking", query_count)
+    batches = {min(batch, query_count - first) for first in range(0, query_count, batch)}
+    assert all(call("workspace_bytes_of_hamming_ranking", queries) <= workspace for queries in batches)
 
 
 # --- more than 2^32 codes: only the last block runs, and only the pages that it accesses exist ------------------------

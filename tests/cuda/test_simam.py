@@ -1,4 +1,7 @@
-"""SimAM's CUDA kernels, run on the host by the emulation of CUDA's execution model (tests/emulation)."""
+"""SimAM's CUDA kernels, run on the host by the emulation of CUDA's execution model (tests/emulation).
+
+A schedule is the order in which the emulator runs blocks and threads.
+"""
 
 import numpy as np
 import pytest
@@ -138,7 +141,7 @@ def test_planes_around_the_capacities_of_a_warp_and_a_block(emulation, dtype):
     held = 8 if dtype == torch.float64 else 4  # vectors per thread
     for vectors in (32 * held, 32 * held + 1, 512 * held, 512 * held + 1):
         check(emulation, Case((1, 2, vectors * width), dtype), schedules=(FORWARD, 7))
-    for positions in (511, 513, 4095, 4097):  # in single elements
+    for positions in (511, 513, 4095, 4097):  # odd: a thread loads one element at a time
         check(emulation, Case((1, 2, positions), dtype), schedules=(FORWARD, 8))
 
 
@@ -148,7 +151,7 @@ def test_planes_in_a_cluster_and_larger(emulation, dtype):
     check(emulation, Case((1, 3, 3 * 2048 * width), dtype), schedules=(FORWARD, 7))
     for vectors in (8 * 2048, 8 * 2048 + 1):
         check(emulation, Case((1, 1, vectors * width), dtype), schedules=(8,))
-    for positions in (8 * 4096 - 1, 8 * 4096 + 1):  # in single elements
+    for positions in (8 * 4096 - 1, 8 * 4096 + 1):  # odd: a thread loads one element at a time
         check(emulation, Case((1, 2, positions), dtype), schedules=(FORWARD, 7))
 
 
@@ -158,7 +161,8 @@ def test_planes_larger_than_a_block_without_clusters(emulation, dtype, positions
     check(emulation, Case((1, 3, positions), dtype), schedules=SCHEDULES, capability=80)
 
 
-# --- NHWC: slabs of channels ------------------------------------------------------------------------------------------
+# --- NHWC: slabs ------------------------------------------------------------------------------------------------------
+# A slab is a few adjacent channels of one sample. It has a row of these channels for each position.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,7 +253,7 @@ def test_an_empty_map(emulation, shape, channels_last):
     assert case.backward(emulation, stats).numel() == 0
 
 
-# --- beyond 2^31 elements: only the last block runs, in sparse memory -------------------------------------------------
+# --- beyond 2^31 elements: only the last blocks run, in sparse memory -------------------------------------------------
 
 
 def test_planes_beyond_two_to_the_31_elements(emulation):

@@ -1,6 +1,7 @@
 """triplet_attention's inference in one launch, in the emulator: a cluster of blocks holds a sample in shared memory.
 
-The number of blocks per cluster depends on the shape and on the device. Each case states the number that it must get.
+The number of blocks per cluster depends on the shape and on the device. Each case states the number that it must get. A
+schedule is the order in which the emulator runs blocks and threads.
 """
 
 import pytest
@@ -43,7 +44,7 @@ def check(emulation: Emulation, case: AttentionCase, blocks: int, schedules=(FOR
         ((128, 128, 28, 28), "contiguous", torch.float64, 0),
         ((128, 256, 56, 56), "contiguous", torch.bfloat16, 0),  # too large for a cluster
         ((128, 512, 7, 7), "contiguous", torch.bfloat16, 2),
-        # not all blocks run at the same time, and each loads little of x
+        # no cluster: the blocks would not all run at the same time, and each would load little of x
         ((128, 512, 7, 7), "channels_last", torch.bfloat16, 0),
         ((1, 512, 7, 7), "channels_last", torch.bfloat16, 8),  # all blocks run at the same time
     ],
@@ -71,7 +72,7 @@ def test_every_dtype_except_float64(emulation, dtype, layout):
     [
         ((3, 1, 1, 1), 1, "contiguous"),
         ((2, 13, 5, 11), 1, "channels_last"),
-        ((1, 35, 5, 14), 4, "contiguous"),  # the last block has no row of the map over C; bfloat16 in 4-byte vectors
+        ((1, 35, 5, 14), 4, "contiguous"),  # the last block has no row of the [H, W] map; bfloat16 in 4-byte vectors
         ((1, 3, 70, 9), 8, "channels_last"),
         ((2, 66, 9, 10), 8, "contiguous"),
     ],

@@ -42,7 +42,7 @@ def run_with_sanitizer() -> int:
     command = [os.environ.get("CXX", "g++"), "-print-file-name=libstdc++.so"]
     libstdcxx = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     settings = {
-        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # libstdc++, because the runtime looks up its functions
+        "LD_PRELOAD": f"{runtime}:{libstdcxx}",  # the runtime looks up functions of libstdc++
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONMALLOC": "malloc",  # the sanitizer would not see allocations in Python's own pools
         "OMP_NUM_THREADS": "1",

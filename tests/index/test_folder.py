@@ -45,6 +45,22 @@ def test_saving_again_appends_to_the_files(tmp_path, reload):
     assert_same_index(HammingIndex.load(tmp_path), index)
 
 
+@pytest.mark.parametrize("file", ["codes", "ids"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_save_writes_a_file_anew_that_is_no_longer_complete(tmp_path, file, damage):
+    index = index_of(ids=True)
+    index.save(tmp_path)
+    (damaged,) = tmp_path.glob(f"{file}-*.bin")
+    if damage == "missing":
+        damaged.unlink()
+    else:
+        os.truncate(damaged, damaged.stat().st_size - 1)
+    index.add(codes_of(30, seed=5), np.arange(30) + 1000)
+    index.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4  # manifest, lock, codes, ids
+    assert_same_index(HammingIndex.load(tmp_path), index)
+
+
 def test_the_codes_file_equals_the_codes_in_memory(tmp_path):
     index_of().save(tmp_path)
     (file,) = tmp_path.glob("codes-*.bin")
@@ -145,7 +161,7 @@ def damage(path: Path, name: str) -> None:
         ("ids", "ids in .* must be a file of 400 bytes"),
         ("truncated", "must be at least 400 bytes, got 399; the file is damaged"),
         ("flipped bit", "the checksum of .* must be"),
-        ("file missing", "must be at least 400 bytes, got 0"),
+        ("file missing", "must be at least 400 bytes, got no file"),
         ("not JSON", "must be JSON"),
     ],
 )

@@ -289,7 +289,17 @@ int64_t hamming_ranking_batch(const HammingRanking& ranking) {
   return std::max<int64_t>(kMaxWorkspaceBytes / histograms.bytes(), 1);
 }
 
-int64_t hamming_ranking_workspace_bytes(const HammingRanking& ranking) { return plan_histograms(ranking).bytes(); }
+int64_t hamming_ranking_workspace_bytes(const HammingRanking& ranking) {
+  const int64_t queries = ranking.search.query_count, batch = std::min(hamming_ranking_batch(ranking), queries);
+  const auto bytes_for = [&](int64_t query_count) {
+    HammingRanking part = ranking;
+    part.search.query_count = query_count;
+    return plan_histograms(part).bytes();
+  };
+  // A smaller last batch can need more bytes than the others, because it may have shorter segments.
+  const int64_t last = batch > 0 ? queries % batch : 0;
+  return std::max(bytes_for(batch), last > 0 ? bytes_for(last) : 0);
+}
 
 void launch_hamming_ranking_count(const HammingRanking& ranking, int64_t* totals, void* workspace,
                                   cudaStream_t stream) {

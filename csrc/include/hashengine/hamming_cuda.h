@@ -31,9 +31,12 @@ struct HammingRanking {
   int64_t max_results;  // per query
 };
 
-// The number of queries to rank at a time, so that the workspace stays below about 256 MB. Callers pass rankings of at
-// most so many queries to the functions below. The returned number does not depend on ranking.search.query_count.
+// The number of queries to rank at a time, so that the workspace stays below about 256 MB. The number does not depend
+// on ranking.search.query_count. Callers divide a ranking into batches of this number of queries, of which the last may
+// have fewer, and pass each batch to the launchers.
 int64_t hamming_ranking_batch(const HammingRanking& ranking);
+
+// The size of a workspace that suffices for every batch of the ranking.
 int64_t hamming_ranking_workspace_bytes(const HammingRanking& ranking);
 
 // totals: [query_count], the number of results per query; may be null.
