@@ -88,8 +88,8 @@ def hamming(
 
     On the CPU, it is compared with FAISS IndexBinaryFlat in the faster of its two modes, with other libraries, with a
     bare distance loop over cached codes and, for a single query, with a plain read of the codes. On a GPU, it is
-    compared with FAISS's GPU index, with searches in plain torch, and with limits that follow from the hardware.
-    `hamming-gpu` measures all important cases.
+    compared with FAISS's GPU index, with searches in plain torch, and with limits that follow from the hardware. Only
+    the task search has all of these comparisons. `hamming-gpu` measures all important cases.
     """
     lengths = bits or [64, 128, 256]
     cases = make_cases(
@@ -194,7 +194,9 @@ def kernels(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
-    quick: Annotated[bool, typer.Option(help="Measure only the smallest shape of an op, with --seconds 0.2.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Measure only the smallest shape of each op, and limit --seconds to 0.2.")
+    ] = False,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too.")] = True,
     cuda_graphs: Annotated[bool, typer.Option(help="Time the replay of a CUDA graph instead of each call.")] = False,
     seconds: Annotated[
@@ -276,7 +278,9 @@ def model(
     layout: LayoutOption = Layout.contiguous,
     device: Device = "cpu",
     threads: Threads = None,
-    steps: Steps = 5,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Number of rounds; each times at least one step of every system.")
+    ] = 5,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too.")] = True,
     minutes: Minutes = math.inf,
     output: Output = None,

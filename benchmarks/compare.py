@@ -1,10 +1,11 @@
 """`python -m benchmarks compare OTHER`: this checkout next to another one, both measured in one run.
 
 A cell is one call with fixed sizes. It is timed in two processes, one per checkout, in alternating order. Each round
-gives the ratio of the two times. If the lower 98% confidence limit of the median ratio exceeds `TOLERANCE`, the cell is
-measured once more with three times as many rounds. It counts as slower if the confidence limit exceeds the tolerance
-again. Assume that a cell is equally fast in both checkouts and that rounds are independent. Then noise makes the limit
-exceed the tolerance in at most 1 of 50 measurements, and in both measurements of at most 1 of 2,500 cells.
+gives a ratio: this checkout's time divided by the other's. If the lower 98% confidence limit of the median ratio
+exceeds `TOLERANCE`, the cell is measured once more with three times as many rounds. The cell counts as slower if the
+limit exceeds the tolerance again. Assume that a cell is equally fast in both checkouts and that rounds are independent.
+Then noise makes the limit exceed the tolerance in at most 1 of 50 measurements, and in both measurements of at most 1
+of 2,500 cells.
 """
 
 import json
@@ -112,7 +113,7 @@ def compare(other: Path, *, only: str = "", rounds: int = 9, seconds: float = 0.
         other: a checkout of the project with its native module built in place.
         only: part of the names of the cells to time; empty for all cells.
         rounds: the number of times that each cell is timed in each checkout, at least 6.
-        seconds: about how long a call is repeated in each round.
+        seconds: about how long the call of a cell is repeated per round and checkout.
 
     Raises:
         InputError: `other` has no native module, `rounds` is below 6, or no cell's name contains `only`.

@@ -1,4 +1,4 @@
-"""Times single cells for `benchmarks.compare`, in a process that imports one of the two checkouts.
+"""Times single cells for `benchmarks.compare`, in a process that imports one of the two compared checkouts.
 
 A cell is one call with fixed sizes.
 

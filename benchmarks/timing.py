@@ -1,4 +1,4 @@
-"""Timing of calls: by the CPU's clock, or by a `Clock` for the CPU or a GPU, with a warm or a cold cache."""
+"""Timing of calls on the CPU (`time_in_rounds`), or on the CPU or a GPU with a warm or a cold cache (`time_calls`)."""
 
 import ctypes
 import itertools

@@ -29,7 +29,7 @@ class Config(BaseModel):
 
     @classmethod
     def checked(cls, where: str, /, **values: Any) -> Self:
-        """Construct from `values`. An error names the argument `where`, such as a file, instead of the class."""
+        """Construct from `values`. An error names the argument `where`, such as a file, not the attribute `where`."""
         new = cls.__new__(cls)
         try:
             cls.__pydantic_validator__.validate_python(values, self_instance=new)

@@ -1,7 +1,7 @@
 """Default values that a library function shares with the command that calls it.
 
-They have a module of their own so that the help of the command can show them without importing the function: that import
-would also import torch.
+They have a module of their own so that the help of the command can show them without importing the function: that
+import would also import torch.
 """
 
 from __future__ import annotations

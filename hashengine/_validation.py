@@ -285,7 +285,7 @@ def _version(number: int) -> str:
 
 
 def check_devices(where: str, devices: DeviceName | Sequence[DeviceName]) -> tuple[torch.device, ...]:
-    """Check one or several devices as `check_device` does; a device may be named more than once."""
+    """Check one or several devices as `check_device` does with `capability`; a device may be named more than once."""
     names = tuple(devices) if isinstance(devices, (list, tuple)) else (devices,)
     if not names:
         raise invalid(where, "device", "a device or a list of at least one", "an empty list")

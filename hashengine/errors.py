@@ -21,7 +21,7 @@ Other exceptions have these meanings:
 - torch's `RuntimeError` or `TypeError`: an argument of an op, a layer or a network has a Python type that torch refuses
   before the op runs, such as a numpy array for a tensor.
 - `ImportError`: HASHENGINE_REQUIRE_NATIVE is set, and the native module cannot be loaded.
-- `NotImplementedError`: `loss` was called of a hashing method that has only a closed form, or `fit` of a method that
+- `NotImplementedError`: `loss` was called on a hashing method that has only a closed form, or `fit` on a method that
   has only a loss.
 
 The commands print `InputError`, the `ValueError` of an op, `OSError` and `OutOfMemoryError` in one line. Any other
@@ -84,7 +84,7 @@ def input_error(error: ValidationError, where: str) -> InputError:
 
 
 def _expected(message: str) -> str:
-    """What a message of pydantic, or of a validator, says that the value must be."""
+    """The words that follow "must be", derived from a message of pydantic or of a validator."""
     if found := re.match(r"\w+ should have (at (?:least|most) \d+ \w+)", message):
         return f"of {found[1]}"
     if found := re.match(r"(?:\w+ should|must) be (.*?)(?:, (?:unable to|got) .*)?$", message):

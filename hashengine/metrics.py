@@ -1,11 +1,11 @@
 """Retrieval metrics of Hamming rankings. The metrics do not depend on the order of tied items.
 
 With short codes, thousands of items can have the same distance from a query. The order that a sort gives to these tied
-items can change mean average precision by several points. Here all orders of tied items are equally likely. A metric
-has three values: the expected value over these orders, computed in closed form, and the values for the worst and the
-best order. The expected value is that of McSherry and Najork, "Computing information retrieval performance measures
-efficiently in the presence of tied scores", ECIR 2008. This module extends it to a ranking that is cut inside a tie,
-and to both common denominators of average precision.
+items can change mean average precision by several points. Here all orders of tied items are equally likely. Average
+precision, precision and recall have three values: the expected value over these orders, computed in closed form, and
+the values for the worst and the best order. The expected value is that of McSherry and Najork, "Computing information
+retrieval performance measures efficiently in the presence of tied scores", ECIR 2008. This module extends it to a
+ranking that is cut inside a tie, and to both common denominators of average precision.
 
 Everything follows from the number of items, and of relevant items, at each distance from a query. `distance_counts`
 counts them; each metric is a method of its result, `DistanceCounts`:
@@ -295,7 +295,7 @@ def _precisions(before: Tensor, hits: Tensor, size: Tensor, relevant: Tensor) ->
     sum over a of the precisions (hits + slope * a + 1)/(before + a + 1) is slope * size plus a multiple of a harmonic
     sum.
     """
-    # If size is 1, any slope is right. With 1, the result is exactly 1 if all items up to this one are relevant.
+    # If size is 1, any slope is right. The slope 1 makes the result exactly 1 if all items up to this one are relevant.
     slope = torch.where(size > 1, (relevant - 1) / (size - 1), 1.0)
     places = slope * size + (hits + 1 - slope * (before + 1)) * _harmonic(before, size)
     return relevant / size.clamp(min=1) * places
@@ -305,8 +305,8 @@ def _harmonic(before: Tensor, count: Tensor) -> Tensor:
     """1/(before + 1) + ... + 1/(before + count).
 
     For large arguments, the difference of two digammas would lose most digits to cancellation. For these arguments, the
-    series digamma(z + 1/2) = log z + 1/(24 z^2) - 7/(960 z^4) + ... is subtracted term by term. For z > 128, the sum of
-    the omitted terms is below 1e-15.
+    series of both digammas are subtracted term by term: digamma(z + 1/2) = log z + 1/(24 z^2) - 7/(960 z^4) + ... For
+    z > 128, the sum of the omitted terms is below 1e-15.
     """
 
     def series(z: Tensor) -> Tensor:
@@ -321,9 +321,9 @@ def _hits_drawn(cut: _Cut) -> tuple[Tensor, Tensor]:
     """The possible numbers of relevant items among the kept ones, and their probabilities, float64 [Q, X] each.
 
     The number x has a hypergeometric distribution. Values further than `reach` from its mean are left out. Their total
-    probability is below 2**-60 (Hoeffding 1963, Theorem 1 and section 6). By symmetry, each of the four counts in
-    `draws` can take the part of the number of draws in Hoeffding's inequality; the smallest count gives the smallest
-    reach. X grows only with the square root of the tie's size.
+    probability is below 2**-60 (Hoeffding 1963, Theorem 1 and section 6). By symmetry, Hoeffding's inequality holds
+    with each of the four counts in `draws` as its number of draws; the smallest count gives the smallest reach. X grows
+    only with the square root of the tie's size.
     """
     draws = torch.stack([cut.taken, cut.items - cut.taken, cut.relevant, cut.items - cut.relevant]).amin(0)
     reach = (draws * (61 * math.log(2) / 2)).sqrt() + 1

@@ -97,7 +97,7 @@ class Comparison:
         return values if where == "numpy" else torch.from_numpy(np.ascontiguousarray(values)).to(where)
 
     def called(self, call: Callable[[], Any]) -> Any:
-        """Make the call and return its result.
+        """Run `call` and return its result.
 
         On a GPU, some calls run on a new stream, which first waits for the work in the current stream.
         """
@@ -153,7 +153,8 @@ class Comparison:
         first = arguments[0]
         for result in results:
             if type(result) is not type(first) or getattr(result, "device", 0) != getattr(first, "device", 0):
-                raise Difference(f"results must be of {type(first).__name__}, on the device of the arguments")
+                kind = type(first).__name__
+                raise Difference(f"results must be of type {kind} and on the device of the first argument")
         self.check_equal(results, expected)
 
     def add(self) -> None:

@@ -102,7 +102,7 @@ def test_right_arguments_are_returned_in_the_form_that_the_library_uses() -> Non
         assert check_filter("f", filter, 2, 5).shape == filter.shape
 
 
-def test_a_tensor_shares_the_memory_of_a_contiguous_array_and_copies_others() -> None:
+def test_as_tensor_shares_the_memory_of_a_contiguous_array_and_keeps_the_values_of_others() -> None:
     array = np.arange(6).reshape(2, 3)
     assert as_tensor(array).data_ptr() == array.ctypes.data
     array.flags.writeable = False

@@ -63,7 +63,7 @@ class TripletPool(nn.Module):
 
 
 class TripletGate(nn.Module):
-    """The last step of triplet attention alone: the three gates. Their maps are parameters, so they get gradients."""
+    """The last step of triplet attention alone: apply the gates. The maps are parameters, so they get gradients."""
 
     def __init__(self, n: int, c: int, h: int, w: int):
         super().__init__()

@@ -128,7 +128,7 @@ def build(op: Op, x: Tensor) -> dict[str, nn.Module]:
 
 
 def make_call(module: nn.Module, x: Tensor, direction: str) -> Callable[[], list[Tensor]]:
-    """A call of one pass. It returns the outputs and, after a backward, the gradients of x and of the parameters."""
+    """A function that runs one pass. It returns the outputs and, after a backward, also the gradients."""
     training = direction == FORWARD_BACKWARD
     module.train(training).requires_grad_(training)
     if not training:

@@ -1,7 +1,7 @@
 """The shapes of the feature maps in well-known networks, at the places where `attach` puts triplet attention.
 
-SimAM is measured on the same shapes. In ResNet50, `attach` puts it after the second convolution of a block, where the
-shapes are those of ResNet18.
+SimAM is measured on the same shapes. In ResNet50, however, `attach` puts SimAM after the second convolution of a block,
+where the shapes are those of ResNet18. The model `head` has the shapes of the activations of a hash layer instead.
 """
 
 import enum

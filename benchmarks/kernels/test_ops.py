@@ -1,8 +1,8 @@
 """pytest-benchmark cases of most ops and of an index's search: a quick check for regressions during development.
 
 `make bench` times each case within seconds, and pytest-benchmark can compare runs (`--benchmark-compare`). The numbers
-in the documentation come from `python -m benchmarks` instead, which verifies the answers and also measures peers. The
-test suite runs each case once, untimed.
+in the documentation come from `python -m benchmarks` instead, which verifies the answers and also measures other
+implementations. The test suite runs each case once, untimed.
 """
 
 from collections.abc import Callable, Sequence

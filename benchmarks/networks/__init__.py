@@ -1,1 +1,1 @@
-"""Benchmarks of whole networks with attention in every block: `model`."""
+"""Benchmarks of whole networks, without attention and with attention in every block: the command `model`."""

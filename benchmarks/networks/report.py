@@ -1,4 +1,4 @@
-"""Tables from the rows of `model`."""
+"""Tables from the result rows of the benchmark `model`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WORKLOAD_COLUMNS: Columns = {
 
 
 def files(folder: Path) -> list[Path]:
-    """The result files of `model`."""
+    """The result files of the benchmark `model`."""
     return sorted(folder.glob("model-*.jsonl"))
 
 

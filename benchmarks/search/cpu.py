@@ -1,6 +1,7 @@
 """`hamming` on the CPU: search against FAISS `IndexBinaryFlat`, other libraries, a bare loop and a plain read.
 
-The bare loop only computes distances to cached codes; the plain read only reads memory (benchmarks/search/cpu_rates.py).
+The bare loop only computes distances to cached codes; the plain read only reads memory
+(benchmarks/search/cpu_rates.py).
 """
 
 import statistics

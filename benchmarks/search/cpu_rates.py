@@ -61,7 +61,7 @@ def bare_loop(bits: int, threads: int) -> Reference | None:
 
 
 def read_memory(buffer: np.ndarray, threads: int) -> Reference | None:
-    """Read the buffer, one part per thread, in enough passes that the time to start the threads is negligible.
+    """A read of the buffer, one part per thread, in enough passes that the time to start the threads is negligible.
 
     None if there is no working C++ compiler.
     """

@@ -18,7 +18,7 @@ class Data(str, enum.Enum):
     - `best_last`: all queries are near one code, and the codes nearest to it are at the end of the database. A search
       therefore tightens its bound until the end.
     - `best_first`: the same, but the nearest codes are at the start of the database.
-    - `fashion_mnist`, `cifar10`: a small network learns the codes from these images. They have large groups of ties.
+    - `fashion_mnist`, `cifar10`: a small network learns the codes from these images. The codes have many ties.
     """
 
     random = "random"

@@ -22,7 +22,7 @@ class Database:
     """Codes and queries on a device. Indexes and copies of the codes are made on first use.
 
     Args:
-        case: describes the codes; the database has at least as many queries.
+        case: describes the codes; there are at least as many queries as the case has.
         device: the device of the codes and queries.
         images: the folder of the image archives; only learned codes that are not cached need it.
     """

@@ -1,4 +1,7 @@
-"""One search case on a device: the answer of each system is verified, then the systems are timed in the same rounds."""
+"""One search case on a device: hashengine and its peers are timed in the same rounds, after a check of their answers.
+
+A peer that is too slow for the rounds is called only once.
+"""
 
 import statistics
 import time
@@ -26,10 +29,10 @@ from tests.helpers.faiss_oracle import MAX_GPU_K, TopK, equal_up_to_ties
 _MAX_FEW_QUERIES = 32  # up to this number, a CUDA graph, a search of one query and XOR in torch are timed too
 _MIN_MANY_QUERIES = 1000  # from this number on, searches from and to host memory are timed too
 _MAX_SECONDS_IN_ROUNDS = 2.0  # a slower peer is called once, outside the rounds
-_MAX_PRODUCT_BYTES = 32 << 30  # a larger unpacked database is not searched by products
+_MAX_PRODUCT_BYTES = 32 << 30  # a larger unpacked database is not searched by matrix products
 _MAX_VERIFIED_PAIRS, _MAX_VERIFIED_QUERIES = 200_000_000, 50
 _MAX_VERIFIED_RANKINGS = 3
-_MAX_HOST_CODES, _MAX_HOST_K = 200_000_000, 10_000  # above either, XOR in torch verifies the answers
+_MAX_HOST_CODES, _MAX_HOST_K = 200_000_000, 10_000  # above either, XOR in torch verifies Task.search
 
 
 @dataclass
@@ -252,9 +255,9 @@ def measure_search(
 def summarise(case: Case, answer_bytes: int, times: dict[str, list[list[float]]], gpu: Gpu | None) -> Row:
     """The median seconds of each round, the rates, the limits, and ratios, which are medians over the rounds.
 
-    `times` has, per peer, how many times as fast as the peer hashengine is. `times_one_query` is the time of the batch
-    divided by the time of its first query. `limits` are rates, in distances per second, and `of_limits` is hashengine's
-    rate divided by each of them.
+    `times` has each peer's time divided by hashengine's. `times_one_query` is the time of the batch divided by the time
+    of its first query. `limits` are rates, in distances per second, and `of_limits` is hashengine's rate divided by
+    each of them.
     """
     medians = {name: [statistics.median(calls) for calls in rounds] for name, rounds in times.items()}
     taken = statistics.median(medians[OURS])

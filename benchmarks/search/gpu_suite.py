@@ -38,7 +38,7 @@ Step = tuple[str, Case]  # the kind of measurement, and what to measure
 
 
 def suite() -> list[Step]:
-    """All steps, the most important ones first. In each group, steps that search the same codes are adjacent."""
+    """All steps, the most important ones first. In each list, steps that search the same codes are adjacent."""
     large = [Case(_M, bits, 10_000, k) for bits in (64, 128) for k in (10, 100, 1000)]
     large += [Case(10 * _M, bits, 10_000, k) for bits in (64, 128) for k in (10, 100, 1000)]
     large += [Case(_M, bits, 10_000, k) for bits in (256, 512, 1024) for k in (10, 100, 1000)]
@@ -155,9 +155,9 @@ def describe(row: Row) -> str:
         rates = [f"{name} {rate / 1e6:,.0f} M codes/s" for name, rate in row["codes_per_s"].items()]
         return f"{what}: {', '.join(rates)}, {row['extra_bytes'] / 1e6:,.0f} MB extra"
     if row["task"] == "stream":
-        rates = f"{row['distances_per_s'] / 1e9:,.1f} G distances/s, {row['of_copy']:.0%} of the copy's rate"
-        copy = f"{row['host_bytes_per_s'] / 1e9:.0f} GB/s"
-        return f"{what} in host memory, {row['queries']} queries, k = {row['k']}: {rates}, {copy}"
+        rates = f"{row['distances_per_s'] / 1e9:,.1f} G distances/s, {row['of_copy']:.0%} of the rate of a copy,"
+        copy = f"which moves {row['host_bytes_per_s'] / 1e9:.0f} GB/s"
+        return f"{what} in host memory, {row['queries']} queries, k = {row['k']}: {rates} {copy}"
     what += f", {row['queries']:,} queries, k = {'all' if row['k'] is None else format(row['k'], ',')}"
     what += f", {row['data']}" + (f", filter {row['share']:.0%}" if row["share"] < 1 else "") + f", {row['cache']}"
     parts = [f"{row['distances_per_s'] / 1e9:,.1f} G distances/s", f"{row['queries_per_s']:,.0f} queries/s"]

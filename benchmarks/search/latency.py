@@ -20,9 +20,10 @@ _ROUNDS, _MAX_CALLS_PER_ROUND, _BURST_SECONDS = 12, 50, 0.05
 
 
 def measure_latency(case: Case, database: Database, clock: Clock) -> Row:
-    """Quantiles of the times of single calls: until the CPU has the answer, and of the device alone, as a CUDA graph.
+    """Quantiles of the times of single calls: until the answer is ready, and of the device alone, as a CUDA graph.
 
-    A system named "from activations" packs the signs of floating-point activations into queries, then searches.
+    The answer is on the device; that of a system named "host to host" is in host memory. A system named "from
+    activations" packs the signs of floating-point activations into queries, then searches.
     """
     device, codes = database.device, database.codes
     queries = database.queries[: case.queries].clone()
@@ -60,7 +61,7 @@ def measure_latency(case: Case, database: Database, clock: Clock) -> Row:
 
 
 class CapturedSearch:
-    """A search as a CUDA graph. Each replay writes the answer to the same memory. On a CPU, it is the call itself."""
+    """A search as a CUDA graph. Each replay writes the answer to the same memory. On a CPU, a replay is a new call."""
 
     def __init__(self, call: Callable[[], TopK], device: torch.device):
         self._answers: list[TopK] = []

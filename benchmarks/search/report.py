@@ -52,8 +52,8 @@ def read(file: Path) -> list[Row]:
 def cpu_columns(rows: Sequence[Row]) -> Columns:
     """The columns for rows of `hamming` on the CPU.
 
-    The number of codes has a column only if the rows differ in it, and so has the number of queries. A peer or a read
-    has a column only if a row has its times.
+    The number of codes and the number of queries have columns only if the rows differ in them. The rates of other
+    libraries and of the bare loop, and the comparison with plain reads, have columns only if a row has the values.
     """
     columns: dict[str, Callable[[Row], str]] = {"task": _cpu_task}
     for name in ("codes", "queries"):
@@ -70,7 +70,7 @@ def cpu_columns(rows: Sequence[Row]) -> Columns:
     columns["times FAISS's best"] = lambda row: _ratio(row.get("times_faiss"))
     columns["% of the bare loop's rate"] = lambda row: _percent(row.get("of_bare_loop"))
     if any(row["of_read"] for row in rows):
-        title = "% of a plain read's rate: of the codes / beyond the cache"
+        title = "% of a plain read's rate: of the codes / of a buffer larger than the cache"
         columns[title] = lambda row: " / ".join(map(_percent, row["of_read"].values()))
     columns["extra MiB"] = lambda row: "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.0f}"
     return columns
@@ -81,7 +81,8 @@ def cpu_caption(rows: Sequence[Row]) -> str:
     caption = "rates in G distances/s, 10^9 distances per second; ratios are medians over the rounds; "
     caption += "times FAISS's best: the rate divided by that of FAISS's faster mode; "
     caption += "extra MiB: memory beyond codes, ids and answers"
-    notes = {"usearch": "may get fewer queries", "numkong": "may get fewer queries, and only computes distances"}
+    fewer = "may get fewer queries than hashengine"
+    notes = {"usearch": fewer, "numkong": f"{fewer}, and only computes distances"}
     return "; ".join([caption, *(f"{name}: {notes[name]}" for name in _CPU_PEERS if _has(rows, name))])
 
 

@@ -40,7 +40,7 @@ def label_at_random(database: np.ndarray, queries: np.ndarray, rng: np.random.Ge
 
 
 def queries_near_the_first(queries: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many codes as `queries`, near the first query: a bit is flipped, compared with it, with probability 1/16."""
+    """As many codes as `queries`. Each bit differs from that of the first query with probability 1/16."""
     return queries[0] ^ (queries & rare_bits(queries.shape, _CLUSTER_HALVINGS - 1, rng))
 
 

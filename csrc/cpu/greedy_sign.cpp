@@ -39,7 +39,7 @@ template <typename Element>
 struct ForwardChunks {
   using T = typename Arithmetic<Element>::Type;
 
-  // Writes the sum of each chunk's penalties to sums[chunk].
+  // Writes b, and the sum of each chunk's penalties to sums[chunk]. Sets *has_nan if u contains a NaN.
   static HE_INLINE void run(const GreedySignForward& p, int64_t begin, int64_t end, double* sums, bool* has_nan) {
     LaneMask<T> nans{};
     for (int64_t chunk = begin; chunk < end; ++chunk) {

@@ -25,8 +25,8 @@ inline uint64_t transpose_bits(uint64_t x) {
   return x ^ swap ^ (swap << 28);
 }
 
-// Packs eight bytes of codes at a time. Lane i collects bit i of each of the eight bytes. Transposing the 8 x 8 bits
-// then turns the lanes into bytes.
+// Packs eight bytes of codes at a time. Lane i collects the bit of activation i of each of the eight bytes. Transposing
+// the 8 x 8 bits then turns the lanes into bytes.
 template <typename Element>
 struct PackRange {
   using T = typename Arithmetic<Element>::Type;
@@ -42,7 +42,7 @@ struct PackRange {
         bits |= (value >= T(0)) & (LaneIndex<T>(1) << byte);
         nans |= value != value;
       }
-      // The first activation becomes the most significant bit of a code, so its lane goes to the last byte.
+      // Activation 0 becomes the most significant bit of a byte of codes, so its lane goes to the last byte of `word`.
       uint64_t word = 0;
       for (int lane = 0; lane < kLanes; ++lane) word |= uint64_t(bits[lane]) << (8 * (7 - lane));
       word = transpose_bits(word);

@@ -11,11 +11,11 @@
 // (2Ns).
 //
 // Launch. 256 threads per block (32 to 1,024 if the forward has a single block) and 16 elements per thread. A thread
-// has 32 bytes in flight for half precision, 128 for float64. Each block processes one tile, so the hardware balances
-// the load. Forward: one kernel, preceded by a memset of 4 bytes if there are several blocks. Backward: one kernel. If
-// a pointer is not aligned to 16 bytes, or if the number of elements is not a multiple of a vector's, the same kernel
-// runs with vectors of one element. The second case is rare, because codes have a multiple of 8 bits. A separate loop
-// for the last elements would take registers in every thread, so there is none.
+// has 32 bytes per array in flight for half precision, 128 for float64. Each block processes one tile, so the hardware
+// balances the load. Forward: one kernel, preceded by a memset of 4 bytes if there are several blocks. Backward: one
+// kernel. If a pointer is not aligned to 16 bytes, or if the number of elements is not a multiple of the vector width,
+// the same kernel runs with vectors of one element. The second case is rare, because codes have a multiple of 8 bits. A
+// separate loop for the last elements would take registers in every thread, so there is none.
 //
 // Numerics. Arithmetic in float32 (float64 for float64). A value passes through at most 16 additions in a thread, 5 in
 // a warp and 5 in a block; the sum over the blocks is in float64. NaN gives b = -1, and NaN as penalty and gradient;

@@ -1,10 +1,10 @@
 // pack_bits and unpack_bits on the GPU. Packing turns eight activations into a byte, the first into the most
 // significant bit; unpacking is the inverse.
 //
-// Idea. A byte is packed by one thread from eight elements, which it loads in 128-bit pieces (bool: in one 64-bit piece).
-// An element costs a conversion, a comparison and a select. The threads exchange nothing. (A ballot would save the select, but it needs one element
-// per lane and therefore narrow loads. It also puts the first lane in the LEAST significant bit, so the bits would have
-// to be reversed.) Unpacking spreads four bits with one multiplication.
+// Idea. A byte is packed by one thread from eight elements, which it loads in 128-bit pieces (bool: in one 64-bit
+// piece). An element costs a conversion, a comparison and a select. The threads exchange nothing. (A ballot would save
+// the select, but it needs one element per lane and therefore narrow loads. It also puts the first lane in the LEAST
+// significant bit, so the bits would have to be reversed.) Unpacking spreads four bits with one multiplication.
 //
 // Traffic, for B bytes of codes and s bytes per element. Packing reads 8Bs and writes B; unpacking reads B and writes
 // 8B. Both are the floor: nothing is moved twice.

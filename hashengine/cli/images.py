@@ -57,7 +57,7 @@ def search(
 ) -> None:
     """Find the K nearest images in INDEX. Results of one image are printed; those of a folder need --output."""
     if query.is_dir() and output is None:
-        raise invalid("search", "output", "a file for the results of a folder", "none", "pass --output FILE")
+        raise invalid("search", "output", "a file if the query is a folder", "none", "pass --output FILE")
     from hashengine import evaluation
 
     results = evaluation.search_images(index, query, k, model=model, batch_size=batch_size, device=device)
@@ -76,7 +76,7 @@ def evaluate(
     index: IndexFolder,
     queries: Annotated[Path, typer.Argument(help="A codes folder of labelled queries.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures here, as JSON.")] = None,
-    at: Annotated[int | None, typer.Option(help="Ranked images that the mAP covers.", show_default="all")] = None,
+    at: Annotated[int | None, typer.Option(help="Number of ranked images in the mAP.", show_default="all")] = None,
     radius: Annotated[int, typer.Option(help="Radius in bits for the precision within a radius.")] = RADIUS,
 ) -> None:
     """Measure how well INDEX ranks the images of a query's class before all others: mAP, precision, recall.

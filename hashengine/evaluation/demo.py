@@ -64,7 +64,8 @@ def start_over(output: Path, data: str) -> None:
     """Create `output`, or empty it, and write the file `MARKER` to it.
 
     Raises:
-        InputError: `output` has contents without this file, or contains the folder `data`.
+        InputError: `output` exists but is neither an empty folder nor one with this file, or it contains the folder
+            `data`.
     """
     if Path(data).is_dir() and Path(data).resolve().is_relative_to(output.resolve()):
         raise invalid(

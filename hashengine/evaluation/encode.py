@@ -110,7 +110,7 @@ def encode_folder(
 
     Args:
         folder: a folder of images, or an image file. The label of an image is the name of the first folder below
-            `folder` on the image's path.
+            `folder` on the image's path, or "" if there is none.
         model: a folder written by `HashNet.save_pretrained`.
         batch_size: images per call of the network.
         device: "auto", "cpu", "cuda", "cuda:1", ...

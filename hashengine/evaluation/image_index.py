@@ -129,7 +129,10 @@ class ImageIndex:
         """
         if codes.record.bits != self.record.bits:
             raise invalid(
-                where, argument, f"codes of {self.record.bits} bits, as the index's", f"{codes.record.bits} bits"
+                where,
+                argument,
+                f"codes of {self.record.bits} bits, like those of the index",
+                f"{codes.record.bits} bits",
             )
         if codes.record.fingerprint != self.record.fingerprint:
             expected = f"codes of the index's model, {str(self.folder / 'model')!r}"
@@ -140,7 +143,8 @@ class ImageIndex:
         """The `k` nearest images of each query.
 
         Raises:
-            InputError: `k` is below 1 or above the number of images, or the queries come from another model.
+            InputError: `k` is below 1 or above the number of images, or the queries come from another model or have
+                another number of bits.
         """
         self.check("search", queries, "query")
         check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")

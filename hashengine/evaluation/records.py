@@ -237,5 +237,5 @@ def read_items(path: Path, where: str, argument: str) -> list[Item]:
     except (ValueError, IndexError, csv.Error) as error:
         raise invalid(where, argument, expected, f"{error} in {str(path)!r}") from None
     if tuple(header) != Item._fields or any(item.id != row for row, item in enumerate(items)):
-        raise invalid(where, argument, expected, f"others in {str(path)!r}")
+        raise invalid(where, argument, expected, f"other columns or ids in {str(path)!r}")
     return items

@@ -46,7 +46,7 @@ class Timing(BaseModel):
 
 
 class Report(Record):
-    """The figures of the page, as report.json stores them.
+    """The figures of the page, as the .json file next to the page stores them.
 
     Attributes:
         seed: the seed with which the queries were drawn.
@@ -99,13 +99,15 @@ def write_report(
     measured = Evaluation.read(Path(evaluation), "report", "evaluation", "hashengine evaluate") if evaluation else None
     trained = TrainingRecord.read(Path(training), "report", "training", "hashengine train fit") if training else None
     if found.encode.fingerprint != indexed.fingerprint:
-        raise invalid("report", "results", f"of a search in {os.fspath(index)!r}", f"those of one in {found.index!r}")
+        raise invalid(
+            "report", "results", f"from a search in {os.fspath(index)!r}", f"results from a search in {found.index!r}"
+        )
     if measured and (measured.bits, measured.database) != (found.bits, found.database):
         raise invalid(
             "report",
             "evaluation",
-            f"of {found.database} codes of {found.bits} bits, as the results",
-            f"that of {measured.database} codes of {measured.bits} bits",
+            f"of {found.database} codes of {found.bits} bits, like the results",
+            f"an evaluation of {measured.database} codes of {measured.bits} bits",
         )
 
     drawn = draw(found.queries, rows, seed)

@@ -33,7 +33,7 @@ CPU_PAIRS_PER_BLOCK = 1 << 32  # (query, code) pairs; few enough to handle Ctrl-
 QUERIES_PER_KERNEL_BLOCK = 512  # the most queries that a CPU kernel compares in one pass over the codes
 GPU_PAIRS_PER_BLOCK = 1 << 40  # (query, code) pairs, if progress is not reported
 GPU_PAIRS_PER_REPORT = 1 << 36  # the same if progress is reported; not fewer, because each report waits for the GPU
-RESULTS_PER_BLOCK = 1 << 26  # a result takes 12 bytes on the GPU, in addition to the codes
+RESULTS_PER_BLOCK = 1 << 26  # on a GPU, a distance with its id takes 12 bytes, and a count 8 (16 with labels)
 STREAM_CHUNK_BYTES = 1 << 28  # a chunk of streamed codes; a GPU holds two chunks, and pinned host memory two more
 MAX_UNMERGED_PARTS = 8  # partial answers that a worker keeps before it merges them
 
@@ -406,7 +406,7 @@ class StagedChunks:
             self._search_stream.wait_stream(self._copy_stream)
 
     def _copy(self, number: int) -> Tensor:
-        """Start the copy of a chunk to its slot, after the last search of the slot. Returns the chunk on the GPU."""
+        """Start the copy of a chunk to its slot. The copy waits for the last search of the slot. Returns the copy."""
         slot, chunk = self._slots[number % 2], self._shards[number].slice_of(self._codes)
         slot.copied.synchronize()  # before that, the last copy may still be reading the pinned memory
         pinned, target = slot.pinned[: len(chunk)], slot.codes[: len(chunk)]

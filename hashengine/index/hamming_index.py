@@ -384,7 +384,8 @@ class HammingIndex:
 
         The folder contains a manifest and a file with the codes as they are in memory, row after row. A save appends
         the new codes to that file. After an update or a compaction, or if another save has changed the folder or the
-        file is no longer complete, it writes all codes to a new file. If it fails before the new manifest replaces the old one, the old index remains.
+        file is no longer complete, it writes all codes to a new file. If it fails before the new manifest replaces the
+        old one, the old index remains.
 
         Raises:
             InputError: the path cannot be written to, contains a damaged index, or is in use by another save.

@@ -61,11 +61,12 @@ class HammingKNN:
             references = to_device(_packed(reference, "reference", bits), query_codes.device)
         own = int(ref_includes_query or reference is None)
         if own and len(references) < len(query_codes):
-            expected = f"at least as many as the {len(query_codes)} queries that it includes"
+            expected = f"at least {len(query_codes)} rows, because it includes the queries"
             raise invalid("HammingKNN", "reference", expected, f"{len(references)} rows")
         if len(references) <= own:
             raise invalid("HammingKNN", "reference", ["at least 1 row", "at least 2 rows"][own], len(references))
-        k = check_integer("HammingKNN", "k", k, 1, len(references) - own, "the number of other references")
+        limit = "the number of other references" if own else "the number of references"
+        k = check_integer("HammingKNN", "k", k, 1, len(references) - own, limit)
         if isinstance(references, Tensor):
             distances, indices = hamming_topk(query_codes, references, k + own)
         else:

@@ -83,7 +83,7 @@ def rank_candidates(queries: Tensor, rows: Tensor, vectors_of: Callable[[Tensor]
     block = max(1, _FLOATS_PER_BLOCK // max(1, rows.shape[1] * queries.shape[1]))
     for first in range(0, len(rows) if (rows >= 0).any() else 0, block):
         part = slice(first, first + block)
-        known = rows[part].where(rows[part] >= 0, rows.max())  # for -1, reads another row; its score is replaced
+        known = rows[part].where(rows[part] >= 0, rows.max())  # -1 reads another row; the score is overwritten below
         scores[part] = (vectors_of(known) @ queries[part].unsqueeze(2)).squeeze(2)
     scores.masked_fill_(rows < 0, -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)

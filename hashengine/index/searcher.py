@@ -47,7 +47,8 @@ class Searcher(Protocol):
 
         Args:
             queries: uint8 [Q, bits / 8].
-            labels: (query_labels, code_labels); code_labels are in insertion order.
+            labels: (query_labels, code_labels); code_labels are in insertion order. A code is relevant if it has the
+                query's label; with multi-hot labels, if it shares a label with the query.
 
         Returns:
             `counts` int64 [Q, bits + 1]. With labels, (`counts`, `relevant`); `relevant` counts only relevant codes.

@@ -8,8 +8,8 @@ segmentation fault) or hung. A network of plain torch modules failed in the same
 contiguous tensors, with `ONEDNN_MAX_CPU_ISA=AVX2`, or with 16 channels or more in the first stage.
 
 It is not known which versions of oneDNN, which shapes and which instruction sets above AVX2 are affected. Therefore
-every version of torch and every shape counts as affected on such a processor. Failures were observed in backward passes
-only; inference therefore stays in channels_last.
+every version of torch and every shape counts as affected on a processor with AVX-512. Failures were observed in
+backward passes only; inference therefore stays in channels_last.
 """
 
 from __future__ import annotations

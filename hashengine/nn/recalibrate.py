@@ -72,6 +72,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
 def _input(batch: Any, position: int) -> Tensor:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
-        expected = "tensors or tuples that start with one"
+        expected = "tensors, or tuples or lists that start with a tensor"
         raise invalid("recalibrate", "batches", expected, f"{type(batch).__name__} at position {position}")
     return first

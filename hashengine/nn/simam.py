@@ -13,7 +13,7 @@ class SimAM(nn.Module):
     Its authors put it between the second convolution of a residual block and the BatchNorm that follows.
 
     Args:
-        channels: ignored; accepted for factories that call `layer(channels)`.
+        channels: ignored; accepted because `attach`, for example, calls `layer(channels)`.
         lam: the paper's lambda, above 0. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
         device: ignored, because there are no parameters; accepted because timm passes it.
         dtype: ignored, like `device`.

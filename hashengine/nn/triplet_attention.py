@@ -13,7 +13,8 @@ from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
 
-# The two official modules have different prefixes of the keys in their state dicts. The layer uses those on the right.
+# The prefixes of the keys in the state dicts of the two official modules: those of one on the left, those of the other
+# on the right. The layer uses those on the right.
 _OFFICIAL_PREFIXES = {
     "ChannelGateH.spatial.": "cw.conv.",
     "ChannelGateW.spatial.": "hc.conv.",
@@ -115,11 +116,24 @@ def _can_fuse(gates: list[nn.Sequential], convolutions: list[Any], norms: list[A
     """Whether the modules compute exactly what the fused op does, with the same settings in all branches."""
     if any(type(conv) is not nn.Conv2d for conv in convolutions) or any(type(bn) is not nn.BatchNorm2d for bn in norms):
         return False  # converted, parametrised or replaced
+    if not all(_is_fusible(conv, convolutions[0].kernel_size[0]) for conv in convolutions):
+        return False
     if any(_has_hooks(module) for modules in (gates, convolutions, norms) for module in modules):
         return False
     if not all(bn.affine and bn.track_running_stats for bn in norms):
         return False
     return len({(bn.training, bn.eps, bn.momentum) for bn in norms}) == 1
+
+
+def _is_fusible(conv: nn.Conv2d, size: int) -> bool:
+    """Whether `conv` computes a map of the same size from the two pooled ones, with a square kernel of odd `size`."""
+    return (
+        size % 2 == 1
+        and (conv.in_channels, conv.out_channels, conv.kernel_size) == (2, 1, (size, size))
+        and (conv.padding, conv.padding_mode) == ((size // 2, size // 2), "zeros")
+        and (conv.stride, conv.dilation) == ((1, 1), (1, 1))
+        and conv._parameters["bias"] is None
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:

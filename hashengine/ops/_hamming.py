@@ -8,8 +8,8 @@ from torch import Tensor
 from hashengine._validation import MAX_BITS, check_codes, check_filter_shape, dtype_name
 from hashengine.errors import invalid
 
-# A reference computes the distances of a block of queries together. A block has at most this many distances (128 MiB as
-# int64), unless one query alone has more.
+# A reference computes the distances of a block of queries together. A block has at most this many distances, unless one
+# query alone has more: 64 MiB as int32, and 128 MiB for the int64 keys that hamming_topk and hamming_count derive.
 _BLOCK_DISTANCES = 1 << 24
 
 

@@ -71,7 +71,7 @@ def triplet_attention_inference(
     running_var: list[Tensor],
     eps: float = 1e-5,
 ) -> Tensor:
-    """The `y` of `triplet_attention` with `training=False`. The tensors that only a backward needs are not returned.
+    """The `y` of `triplet_attention` with `training=False`, without what a backward would need.
 
     Args:
         x: feature map [N, C, H, W]; this and the other arguments are as for `triplet_attention`.

@@ -2,7 +2,8 @@
 
 The values come from Python, or from a YAML file and the command line.
 
-The descriptions of the fields are the help of `hashengine train fit` and `sweep`. This module does not import torch.
+The descriptions of the fields are the help of `hashengine train fit` and `sweep`. Importing this module does not import
+torch; constructing a `FitConfig` does.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class FitConfig(Config):
     ] = 4e-3
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight decay of AdamW")] = 0.01
     image_size: Annotated[
-        ImageSize | None, Field(description="pixels per side; by default the images' own size, at most 64")
+        ImageSize | None,
+        Field(description="pixels per side; by default the images' own size, limited to 8 to 64"),
     ] = None
     widths: Widths = DEFAULT_WIDTHS
     stem_stride: Annotated[
@@ -102,7 +104,7 @@ class FitConfig(Config):
 
     @field_validator("method_options")
     @classmethod
-    def _fit_the_method(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _belong_to_the_method(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """Check the given options and add the others with their defaults. Imports the method and therefore torch."""
         if "method" not in info.data:  # the method is invalid, which pydantic reports
             return options

@@ -118,7 +118,7 @@ def train(
                 batch = _forward(network, views, labels)
                 try:
                     terms = method.loss(batch, step, epoch)
-                except ValueError as error:  # on the CPU, ops reject NaN; on a GPU, the mean loss becomes NaN
+                except ValueError as error:  # an op on the CPU rejected NaN; otherwise the mean loss becomes NaN
                     if bool(torch.isfinite(batch.activations).all()):
                         raise
                     raise _diverged(epoch, config.lr) from error

@@ -86,7 +86,7 @@ class Run:
         ]
 
     def figures(self) -> dict[str, float]:
-        """The results by name: the mAP if there is evaluation.json, the values of the last epoch, and the seconds."""
+        """The results by name: the mAP if there is evaluation.json, the values of the last epoch, and the duration."""
         figures: dict[str, float] = {}
         evaluation = self.folder / EVALUATION_FILE
         if evaluation.is_file():
@@ -103,7 +103,7 @@ class Group:
     Attributes:
         options: this group's values of the options in which the groups of the table differ.
         seeds: the seeds of the runs, sorted.
-        mean: the mean of each figure over the runs.
+        mean: the mean over the runs of each figure that all of them have.
         deviation: the sample standard deviation of each figure; None for a single run.
         runs: the folders of the runs.
     """
@@ -165,7 +165,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
     runs = [Run.load(folder) for given in folders for folder in _run_folders(Path(given))]
     if not runs:
-        raise invalid("train report", "runs", "at least one folder", "none")
+        raise invalid("train report", "runs", f"at least one folder with {RECORD_FILE}", "none")
     results = table(runs)
     if output is not None:
         write_file(Path(output), results.to_markdown() if Path(output).suffix == ".md" else results.to_json())

@@ -26,12 +26,13 @@ def sweep(config: SweepConfig) -> RunTable:
     """Train one run for each combination of `config.grid` into a folder of its own, and write the table of results.
 
     Complete runs are kept; therefore an interrupted sweep continues after the last complete run. If `config.queries` is
-    given, each run that has not been evaluated with these queries is evaluated as by `evaluate`. After each run, the
-    table is written to table.md and table.json in `config.output`.
+    given, `evaluate` is called for each run that has not been evaluated with these queries. After each run, the table
+    is written to table.md and table.json in `config.output`.
 
     Raises:
-        InputError: an option of a run is invalid or two runs would share a folder, which is found before the first run
-            starts; a run fails in `fit`; or the folder of a run contains a run with other options.
+        InputError: an option of a run is invalid, or two runs would share a folder (both are found before the first
+            run starts); `fit` or `evaluate` raises it; or the folder of a run contains a damaged run or a run with
+            other options.
     """
     planned = list(plan(config))
     runs: list[Run] = []
@@ -63,9 +64,10 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
 
 
 def evaluate(run: Run, queries: Path) -> dict[str, Any]:
-    """Search the training images of a run for those of each query's class; write the mAP to evaluation.json.
+    """Rank the training images of a run for each query, and write the mAP to evaluation.json.
 
-    The network of the run encodes both the training images and the images in the folder `queries`.
+    An image is relevant if it has the query's class. The network of the run encodes both the training images and the
+    images in the folder `queries`.
 
     Raises:
         InputError: the folder of queries or of training images is unusable.
@@ -112,7 +114,7 @@ def _finished(config: FitConfig) -> Run | None:
         differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         actual = f"one with other {', '.join(differing)}"
         found_run = f"the run in {str(config.output)!r}"
-        raise invalid("train sweep", found_run, "one with these options", actual, "remove it")
+        raise invalid("train sweep", found_run, "one with the options of this sweep", actual, "remove it")
     return run
 
 

@@ -125,7 +125,7 @@ def test_wrong_options_give_an_error_of_one_line(arguments, message):
 
 def test_a_shape_of_two_models_is_measured_once_and_batches_can_be_given():
     found = shapes.workloads([shapes.Model.resnet50, shapes.Model.vgg16], None, gpu=False)
-    shapes_of_one_batch = 4 + 5 - 2  # ResNet50 has 4, VGG16 has 5, both have 2 of these
+    shapes_of_one_batch = 4 + 5 - 2  # ResNet50 has 4 and VGG16 has 5; 2 are common to both
     assert len({workload.shape for workload in found}) == len(found) == 2 * shapes_of_one_batch
     assert [w.models for w in found if w.shape == (32, 256, 56, 56)] == [["resnet50 x 32", "vgg16 x 32"]]
     batches = {w.shape[0] for w in shapes.workloads([shapes.Model.resnet18], None, gpu=True)}
@@ -140,7 +140,7 @@ def test_floors_equal_the_traffic_counted_by_hand():
         for name in ("simam", "triplet_attention", "greedy_sign")
         for direction in (FORWARD, FORWARD_BACKWARD)
     }
-    maps = 2 * (4 * 8 + 8 * 4 + 8 * 8) * 2 * 16 / x.nbytes  # 16 bytes per element, written and read
+    maps = 2 * (4 * 8 + 8 * 4 + 8 * 8) * 2 * 16 / x.nbytes  # 16 bytes per value of a map, written and read
     assert floors == {
         ("simam", "forward"): [2, 3],
         ("simam", "forward+backward"): [5, 8],

@@ -1,4 +1,4 @@
-"""The codes that the search benchmarks draw or learn from images, and average precision with tied codes."""
+"""The codes of the search benchmarks, drawn at random or learned from images; average precision with tied codes."""
 
 import io
 import tarfile

@@ -22,7 +22,7 @@ def test_searches_and_reads_are_timed_with_and_without_a_cgroup(tmp_path, monkey
         assert len(row["seconds"][name]) == len(row["disk_bytes"][name]) == 2
     search_rate_over_read_rate = row["of_read"]
     assert search_rate_over_read_rate > 0 and row["queries"] == 2
-    assert not list(tmp_path.glob("mapped-*")), "the file must be removed"
+    assert not list(tmp_path.glob("mapped-*")), "the folder must be removed"
 
 
 def test_wrong_answers_fail_the_command(tmp_path, monkeypatch):

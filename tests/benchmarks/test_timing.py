@@ -48,7 +48,7 @@ def test_short_calls_are_repeated_so_that_waking_the_threads_does_not_count(monk
     assert clock.calls == 3 * 5  # one warm-up round and two rounds of five calls
 
 
-def test_before_a_cold_call_another_array_fills_the_cache():
+def test_another_array_fills_the_cache_before_a_cold_call():
     clock = timing.CpuClock()
     assert clock._eviction.nbytes >= 2 * clock.cache_bytes >= 1 << 20
     seen = []

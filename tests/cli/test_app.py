@@ -157,7 +157,7 @@ def test_unexpected_errors_are_not_caught(error):
     assert run_failing(error).exception is error
 
 
-def test_each_described_field_of_the_options_of_training_becomes_an_option():
+def test_each_field_of_fit_config_with_a_description_becomes_an_option():
     names = {parameter.name for parameter in options_of(FitConfig, exclude=("output",))}
     assert names == {name for name, field in FitConfig.model_fields.items() if field.description} - {"output"}
     text = succeed("train", "fit", "--help").stdout

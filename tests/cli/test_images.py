@@ -61,7 +61,7 @@ def test_evaluation_prints_the_figures_that_it_writes(folder):
     assert lines[1].split("\t") == ["mAP", *(f"{written[name]:.4f}" for name in ("expected", "minimum", "maximum"))]
 
 
-def test_with_the_option_at_mean_average_precision_is_named_map_at_k(folder):
+def test_evaluate_with_at_k_names_the_figure_map_at_k(folder):
     assert "mAP@2\t" in succeed("evaluate", folder / "index", folder / "query", "--at", 2).stdout
 
 
@@ -158,7 +158,7 @@ def test_mistakes_in_evaluate_and_report_are_refused(folder, tmp_path):
     )
 
 
-def test_python_m_hashengine_is_the_same_command(folder):
+def test_python_m_hashengine_runs_the_command_line(folder):
     result = subprocess.run(
         [sys.executable, "-m", "hashengine", "search", "nowhere", "x.png"], capture_output=True, text=True
     )
@@ -170,7 +170,7 @@ def test_python_m_hashengine_is_the_same_command(folder):
 
 
 def test_an_interrupt_ends_the_command_with_status_130_and_no_traceback(folder, tmp_path):
-    # The first image is a pipe without a writer: the command blocks while it reads, until the signal arrives.
+    # The only image is a pipe. The command blocks while it reads, until the test closes the pipe.
     images = tmp_path / "images"
     images.mkdir()
     os.mkfifo(images / "a.png")

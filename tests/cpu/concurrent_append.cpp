@@ -4,6 +4,8 @@
 //
 //   concurrent_append <level>          prints "same" if every answer agreed with the definition of a search
 //   concurrent_append <level> early    publishes codes before it writes them: a race that the sanitizer must report
+//
+// <level> is the number of a SimdLevel.
 
 #include <algorithm>
 #include <atomic>

@@ -66,7 +66,7 @@ extern "C" void hamming_call(const int64_t* numbers, void* const* buffers) {
   switch (numbers[0]) {
     case 0:  // arguments: k; outputs: distances, positions
       return hamming_topk_cpu(search, numbers[7], static_cast<int32_t*>(buffers[5]), out(6), level, pool);
-    case 1: {  // arguments: radius, max_results; outputs: lims; distances and positions for up to all pairs
+    case 1: {  // arguments: radius, max_results; outputs: lims, distances, positions (with room for all pairs)
       const HammingRangeResult result = hamming_range_cpu(search, numbers[7], numbers[8], level, pool);
       std::copy(result.lims.begin(), result.lims.end(), out(5));
       std::copy_n(result.distances.get(), result.count(), static_cast<int32_t*>(buffers[6]));

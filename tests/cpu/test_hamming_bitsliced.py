@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parametrize("level", list(BLOCKS), indirect=True)
 
 
 def make_searched(bits: int, query_count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Queries, and codes of every kind. A third of the queries equal codes, a third complements of codes."""
+    """Queries, and codes of every kind. A third of the queries equal codes, and a third are complements of codes."""
     codes = np.concatenate([make_codes(kind, COUNT // 3, bits, rng) for kind in ("duplicate", "random", "clustered")])
     queries = make_codes("random", query_count, bits, rng)
     queries[::3] = codes[rng.integers(0, COUNT, len(queries[::3]))]
@@ -55,9 +55,9 @@ def test_there_are_no_false_hits(level_library: LevelLibrary, level: str) -> Non
 def test_results_for_several_numbers_of_queries_equal_the_definition(
     level_library: LevelLibrary, level: str, kind: str
 ) -> None:
-    """The numbers are near the smallest number for a bit-sliced kernel, near whole blocks, and the sum of the two.
+    """The numbers are near the fewest queries for a bit-sliced kernel, near one block and two, and in between.
 
-    The smallest number is 9/16 of a block with AVX2 and AVX-512, and half a block with NEON.
+    The fewest queries are 9/16 of a block with AVX2 and AVX-512, and half a block with NEON.
     """
     rng, block = np.random.default_rng(2), BLOCKS[level]
     codes, queries = make_codes(kind, COUNT, 64, rng), make_codes("random", 2 * block + 1, 64, rng)

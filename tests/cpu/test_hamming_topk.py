@@ -13,11 +13,11 @@ from tests.helpers.hamming_levels import (
 )
 
 KINDS = ["random", "clustered", "duplicate"]
-# Code lengths in bits: one byte, partial 64-bit words, and lengths near 252. Up to 252 bits (63 planes of nibbles), the
-# AVX2 kernel sums a distance in one byte.
+# Code lengths in bits: one byte, partial 64-bit words, and lengths near 252. Up to 252 bits (63 nibbles), the AVX2
+# kernel sums a distance in one byte.
 WIDTHS = [8, 24, 64, 72, 128, 248, 256, 264, 512, 1000, 1024, 4096]
-# (bits, codes, queries). Some code lengths have a partial 64-bit word. There is a single code, and there are more codes
-# than a tile or a word of a bitmap holds.
+# (bits, codes, queries). Some code lengths have a partial 64-bit word. One case has a single code; others have more
+# codes than a tile or than a word of a bitmap holds.
 FILTERED_SIZES = [(8, 1, 1), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2)]
 
 
@@ -93,7 +93,7 @@ def test_filtered_results_equal_the_definition(level_library: LevelLibrary, leve
 def test_a_misleading_sample_does_not_change_the_answer(
     level_library: LevelLibrary, level: str, order: str, own: bool | None
 ) -> None:
-    """The nearest codes are at random places, at the end, which is not sampled, or at the start, which is sampled."""
+    """The nearest codes are at random places, at the end (not sampled), or at the start (sampled)."""
     rng = np.random.default_rng(4)
     codes, queries = make_codes("random", 200_000, 64, rng), make_codes("random", 2, 64, rng)
     if order != "random":

@@ -159,7 +159,8 @@ def test_a_search_without_queries_is_empty(emulation):
 def test_code_lengths_around_the_limits_of_shared_memory(emulation, code_bytes):
     """The lengths lie on both sides of three limits.
 
-    Beyond them, the slots of a ranking, the counters with labels, and the counters without labels are in global memory.
+    Beyond the first, the slots of a ranking are in global memory; beyond the second, the counters with labels; beyond
+    the third, the counters without labels.
     """
     rng = np.random.default_rng(4)
     fraction_of_ones = np.linspace(0, 1, 70)[:, None]

@@ -185,7 +185,7 @@ def test_sparse_codes(machine):
 
 
 def test_periodic_databases(machine):
-    """Every second code is the same. A sample of every 8th code would contain nothing else, or not contain it."""
+    """Every second code is the same. A sample of every 8th code would contain only this code or never contain it."""
     search = make_search("random", 9000, 64, 4)
     search.codes[::2] = search.codes[:1]
     search = Search(search.queries, search.codes)
@@ -329,7 +329,7 @@ def test_a_shared_filter_zeroes_the_rows_of_excluded_codes(machine, own):
     search = Search(search.queries, search.codes, mask[None] if own else mask)
     out = array(32 * 4, torch.int32)
     machine.call("hamming_rows", *search.arguments, out)
-    words = out.numpy().reshape(8, 4, 2, 2)  # [g, t, word t or t + 4, row g or g + 8]
+    words = out.numpy().reshape(8, 4, 2, 2)  # of lane 4g + t: [g, t, word t or t + 4, row g or g + 8]
     is_nonzero = words.any(axis=(1, 2)).T.ravel()
     np.testing.assert_array_equal(is_nonzero, np.ones(16, bool) if own else mask)
 

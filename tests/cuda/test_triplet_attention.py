@@ -2,8 +2,9 @@
 
 Most cases run the forward, then the backward on the arrays that the forward saved. The shape decides how the kernels
 process x (csrc/cuda/triplet/tiles.cuh defines slice and tile):
-- Rows of 16-byte vectors: float32 rows of a multiple of 4 elements, half-precision rows of a multiple of 8. Rows of
-  4-byte vectors: other even half-precision rows. All other rows are processed in single elements.
+- A row is processed in 16-byte vectors if it has a multiple of 4 float32 or of 8 half-precision elements, and in 4-byte
+  vectors if it has another even number of half-precision elements. All other rows, and rows of unaligned arrays, are
+  processed one element at a time.
 - Small slices are processed several at a time.
 - Several blocks compute parts of a map, which are then merged, if a row has more than 128 elements, if a slice is too
   large for a block, or if x has more than 8 slices and few samples.
@@ -65,11 +66,13 @@ def test_every_dtype(emulation, dtype, layout):
         (1, 5, 9, 1),  # a single column
         (2, 13, 5, 11),  # no size is a multiple of a vector
         # The remaining comments describe the contiguous layout.
-        # small slices, processed several at a time; the map over C is computed in several parts
+        # small slices, processed several at a time; the map of the branch that pools C is computed in parts
         (1, 40, 7, 7),
-        # each row is too long for one tile, so the map over W is computed in parts; elements are loaded as vectors
+        # each row is too long for one tile, so the map of the branch that pools W is computed in parts; elements are
+        # loaded as vectors
         (1, 3, 4, 260),
-        # a slice is too large for one block, so the map over H is computed in parts; elements are loaded one by one
+        # a slice is too large for one block, so the map of the branch that pools H is computed in parts; elements are
+        # loaded one by one
         (1, 2, 57, 59),
     ],
     ids=str,

@@ -113,7 +113,8 @@ def test_the_reduce_pass_beyond_two_to_the_31_elements(emulation):
     huge = HugeInput(rows=32)
     x = huge.zeros()
     huge.tail(x)[:] = normal(0, 1, huge.c, huge.rows, huge.w)
-    # The sizes of the partial maps over C, H and W. The map over H has one part per tile.
+    # The reduce pass is the forward's first pass over x. It stores the maximum and the sum in partial maps over C, H
+    # and W, which have these sizes. The map over H has one part per tile.
     sizes = [(1, 2, huge.h, huge.w), (huge.h // huge.rows, 2, huge.c, huge.w), (1, 2, huge.c, huge.h)]
     numels = [torch.Size(size).numel() for size in sizes]
     memory = sparse_array(sum(numels), torch.float32)

@@ -12,7 +12,7 @@ void wait_for_copies(size_t batches_left);
 
 }  // namespace emulation
 
-// Copies the first bytes - zeros bytes, and fills the rest of the target with zeros.
+// Copies all but the last `zeros` of `bytes` bytes, and fills the rest of the target with zeros.
 inline void __pipeline_memcpy_async(void* shared, const void* global, size_t bytes, size_t zeros = 0) {
   emulation::copy_later(shared, global, bytes, zeros);
 }

@@ -29,9 +29,9 @@ constexpr size_t kStackBytes = 128 << 10;
 // variables that the kernel declares. Their size is unknown here, so half of the 48 KB is reserved for them.
 constexpr size_t kDefaultSharedBytes = 24 << 10;
 
-// The ready fiber with the smallest priority value runs. A schedule number of 2 or more is the seed of random
-// priorities. Under such a schedule, a thread also moves to the end of the queue with probability 1/2 before and after
-// each atomic, so that the other ready fibers overtake it.
+// A fiber emulates a thread. The ready fiber with the smallest priority value runs. A schedule number of 2 or more is
+// the seed of random priorities. Under such a schedule, a fiber also gets the largest priority value with probability
+// 1/2 before and after each atomic, so that other ready fibers overtake it.
 enum Schedule { kForward = 0, kReverse = 1 };
 constexpr uint64_t kLast = ~uint64_t(0);
 

@@ -71,7 +71,10 @@ def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
 
 
 class Emulation:
-    """Calls the functions of kernels_<op>.cpp and toys*.cpp. The emulator runs their kernels on host memory."""
+    """Calls the functions of kernels_<op>.cpp and toys*.cpp. The emulator runs their kernels on host memory.
+
+    The kernels of toys*.cpp test the emulator itself.
+    """
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))

@@ -13,7 +13,7 @@ HammingSearch search_of(const uint8_t* queries, const uint8_t* codes, const int6
   return {queries, codes, sizes[0], sizes[1], sizes[2], filter, sizes[3]};
 }
 
-// Builds the matrix rows of 16 codes, and stores the four words that each lane holds in out[lane][4].
+// Builds the matrix rows of 16 codes. Each lane holds four words of them, which it stores in out[lane][4].
 __global__ void rows_kernel(DeviceSearch search, uint32_t* out) {
   uint32_t words[1][2][1], rows[1][4];
   BitRows<2>::load(search.codes, 0, search.codes.count, words);

@@ -25,7 +25,7 @@ TripletSaved saved_from(void* const* saved) {
 
 extern "C" {
 
-// shape: see triplet_shape.h. saved: pooled, index, response, mean, var.
+// In all functions, shape is as in triplet_shape.h, and saved has pointers to pooled, index, response, mean and var.
 int64_t workspace_bytes_of_triplet_forward(const int64_t* shape) {
   return triplet_forward_workspace_bytes(triplet_shape(shape));
 }

@@ -1,5 +1,5 @@
-// Emulated matrix instructions. Each lane of a warp gathers the words of its rows and columns from the other lanes,
-// then computes its own sums.
+// Emulated matrix instructions. Each lane of a warp gathers the words of its rows from the other lanes. It gathers the
+// words of its columns in the same way (mma) or reads them from shared memory (wgmma). Then it computes its own sums.
 
 #include "emulator.h"
 #include "matrix_instructions.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr unsigned kWords = 8;  // per row or column
 constexpr unsigned kWholeWarp = ~0u;
-constexpr uint32_t kInvalid = 0xa5a5a5a5u;  // the sums of a product that was not waited for
+constexpr uint32_t kInvalid = 0xa5a5a5a5u;  // the value of wgmma's sums until wgmma_wait()
 
 // The two rows of which the calling lane computes sums: rows g and g + 8 of the warp, with g = lane / 4. Lane 4g + t
 // holds words t and t + 4 of both rows.

@@ -11,7 +11,7 @@ namespace emulation {
 void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* columns, const uint32_t* before);
 
 void wgmma_fence();
-// The lane has sums[count] and rows[4]. columns: a tile of 2 * count columns, stored by core matrices.
+// The lane has sums[count] and rows[4]. columns: a tile of 2 * count columns, stored in core matrices (bit_matrix.cuh).
 void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, const uint32_t* columns, bool accumulate);
 void wgmma_wait();
 

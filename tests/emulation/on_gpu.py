@@ -18,7 +18,8 @@ from tests.emulation.harness import CSRC, EMULATION, FORWARD, KERNELS, array, to
 class OnGpu:
     """Runs the launchers on the GPU, with the interface of `Emulation`.
 
-    All tensors are in host memory. Those without `Host` are copied to the GPU before a call and back after it.
+    All tensors are in host memory. Those that are not in a `Host` (harness.py) are copied to the GPU before a call and
+    back after it.
     """
 
     def __init__(self, library: Path, capability: int) -> None:

@@ -40,10 +40,10 @@ void run_one(int64_t queries, int64_t codes, int64_t code_bytes, int64_t offset,
 const Sanitized hamming_count_range("hamming_count_range", [] {
   run_one(1, 0, 8, 0, 1, false);     // no codes
   run_one(1, 1, 1, 1, 0, false);     // a single code of one byte; no labels
-  run_one(3, 33, 3, 1, 2, true);     // code length that is no multiple of a word; two words of labels
+  run_one(3, 33, 3, 1, 2, true);     // code length that is no multiple of 4 bytes; two words of labels
   run_one(9, 1100, 8, 0, 1, false);  // two groups of queries, two segments of the ranking
-  run_one(2, 65, 17, 2, 0, true);    // code length that is no multiple of a word; no labels
-  run_one(1, 40, 145, 0, 1, false);  // the slots of the ranking are in global memory
+  run_one(2, 65, 17, 2, 0, true);    // code length that is no multiple of 4 bytes; no labels
+  run_one(1, 40, 145, 0, 1, false);  // so many distances that hamming_range.cu keeps its slots in global memory
   run_one(1, 3, 1156, 4, 2, true);   // the counters of hamming_count are in global memory too
 });
 

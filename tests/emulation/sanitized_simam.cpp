@@ -20,11 +20,12 @@ void run_one(const ElementType& type, SimamShape shape, int64_t offset) {
                         nullptr);
 }
 
-// Planes of 1, 49 and 64 positions fit in a warp, and are staged or loaded directly. Planes of 2,056 positions fit in a
-// block (float64: in a cluster). Planes of 17,001 positions (single elements) and of 17,008 positions (vectors) fit in
-// a cluster on 9.0 and are split on 8.0; those of float64 are always split. The slabs of 1,100 positions also fit in a
-// cluster on 9.0 and are split on 8.0. The last slab has partial rows if there are 40 channels, and, except in float64,
-// if there are 24.
+// Planes of 1, 49 and 64 positions fit in a warp. They are loaded directly if they are of float64, or aligned and of
+// whole vectors; otherwise they are staged in shared memory. Planes of 2,056 positions fit in a block (float64: in a
+// cluster). Planes of 17,001 positions (loaded one element at a time) and of 17,008 positions (loaded as vectors) fit
+// in a cluster on compute capability 9.0 and are split on 8.0; those of float64 are always split. The slabs of 1,100
+// positions also fit in a cluster on 9.0 and are split on 8.0. The rows of the last slab extend beyond the last channel
+// in every case but one: 24 channels of float64 on 9.0.
 // SimamShape: samples, channels, positions, layout, dtype.
 const Sanitized simam("simam", [] {
   constexpr auto kPlanes = FeatureLayout::kContiguous;

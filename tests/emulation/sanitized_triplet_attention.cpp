@@ -35,7 +35,7 @@ void run_one(const TripletShape& shape, int64_t element_bytes, int64_t offset) {
   launch_triplet_backward({y.get(), x.get(), forward.parameters, forward.saved, grad_x.get(), grad_conv_weight.get(),
                            grad_bn_weight.get(), grad_bn_bias.get(), true, shape},
                           backward_workspace.get(), nullptr);
-  for (int capability : {90, 80}) {  // inference in one launch with clusters, and in three launches
+  for (int capability : {90, 80}) {  // 90: one launch with clusters if there is a ClusterPlan; 80: three launches
     emulation_set_capability(capability);
     Array workspace(triplet_inference_workspace_bytes(shape), 0);
     launch_triplet_inference(inference, workspace.get(), nullptr);

@@ -89,9 +89,10 @@ __global__ void mixed_operations_kernel() {
   }
 }
 
-// Reverses the numbers of a cluster: each block stores its own in dynamic shared memory and reads those of the mirrored
-// block. If kArrives is true, a barrier before the reads ensures that all numbers are stored. If kStays is true, a
-// barrier after the reads ensures that no block exits while others read from it.
+// Reverses and doubles the numbers of a cluster: each block stores its own in dynamic shared memory and reads those of
+// the mirrored block, and the factor 2 from that block's static shared memory. If kArrives is true, a barrier before
+// the reads ensures that all numbers are stored. If kStays is true, a barrier after the reads ensures that no block
+// exits while others read from it.
 template <bool kArrives, bool kStays>
 __global__ void cluster_reverse_kernel(const float* in, float* out) {
   const auto cluster = cooperative_groups::this_cluster();

@@ -45,6 +45,7 @@ def test_evaluation_needs_labels(index, queries):
         evaluate(index, unlabelled)
 
 
+# The index has 21 codes of 32 bits.
 @pytest.mark.parametrize(("option", "value"), [("at", 0), ("at", 22), ("radius", -1), ("radius", 33)])
 def test_evaluation_options_out_of_range_are_refused(index, queries, option, value):
     with pytest.raises(InputError, match=f"^evaluate: {option} must be .* got {value}"):

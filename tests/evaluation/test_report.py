@@ -50,7 +50,7 @@ def test_the_frame_of_a_hit_says_whether_it_has_the_querys_label(reported):
     assert page.count('class="hit wrong"') == sum(query != hit for query, hit in hits)
 
 
-def test_hits_without_labels_are_not_marked_and_missing_images_are_shown_as_missing(
+def test_hits_of_queries_without_labels_are_not_marked_and_a_missing_image_is_shown_as_missing(
     index, queries, codes, images, tmp_path
 ):
     unlabelled = CodesFolder(queries.codes, [item._replace(label="") for item in queries.items], queries.record)
@@ -66,7 +66,7 @@ def test_hits_without_labels_are_not_marked_and_missing_images_are_shown_as_miss
 def test_the_results_of_a_search_in_another_index_are_refused(index, images, tmp_path):
     other = encode_folder(images, make_model(tmp_path / "other", seed=1))
     ImageIndex.build(other, tmp_path / "other-index").search(other, 1).write(tmp_path / "results.json")
-    with pytest.raises(InputError, match="^report: results must be of a search in"):
+    with pytest.raises(InputError, match="^report: results must be from a search in"):
         write_report(tmp_path / "report.html", index.folder, tmp_path / "results.json")
 
 

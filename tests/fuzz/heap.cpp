@@ -1,4 +1,5 @@
-// The heap memory in use and its peak, in bytes, counted by hooks of AddressSanitizer's allocator.
+// The growth of the heap memory in use since heap_watch(), and the peak of this number since heap_start(), in bytes.
+// Both are counted by hooks of AddressSanitizer's allocator.
 
 #include <atomic>
 #include <cstddef>

@@ -4,9 +4,10 @@ The first byte of an input selects one of `READERS`, the second byte has the fla
 
 - "npy" and "u8bin": the contents of a file that `read_codes` reads;
 - "index": the contents of all files of an index, with `_SEPARATOR` between them;
-- "edited index": the number of an index in `_indexes`, and a list of edits of its files. The edits are followed by a
-  correction of the sizes and checksums in the manifest, unless a flag forbids it. Without the correction, a load would
-  refuse nearly every edited file because of its checksum.
+- "edited index": the number of an index in `_indexes`, and a list of edits of its files. Unless a flag forbids it, the
+  manifest's sizes and checksums of the other files are corrected after the edits of these files, and its own checksum
+  after the edits of the manifest. Without these corrections, a load would refuse nearly every edited file because of
+  its checksum.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _names() -> list[str]:
 
 @functools.cache
 def _indexes() -> dict[str, Files]:
-    """The files of several small indexes, by the name of the index. If an index lacks one of the files, it is empty."""
+    """The files of several small indexes, by the name of the index. A file that an index lacks is empty here."""
     found = {}
     for name in ("positions", "own_ids", "removed", "compacted", "empty"):
         index = HammingIndex(64)

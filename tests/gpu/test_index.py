@@ -134,7 +134,7 @@ def test_packing_and_search_are_captured_in_a_graph(on_cpu):
         assert all(map(torch.equal, found, search()))
 
 
-def test_each_search_on_another_stream_during_writes_sees_one_state():
+def test_during_writes_a_search_on_another_stream_sees_one_state():
     index = HammingIndex(16, "cuda")
     index.add(MARKS)
     query = torch.zeros(1, 2, dtype=torch.uint8, device="cuda")

@@ -21,7 +21,7 @@ def invoke(*arguments: object) -> str:
 
 
 def assert_refused(message: str, *arguments: object) -> None:
-    """Check that the command fails with exit code 2 and one line on stderr, "error: " and `message` and the rest."""
+    """Check that the command fails with exit code 2 and one line on stderr that starts with "error: " and `message`."""
     result = run_command(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1, result.stderr

@@ -21,7 +21,7 @@ class FaissOracle:
 
     Args:
         codes: uint8 [N, bits / 8].
-        mask: bool [N], the codes that may be found; all of them if None.
+        mask: bool [N], the codes that `search` may find; None for all. The range searches ignore it.
     """
 
     name = "FAISS IndexBinaryFlat"

@@ -191,8 +191,8 @@ class LevelLibrary:
         search do not show false hits, because the search drops them after it has computed their exact distances.
 
         Here the exact distances are computed from the complement of the query instead of the query. Each is the number
-        of bits minus the distance from the query. If the radius is half the bits, all false hits are counted, and those true hits whose distance
-        is exactly the radius.
+        of bits minus the distance from the query. If the radius is half the bits, all false hits are counted, and those
+        true hits whose distance is exactly the radius.
         """
         counts = np.full(len(queries), -7, np.int64)
         self._call("pushed", level, 1, queries, codes, None, (radius, 0), [counts], (~queries, None))

@@ -28,7 +28,7 @@ from tests.helpers.indexes import as_numpy
 BITS = 16
 QUERIES = 3
 FILTER_KINDS = ("none", "mask", "bitmap", "mask per query", "bitmap per query")
-UNCHECKED = settings(deadline=None, suppress_health_check=list(HealthCheck))  # one check forbids fixtures per test
+UNCHECKED = settings(deadline=None, suppress_health_check=list(HealthCheck))  # allows function-scoped fixtures
 
 # Constructor arguments of indexes on one to three devices, streamed or not. No GPU is needed: the list of devices may
 # name the CPU more than once, and codes can be streamed to the CPU.
@@ -162,7 +162,8 @@ class Operations(RuleBasedStateMachine):
         filter = masks if kind.endswith("per query") else masks[0]
         if kind.startswith("bitmap"):
             filter = np.packbits(filter, axis=-1, bitorder="little")
-            filter[..., -1] |= 0xFF << (count % 8 or 8) & 0xFF  # set bits after the last code must have no effect
+            # The bits after the last code are set. They must have no effect.
+            filter[..., -1] |= 0xFF << (count % 8 or 8) & 0xFF
         return masks, filter
 
     def convert(self, values: np.ndarray | None, as_torch: bool) -> Any:

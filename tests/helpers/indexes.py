@@ -9,7 +9,7 @@ from hashengine import HammingIndex
 
 
 def codes_of(count: int, bits: int = 64, seed: int = 0) -> np.ndarray:
-    """Random codes, uint8 [count, bits / 8]; a smaller `count` gives the first of the same codes."""
+    """Random codes, uint8 [count, bits / 8]. A smaller `count` gives the first `count` of the same codes."""
     return np.random.default_rng(seed).integers(0, 256, (count, bits // 8), dtype=np.uint8)
 
 

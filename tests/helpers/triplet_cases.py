@@ -17,7 +17,7 @@ H200_MULTIPROCESSORS = 132  # the launchers derive the sizes of their grids from
 # Shapes [N, C, H, W] that the kernels of triplet_pool and triplet_gate split into tiles in different ways.
 TILED_SHAPES = [
     (3, 1, 1, 1),  # one element per sample
-    (2, 13, 5, 11),  # no size is a multiple of a vector
+    (2, 13, 5, 11),  # no size is a multiple of the vector width
     # The remaining comments describe the contiguous layout.
     # small slices, processed several at a time; the map over C is computed in several parts
     (1, 40, 7, 7),
@@ -145,7 +145,7 @@ class HugeInput:
         return [maps[0], *map(self.tail, maps[1:])]
 
     def check(self, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-        """Check that the last `rows` rows are accurate, and that the first `rows` and the `rows` before the last are zero."""
+        """Check that the last `rows` rows are accurate; of the other rows, that the first and last `rows` are zero."""
         assert_as_accurate_as_eager(self.tail(got), eager, exact)
         assert not got[:, :, : self.rows].any() and not got[:, :, -2 * self.rows : -self.rows].any()
 

@@ -19,7 +19,7 @@ def small_blocks(monkeypatch):
     use_small_blocks(monkeypatch)
 
 
-def test_to_changes_the_devices_and_nothing_else(tmp_path):
+def test_the_method_to_changes_the_devices_and_nothing_else(tmp_path):
     index = index_of(100, bits=BITS, ids=True)
     index.remove(np.array([30, 990]))
     index.save(tmp_path)
@@ -151,19 +151,20 @@ def test_a_full_gpu_leaves_the_index_as_it_was(monkeypatch, tmp_path, placement,
         "range_search": lambda: index.range_search(few_codes(1, 1), 2),
         "count": lambda: index.count(few_codes(1, 1)),
     }
-    for op, call in calls.items():
-        ops = {"search": "hamming_topk", "range_search": "hamming_range", "count": "hamming_count"}
+    ops = {"search": "hamming_topk", "range_search": "hamming_range", "count": "hamming_count"}
+    for method, call in calls.items():
         with monkeypatch.context() as patch:
-            if op in ops:
-                patch.setattr(execution, ops[op], out_of_memory)
-            elif op == "update":
+            if method in ops:
+                patch.setattr(execution, ops[method], out_of_memory)
+            elif method == "update":
                 patch.setattr(code_memory, "to_device", out_of_memory)
             else:
                 for module in (code_memory, hamming_index):
                     patch.setattr(module, "allocate_rows", no_memory_for_rows)
-            # The advice of `load` is always that for codes on GPUs, because a streamed load needs no GPU memory.
-            streamed = placement["streamed"] and op != "load"
-            with pytest.raises(torch.cuda.OutOfMemoryError, match=FULL.format(op, ADVICE[streamed])) as caught:
+            # `load` always gives the advice for streamed = False. A streamed load needs no GPU memory; only this test
+            # makes it fail.
+            streamed = placement["streamed"] and method != "load"
+            with pytest.raises(torch.cuda.OutOfMemoryError, match=FULL.format(method, ADVICE[streamed])) as caught:
                 call()
         assert "\n" not in str(caught.value)
         assert_same_index(index, before)

@@ -47,7 +47,7 @@ def test_saving_again_appends_to_the_files(tmp_path, reload):
 
 @pytest.mark.parametrize("file", ["codes", "ids"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_save_writes_a_file_anew_that_is_no_longer_complete(tmp_path, file, damage):
+def test_a_save_rewrites_a_truncated_or_missing_file(tmp_path, file, damage):
     index = index_of(ids=True)
     index.save(tmp_path)
     (damaged,) = tmp_path.glob(f"{file}-*.bin")
@@ -279,7 +279,7 @@ def test_two_writers_that_take_turns_leave_a_complete_index(tmp_path):
             assert_same_index(HammingIndex.load(tmp_path), writer)
 
 
-def test_a_load_starts_again_if_a_save_has_removed_its_files(tmp_path, monkeypatch):
+def test_a_load_starts_again_if_a_save_removes_the_files_to_read(tmp_path, monkeypatch):
     index_of().save(tmp_path)
     open_folder, new = folder.open_folder, index_of(20)
 

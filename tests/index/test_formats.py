@@ -221,9 +221,9 @@ def test_any_contents_give_codes_or_an_input_error(folder, suffix, contents, mma
 
 
 def hdf5(path, **changed):
-    """Write a data set in the format of ann-benchmarks, and return its unchanged parts.
+    """Write a data set in the format of ann-benchmarks. Return its parts as they are before `changed` is applied.
 
-    `changed` replaces parts by others; a part that is None is left out.
+    `changed` replaces parts of the written file by others; a part that is None is left out.
     """
     h5py = pytest.importorskip("h5py")
     rng = np.random.default_rng(0)
@@ -317,7 +317,7 @@ def test_flat_faiss_indexes_are_converted_in_both_directions(faiss, bits, bit_or
     assert type(back) is faiss.IndexBinaryFlat
     assert_same_results(index, back, bit_order)
     assert_same_index(from_faiss(back, bit_order=bit_order), index)
-    index.add(codes)  # is possible without ids: the new codes get the next ids
+    index.add(codes)  # raises no error without ids: the new codes get the next ids
 
 
 @pytest.mark.parametrize("bit_order", BIT_ORDERS)

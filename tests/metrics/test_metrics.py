@@ -134,9 +134,10 @@ def test_mean_average_precision_equals_the_published_formula():
 
 @pytest.mark.parametrize("before, hits, n, r, taken", [(150, 60, 3000, 700, 1100), (1, 0, 2000, 900, 1500)])
 def test_average_precision_at_a_cut_inside_a_large_tie_equals_a_sum_over_hit_counts(before, hits, n, r, taken):
-    """`before` items, `hits` of them relevant, precede a tie of `n` items, `r` of them relevant. The cut keeps `taken`.
+    """`before` items, `hits` of them relevant, precede a tie of `n` items, `r` of them relevant.
 
-    The tie has too many orders to enumerate. The hypergeometric probabilities are computed from exact integers.
+    The cut keeps `taken` items of the tie. The tie has too many orders to enumerate. The hypergeometric
+    probabilities are computed from exact integers.
     """
 
     def average(first, places, ranks):
@@ -150,7 +151,7 @@ def test_average_precision_at_a_cut_inside_a_large_tie_equals_a_sum_over_hit_cou
     place, head = before + 1 + np.arange(taken), 1 + np.arange(hits)
     first = 0.0 if hits == 0 else hits * mcsherry_najork([before], [hits])
     expected, lowest, highest = 0.0, [], []
-    for x in range(max(0, taken - (n - r)), min(taken, r) + 1):  # x: the relevant ones of the `taken` items
+    for x in range(max(0, taken - (n - r)), min(taken, r) + 1):  # x: how many of the `taken` items are relevant
         probability = math.comb(r, x) * math.comb(n - r, taken - x) / math.comb(n, taken)
         ranks = hits + 1 + np.arange(taken) * (x - 1) / (taken - 1)
         expected += probability * (first + x / taken * (ranks / place).sum()) / max(1, hits + x)

@@ -188,7 +188,7 @@ def test_attention_survives_copies_and_detach_restores_the_model(build, convert,
         assert anatomy(model) == parts
 
 
-def test_layers_take_dtype_and_mode_and_follow_later_conversions():
+def test_new_layers_take_the_dtype_and_mode_of_their_block_and_follow_later_conversions():
     model = small_resnet().double()
     model.layer2.eval()
     he.nn.attach(model, "triplet")

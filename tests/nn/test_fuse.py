@@ -69,7 +69,7 @@ def test_fusing_keeps_hooks_mode_dtype_and_identity():
 
 
 @official
-def test_fused_modules_copy_pickle_and_convert(build):
+def test_fused_modules_can_be_copied_pickled_and_converted(build):
     model = randomise(build()).eval()
     he.nn.fuse(model)
     x = feature_map("contiguous")

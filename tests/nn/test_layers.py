@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hashengine import ops
 from hashengine.errors import InputError
 from hashengine.nn import GreedyHash, SimAM, TripletAttention
 from tests.helpers.layouts import feature_map
@@ -95,7 +96,33 @@ def test_separate_ops_give_the_same_gradients_as_the_fused_op(momentum):
     torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
 
 
+@pytest.mark.parametrize("branch", ["cw", "hw"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": True},
+        {"dilation": 2, "padding": 6},
+        {"padding_mode": "circular"},
+        {"kernel_size": 3, "padding": 1},  # another size than in the other branches
+        {"kernel_size": (7, 3), "padding": (3, 1)},
+    ],
+    ids=str,
+)
+def test_another_convolution_in_a_branch_is_used(branch, settings):
+    """The fused op knows only the weight of a convolution, so the layer runs separate ops."""
+    layer = TripletAttention().eval()
+    convolution = nn.Conv2d(2, 1, **{"kernel_size": 7, "padding": 3, "bias": False} | settings)
+    layer.get_submodule(f"{branch}.conv").conv = convolution
+    x = feature_map("contiguous")
+    gates = [layer.cw, layer.hc, layer.hw]
+    maps = [gate.conv(pool) for gate, pool in zip(gates, ops.triplet_pool(x), strict=True)]
+    torch.testing.assert_close(layer(x), ops.triplet_gate(x, *maps))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), ops.triplet_gate(x, *maps))
+
+
 def test_factories_can_pass_the_number_of_channels():
+    """Code that builds attention layers as `layer(channels)` can build these two, which ignore the number."""
     for layer in (SimAM, TripletAttention):
         assert layer(64)(feature_map("contiguous")).shape == (3, 4, 5, 6)
 

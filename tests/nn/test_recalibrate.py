@@ -42,7 +42,7 @@ def test_recalibrate_corrects_a_network_with_simam(build):
     ("batches", "error", "message"),
     [
         ([], he.InputError, "recalibrate: batches must be at least one batch, got none"),
-        ([images(), "cat.jpeg"], he.InputError, "recalibrate: batches must be tensors .*, got str at position 1"),
+        ([images(), "cat.jpeg"], he.InputError, "recalibrate: batches must be tensors, .*, got str at position 1"),
         ([images(), images()[:, :1]], RuntimeError, "expected input"),
     ],
 )

@@ -18,7 +18,7 @@ OPS = torch.ops.hashengine
 # - rows that are shorter than a vector, that are whole vectors, and that end in a part of a vector;
 # - planes that have several chunks of 2,048 positions and end in a part of a vector;
 # - more small planes than the 64 that are packed together;
-# - more channels than the 512 of a slab.
+# - more channels than the 512 that are processed together at most.
 SHAPES = [
     (2, 3, 1, 1),
     (3, 9, 1, 1),

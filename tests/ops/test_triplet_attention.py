@@ -147,7 +147,8 @@ def test_is_as_accurate_as_the_reference(simd_level, dtype, memory_format, train
             runs.append((got, eager, exact))
         assert_accurate(runs, ("y", "pooled", "response", "grad_x"))
         all_runs += runs
-    # A run has only a few of these values. Their errors vary by chance, so the values of all runs are compared at once.
+    # A run gives only a few values of each of the following results. Their errors vary by chance, so the values of all
+    # runs are compared at once.
     assert_accurate(all_runs, ("mean", "var", "grad_conv", "grad_weight", "grad_bias"))
 
 

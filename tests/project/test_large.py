@@ -47,7 +47,7 @@ def test_the_forward_of_a_large_batch_equals_that_of_single_samples(x: torch.Ten
 def test_the_backward_of_a_large_batch_equals_that_of_small_batches(x: torch.Tensor, layer: type) -> None:
     """In evaluation mode, samples are independent: eight samples have the same gradients in a large and a small batch.
 
-    With fewer than eight samples, the planes would be divided among threads, which changes the order of the sums.
+    With fewer than eight samples, TripletAttention sums each sample in parts, which changes the order of the sums.
     """
     layer = layer().eval()
 

@@ -36,7 +36,7 @@ def never_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "running", "reason"),
+    ("changes", "running", "reason"),  # changes: to RECORD; running: the versions of torch and of torch's CUDA
     [
         ({}, ("2.13.0", "13.0"), None),  # other patch release of torch, other minor release of CUDA
         ({}, ("2.13.0+cu130", "13.0"), None),  # the same, with a suffix of torch's version

@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
-NEEDED = {  # an example with such a text is skipped if the package next to it is missing
+NEEDED = {  # text: package. A README block or a guide that contains the text is skipped if the package is missing.
     "torchvision": "torchvision",
     "hashengine train": "sklearn",
     "benchmarks": "faiss",
@@ -99,7 +99,7 @@ def test_blocks_of_the_readme_are_python_or_shell_and_those_of_guides_are_in_kno
     assert {block.language for guide in GUIDES for block in blocks(guide)} <= {"python", "sh", "text", "yaml"}
 
 
-def test_commands_that_the_readme_names_are_in_examples_except_two() -> None:
+def test_the_readme_has_an_example_of_every_command_that_its_text_names_except_two() -> None:
     text = re.sub(r"^```.*?^```", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`((?:hashengine|make|python -m \w+) [a-z]+)", text))
     shell = "".join(block.code for block in README_BLOCKS if block.language == "sh")

@@ -128,7 +128,7 @@ def test_the_parameters_of_another_method_are_trained_and_saved_with_a_prefix(im
 @pytest.mark.parametrize(
     ("method", "options"), [("cibhash", {"hidden": 12}), ("itq", {"bits": 8}), ("greedy_hash", {})]
 )
-def test_a_model_is_saved_again_without_loss(images, tmp_path, method, options):
+def test_a_loaded_model_is_saved_with_the_same_bytes(images, tmp_path, method, options):
     run = fit(tiny(images, tmp_path / "model", method=method, **options))
     run.model().save_pretrained(tmp_path / "copy")
     for name in ("config.json", "model.safetensors"):

@@ -88,7 +88,7 @@ def test_runs_that_would_share_a_folder_are_refused(data):
     assert not (data / "runs").exists()
 
 
-def test_other_queries_evaluate_complete_runs_again(data):
+def test_complete_runs_are_evaluated_again_with_other_queries(data):
     make_images(data / "other", per_class=3, seed=2)
     shared = {"grid": {"seed": [0]}}
     for name, count in [("query", 6), ("other", 9)]:
@@ -135,7 +135,7 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path):
 def test_a_damaged_or_missing_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="^train report: run must be a model folder or a folder of them"):
         report([tmp_path / "nowhere"])
-    with pytest.raises(InputError, match="^train report: runs must be at least one folder, got none"):
+    with pytest.raises(InputError, match="^train report: runs must be at least one folder with training.json"):
         report([tmp_path])
     (tmp_path / "training.json").write_text('{"options": {}, "epochs": []}')
     with pytest.raises(InputError, match="training.json: the file must be the record of a training run"):

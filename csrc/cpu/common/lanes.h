@@ -4,9 +4,9 @@
 // target attribute. The kernel is inlined into this function and is therefore compiled for the level's instructions.
 // Eight floats take one AVX register, or two SSE or NEON registers; eight doubles take twice as many.
 //
-// Limits. Every function and lambda between a kernel and run_at_level must be HE_INLINE: a function that is not inlined
-// is compiled for the lowest level. Vectors must be local variables, because their alignment in memory differs between
-// levels; an array on the heap must store elements instead (LaneArray).
+// Limits. Every function and lambda through which run_at_level reaches code with vectors must be HE_INLINE: a function
+// that is not inlined is compiled for the lowest level. Vectors must be local variables, because their alignment in
+// memory differs between levels; an array on the heap must store elements instead (LaneArray).
 #pragma once
 
 #include <cmath>

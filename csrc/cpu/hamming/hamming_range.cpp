@@ -1,5 +1,5 @@
 // Exact Hamming search within a radius on the CPU: like a search for the max_results nearest codes (hamming_topk.cpp),
-// except that every query's first bound is radius + 1.
+// except that the first bound of every query is radius + 1 (exclusive).
 
 #include "cpu/hamming/candidate_lists.h"
 #include "hashengine/huge_pages.h"
@@ -7,9 +7,9 @@
 namespace hashengine {
 namespace {
 
-constexpr int64_t kMinChunkCodes = 1 << 16;   // fewer codes are not worth a list per query
+constexpr int64_t kMinChunkCodes = 1 << 16;   // a smaller chunk is not worth its lists, one per query
 constexpr int64_t kExpectedResults = 1024;    // per query; for more results the buffers grow
-constexpr int64_t kMinQueriesPerThread = 16;  // fewer queries are sorted faster by one thread
+constexpr int64_t kMinQueriesPerThread = 16;  // one thread sorts the results of fewer queries faster
 
 // Copies the first `count` values to a new array with room for `capacity` values.
 template <typename T>

@@ -27,8 +27,9 @@ const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_un
   if (level == SimdLevel::kAvx512) return kHammingAvx512;
   if (level == SimdLevel::kAvx2) {
     if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
-    // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word are
-    // an exception, because reading such words costs the popcount kernel more than preparing tiles would.
+    // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word
+    // (except codes of 4 bytes) are an exception: reading that word costs the popcount kernel more than preparing
+    // tiles.
     const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
     const bool has_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
     return search.query_count <= few_queries && has_whole_words ? kHammingPopcnt : kHammingAvx2;

@@ -72,7 +72,7 @@ struct SimamGate {
     return grad + u * (2 * energy_scale);
   }
 
-  // The other terms are -mean_s and -(x - mean) * slope. mean_s() and slope() compute these two factors from the
+  // The other terms are -mean_s and -(x - mean) * slope. mean_s() and slope() compute mean_s and slope from the
   // plane's sums of u and u * d. finish() adds the terms to `direct`, the result of backward().
   HE_INLINE S mean_s(S sum_u, int64_t positions) const { return sum_u * (2 * energy_scale) / T(positions); }
   HE_INLINE S slope(S sum_ud, double n) const { return sum_ud * energy_scale * (8 / T(n) * energy_scale); }

@@ -11,7 +11,7 @@ void simam_forward_channels_last(const SimamForward& params, SimdLevel level, co
 template <typename Element>
 void simam_backward_channels_last(const SimamBackward& params, SimdLevel level, const ThreadPool& pool);
 
-// Fewer than eight values per row, in either layout: packed.cpp.
+// Contiguous planes of fewer than eight values, and channels_last with fewer than eight channels: packed.cpp.
 template <typename Element>
 void simam_forward_packed(const SimamForward& params, SimdLevel level, const ThreadPool& pool);
 template <typename Element>

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kPlanes = 64;  // small contiguous planes per group
 
-// Divides the planes into groups. A group is packed position by position, with each row padded to whole vectors.
+// Divides the planes into groups. A group is packed position by position: a row holds the values of the group's planes
+// at one position, and is padded to whole vectors.
 struct Groups {
   int64_t planes;  // in all samples
   int64_t positions;

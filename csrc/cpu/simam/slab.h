@@ -1,10 +1,10 @@
 // SimAM on a slab: planes that are stored side by side, so that eight lanes are one position of eight planes.
 //
 // A slab is read row by row; a row holds one position of all planes. Statistics and sums are arrays with one value per
-// plane, in the first-level cache. Forward: 64 rows at a time are summed, and then their deviations from their mean are
-// summed while the rows are in the caches; a last pass writes the output. Backward: one pass computes the two sums that
-// SimamGate needs (formulas.h) and stores those terms of grad_x that do not depend on the sums. A second pass adds the
-// terms that do.
+// plane, in the first-level cache. Forward: 64 rows at a time are summed. Then, while these rows are in the caches, the
+// deviations from the planes' means over the 64 rows are summed, and their squares. A last pass writes the output.
+// Backward: one pass computes the two sums that SimamGate needs (formulas.h) and stores those terms of grad_x that do
+// not depend on the sums. A second pass adds the terms that do.
 #pragma once
 
 #include <algorithm>
@@ -69,7 +69,7 @@ class SlabGates {
 template <typename Element>
 class SimamSlabForward {
   using T = typename Arithmetic<Element>::Type;
-  static constexpr int64_t kRows = 64;  // positions that are summed in T, as deviations from their mean
+  static constexpr int64_t kRows = 64;  // positions that are summed in T; these sums are merged in float64
 
  public:
   explicit SimamSlabForward(int64_t vectors) : gates_(vectors), sums_(vectors), mean_(vectors), squares_(vectors) {}

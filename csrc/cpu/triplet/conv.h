@@ -1,5 +1,5 @@
-// The convolution of triplet attention, which turns the two planes of a small map into one plane, and its gradients
-// with respect to the input and to the weights.
+// The convolution of triplet attention, which turns the two planes of a branch's map (maximum and mean) into one plane,
+// and its gradients with respect to the input and to the weights.
 //
 // Idea. A map is processed in tiles, which fit in the first-level cache whatever the map's shape. A tile is copied
 // together with a margin of neighbouring values, or zeros, so that the taps need no bounds checks. Eight rows of eight
@@ -20,14 +20,14 @@ namespace hashengine {
 struct MapTile {
   Range rows;
   Range columns;        // its begin is a multiple of eight
-  int64_t column_tile;  // the number of the tile's column of tiles
+  int64_t column_tile;  // the index of the column of tiles that contains this tile
 
   int64_t height() const { return rows.end - rows.begin; }
   int64_t width() const { return columns.end - columns.begin; }
 };
 
-// How a map is divided into tiles. The tiles are numbered down the columns, so that consecutive tiles mostly have the
-// same columns.
+// How a map is divided into tiles, and the tiles among the parts of a sample (TripletLayout). The tiles are numbered
+// down the columns, so that consecutive tiles mostly have the same columns.
 struct TripletTiles {
   int64_t map_rows;
   int64_t map_columns;
@@ -115,18 +115,19 @@ HE_INLINE void fill_strip(const TripletStrip<T>& strip, int plane, const Triplet
       std::memset(to, 0, size_t(count) * sizeof(T));
       continue;
     }
-    const int64_t left = (map.rows - row) * map.columns - begin;  // values up to the end of the map
+    const int64_t remaining = (map.rows - row) * map.columns - begin;  // values up to the end of the map
     const int64_t whole = count / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) store(to + i, load_map(row, begin + i, Whole{}));
     if (whole < count) {
-      const Partial extent{int(count - whole), left - whole < kLanes};
+      const Partial extent{int(count - whole), remaining - whole < kLanes};
       store(to + whole, keep_lanes<T>(load_map(row, begin + whole, extent), Lanes<T>{}, extent));
     }
   }
 }
 
 // to[row][column] = sum over planes and taps of strip[plane][row + ky][column + kx] * weight[plane][ky][kx]. The
-// numbers of rows and columns are those of the tile, rounded up to multiples of eight.
+// numbers of rows and columns are those of the tile, rounded up to multiples of eight. kKernel: kernel_size as a
+// constant, or 0.
 template <int kKernel, typename T>
 HE_INLINE void convolve_strip(const TripletStrip<T>& strip, int planes, const T* weight, int kernel_size,
                               const MapTile& tile, T* to, int64_t to_pitch) {

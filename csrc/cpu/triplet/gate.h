@@ -1,4 +1,5 @@
-// The passes of triplet attention that apply the gates, and their backward.
+// The passes of triplet attention that apply the gates, and their backward. A0, A1 and A2 are the axes of x in memory
+// order (layout.h).
 //
 // Forward: y = x * (g0 + g1 + g2), where each gate is broadcast along the axis that its branch pools. The gates over A0
 // and A1 are vectors along a row; the gate over A2 is one value per row. Memory traffic: x is read and y is written

@@ -1,5 +1,6 @@
 // The maps of one sample in triplet attention. SampleMaps are not padded; they are in the caller's buffers or in
-// scratch memory. PaddedMaps are in scratch memory, for the passes over x.
+// scratch memory. PaddedMaps are in scratch memory, for the passes over x. The axes A0, A1, A2, "the map over an axis"
+// and "part" are explained in layout.h.
 #pragma once
 
 #include "cpu/triplet/gate.h"
@@ -10,9 +11,9 @@ namespace hashengine {
 // A branch's maps of one sample.
 template <typename T>
 struct BranchMaps {
-  T* pooled;
-  int32_t* index;
-  T* response;
+  T* pooled;       // [2, rows, columns]: maximum and mean
+  int32_t* index;  // of the maximum
+  T* response;     // the result of the convolution
 };
 
 template <typename T>

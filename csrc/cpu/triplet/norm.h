@@ -1,4 +1,5 @@
-// BatchNorm and sigmoid of triplet attention, on the rows of one sample's maps, padded or not.
+// BatchNorm and sigmoid of triplet attention, on the rows of one sample's maps. Some of these maps are padded
+// (PaddedMaps in maps.h, and the convolution's results), others are not.
 #pragma once
 
 #include <cmath>

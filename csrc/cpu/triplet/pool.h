@@ -1,8 +1,8 @@
 // Pooling of triplet attention: the maximum, its index and the mean over each of the three axes, in one pass over x.
 //
-// Idea. Two consecutive planes [A1, A2], at adjacent indices of A0, are read at a time. Each vector of the map over A0
-// is loaded and stored once for both planes, the maps over A1 stay in the first-level cache, and the maps over A2 are
-// reduced in registers.
+// Idea. A0, A1 and A2 are the axes of x in memory order (layout.h); a plane here is [A1, A2] at one index of A0. Two
+// consecutive planes are read at a time. Each vector of the map over A0 is loaded and stored once for both planes, the
+// maps over A1 stay in the first-level cache, and the maps over A2 are reduced in registers.
 //
 // Memory traffic. x is read once, and 12 bytes per value of the maps are written (20 with float64).
 //

@@ -20,8 +20,8 @@ HE_TARGET_AVX2 __attribute__((noinline)) void run_with_avx2(const Body& body) {
   body();
 }
 #endif
-// Runs `body`, an HE_INLINE_LAMBDA, which is compiled for the level. float64 is compiled only for the baseline: it is
-// used to check gradients, so its speed does not matter.
+// Runs `body`, an HE_INLINE_LAMBDA. On x86 it is compiled for AVX2 and for the baseline, which serves only kScalar.
+// float64 is compiled only for the baseline: it is used to check gradients, so its speed does not matter.
 template <typename T, typename Body>
 void run_at_level([[maybe_unused]] SimdLevel level, const Body& body) {
 #ifdef HE_X86

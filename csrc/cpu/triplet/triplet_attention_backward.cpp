@@ -2,8 +2,8 @@
 //
 // Idea. Two passes over feature maps: the first sums grad_y * x over each axis, which gives the gradients of the gates;
 // the second writes grad_x (both in gate.h). Between them the gradients go back through sigmoid, BatchNorm and
-// convolution on the small maps. The backward of BatchNorm needs two sums over the whole batch, so the samples are
-// processed in two rounds.
+// convolution on the maps (maps.h), usually much smaller than x. The backward of BatchNorm needs two sums over the
+// whole batch, so the samples are processed in two rounds.
 //
 // Memory traffic for N elements of s bytes: 4Ns, the floor, and 24 bytes per value of the maps (44 with float64):
 // pooled, index and response are read; the gradients of the gates are written and read.

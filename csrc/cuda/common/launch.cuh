@@ -9,7 +9,7 @@
 
 namespace hashengine {
 
-// An attribute of the current device. The call is assumed to be fast, so each launch repeats it.
+// An attribute of the current device. The call is assumed to be fast, so its result is not stored between launches.
 inline int64_t device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);
@@ -17,10 +17,10 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// A kernel may be compiled for several architectures. Whether the version that runs on the current device can wait for
-// the previous kernel (the instruction griddepcontrol). The compiler emits that instruction for the virtual
-// architecture 9.0 and later. A newer device is not enough: it runs code for 8.x if the module has no newer code for
-// it.
+// Whether the kernel can wait for the previous kernel (the instruction griddepcontrol) on the current device. A kernel
+// may be compiled for several architectures. The compiler emits that instruction only in code for the virtual
+// architecture 9.0 and later. A device of 9.0 or later is not enough: it runs code for 8.x if the module has no newer
+// code for it.
 template <typename... Parameters>
 bool supports_programmatic_launch(void (*kernel)(Parameters...)) {
   cudaFuncAttributes compiled{};
@@ -43,8 +43,8 @@ struct LaunchShape {
 // alone whether it must request more.
 constexpr int64_t kMaxStaticSharedBytes = 24 << 10, kDefaultDynamicSharedBytes = 24 << 10;
 
-// Launches the kernel. launch() calls a runtime function instead of using <<<>>>, because the tests compile the file
-// with a C++ compiler and run the kernel on the host (tests/emulation). It does not report errors; the binding calls
+// Launches the kernel. launch() calls a runtime function instead of using <<<>>>, because the tests compile the kernels
+// with a C++ compiler and run them on the host (tests/emulation). launch() does not report errors; the binding calls
 // C10_CUDA_KERNEL_LAUNCH_CHECK after the launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, Arguments... arguments) {

@@ -1,11 +1,11 @@
-// Codes as rows and queries as columns of 1-bit matrices. They are built so that one bit of each sum tells whether the
+// Codes as rows and queries as columns of 1-bit matrices. For each row and column, the matrix instructions compute a
+// sum: the number of ones in row & column. Rows and columns are built so that one bit of this sum tells whether the
 // code is within T, the query's maximum distance.
 //
-// Idea. For each row and column, the matrix instructions count the ones of row & column. The distance must result from
-// such a count, and must be compared with T, which differs between queries. Therefore rows and columns have extra bits:
-// a complement, or a number n in unary ("n ones", followed by zeros). scan_mma.cu needs no numbers in unary, because it
-// starts each sum with a number per query. With wgmma that would take an extra instruction per sum, and checking a sum
-// takes only half an instruction.
+// Idea. The distance must result from such a sum, and must be compared with T, which differs between queries. Therefore
+// rows and columns have extra bits: a complement, or a number n in unary ("n ones", followed by zeros). scan_mma.cu
+// needs no numbers in unary, because it starts each sum with a number per query. With wgmma that would take an extra
+// instruction per sum, and checking a sum takes only half an instruction.
 //
 // In the following, d is a code, q a query, both padded with zeros, and |d| is the number of ones in d.
 //
@@ -41,7 +41,8 @@ struct BitRows {
   static constexpr bool kHasComplement = kWords == 2;
   static constexpr int kRowWords = kHasComplement ? kSliceWords : 2 * kWords;
   static constexpr int kSlices = kRowWords / kSliceWords;
-  // The first kBuiltSlices slices of a row depend on the code. The last kOnesSlices slices are all ones.
+  // A slice is kSliceWords words of a row. The first kBuiltSlices slices depend on the code. The last kOnesSlices
+  // slices are all ones.
   static constexpr int kOnesSlices = kHasComplement ? 0 : kWords / 2 / kSliceWords;
   static constexpr int kBuiltSlices = kSlices - kOnesSlices;
   static constexpr int kHalfBits = 16 * kWords;                             // b / 2

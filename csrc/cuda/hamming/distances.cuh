@@ -10,8 +10,8 @@ using Count = unsigned long long;  // the 64-bit type that atomicAdd accepts
 
 constexpr int kCountThreads = 256;
 constexpr int kCountBlocksPerSm = 3;  // for __launch_bounds__: limits the registers so that an SM can run three blocks
-// Shared memory for a block's counters. It suffices for eight queries of 1,024 bits, which need 1,025 counters each. It
-// is not much larger than that, so that an SM can run several blocks.
+// Shared memory for a block's counters. Without labels it suffices for eight queries of 1,024 bits, which need 1,025
+// counters each. It is not much larger than that, so that an SM can run several blocks.
 constexpr int64_t kMaxCounterBytes = 36 << 10;
 
 // Codes that a thread compares at a time: enough to keep several loads in flight, and so few that their distances fit

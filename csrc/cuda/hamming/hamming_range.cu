@@ -13,9 +13,9 @@
 // bytes of results are written. The floor is one read of the codes, but the slots of the results are not known before
 // the end of the first read. During the second read, a warp skips a segment that has no result for its query, if the
 // slots are in shared memory. Therefore a small radius takes hardly more than one read. If 32 codes are all farther
-// than the farthest result that the segment may have, the warp computes only their distances. To store, sum and read
-// the counts moves 40 more bytes per query, segment and distance. With many queries the population counts are the
-// bottleneck, as in hamming_count.cu. If all codes are results, the matching and the scattered stores are the
+// than the farthest result that the segment may have, the warp computes only their distances. Storing, summing and
+// reading the counts moves 40 more bytes per query, segment and distance. With many queries the population counts are
+// the bottleneck, as in hamming_count.cu. If all codes are results, the matching and the scattered stores are the
 // bottleneck (estimated).
 //
 // Launch. Counting: 256 threads per block; each block has one segment and up to eight queries. Prefix sums: one warp
@@ -23,9 +23,9 @@
 // segment. Adjacent warps have the same segment, whose codes they read from the caches. For hamming_topk, a last kernel
 // fills the slots without a result.
 //
-// Limits. A segment has 1,024 codes, or the next power of two with which all queries together have at most
-// kEnoughSegments segments and the counts fit in kMaxWorkspaceBytes. Counts for more than 9,216 distances, and slots
-// for more than 1,152 distances, are in global memory.
+// Limits. A segment has 1,024 codes, or the next power of two with which all queries of a batch together have at most
+// kEnoughSegments segments and the counts fit in kMaxWorkspaceBytes. At the most, a segment is the whole database.
+// Counts for more than 9,216 distances, and slots for more than 1,152 distances, are in global memory.
 
 #include <algorithm>
 
@@ -46,7 +46,7 @@ constexpr int kPlaceBlocksPerSm = 8;
 constexpr int kFillThreads = 256;
 constexpr int64_t kFillSlots = 1 << 15;  // slots per block of fill_kernel
 
-// The histogram of each query and segment, in the workspace. The prefix sums turn the counts into offsets.
+// The histogram of each query and segment, in the workspace. The prefix sums replace the counts, and give the offsets.
 struct SegmentHistograms {
   int64_t queries, segments, segment_codes;
   int distances;  // the number of distances, which are 0 to the radius
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kPlaceWarps* kWarpThreads, kPlaceBlocksPerSm)
   }
 }
 
-// Fills the slots without a result with distance `absent` and position -1. A query has `parts` blocks.
+// Writes distance `absent` and position -1 to the slots that have no result. A query has `parts` blocks.
 __global__ void __launch_bounds__(kFillThreads)
     fill_kernel(SegmentHistograms histograms, int64_t parts, int absent, Results results) {
   const int64_t query = blockIdx.x / parts, part = blockIdx.x - query * parts;

@@ -46,7 +46,7 @@ constexpr int kSliceLaneWords = kWords == 2 ? 2 : 4;  // words per lane, in one 
 template <int kWords>
 constexpr int kMaxGroupQueries = kColumnBytes / (16 * kSlices<kWords>);
 
-// The number of tiles (16 codes each) that a warp holds in registers at a time. It keeps several loads in flight.
+// The number of tiles (16 codes each) that a warp holds in registers at a time, so that several loads are in flight.
 template <int kWords>
 constexpr int kTiles = kWords <= 4    ? 4
                        : kWords <= 16 ? 2

@@ -3,7 +3,7 @@
 //
 // Idea. A thread keeps several codes in registers and loops over its block's queries. It reads each word of a query
 // from shared memory once for all of its codes. It checks its codes one by one only if the nearest of them is within
-// the query's maximum distance.
+// the query's maximum distance: the largest at which a code can still be a result (candidates.cuh).
 //
 // Traffic. The codes are read once per group of up to 128 queries, with the widest loads that the code length permits.
 // With one query this read is the floor: 8 bytes per code of 64 bits. For codes of 64, 128, 256 or 512 bits, 64 bytes

@@ -1,11 +1,12 @@
 // The scan that finds candidates with Hopper's matrix instruction `wgmma`. A warpgroup (four warps) holds 64 codes in
 // registers and compares them with 256 queries at a time.
 //
-// Idea. bit_rows.cuh turns the comparison with a query's maximum distance into one bit of a sum. A block keeps the
-// columns of its queries in shared memory (up to 6,144 queries of 64 bits) and compares all codes of its segment with
-// them. While one of its warpgroups uses the matrix unit, the others check their sums. A three-input OR checks two
-// sums, so a thread checks its 128 sums with about 68 instructions. If the OR of all its sums lacks the bit, the thread
-// does not look at the single sums.
+// Idea. bit_rows.cuh writes codes as rows and queries as columns of 1-bit matrices. The matrix instructions compute one
+// sum per code and query. The candidate bit of a sum is set if the code is within the query's maximum distance. A block
+// keeps the columns of its queries in shared memory (up to 6,144 queries of 64 bits) and compares all codes of its
+// segment with them. While one of its warpgroups uses the matrix unit, the others check their sums. A three-input OR
+// checks two sums, so a thread checks its 128 sums with about 68 instructions. If the OR of all its sums lacks the
+// candidate bit, the thread does not look at each sum.
 //
 // Time (estimated). 64 x 256 distances need one matrix instruction for codes of up to 128 bits, two for 256 bits, four
 // for 512 bits and eight for 1,024 bits. An instruction takes 128 cycles. The ORs occupy each of the SM's four
@@ -35,9 +36,9 @@ constexpr int64_t kColumnBytes = 192 << 10;  // shared memory for the columns of
 // The columns are aligned to a core matrix, which has 128 bytes. It is not known whether wgmma requires this.
 constexpr int64_t kColumnAlignment = 128;
 
-// Codes of more than 8 words have rows of four or more slices. A warpgroup then needs more than a third of the SM's
-// registers, including 128 sums per thread, so only two warpgroups fit. They suffice to keep the matrix unit busy,
-// because each sum takes at least four matrix instructions.
+// Codes of more than 8 words have rows of four or more slices of 256 bits. A warpgroup then needs more than a third of
+// the SM's registers, including 128 sums per thread, so only two warpgroups fit. They suffice to keep the matrix unit
+// busy, because each sum takes at least four matrix instructions.
 template <int kWords>
 constexpr int kWarpgroups = kWords <= 8 ? 3 : 2;
 template <int kWords>

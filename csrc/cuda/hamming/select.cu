@@ -28,7 +28,7 @@ namespace hashengine {
 namespace {
 
 constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
+constexpr int kDigitValues = 1 << kDigitBits;
 constexpr int kThreads = 256, kThreadsOfFewBlocks = 1024;  // per block
 constexpr uint64_t kNoKey = ~uint64_t{0};                  // larger than every key
 
@@ -53,7 +53,7 @@ struct DatabaseKeys {
 };
 
 struct SelectScratch {
-  unsigned histogram[kDigits];  // keys per digit
+  unsigned histogram[kDigitValues];  // keys per value of the current digit
   unsigned warp_sums[kWarpThreads];
   unsigned digit;         // the result of find_digit
   unsigned smaller_keys;  // the number of keys with a smaller digit
@@ -61,11 +61,11 @@ struct SelectScratch {
   unsigned gathered;      // the number of keys gathered so far
 };
 
-// Finds the digit at which the running sum of the histogram reaches `rank`, which counts from 1. Stores it in `scratch`
-// with the two numbers of keys. Each thread sums an equal share of the digits.
+// Finds the digit value at which the running sum of the histogram reaches `rank`, which counts from 1. Stores it in
+// `scratch` with the two numbers of keys. Each thread sums an equal share of the histogram.
 __device__ __forceinline__ void find_digit(SelectScratch& scratch, unsigned rank) {
   const unsigned lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
-  const unsigned share = kDigits / blockDim.x;
+  const unsigned share = kDigitValues / blockDim.x;
   unsigned own = 0;
   for (unsigned i = 0; i < share; ++i) own += scratch.histogram[threadIdx.x * share + i];
   unsigned sum = own;
@@ -100,7 +100,7 @@ __device__ __forceinline__ uint64_t key_of_rank(const Source& source, unsigned r
     const uint64_t above = shift == key_bits ? 0 : prefix >> shift;
     const int above_shift = shift;
     shift -= bits;
-    for (int i = threadIdx.x; i < kDigits; i += blockDim.x) scratch.histogram[i] = 0;
+    for (int i = threadIdx.x; i < kDigitValues; i += blockDim.x) scratch.histogram[i] = 0;
     __syncthreads();
     for (int64_t i = threadIdx.x; i < source.count; i += blockDim.x) {
       const uint64_t key = source(i);

@@ -37,7 +37,7 @@ struct HammingSample {
 
 // The sizes of a search: the sample, the capacity for candidates and the queries per batch.
 //
-// The number of the k nearest codes that are in the sample is random. Its distribution is about Poisson, with the mean
+// How many of the k nearest codes are in the sample is random. This number is about Poisson distributed, with the mean
 // k * sample.count / code_count. sample.rank exceeds this mean by so much that fewer than one query in 10^5 has fewer
 // than k candidates. `capacity` is so large that fewer than one query in 10^5 has more candidates.
 struct HammingTopkPlan {

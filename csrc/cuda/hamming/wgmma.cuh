@@ -14,9 +14,10 @@ namespace hashengine {
 #define HE_SUMS64(i) HE_SUMS16(i), HE_SUMS16(i + 16), HE_SUMS16(i + 32), HE_SUMS16(i + 48)
 
 // Starts to compute popcount(rows & columns). If `accumulate` is true, the result is added to the sums; otherwise it
-// replaces them. `columns` is the descriptor of a tile of columns. Until wgmma_wait() returns, `sums` and `rows` must
-// not be accessed, and the columns must not be written. To keep the compiler from accessing `rows` in between, call
-// pin_registers(rows) before wgmma_fence() and after wgmma_wait(). All threads of the warpgroup must call.
+// replaces them. `columns` is the descriptor of a tile of columns. Until wgmma_wait() returns, only further calls of
+// this function may access `sums` and `rows`, and the columns must not be written. To keep the compiler from accessing
+// `rows` in between, call pin_registers(rows) before wgmma_fence() and after wgmma_wait(). All threads of the warpgroup
+// must call this function.
 __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums], const uint32_t (&rows)[4],
                                                    uint64_t columns, bool accumulate) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -50,14 +50,15 @@ struct FragmentPlace {
   int count;
 };
 
-// The number of elements of a 16-byte vector. float64 is for gradient checks, not for speed, and is processed by single
-// elements.
+// The number of elements of a 16-byte vector. float64 is for gradient checks, not for speed, so its vectors have one
+// element.
 template <typename T>
 constexpr int kFullWidth = sizeof(T) == 8 ? 1 : kVectorBytes / sizeof(T);
 
-// A vector has 16 bytes, or a single element: for float64, and if planes or arrays are not aligned to 16 bytes. In NCHW
-// all elements of a thread belong to one channel. In NHWC element i of every vector belongs to the thread's channel i.
-// Values per channel are therefore arrays of kChannels values, and element i uses the value i % kChannels.
+// A vector has 16 bytes, or a single element. It has a single element for float64, and if planes or arrays are not
+// aligned to 16 bytes. In NCHW all elements of a thread belong to one channel. In NHWC element i of every vector
+// belongs to the thread's channel i. Values per channel are therefore arrays of kChannels values, and element i uses
+// the value i % kChannels.
 template <typename Element, int kVectorWidth, FeatureLayout kFeatureLayout>
 struct Fragment {
   using T = Element;
@@ -106,9 +107,9 @@ struct Fragment {
     for_each(place, [&](int v, int i, int c) { sums[c] += widen_at(x[v], i); });
   }
 
-  // If the mean is much larger than the deviations, the rounding error of the mean affects every difference. Element
-  // types of 32 bits or more are precise enough to show this error. For them the differences are summed too. For the
-  // exact mean this sum would be zero, so correct() corrects the mean by it.
+  // If the mean is much larger than the deviations, the rounding error of the mean affects every difference x - mean.
+  // Element types of 32 bits or more are precise enough to show this error. For these types, sum_moments() also sums
+  // the differences. For the exact mean their sum would be zero, so correct() adds their mean to the mean of x.
   static constexpr bool kCorrects = sizeof(T) >= sizeof(float);
   static constexpr int kMoments = kCorrects ? 2 * kChannels : kChannels;
 

@@ -9,7 +9,7 @@
 // 3Ns. Both are the floor. The statistics add 8 bytes (16 for float64) per plane.
 //
 // Launch. A thread loads either vectors of 16 bytes or, if x is not aligned for them, one element at a time. A block
-// has as few threads as can hold the slab, up to 512 (256 in NHWC and without vectors). A block of 512 threads holds 32
+// has as few threads as can hold the slab, up to 512 (256 in NHWC or without vectors). A block of 512 threads holds 32
 // KB. A block of 256 threads holds 16 KB, or 8 KB in half precision without vectors. A larger slab uses a cluster of 2,
 // 4 or 8 blocks, which holds up to 256 KB. On devices without clusters it is split (split.cu). The registers allow 512
 // to 1024 threads per multiprocessor. Therefore a multiprocessor holds 32 to 64 KB in the forward, and twice as much in

@@ -29,7 +29,8 @@ namespace {
 
 constexpr int kThreads = 256;  // per block
 
-// The place of a thread's fragment: in device memory, or, if `in_tile`, in the block's tile in shared memory.
+// Where a thread loads and stores its fragment, the elements that it holds in registers: in device memory, or, if
+// `in_tile`, in the block's tile in shared memory.
 template <typename Fragment>
 struct TeamPlace : FragmentPlace {
   int64_t plane;

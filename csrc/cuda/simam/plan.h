@@ -9,8 +9,9 @@ namespace hashengine::simam {
 // The number of vectors that a thread holds in registers. A vector has `width` elements: 16 bytes, or a single element.
 constexpr int fragment_vectors(int width, int element_bytes) { return width > 1 ? 4 : element_bytes == 8 ? 8 : 16; }
 
-// A thread of an NHWC kernel also needs registers for the sums of several channels, so a block has fewer threads. All
-// single elements are processed by the NHWC kernels (with_fragment in slab.cuh).
+// The largest number of threads per block of a kernel for slabs (see below). A thread of an NHWC kernel also needs
+// registers for the sums of several channels, so its block has fewer threads. If vectors have a single element, the
+// NHWC kernels also process the slabs of NCHW (with_fragment in slab.cuh).
 constexpr int max_block_threads(FeatureLayout layout, int width) {
   return layout == FeatureLayout::kContiguous && width > 1 ? 512 : 256;
 }

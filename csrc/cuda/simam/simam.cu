@@ -28,11 +28,11 @@ constexpr int64_t kMaxClusterBlocks = 8;  // a power of two
 constexpr int64_t kSectorBytes = 32;
 constexpr int64_t kClusterRowBytes = 64;  // in_cluster.cu; kSectorBytes if slabs with 64 bytes per row do not fit
 constexpr int64_t kSplitRowBytes = 256;   // split.cu
-constexpr int64_t kMinSlabVectors = 512;  // a slab has fewer vectors only if there are too few channels
+constexpr int64_t kMinSlabVectors = 512;  // in_cluster.cu, NHWC: a slab has fewer only if there are too few channels
 
 int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// The number of elements of a 16-byte vector. float64 is always processed by single elements.
+// The number of elements of a 16-byte vector; 1 for float64, which is always processed one element at a time.
 int full_width(Dtype dtype) { return dtype == Dtype::kFloat64 ? 1 : kVectorBytes / element_bytes(dtype); }
 
 int ceil_log2(int64_t value) {
@@ -63,7 +63,7 @@ bool fits_in_warp(const SimamShape& shape, int width) {
 
 WarpPlan warp_plan(const SimamShape& shape, int width) {
   const int64_t vectors = shape.positions / width;
-  // At least two lanes per team: two vectors fill a sector of memory.
+  // At least two lanes per team (the lanes that process one plane): two vectors fill a sector of memory.
   const int64_t lanes =
       std::max(ceil_div<int64_t>(vectors, thread_vectors(shape, width)), std::min<int64_t>(vectors, width > 1 ? 2 : 1));
   return {shape.samples * shape.channels, ceil_log2(lanes), width == 1 && full_width(shape.dtype) > 1};
@@ -147,7 +147,7 @@ void choose(Params params, bool are_aligned, InWarp launch_in_warp, InCluster la
   launch_split(params, split_plan(params.shape, width));
 }
 
-// Enough bytes for both cases, vectors and single elements: the alignment of the arrays is not known yet.
+// Enough bytes for both widths, that of a vector and one element: the alignment of the arrays is not known yet.
 int64_t workspace_bytes(SimamShape shape) {
   if (is_empty(shape)) return 0;
   shape = simplified(shape);

@@ -14,7 +14,8 @@ namespace hashengine::simam {
   __launch_bounds__(max_block_threads(Fragment::kLayout, Fragment::kWidth), \
                     512 / max_block_threads(Fragment::kLayout, Fragment::kWidth))
 
-// In NCHW the result is a compile-time constant, because a slab has one column.
+// If the layout is contiguous, the result is a compile-time constant, because a slab has one column. Single elements
+// use the layout channels_last (with_fragment).
 template <FeatureLayout kLayout>
 __device__ __forceinline__ int slab_columns_log2(const SlabPlan& plan) {
   return kLayout == FeatureLayout::kContiguous ? 0 : plan.columns_log2;
@@ -26,7 +27,7 @@ struct SlabPlace : FragmentPlace {
   int64_t channel;  // the first channel of the fragment, counted over all samples
   unsigned slab, part;
   int rows;        // of the part
-  bool is_leader;  // whether this is the first thread of the part with these channels
+  bool is_leader;  // whether this is the first of the part's threads with these channels
 
   __device__ __forceinline__ SlabPlace(const SlabPlan& plan, unsigned block) {
     const int columns_log2 = slab_columns_log2<Fragment::kLayout>(plan);
@@ -86,8 +87,8 @@ __device__ __forceinline__ void slab_sums(const SlabPlan& plan, Real* scratch, R
     for (int i = 0; i < kSums; ++i) sums[i] += __shfl_xor_sync(kWholeWarp, sums[i], distance);
   }
 
-  // In scratch, a row holds the sums of one warp, or of one row of the slab if this row has more threads than a warp. A
-  // row has kSums values per column.
+  // A row of scratch holds the sums of one warp, or of one slab row if a slab row has more threads than a warp. It has
+  // kSums values per column.
   const int values = columns * kSums;
   const int row_log2 = columns_log2 < 5 ? 5 : columns_log2;
   const int thread_in_row = threadIdx.x & ((1 << row_log2) - 1);
@@ -132,8 +133,8 @@ __device__ __forceinline__ void slab_sums(const SlabPlan& plan, Real* scratch, R
   }
 }
 
-// Calls function(Fragment()) with the fragment type for a slab. For single elements the layouts do not differ: a plane
-// of NCHW is one column of NHWC.
+// Calls function(Fragment()) with the fragment type for a slab. For single elements one type serves both layouts: a
+// plane of NCHW is one column of NHWC.
 template <typename Function>
 void with_fragment(const SimamShape& shape, int width, Function function) {
   with_floating_type(shape.dtype, [&](auto tag) {

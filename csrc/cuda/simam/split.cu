@@ -7,9 +7,9 @@
 // squares by the method of Chan, Golub and LeVeque (1979), which avoids differences of large sums. Then every part is
 // read again.
 //
-// Traffic, for N elements of s bytes. Forward: reads x twice, writes y: 3Ns. Backward: reads x and grad_y twice, writes
-// grad_x: 5Ns. The second pass processes the parts in reverse order, so that it finds in L2 the data that the first
-// pass read last. The floors, 2Ns and 3Ns, require that a slab stays on chip; in_cluster.cu states the largest such
+// Traffic, for N elements of b bytes. Forward: reads x twice, writes y: 3Nb. Backward: reads x and grad_y twice, writes
+// grad_x: 5Nb. The second pass processes the parts in reverse order, so that it finds in L2 the data that the first
+// pass read last. The floors, 2Nb and 3Nb, require that a slab stays on chip; in_cluster.cu states the largest such
 // slab. The values in the workspace have 8 bytes (16 for float64) per part and channel.
 //
 // Launch. Three kernels. The first and the last have up to 512 threads per block, with up to 64 bytes of x per thread,

@@ -1,4 +1,5 @@
-// The maximum and the sum, so far, of the values of kWidth adjacent lines, in registers.
+// The maximum and the sum of each of kWidth adjacent lines, over the elements that were added so far, in registers. A
+// line is the elements of x that are pooled into one value of a map.
 #pragma once
 
 #include <cmath>

@@ -30,7 +30,9 @@ struct ApplyGate {
   GateMaps<Real> maps;
   const Real* pooled;
   int32_t* index;
-  bool shares_index[3];  // per axis: whether several blocks, or several slots of a block, process parts of one line
+  // Per axis: whether several blocks, or several slots of a block (tiles.cuh), process parts of one line along the
+  // axis.
+  bool shares_index[3];
 
   template <int kAxis>
   __device__ __forceinline__ GateFunction<Real> prepare() const {

@@ -2,17 +2,18 @@
 // example, triplet_attention computes y from x and the gates, and dx from dy, the gates and the gradients of the pooled
 // maps.
 //
-// Idea. The values of the A0 map at a thread's positions stay in its registers while the thread moves along A0. The
-// values of the A1 and A2 maps are computed once per line (a sigmoid, for example). They are cached in shared memory
-// for a run of slices: as many consecutive slices as the cache has room for.
+// Idea. x is an array [samples][A0][A1][A2] (tiles.cuh), and "the A0 map" is the map of the branch that pools A0. A
+// thread has the same A1 and A2 positions in every slice, so their values of the A0 map stay in its registers while it
+// moves along A0. Each value of the A1 and A2 maps is computed once per tile (a sigmoid, for example). These values are
+// cached in shared memory for a run of slices: as many consecutive slices as the cache has room for.
 //
-// Traffic, for N elements of s bytes. Reads Ns and writes Ns, the floor; the passes of triplet_pool only read or only
-// write. The map of an axis is read once for each tile along this axis.
+// Traffic, for N elements of s bytes. Reads Ns and writes Ns, the floor. In triplet_pool, the forward only reads and
+// the backward only writes. The map of an axis is read once for each tile along this axis.
 //
 // Launch. 256 threads per block, one tile of x per block (tiles.cuh). Each thread has two 16-byte vectors in flight. A
 // multiprocessor runs at least two blocks and therefore has at least 16 KB in flight. (Half of the 4.8 TB/s of an H200
-// is reads; 2.4 TB/s at an assumed latency of 0.8 microseconds need 15 KB.) A block has up to 32 KB of map values in
-// shared memory, and two barriers per run of slices.
+// is reads; 2.4 TB/s at an assumed latency of 0.8 microseconds need 15 KB per multiprocessor.) A block has up to 32 KB
+// of map values in shared memory, and two barriers per run of slices.
 //
 // Limits. As in reduce.cu.
 //
@@ -52,7 +53,7 @@ struct MapValues {
 template <typename Apply>
 struct MapCache {
   using Real = typename Apply::Real;
-  static constexpr int kValues = 8192 / sizeof(Real);  // enough for one slice of the largest tile
+  static constexpr int kValues = 8192 / sizeof(Real);  // enough for the map values of one slice of the largest tile
   static constexpr int64_t kBytes = kValues * static_cast<int64_t>(Apply::kFields * sizeof(Real) + sizeof(int32_t));
   const Apply& apply;
   const Tile& tile;

@@ -1,11 +1,13 @@
-// The index of each maximum. The apply passes that read x find it.
+// The index of the maximum of each line. A line is the elements of x along a pooled axis that give one value of its
+// map. The apply passes that read x find the indices.
 //
-// Idea. The maximum of a line is known when the apply pass runs, so the index is that of the first element that equals
-// it. The apply pass has x in registers anyway; therefore the reduce pass does not find indices. The indices of the A0
-// map are kept in registers. Those of the other maps are minima in shared memory, updated by an atomicMin. Only the
-// elements that equal a maximum, few per line, execute it. If a line is divided among several blocks, an atomicMin on
-// device memory merges their results. The lowest index wins in any order of execution, so every run gives the same
-// result. If the maximum is NaN, its index is that of the first NaN.
+// Idea. The maximum of a line is known when the apply pass runs, so its index is that of the first element that equals
+// it. The apply pass has x in registers anyway; therefore the reduce pass does not find indices. x is
+// [samples][A0][A1][A2] (tiles.cuh). A thread keeps the indices of the map that pools A0 in registers. Those of the
+// other maps are minima in shared memory, updated by an atomicMin. Only the elements that equal a maximum, few per
+// line, execute this atomicMin. If a line is divided among several blocks or slots, an atomicMin on device memory
+// merges their results. The lowest index wins in any order of execution, so every run gives the same result. If the
+// maximum is NaN, its index is that of the first NaN.
 #pragma once
 
 #include "cuda/triplet/apply.cuh"

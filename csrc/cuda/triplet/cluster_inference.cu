@@ -1,11 +1,13 @@
 // Inference of triplet_attention in one launch, if a sample fits into the shared memory of a cluster of blocks.
 //
-// Idea. Each block loads a range of A0 (tiles.cuh) and keeps it in shared memory. The blocks of the cluster divide the
-// outer rows of the maps among them (cluster_plan.h). A row of the A1 or A2 map is pooled, convolved and used in the
-// block that has its slice. Such a block reads only the border of its rows from other blocks. For the A0 map, each
-// block computes maxima and sums over its own slices. Then a block merges the maxima and sums of all blocks for its
-// rows, in the order of the blocks, and writes the resulting gates to every block. The cluster synchronizes twice:
-// before blocks read each other's maps, and after all gates are written.
+// Idea. A0, A1 and A2 are the axes of x in memory order; the A0 map is the map of the branch that pools A0, and a slice
+// is the part of a sample at one index of A0 (tiles.cuh). Each block loads some consecutive slices and keeps them in
+// shared memory. The blocks of the cluster divide the outer rows of the maps among them (cluster_plan.h). A row of the
+// A1 or A2 map is pooled, convolved and used in the block that has its slice. For these maps, a block reads only the
+// border of its rows from other blocks. For the A0 map, each block computes maxima and sums over its own slices. Then a
+// block merges the maxima and sums of all blocks for its rows, in the order of the blocks, and writes the resulting
+// gates to every block. The cluster synchronizes twice: before blocks read each other's maps, and after all gates are
+// written.
 //
 // Traffic, for N elements of s bytes. Reads x, writes y: 2Ns, the floor. In shared memory, x is written once and read
 // four times, three of them for pooling; in addition, about one float of the A1 map is read per element. Estimate for
@@ -183,7 +185,7 @@ __device__ __forceinline__ void pool_slices(const Params<T>& params, const Clust
 }
 
 // Completes the block's rows of a plane with their border: with values from other blocks, and with zeros outside of the
-// map.
+// map. For A0 it also computes the rows themselves, from the partial A0 maps of all blocks.
 template <int kAxis, typename T>
 __device__ __forceinline__ void complete_plane(const Params<T>& params, const ClusterBlock<T>& block) {
   const ClusterPlan& plan = params.plan;

@@ -1,5 +1,6 @@
 // How a cluster of blocks divides a sample in cluster_inference.cu: which part of x and of the maps each block holds,
-// and where it is in the block's shared memory.
+// and where it is in the block's shared memory. tiles.cuh defines the axes A0, A1 and A2, slice, and the outer axis of
+// a map.
 #pragma once
 
 #include <algorithm>
@@ -35,16 +36,16 @@ struct ClusterPlan {
   HE_HOST_DEVICE int outer(int a) const { return size[a == 0 ? 1 : 0]; }
   HE_HOST_DEVICE int inner(int a) const { return size[a == 2 ? 1 : 2]; }
   HE_HOST_DEVICE int pitch(int a) const { return inner(a) + kernel_size - 1; }
-  // The number of values of one channel of a plane. Rows are rounded up because `correlate` reads kRows rows per
-  // thread.
+  // The number of values of one channel (maximum or mean) of `plane`. Rows are rounded up because `correlate` reads
+  // kRows rows per thread.
   HE_HOST_DEVICE int area(int a) const {
     return (ceil_div(block_rows[a], MapTiling::kRows) * MapTiling::kRows + kernel_size - 1) * pitch(a);
   }
 
   // Chooses the smallest cluster with which two blocks fit into a multiprocessor, so that one block loads while the
   // other computes. If this would leave multiprocessors idle because the batch is small, it chooses a larger cluster.
-  // If two blocks do not fit with any cluster, it chooses the largest. There is no plan if not even one block fits, or
-  // if the three launches of the forward are estimated to be faster.
+  // If two blocks do not fit with any cluster, it chooses the largest. There is no plan if not even one block fits, if
+  // the three launches of the forward are estimated to be faster, for float64, or before compute capability 9.0.
   static ClusterPlan make(const TripletShape& shape) {
     constexpr int kMaxBlocks = 8, kMinSlices = 8;
     const Geometry geometry = Geometry::from_shape(shape);

@@ -19,8 +19,8 @@ struct MapTiling {
   int64_t first_block;    // the branch's first block in the grid
   int groups;             // threads per column of a tile
   int columns;            // columns of a tile
-  unsigned row_tiles;     // number of tiles along the rows of the map
-  unsigned column_tiles;  // number of tiles along its columns
+  unsigned row_tiles;     // number of tiles into which the rows of the map are divided
+  unsigned column_tiles;  // number of tiles into which its columns are divided
 
   __host__ __device__ int64_t blocks(int64_t samples) const { return samples * row_tiles * column_tiles; }
   __host__ __device__ int rows() const { return groups * kRows; }
@@ -70,8 +70,8 @@ struct BranchMap {
   const Real* bn_weight;
   const Real* bn_bias;
   MapTiling tiling;
-  bool is_saved;      // whether the source is the saved array itself
-  bool shares_index;  // whether several threads of the apply pass can find the maximum of the same line
+  bool is_saved;      // whether the source is saved.pooled itself, which the forward saves for the backward
+  bool shares_index;  // whether several threads of the apply pass search one line along the pooled axis
 
   __device__ __forceinline__ int64_t numel() const { return rows * columns; }
   __device__ __forceinline__ const Real* source_at(int64_t sample, int64_t row, int64_t column) const {

@@ -1,7 +1,8 @@
-// The maps as the passes over x see them. The reduce pass writes maps. The apply pass reads maps and, if it looks for
-// maxima, writes the maps of their indices. A map extends over two axes of x. Both passes address its values in memory
-// order, by an index on the outer axis and an index on the inner axis (Axis in tiles.cuh). Kernels that process the
-// maps alone are in map_tiles.cuh.
+// The maps as the passes over x or dy see them. The reduce pass (reduce.cu) reduces the elements along each axis and
+// writes the results as maps. The apply pass (apply.cuh) combines the elements with the values of maps. If it looks for
+// the maxima, it also writes maps of their indices. A map extends over two axes of x. Both passes address its values in
+// memory order, by an index on the outer axis and an index on the inner axis (Axis in tiles.cuh). map_tiles.cuh
+// has the view of the kernels that process only maps.
 #pragma once
 
 #include <climits>

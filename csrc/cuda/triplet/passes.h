@@ -14,13 +14,13 @@ namespace hashengine::triplet {
 
 // --- reduce.cu: one pass over x that reduces it along each axis ---
 
-// Computes the maximum and the sum of x along each axis. The caller sets the scale of each map to 1 / length of the
-// axis. The scaled sums of the parts then add up to the mean.
+// Computes the maximum and the sum of x along each axis, in parts (AxisMap in maps.cuh). The caller sets the scale of
+// each map to 1 / length of the axis. The scaled sums of the parts then add up to the mean.
 template <typename Real>
 void launch_reduce_pool(const void* x, Dtype dtype, const Geometry& geometry, const PassPlan& plan,
                         const AxisMaps<Real>& maps, cudaStream_t stream);
 
-// Computes the sums of x * dy along each axis, multiplied by the scale of each map.
+// Computes the sums of x * dy along each axis, in parts, multiplied by the scale of each map.
 template <typename Real>
 void launch_reduce_products(const void* x, const void* grad_y, Dtype dtype, const Geometry& geometry,
                             const PassPlan& plan, const AxisMaps<Real>& maps, cudaStream_t stream);
@@ -32,8 +32,8 @@ struct Response {
   BranchMaps<Real> maps;
   const Real* running_mean[kTripletBranches];
   const Real* running_var[kTripletBranches];
-  // `pooled` and `index` are null if nothing is saved for a backward. The launch sets the maps of `index` with
-  // shares_index to kNoIndex, so that the apply pass can take minima.
+  // `pooled` and `index` are null if nothing is saved for a backward. For each branch with BranchMap::shares_index, the
+  // launch fills `index` with kNoIndex, so that the apply pass can take minima.
   Real* pooled;
   int32_t* index;
   Real* response;
@@ -64,7 +64,7 @@ void launch_apply_gate_backward(const void* grad_y, void* grad_x, const GateMaps
 
 template <typename Real>
 struct ResponseBackward {
-  BranchMaps<Real> maps;  // their sources are the sums of x * dy, divided by the number of branches
+  BranchMaps<Real> maps;  // the sources are the sums of x * dy, divided by the number of branches
   const Real* pooled;
   const Real* response;
   const Real* mean;
@@ -85,7 +85,7 @@ void launch_response_backward(const ResponseBackward<Real>& params, cudaStream_t
 
 // --- cluster_inference.cu: the whole inference in one launch, if there is a ClusterPlan (cluster_plan.h) ---
 
-// `width` is the number of elements per vector along A2.
+// `width` is the number of elements per vector along A2, the contiguous axis of x (tiles.cuh).
 void launch_cluster_inference(const TripletInference& params, int width, cudaStream_t stream);
 
 // --- planning ---
@@ -96,7 +96,7 @@ auto with_real(Dtype dtype, Function function) {
   return dtype == Dtype::kFloat64 ? function(double()) : function(float());
 }
 
-// Calls function(TypeTag<T>()) with the element type of `dtype`. Real must be the type of its maps.
+// Calls function(TypeTag<T>()) with the element type of `dtype`. Real must be the type of the maps for this dtype.
 template <typename Real, typename Function>
 void with_element(Dtype dtype, Function function) {
   if constexpr (std::is_same_v<Real, double>) {
@@ -124,8 +124,8 @@ AxisMaps<Real> partial_maps(const Geometry& geometry, const Tiling& tiling, int 
   return maps;
 }
 
-// The bytes that plan(width, workspace) takes from the workspace, for the worse of the two widths that vector_width can
-// return: the alignment of the arrays is not known when the workspace is allocated.
+// The bytes that plan(width, workspace) takes from the workspace: the larger of the numbers for the two widths that
+// vector_width can return. The alignment of the arrays is not known when the workspace is allocated.
 template <typename Plan>
 int64_t workspace_bytes(const TripletShape& shape, Plan plan) {
   Workspace for_vectors(nullptr), for_elements(nullptr);

@@ -1,5 +1,6 @@
-// The reduce pass: one pass over x that reduces it along A0, A1 and A2. triplet_attention and triplet_pool need the
-// maximum and the sum of x; the gradients of the gates need the sum of x * dy.
+// The reduce pass: one pass over x that reduces it along each of its axes A0, A1 and A2. The results along an axis are
+// "the map" of that axis. triplet_attention and triplet_pool need the maximum and the sum of x; the gradients of the
+// gates need the sum of x * dy. tiles.cuh defines the axes, tile, slice, position and slot.
 //
 // Idea. A thread keeps the reduction along A0 of its positions in registers. Each slice is also staged in shared
 // memory, where other threads reduce it over its rows (A1) and over its columns (A2). Device memory is therefore read
@@ -7,7 +8,7 @@
 // that axis is left in parts. The kernel that reads the map merges the parts in their order.
 //
 // Traffic, for N elements of s bytes. Reads Ns (2Ns with dy), the floor. Writes one partial map per axis and part: for
-// a tile of 56 x 56 x 56 elements, 3 * 56^2 values of two Reals each. The next kernel finds them in L2.
+// a tile of 56 x 56 x 56 elements, 3 * 56^2 values of two Reals each (one with dy). The next kernel finds them in L2.
 //
 // Instructions. Each of the three reductions processes each element once: with a conversion (half precision only), a
 // maximum (one instruction per element for float32, one per two elements for half precision) and an addition. Together
@@ -93,7 +94,7 @@ struct ReduceConfig {
 template <typename Source, int kWidth>
 using Running = Accumulator<typename Source::Value, kWidth, Source::kHasMaximum>;
 
-// The maximum and the sum of one line. The maximum is not used if kHasMaximum is false.
+// The maximum and the sum of a line of elements along one axis. The maximum is not used if kHasMaximum is false.
 template <typename Source>
 struct Reduced {
   using Real = Arithmetic<typename Source::Value>;

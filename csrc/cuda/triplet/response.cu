@@ -1,11 +1,12 @@
 // The responses of triplet_attention, for all branches in one launch. A response is the convolution of the pooled maps
 // of a branch, from 2 channels to 1. In training the launch also computes the batch statistics of the responses.
 //
-// Idea. A block loads a tile of the maximum and of the mean, with its border, into shared memory, and merges the parts
-// that the reduce pass left. It also stores the tile without the border in the saved array. A thread computes 8 results
-// of one column. For a kernel_size of 7, 14 values of a column and 7 weights serve 56 multiplications. In training each
-// block stores the mean of its results and their sum of squared deviations. The block that finishes last merges the
-// statistics of all blocks (Chan, Golub, LeVeque 1979) in a fixed order, in float64.
+// Idea. A block loads a tile of the maximum and of the mean, with its border, into shared memory. If the reduce pass
+// (reduce.cu) left a map in parts, the block merges them. For a backward, it also stores the tile without the border in
+// `pooled`. A thread computes 8 results of one column. For a kernel_size of 7, 14 values of a column and 7 weights
+// serve 56 multiplications. In training each block stores the mean of its results and their sum of squared deviations.
+// The block that finishes last merges the statistics of all blocks (Chan, Golub, LeVeque 1979) in a fixed order, in
+// float64.
 //
 // Traffic. Maps only: per value of a map, 2 Reals read and 1 to 3 written. For samples of 56 x 56 x 56 elements, the
 // maps have about 5% as many values as x. Most of this traffic stays in L2. The kernel is limited by arithmetic: 98
@@ -15,10 +16,11 @@
 // memory (30 KB for float64). A larger kernel_size takes up to 96 KB and, if that is not enough, smaller tiles. The
 // statistics need a memset of 4 bytes before the launch.
 //
-// Numerics. Sums in Real. The statistics of a block take two passes over its results, which are in registers.
+// Numerics. Sums in Real; the statistics of the blocks are merged in float64. The statistics of a block take two passes
+// over its results, which are in registers.
 //
-// Limits. kernel_size is at most kTripletLargestCudaKernel. At this size in float64, the tile of a single thread with
-// its border takes almost all of the 96 KB in the backward.
+// Limits. kernel_size is at most kTripletLargestCudaKernel. At this size in float64, the smallest tile (8 x 1 values,
+// one thread) with its border takes almost all of the 96 KB in response_backward.cu.
 
 #include <algorithm>
 
@@ -48,8 +50,8 @@ struct StatisticsWorkspace {
 };
 
 // Loads the maximum and the mean of the tile with its border into `planes`; values outside of the map are zeros. If the
-// maps are saved for the backward, also stores the tile without the border in the saved array, unless it is there
-// already, and initializes the indices.
+// maps are saved for the backward, also stores the tile without the border in `pooled`, unless it is there already, and
+// initializes the indices of maps with shares_index.
 template <typename Real>
 __device__ __forceinline__ void load_tile(const Response<Real>& params, const MapTile<Real>& tile, Real* planes) {
   const BranchMap<Real>& map = tile.map;

@@ -1,5 +1,6 @@
-// The backward of triplet_attention over the maps, for all branches in three launches. It turns the sums of x * dy
-// along each axis into the gradients of BatchNorm, of the convolution's weights and of the pooled maps.
+// The part of triplet_attention's backward that processes only maps (maps.cuh), for all branches in three launches. It
+// turns the sums of x * dy along each axis into the gradients of BatchNorm, of the convolution's weights and of the
+// pooled maps.
 //
 // Idea. (1) affine_kernel merges the parts of the sums and multiplies the sums by the slope of the gate. It also sums
 // the terms of the gradients of BatchNorm's parameters; the block that finishes last adds up the sums of all blocks.
@@ -181,7 +182,8 @@ __device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling,
 // The number of values in the scratch of tile_weight_gradients_7: 98 weights for each group of 14 threads.
 constexpr int kWeightScratchValues = kThreads / 14 * 98;
 
-// The same for weights of any size. A thread computes the gradients of whole weights, one after another.
+// Computes the tile's part of the gradients of weights of any size. A thread sums over the whole tile for one weight
+// after another.
 template <typename Real>
 __device__ __forceinline__ void tile_weight_gradients(const MapTiling& tiling, int size, const Real* planes,
                                                       Real* gradients, int64_t stride) {

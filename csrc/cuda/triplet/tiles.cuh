@@ -22,7 +22,8 @@ namespace hashengine::triplet {
 
 constexpr int kPassThreads = 256;  // threads per block of a pass over x
 
-// The number of vectors of a slice per thread. The apply pass holds more registers per vector than the reduce pass.
+// The number of vectors of a slice per thread. The apply pass (apply.cuh) needs more registers per vector than the
+// reduce pass (reduce.cu).
 constexpr int reduce_vectors(int width) { return width == 1 ? 4 : 2; }
 constexpr int apply_vectors(int width) { return width == 1 ? 2 : 1; }
 
@@ -34,7 +35,7 @@ struct Axis {
   int64_t numel;       // values of the map per sample
   int64_t outer_size;
   int64_t inner_size;
-  bool transposed;  // in the saved map, the inner index is the row and the outer index is the column
+  bool transposed;  // whether the op stores the map as [inner, outer], in contrast to memory order
 };
 
 struct Geometry {
@@ -72,8 +73,8 @@ struct Tiling {
   int64_t blocks(int64_t samples) const { return samples * tile_count[0] * tile_count[1] * tile_count[2]; }
 
   // Makes tiles of at most `slice_values` values per slice, with rows of whole vectors. If a tile does not span an
-  // axis, the map of that axis is left in parts. Square tiles leave the fewest parts, so long rows are cut. A0 is cut
-  // only until the multiprocessors have enough blocks.
+  // axis, the reduce pass writes the map of that axis in parts (AxisMap in maps.cuh). Square tiles give the fewest
+  // parts, so long rows are cut. A0 is cut only until the multiprocessors have enough blocks.
   static Tiling make(const Geometry& geometry, int slice_values, int width, int64_t multiprocessors) {
     constexpr int64_t kMaxColumns = 128, kMaxRows = 512, kMinSlices = 8, kBlocksPerMultiprocessor = 4;
     Tiling tiling;
@@ -116,8 +117,8 @@ struct PassPlan {
   }
 };
 
-// The number of elements of the widest vector that divides the length of A2: 16 bytes, 4 bytes or one element. float64
-// exists for gradient checks only and is always processed by single elements.
+// The number of elements of the widest vector that divides the length of A2: 16 bytes, 4 bytes or one element. For
+// float64, which exists for gradient checks only, the number is always 1.
 inline int widest_vector(const Geometry& geometry, Dtype dtype) {
   const int element_bytes = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
   for (int bytes : {kVectorBytes, 4})

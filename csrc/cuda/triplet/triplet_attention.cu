@@ -46,8 +46,8 @@ struct Forward {
       const Axis& axis = geometry.axis[a];
       pooled.axis[a].scale = Real(1) / static_cast<Real>(geometry.size[a]);
       if (!params.saved.pooled || axis.branch < 0 || axis.transposed || reduce_plan.splits(a)) continue;
-      // The reduce pass does not split the map into parts, and saved.pooled has the same order of values. Therefore the
-      // pass writes the map directly to saved.pooled.
+      // The reduce pass makes this map in one part and in the order of saved.pooled. Therefore it writes the map there
+      // directly.
       is_saved[axis.branch] = true;
       pooled.axis[a].data = static_cast<Real*>(params.saved.pooled) + 2 * axis.flat_begin;
     }

@@ -5,7 +5,8 @@
 // sums by the slopes of the sigmoids.
 //
 // Traffic, for N elements of s bytes. Forward: Ns read and Ns written, the floor. Backward: 3Ns read and Ns written.
-// The floor is 2Ns read and Ns written, but the reduce pass has no registers left for the gates. Maps: see apply.cuh.
+// The floor, 2Ns read and Ns written, needs a single pass, but the reduce pass has no registers left to compute dx,
+// too. Maps: see apply.cuh.
 //
 // Launch. As in apply.cuh and reduce.cu. The kernel over the maps has 128 threads per block and 8 values per thread.
 //
@@ -25,7 +26,7 @@ template <typename T>
 struct ApplySigmoids {
   using Element = T;
   using Real = Arithmetic<T>;
-  static constexpr int kFields = 1;  // gate / branches
+  static constexpr int kFields = 1;  // the gate, divided by the number of branches
   static constexpr int kBlocksPerSm = 3;
   static constexpr bool kReads = true, kWrites = true, kHasIndex = false, kFindsIndex = false;
 
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(MapTiling::kThreads) map_gradients_kernel(MapG
   const BranchMap<Real>& map = tile.map;
   const Real* values = params.map[tile.branch] + tile.sample * map.numel();
   Real* gradients = params.grad_map[tile.branch] + tile.sample * map.numel();
-#pragma unroll 1  // the loop over the parts, unrolled eight times, would not fit in the registers
+#pragma unroll 1  // eight copies of the loop over the parts would not fit in the registers
   for (int r = 0; r < MapTiling::kRows; ++r) {
     if (!tile.has(r)) break;
     const Real* source = map.source_at(tile.sample, tile.value_row(r), tile.column + tile.thread_column);
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(MapTiling::kThreads) map_gradients_kernel(MapG
   }
 }
 
-// The plan and the arrays of the gradients of the maps.
+// What the computation of the gradients of the maps needs: the plan of the reduce pass, and scratch for the sums of
+// x * dy.
 template <typename Real>
 struct MapBackward {
   Geometry geometry;

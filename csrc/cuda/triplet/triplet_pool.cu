@@ -100,7 +100,7 @@ struct PoolBackward {
   T* out;
   MapViews<const Real> grad_pool;
   MapViews<const int32_t> index;
-  int64_t size[3];  // the sizes of A0, A1, A2
+  int64_t size[3];  // the sizes of the axes A0, A1, A2 of x (tiles.cuh)
 
   template <int kAxis>
   __device__ __forceinline__ MapView<const Real> prepare() const {

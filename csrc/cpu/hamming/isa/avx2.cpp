@@ -289,7 +289,7 @@ HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock&
 
 const HammingKernel kHammingAvx2 = {
     tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances,
-    1024,  // for longer codes, isa/popcnt.cpp is as fast
+    1024,  // bytes; for longer codes, isa/popcnt.cpp is as fast
     0,          0};
 
 }  // namespace hashengine

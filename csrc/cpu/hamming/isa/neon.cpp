@@ -8,9 +8,9 @@
 //
 // Widths. The distance of codes of up to 128 bits fits in a byte, so that one comparison tests 16 distances. For longer
 // codes, neighbours are summed in bytes as long as the sums fit, then in 16 bits. A byte can hold the sum of the counts
-// of 31 vectors. Codes of more than 31 vectors are summed in blocks of 31 vectors. Adding a block to the 16-bit
-// sums takes 1 instruction in 93. (Dividing the bound between blocks, as isa/avx2.cpp does, would take 3
-// instructions and an exact check of each hit.)
+// of 31 vectors. Codes of more than 31 vectors are summed in blocks of 31 vectors. Counting a block takes 93
+// instructions, and adding it to the 16-bit sums takes 1 more. (Dividing the bound between blocks, as isa/avx2.cpp
+// does, would take 3 instructions per block and an exact check of each hit.)
 //
 // Cost in instructions per 16 distances, with loads, test and loop, as compiled by GCC 12: 16 at 32 bits, 31 at 64, 60
 // at 128, 124 at 256, 183 at 384, 285 at 512, 422 at 768, 551 at 1024; other lengths take about 80 plus 59 per 128
