@@ -71,8 +71,10 @@ def task(name: str, total: int, unit: str) -> Iterator[Progress]:
     """Show the progress of a task of `total` steps."""
     if _json and not _quiet:
         lines = _JsonLines(name, total, unit)
-        yield lines
-        lines.close()
+        try:
+            yield lines
+        finally:
+            lines.close()
         return
     from tqdm import tqdm
 

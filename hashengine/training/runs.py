@@ -159,13 +159,13 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         output: a file to write the table to, .md or .json.
 
     Raises:
-        InputError: there is no run, the record of a run is damaged, or `output` has another suffix.
+        InputError: a folder neither is a run nor contains one, the record of a run is damaged, or `output` has another suffix.
     """
     if output is not None and Path(output).suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
     runs = [Run.load(folder) for given in folders for folder in _run_folders(Path(given))]
     if not runs:
-        raise invalid("train report", "runs", f"at least one folder with {RECORD_FILE}", "none")
+        raise invalid("train report", "folders", "at least one folder", "none")
     results = table(runs)
     if output is not None:
         write_file(Path(output), results.to_markdown() if Path(output).suffix == ".md" else results.to_json())
@@ -202,9 +202,11 @@ def _group(runs: list[Run], differing: list[str]) -> Group:
 def _run_folders(folder: Path) -> list[Path]:
     if (folder / RECORD_FILE).is_file():
         return [folder]
-    if not folder.is_dir():
-        raise invalid("train report", "run", "a model folder or a folder of them", repr(str(folder)))
-    return sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+    found = sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+    if not found:
+        expected = f"a model folder with {RECORD_FILE}, or a folder of them"
+        raise invalid("train report", "run", expected, repr(str(folder)))
+    return found
 
 
 def _key(value: Any) -> str:

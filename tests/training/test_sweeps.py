@@ -133,10 +133,13 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path):
 
 
 def test_a_damaged_or_missing_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="^train report: run must be a model folder or a folder of them"):
-        report([tmp_path / "nowhere"])
-    with pytest.raises(InputError, match="^train report: runs must be at least one folder with training.json"):
-        report([tmp_path])
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(
+            InputError, match="^train report: run must be a model folder with training.json, or a folder"
+        ):
+            report([folder])
+    with pytest.raises(InputError, match="^train report: folders must be at least one folder, got none"):
+        report([])
     (tmp_path / "training.json").write_text('{"options": {}, "epochs": []}')
     with pytest.raises(InputError, match="training.json: the file must be the record of a training run"):
         report([tmp_path])

@@ -3,8 +3,8 @@
 // A feature map is [samples][A0][A1][A2], with the axes in memory order: C, H, W or H, W, C. In either layout, pooling
 // over A0 and over A1 combines vectors along A2, and pooling over A2 reduces a row. The layouts differ only in which
 // branch pools an axis, and in whether that branch's map is transposed. "The map over an axis" is the map of the branch
-// that pools the axis. Maps in scratch memory are padded: each row to whole vectors, and the number of rows to a
-// multiple of eight.
+// that pools the axis. PaddedMaps (maps.h) pad each row to whole vectors, and the number of rows to a multiple of
+// eight.
 #pragma once
 
 #include <cstdlib>
