@@ -159,7 +159,8 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         output: a file to write the table to, .md or .json.
 
     Raises:
-        InputError: a folder neither is a run nor contains one, the record of a run is damaged, or `output` has another suffix.
+        InputError: a folder neither is a run nor contains one, the record of a run is damaged, or `output` has another
+            suffix.
     """
     if output is not None and Path(output).suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
