@@ -22,7 +22,7 @@ SOURCES := pyproject.toml setup.py hashengine/_toolchain.py hashengine/_version.
 
 # GPU_TESTS need a GPU. SMALL is an expression for pytest -k: it selects short tests, for racecheck and synccheck.
 GPU_TESTS := tests/gpu
-SMALL := packing or formula or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))
+SMALL := packing or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))
 
 # The name of the GPU, as a part of the names of result files.
 GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
@@ -148,6 +148,6 @@ gpu-profile: $(READY)  ## on a GPU: measure the time of each kernel of five ops;
 	for op in simam triplet_attention greedy_sign pack_bits hamming_topk; do \
 		$(BIN)/python -m benchmarks profile $$op --device cuda --output build/profile || exit 1; done
 
-clean:  ## remove build outputs and the demo, but not .venv; the next target sets it up again
+clean:  ## remove build outputs and the demo; keeps .venv, but builds again when it is needed
 	rm -rf build dist demo *.egg-info hashengine/_C.*so hashengine/_build.json $(READY)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

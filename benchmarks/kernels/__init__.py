@@ -1,1 +1,4 @@
-"""Benchmarks of attention and of the ops that make codes: `kernels` and `profile`."""
+"""The commands `kernels` and `profile`: benchmarks of attention and of the ops that make codes.
+
+`profile` also covers `hamming_topk`.
+"""

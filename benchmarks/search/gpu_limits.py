@@ -7,12 +7,14 @@ rates are per clock and multiprocessor:
 - `popcount`: 16 POPC instructions, each of which counts 32 bits of a distance (CUDA C++ Programming Guide, "Throughput
   of Native Arithmetic Instructions").
 - `tensor`: 128 products of 256 bits, which means that the 1-bit `wgmma` m64n256k256 takes 128 clocks. This rate is an
-  assumption: eight times the int8 rate, as on the data sheet of the A100. On an H200 it gives 15.2 POPS; the authors of
-  the kernel in JoeyBF/sseq report 9.6 POPS on an H200 NVL. Only compute capability 9.0 has the instruction. It
-  multiplies with AND. A distance therefore needs the products of a code and of its complement, and the inner dimension
-  is twice the number of bits.
-- `alu`: 105 distances. Products are tested for hits with LOP3 instructions, about 0.6 per product (counted in the
-  compiled code that tests a tile of 64 x 256 products). A multiprocessor executes 64 LOP3 instructions per clock.
+  assumption: eight times the int8 rate, as on the data sheet of the A100. On an H200 at
+  1.755 GHz it gives 15.2 POPS. The repository JoeyBF/sseq has another kernel with this instruction; its authors report
+  9.6 POPS on an H200 NVL. Only compute capability 9.0 has the instruction. It multiplies with AND. A distance therefore
+  needs two products, the second one with the complements of the code and the query, and the inner dimension is twice
+  the number of bits.
+- `alu`: 105 distances of any length. The sum for each distance is tested for a hit with LOP3 instructions, about 0.6
+  per distance (counted in the compiled code that tests a tile of 64 x 256 sums). A multiprocessor executes 64 LOP3
+  instructions per clock.
 - `memory`: codes and queries are read once and answers are written once, at the rate of a copy in the same run.
 """
 
@@ -42,7 +44,7 @@ class Gpu(NamedTuple):
         clock: the clock rate in Hz.
         clock_is: "held" if `clock` was measured under load, "maximum" if it is the highest clock rate of the GPU.
         memory: bytes per second that a copy reads and writes.
-        tensor: whether there is a native 1-bit matrix product.
+        tensor: whether the GPU has the 1-bit `wgmma`.
     """
 
     multiprocessors: int
@@ -74,7 +76,7 @@ def rate_limits(gpu: Gpu, work: Work) -> dict[str, float]:
 
 
 def lowest(limits: dict[str, float]) -> str:
-    """The name of the lowest limit. `popcount` does not count if the GPU has a 1-bit matrix product."""
+    """The name of the lowest limit. `popcount` is ignored if the GPU has the 1-bit `wgmma`."""
     names = [name for name in limits if name != "popcount" or "tensor" not in limits]
     return min(names, key=limits.__getitem__)
 

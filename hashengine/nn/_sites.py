@@ -1,7 +1,7 @@
 """The sites of a network: the residual blocks, or the convolutions of plain stacks, where attention can be inserted.
 
 Residual blocks are those of torchvision and timm. A plain stack, as in VGG, is an `nn.Sequential` that contains only
-convolutions, norms, activations, dropouts and at least one pooling.
+convolutions, BatchNorms, activations, dropouts and at least one pooling.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,10 +38,10 @@ class Site:
             stage of a plain stack.
         convolution: the host for SimAM: the second convolution of a block, or the convolution of a plain stack.
         branch: the host for other attention: the block, or the attention that timm built into it. In a plain stack, it
-            is the last of the norms, activations and dropouts directly after the convolution. If there are none, it is
-            the convolution.
+            is the last of the BatchNorms, activations and dropouts directly after the convolution. If there are none,
+            it is the convolution.
         is_plain: whether the site is in a plain stack, in which no shortcut carries the signal past the attention.
-        has_norm: whether a norm follows the convolution, before the next convolution.
+        has_norm: whether a BatchNorm follows the convolution, before the next convolution.
     """
 
     name: str
@@ -83,7 +83,7 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
     selectors: list[Any] = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [where]
     if not selectors:
         raise _no_match("none", sites)
-    stages = sites[-1].stage + 1
+    stages = _stage_count(sites)
     names: set[str] = set()
     for selector in selectors:
         if isinstance(selector, str):
@@ -101,14 +101,19 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
 
 def _no_match(actual: str, sites: list[Site]) -> InputError:
     names = ", ".join(site.name for site in sites)
-    return invalid("attach", "where", f"one of the {sites[-1].stage + 1} stages or of the sites {names}", actual)
+    return invalid("attach", "where", f"one of the {_stage_count(sites)} stages or of the sites {names}", actual)
+
+
+def _stage_count(sites: list[Site]) -> int:
+    """The number of stages. The last site need not be in the last stage."""
+    return max(site.stage for site in sites) + 1
 
 
 def _block_site(name: str, block: Any, stage: int) -> Site:
     last = block.conv3 if hasattr(block, "conv3") else block.conv2
     convolution = Host(qualified_name(name, "conv2"), block.conv2, block.conv2.out_channels)
     branch = Host(name, block, last.out_channels)
-    if getattr(block, "se", None) is not None and not is_attached(block):  # timm's own attention runs first
+    if getattr(block, "se", None) is not None and not is_attached(block):  # the new attention follows timm's own
         branch = Host(qualified_name(name, "se"), block.se, last.out_channels)
     return Site(name, stage, True, convolution, branch, is_plain=False, has_norm=True)
 

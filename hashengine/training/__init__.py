@@ -1,7 +1,7 @@
 """Training of hash networks: prepare a data set, fit a network, sweep over options, report on the runs.
 
 Each of these four steps is also a command, `hashengine train prepare|fit|sweep|report`. Importing this package does
-not import torch; the first use of `fit`, `prepare` or `sweep` does.
+not import torch. The first use of `fit`, `prepare` or `sweep` does, and so does the creation of a `FitConfig`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def topk(
     fallbacks = 0
     if workspace.numel():
         offset, capacity = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
-        machine.call("hamming_topk_counts", Host(search.sizes), k, Host(offset), Host(capacity))
+        machine.call("hamming_topk_counts", Host(search.sizes), k, Host(offset), Host(capacity), capability=capability)
         counts = workspace[int(offset) : int(offset) + 4 * queries].view(torch.int32)
         passing = len(search.codes) if search.filter is None else torch.from_numpy(np.asarray(search.filter.sum(-1)))
         needed = torch.as_tensor(passing).clamp(max=k)

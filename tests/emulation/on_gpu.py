@@ -16,10 +16,10 @@ from tests.emulation.harness import CSRC, EMULATION, FORWARD, KERNELS, array, to
 
 
 class OnGpu:
-    """Runs the launchers on the GPU, with the interface of `Emulation`.
+    """Runs the launchers on the GPU, with the methods of `Emulation` that test_hamming_topk.py uses.
 
-    All tensors are in host memory. Those that are not in a `Host` (harness.py) are copied to the GPU before a call and
-    back after it.
+    All tensors are in host memory. A tensor that is wrapped in `Host` (harness.py) stays there. The others are copied
+    to the GPU before a call and back after it.
     """
 
     def __init__(self, library: Path, capability: int) -> None:

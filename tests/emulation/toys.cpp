@@ -122,7 +122,8 @@ __global__ void cluster_gather_kernel(const float* in, float* out) {
   if (threadIdx.x < cluster.num_blocks()) out[blockIdx.x * kThreads + threadIdx.x] = gathered[threadIdx.x];
 }
 
-// A pipeline with two buffers: each round starts the copy of the next numbers, then sums the current ones. All values
+// A pipeline with two buffers: each round starts the copy of the next numbers; then each thread adds one of the
+// current numbers to its sum. All values
 // of Copies except kCorrect are mistakes.
 enum class Copies { kCorrect, kNotCommitted, kNotWaited, kTooFewWaited, kNoBarrierAfterWait, kNoBarrierBeforeReuse };
 template <Copies kCopies>
@@ -157,8 +158,8 @@ __global__ void zero_fill_kernel(const float* in, float* out) {
 __global__ void copy_kernel(const float* in, float* to, int bytes) { __pipeline_memcpy_async(to, in, size_t(bytes)); }
 __global__ void copy_unaligned_kernel(const float* in) { __pipeline_memcpy_async(dynamic_shared<float>() + 1, in, 16); }
 
-// Block 0 reads from the shared memory of block 1 after block 1 has exited. If `maps_late` is true, it also maps the
-// address after the exit, otherwise before.
+// Block 0 reads from the shared memory of block 1 after block 1 has exited. It maps the address before the exit, and if
+// `maps_late` is true once more after it.
 __global__ void exited_peer_kernel(float* out, bool maps_late) {
   const auto cluster = cooperative_groups::this_cluster();
   auto* number = dynamic_shared<float>();

@@ -215,6 +215,13 @@ def test_where_selects_blocks(where, sites):
     assert [insertion.name for insertion in report.insertions] == [f"{site}.attention" for site in sites]
 
 
+def test_the_last_site_need_not_be_in_the_last_stage():
+    block = type(small_resnet().layer1[0])
+    model = nn.Sequential(block(8, 8), nn.Sequential(block(8, 8)), block(8, 8))
+    report = he.nn.attach(model, "triplet", where=-1)  # stage 1 is the block 1.0
+    assert [insertion.name for insertion in report.insertions] == ["1.0.attention"]
+
+
 @pytest.mark.parametrize(
     ("where", "sites"),
     [

@@ -43,7 +43,7 @@ def imports(file: Path, *, at_runtime: bool = False) -> Iterator[tuple[str, int]
     typing_only: set[ast.AST] = set()
     if at_runtime:
         for node in ast.walk(tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
                 typing_only.update(child for statement in node.body for child in ast.walk(statement))
     for node in ast.walk(tree):
         if node in typing_only:
@@ -128,7 +128,7 @@ def test_only_one_module_writes_files_durably() -> None:
     assert writers == ["_files.py"]
 
 
-# All exceptions that the library raises by name, besides InputError and OSError. See hashengine/errors.py.
+# The exceptions in all statements `raise Name(...)` of the library, besides InputError and OSError: see errors.py.
 OTHER_EXCEPTIONS = {
     ("_lazy.py", "AttributeError"),  # __getattr__ of a module must raise it
     ("_native.py", "ImportError"),  # HASHENGINE_REQUIRE_NATIVE is set
@@ -140,11 +140,11 @@ OTHER_EXCEPTIONS = {
 
 
 def raised_calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
-    """The name and the call of every `raise name(...)`, `raise name(...) from ...` and `return InputError(...)`."""
+    """The name and the call of every `raise name(...)`, `raise name(...) from ...` and `return` of an InputError."""
     for node in ast.walk(ast.parse(file.read_text())):
         value = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
-            if isinstance(node, ast.Raise) or value.func.id == "InputError":
+            if isinstance(node, ast.Raise) or value.func.id in ("InputError", "invalid"):
                 yield value.func.id, value
 
 

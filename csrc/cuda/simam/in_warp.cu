@@ -1,6 +1,7 @@
 // SimAM of NCHW planes that fit into the registers of one warp, or of a few of its lanes.
 //
-// Idea. A team of 1 to 32 lanes processes one plane. Teams are as small as the plane allows. A warp therefore processes
+// Idea. A team of 1 to 32 lanes processes one plane. A team is as small as the plane allows, but has two
+// lanes where 16-byte vectors are loaded, to use whole sectors. A warp therefore processes
 // several planes, and the sums need few shuffles and no barrier. Planes of whole 16-byte vectors in aligned arrays, and
 // all planes of float64, are loaded to registers directly. All others are staged; the most important are 7 x 7 and 14 x
 // 14 in half precision. The planes of a block are contiguous in memory. In staging they are copied to shared memory and
@@ -10,8 +11,8 @@
 // Traffic, for N elements of s bytes. Forward 2Ns, backward 3Ns: the floors.
 //
 // Launch. 256 threads per block. A thread holds up to 64 bytes (16 elements if staged) of x, and of grad_y in the
-// backward. With 4 to 8 blocks per multiprocessor (an estimate), 32 KB or more are in flight. Copies to shared memory
-// are asynchronous and need no registers.
+// backward. With 4 to 8 blocks per multiprocessor (an estimate), 32 KB or more are in flight. Copies of 16-byte
+// pieces to shared memory are asynchronous and need no registers.
 //
 // Instructions, half precision, counted in sm_90a code: about 21 per element forward and 31 backward, and three more
 // per element if the planes are staged. The time has not been measured on a GPU.
@@ -29,8 +30,8 @@ namespace {
 
 constexpr int kThreads = 256;  // per block
 
-// Where a thread loads and stores its fragment, the elements that it holds in registers: in device memory, or, if
-// `in_tile`, in the block's tile in shared memory.
+// The fragment of a thread is the elements that it holds in registers. This struct says where the thread loads and
+// stores them: in device memory or, if `in_tile`, in the block's tile in shared memory.
 template <typename Fragment>
 struct TeamPlace : FragmentPlace {
   int64_t plane;

@@ -1,5 +1,6 @@
-// The maximum and the sum of each of kWidth adjacent lines, over the elements that were added so far, in registers. A
-// line is the elements of x that are pooled into one value of a map.
+// kWidth running sums and, if kHasMaximum, maxima, in registers: number i takes element i of each vector that is added.
+// A line is the elements that are pooled into one value of a map. The vectors belong to kWidth adjacent lines or, along
+// A2, to a single line; then the caller combines the kWidth results.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Replaces the compiler's <immintrin.h> when tests compile the AVX-512 kernels, so that these run on any CPU. It
+// Replaces the compiler's <immintrin.h> when tests compile the AVX-512 kernels, so that these run on any x86 CPU. It
 // defines the intrinsics that the kernels use, in plain C++. Each function does what the description of its instruction
 // says.
 #pragma once

@@ -156,8 +156,8 @@ class BitslicedScan {
 
   static int64_t field_bits(int64_t words) { return words <= 2 ? 7 : words <= 4 ? 6 : 3; }
 
-  // Transposes 64 rows of 64 bits in place. If Row is a vector of 64-bit words, the words at each index form a matrix
-  // of their own.
+  // Transposes 64 rows of 64 bits in place. If Row is a vector of 64-bit words, word i of all rows forms
+  // matrix i, and each matrix is transposed on its own.
   template <typename Row>
   static HE_BITSLICED void transpose_bits(Row* rows) {
     uint64_t mask = 0x00000000ffffffff;
