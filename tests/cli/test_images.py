@@ -185,7 +185,10 @@ def test_an_interrupt_ends_the_command_with_status_130_and_no_traceback(folder, 
         "--output",
         tmp_path / "c",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with SIGINT ignored, and their children inherit that: undo it for this child.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     with open(images / "a.png", "wb"):  # returns when the command has opened the other end
         process.send_signal(signal.SIGINT)
         time.sleep(2)  # closing the pipe makes the image unreadable, which must happen after the signal
