@@ -45,6 +45,8 @@ setup: $(READY)  ## install every dependency into .venv and build the native mod
 
 # uv installs torch faster than pip does; pip is used if uv cannot be installed. The first installation chooses the
 # version of torch. The second must use the same version, so that the native module is compiled for the installed torch.
+# Unlike pip, uv compiles bytecode only if it is asked to. Without bytecode, every start of Python compiles torch again if
+# PYTHONDONTWRITEBYTECODE is set.
 $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "hashengine needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
@@ -52,7 +54,8 @@ $(READY): $(SOURCES)
 	@set -e; \
 	install="$(BIN)/python -m pip install"; \
 	if $$install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python "setuptools>=77"; then \
-		install="$(BIN)/uv pip install --python $(BIN)/python"; rebuild="--reinstall-package hashengine"; \
+		install="$(BIN)/uv pip install --python $(BIN)/python"; \
+		rebuild="--reinstall-package hashengine --compile-bytecode"; \
 	fi; \
 	echo "installing $(TORCH)"; \
 	$$install "setuptools>=77" ninja numpy pybind11 $(TORCH); \
