@@ -63,7 +63,7 @@ def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
         ),
         (["sweep", "--images", "good", "--grid", "bits=12"], "train sweep: bits must be a multiple of 8, got 12"),
         (["sweep", "--images", "good", "--grid", "device=tpu"], "fit: device must be 'auto', 'cpu', .*got 'tpu'"),
-        (["report", "good"], "train report: runs must be at least one folder"),
+        (["report", "good"], "train report: run must be a model folder with training.json, or a folder of them"),
         (
             ["prepare", "nothing"],
             "train prepare: source must be digits, fashion-mnist, cifar10 or a folder.*got 'nothing'",
