@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hashengine._validation import check_integer
 from hashengine.errors import invalid
+from hashengine.ops._plain import needs_plain_torch
 from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
 from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
@@ -97,7 +98,7 @@ class TripletAttention(nn.Module):
         bn_bias = [bn._parameters["bias"] for bn in norms]
         running_mean = [bn._buffers["running_mean"] for bn in norms]
         running_var = [bn._buffers["running_var"] for bn in norms]
-        if not training and not _needs_gradient(x, conv_weight, bn_weight, bn_bias):
+        if not training and (needs_plain_torch() or not _needs_gradient(x, conv_weight, bn_weight, bn_bias)):
             return triplet_attention_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
         y, mean, var = triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
         if training:

@@ -14,6 +14,7 @@ from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._check import check_floating, check_gradient, check_no_nan, wide_dtype
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 
 
 def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -36,18 +37,50 @@ def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: `u` is not floating point, or contains a NaN. NaN is checked on the CPU only, because the check
-            would synchronize a GPU.
+            would synchronize a GPU, and not under a transform of `torch.func`.
     """
-    return _greedy_sign(u, alpha)
+    return _plain(u, alpha) if needs_plain_torch() else _greedy_sign(u, alpha)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The signs, +1 or -1, with the derivative of the identity, for transforms and forward-mode differentiation."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor) -> Tensor:
+        return _signs(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_b: Tensor) -> Tensor:
+        return grad_b
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+def _signs(u: Tensor) -> Tensor:
+    return in_dtype_and_layout_of(u, torch.where(u >= 0, 1.0, -1.0))
+
+
+def _penalty(u: Tensor, alpha: float) -> Tensor:
+    return alpha * (u.to(wide_dtype(u)).abs() - 1).abs().pow(3).mean()
+
+
+def _plain(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    check_floating("greedy_sign", "u", u)
+    return _StraightThrough.apply(u), _penalty(u, alpha)
 
 
 def _reference(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     check_floating("greedy_sign", "u", u)
     check_no_nan("greedy_sign", "u", u)
-    wide = u.to(wide_dtype(u))
-    b = torch.empty_like(u).copy_(torch.where(wide >= 0, 1.0, -1.0))
-    penalty = alpha * (wide.abs() - 1).abs().pow(3).mean()
-    return b, penalty
+    return _signs(u), _penalty(u, alpha)
 
 
 def _fake(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hashengine.errors import invalid
 from hashengine.ops._check import check_feature_map, check_gradient, check_like, wide_dtype
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 
 
 def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
@@ -30,7 +31,7 @@ def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
     Raises:
         ValueError: `x` is not a floating-point feature map of four axes, or `lam` is not above 0.
     """
-    return _simam(x, lam)[0]
+    return (_reference if needs_plain_torch() else _simam)(x, lam)[0]
 
 
 def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
@@ -46,7 +47,7 @@ def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
     Raises:
         ValueError: as for `simam`.
     """
-    return _simam_energy(x, lam)
+    return (_energy_reference if needs_plain_torch() else _simam_energy)(x, lam)
 
 
 def _check(where: str, x: Tensor, lam: float) -> None:
@@ -72,22 +73,17 @@ def _importance(d: Tensor, variance: Tensor, lam: float) -> Tensor:
     return d.square() / (4 * (variance + lam)) + 0.5
 
 
-def _like(x: Tensor, value: Tensor) -> Tensor:
-    """`value` in the dtype and layout of `x`."""
-    return torch.empty_like(x).copy_(value)
-
-
 def _reference(x: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     _check("simam", x, lam)
     d, mean, variance = _centre(x)
-    y = _like(x, x * torch.sigmoid(_importance(d, variance, lam)))
+    y = in_dtype_and_layout_of(x, x * torch.sigmoid(_importance(d, variance, lam)))
     return y, torch.cat((mean, variance), -1).squeeze(2)
 
 
 def _energy_reference(x: Tensor, lam: float) -> Tensor:
     _check("simam_energy", x, lam)
     d, _, variance = _centre(x)
-    return _like(x, _importance(d, variance, lam))
+    return in_dtype_and_layout_of(x, _importance(d, variance, lam))
 
 
 def _grad_through_importance(grad: Tensor, d: Tensor, variance: Tensor, n: int, lam: float) -> Tensor:
@@ -111,13 +107,15 @@ def _backward_reference(grad_y: Tensor, x: Tensor, stats: Tensor, lam: float) ->
     d = wide - mean
     gate = torch.sigmoid(_importance(d, variance, lam))
     grad_importance = grad_y * wide * gate * (1 - gate)
-    return _like(x, grad_y * gate + _grad_through_importance(grad_importance, d, variance, _divisor(x), lam))
+    return in_dtype_and_layout_of(
+        x, grad_y * gate + _grad_through_importance(grad_importance, d, variance, _divisor(x), lam)
+    )
 
 
 def _energy_backward_reference(grad_energy: Tensor, x: Tensor, lam: float) -> Tensor:
     _check_energy_backward(grad_energy, x, lam)
     d, _, variance = _centre(x)
-    return _like(x, _grad_through_importance(grad_energy.to(d.dtype), d, variance, _divisor(x), lam))
+    return in_dtype_and_layout_of(x, _grad_through_importance(grad_energy.to(d.dtype), d, variance, _divisor(x), lam))
 
 
 def _check_backward(grad_y: Tensor, x: Tensor, stats: Tensor, lam: float) -> None:

@@ -22,6 +22,7 @@ from hashengine.ops._check import (
     wide_dtype,
 )
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 from hashengine.ops.triplet_gate import mean_gate
 
 
@@ -59,7 +60,8 @@ def triplet_attention(
         ValueError: a dtype, a shape or a device is wrong, a list does not have two or three tensors, or a branch has
             fewer than two values in `training`.
     """
-    return _triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)[:3]
+    op = _reference if needs_plain_torch() else _triplet_attention
+    return op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)[:3]
 
 
 def triplet_attention_inference(
@@ -88,7 +90,8 @@ def triplet_attention_inference(
     Raises:
         ValueError: as for `triplet_attention`; also in a backward through `y`.
     """
-    return _triplet_attention_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
+    op = _inference_reference if needs_plain_torch() else _triplet_attention_inference
+    return op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
 
 
 def _reference(
@@ -130,7 +133,7 @@ def _forward(
         pools.append(pool.flatten())
         indices.append(index.int().flatten())
         responses.append(response.flatten())
-    y = torch.empty_like(x).copy_(x * mean_gate(gates))
+    y = in_dtype_and_layout_of(x, x * mean_gate(gates))
     return y, torch.stack(means), torch.stack(variances), torch.cat(pools), torch.cat(indices), torch.cat(responses)
 
 
@@ -310,7 +313,7 @@ def _backward_reference(
         gates.append(gate)
         grad_conv.append(grad_kernel.squeeze(0))
         grad_x_parts.append(unpool(grad_pool, indices[i].view(n, rows, columns), x, branch))
-    grad_x = torch.empty_like(x).copy_(grad_y * mean_gate(gates) + add(grad_x_parts))
+    grad_x = in_dtype_and_layout_of(x, grad_y * mean_gate(gates) + add(grad_x_parts))
     return grad_x, torch.stack(grad_conv), torch.stack(grad_weight), torch.stack(grad_bias)
 
 

@@ -6,6 +6,7 @@ from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._check import check_like, wide_dtype
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import needs_plain_torch
 
 
 def triplet_attention_update(
@@ -36,7 +37,8 @@ def triplet_attention_update(
             tensor in a list does not hold one value on the device of `mean`, a count is below 2, or the momentum is
             negative.
     """
-    _update(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
+    op = _reference if needs_plain_torch() else _update
+    op(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
 
 
 def _reference(

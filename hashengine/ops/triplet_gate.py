@@ -9,6 +9,7 @@ from hashengine.errors import invalid
 from hashengine.ops._branches import BRANCHES, add, map_shape, spread, sum_over
 from hashengine.ops._check import check_feature_map, check_floating, check_gradient, check_same_device, wide_dtype
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 
 
 def triplet_gate(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | None = None) -> Tensor:
@@ -28,7 +29,7 @@ def triplet_gate(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | Non
     Raises:
         ValueError: a dtype, a shape or a device is wrong.
     """
-    return _triplet_gate(x, map_cw, map_hc, map_hw)
+    return (_reference if needs_plain_torch() else _triplet_gate)(x, map_cw, map_hc, map_hw)
 
 
 def mean_gate(gates: list[Tensor]) -> Tensor:
@@ -38,7 +39,7 @@ def mean_gate(gates: list[Tensor]) -> Tensor:
 
 def _reference(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | None) -> Tensor:
     _check("triplet_gate", x, map_cw, map_hc, map_hw)
-    return torch.empty_like(x).copy_(x * mean_gate(_gates(x, map_cw, map_hc, map_hw)))
+    return in_dtype_and_layout_of(x, x * mean_gate(_gates(x, map_cw, map_hc, map_hw)))
 
 
 def _fake(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | None) -> Tensor:
@@ -76,7 +77,7 @@ def _backward_reference(
     wide = wide_dtype(x)
     maps = [branch_map for branch_map in (map_cw, map_hc, map_hw) if branch_map is not None]
     gates = _gates(x, *maps)
-    grad_x = torch.empty_like(x).copy_(grad_y * mean_gate(gates))
+    grad_x = in_dtype_and_layout_of(x, grad_y * mean_gate(gates))
     product = grad_y.to(wide) * x.to(wide) / len(gates)
     grad_maps = [
         (sum_over(product, branch) * gate * (1 - gate)).unsqueeze(1).to(branch_map.dtype).contiguous()

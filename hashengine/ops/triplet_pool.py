@@ -9,6 +9,7 @@ from hashengine.errors import invalid
 from hashengine.ops._branches import BRANCHES, add, map_shape, max_and_mean, unpool
 from hashengine.ops._check import check_feature_map, check_like, wide_dtype
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 
 
 def triplet_pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +27,7 @@ def triplet_pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: `x` is not a floating-point feature map of four axes, or C, H or W is 0.
     """
-    return _triplet_pool(x)[:3]
+    return (_reference if needs_plain_torch() else _triplet_pool)(x)[:3]
 
 
 def _reference(x: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +60,7 @@ def _backward_reference(grads: list[Tensor], indices: list[Tensor], x: Tensor) -
     _check_backward(grads, indices, x)
     wide = wide_dtype(x)
     parts = zip(grads, indices, BRANCHES, strict=True)
-    return torch.empty_like(x).copy_(add(unpool(grad.to(wide), index, x, branch) for grad, index, branch in parts))
+    return in_dtype_and_layout_of(x, add(unpool(grad.to(wide), index, x, branch) for grad, index, branch in parts))
 
 
 def _backward_fake(grads: list[Tensor], indices: list[Tensor], x: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from hashengine import ops
 from hashengine.errors import InputError
-from hashengine.nn import GreedyHash, SimAM, TripletAttention
+from hashengine.nn import GreedyHash, SimAM, TripletAttention, attach
 from tests.helpers.layouts import feature_map
+from tests.helpers.networks import images, small_resnet
 from tests.helpers.official import OfficialTriplet
 
 OFFICIAL_NAMES = {"cw": "ChannelGateH", "hc": "ChannelGateW", "hw": "SpatialGate"}
@@ -165,3 +167,37 @@ def test_layers_train_in_a_network():
 def test_wrong_arguments_are_refused(build, message):
     with pytest.raises(InputError, match=message):
         build()
+
+
+def test_gradients_of_single_samples_equal_those_of_a_loop():
+    layer = TripletAttention().double().eval()
+    layer.load_state_dict(official().state_dict())
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    x = feature_map("contiguous", torch.float64)
+
+    def loss(parameters, sample):
+        return functional_call(layer, parameters, (sample[None],)).square().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        expected = torch.autograd.grad(layer(sample[None]).square().sum(), list(layer.parameters()))
+        torch.testing.assert_close([gradient[i] for gradient in found.values()], list(expected))
+
+
+def test_an_ensemble_of_stacked_layers_gives_the_results_of_each():
+    layers = [TripletAttention().double().eval() for _ in range(3)]
+    for seed, layer in enumerate(layers):
+        layer.load_state_dict(official(seed).state_dict())
+    state = stack_module_state(layers)
+    x = feature_map("contiguous", torch.float64)
+    found = vmap(lambda *state: functional_call(layers[0], state, (x,)))(*state)
+    torch.testing.assert_close(found, torch.stack([layer(x) for layer in layers]))
+
+
+@pytest.mark.parametrize("layer", ["simam", "triplet"])
+def test_an_attached_network_can_be_traced(layer):
+    """`torch.jit.trace` compares a trace that records gradients with one that does not."""
+    model = small_resnet().eval()
+    attach(model, layer)
+    traced = torch.jit.trace(model, images())
+    torch.testing.assert_close(traced(images(seed=1)), model(images(seed=1)))

@@ -1,0 +1,35 @@
+"""When the formula of an op runs in plain torch instead of the op itself.
+
+Function transforms (`torch.func`, forward-mode differentiation) and tracing act on every operation of a computation.
+They cannot look into an op with a kernel of its own: a transform fails or drops a derivative there, and a traced graph
+contains an op that other programs do not know. Therefore the functions of `hashengine.ops` compute in plain torch while
+a transform or a trace is active. The results are the same up to rounding errors.
+
+`torch.compile` and `torch.export` keep the ops. For an export to ONNX, `define_op` registers the formula as the op's
+decomposition.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def needs_plain_torch() -> bool:
+    """Whether a transform of `torch.func`, a level of forward-mode differentiation or a trace is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+def in_dtype_and_layout_of(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, which has the shape of `x`, in the dtype and layout of `x`.
+
+    Under a transform, the layout is left as it is: a tensor with the layout of `x` could not take a batch of values.
+    """
+    if needs_plain_torch():
+        return value.to(x.dtype)
+    return torch.empty_like(x).copy_(value)

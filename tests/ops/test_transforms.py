@@ -1,0 +1,120 @@
+"""The ops under torch.func, forward-mode differentiation and torch.jit.trace, against the formulas in eager torch."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+from hashengine import ops
+from tests.helpers.eager import eager_energy, eager_pool, eager_simam, eager_triplet, gate_maps, triplet_parameters
+
+SHAPE = (2, 3, 4, 5)
+MAPS = gate_maps(torch.zeros(SHAPE, dtype=torch.float64))
+PARAMETERS = triplet_parameters(3, kernel_size=3)
+
+
+def eager_gate(x: Tensor) -> Tensor:
+    maps = zip((2, 3, 1), MAPS, strict=True)
+    return sum((x.transpose(1, axis) * torch.sigmoid(map)).transpose(1, axis) for axis, map in maps) / 3
+
+
+def joined(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+# The name: the op, and its formula, both as a function of x.
+FUNCTIONS = {
+    "simam": (lambda x: ops.simam(x, 1e-2), lambda x: eager_simam(x, 1e-2)),
+    "simam_energy": (lambda x: ops.simam_energy(x, 1e-2), lambda x: eager_energy(x, 1e-2)),
+    "triplet_pool": (
+        lambda x: joined(ops.triplet_pool(x)),
+        lambda x: joined([eager_pool(x, axis) for axis in (2, 3, 1)]),
+    ),
+    "triplet_gate": (lambda x: ops.triplet_gate(x, *MAPS), eager_gate),
+    "triplet_attention, evaluation": (
+        lambda x: ops.triplet_attention(x, *PARAMETERS, False)[0],
+        lambda x: eager_triplet(x, PARAMETERS, False),
+    ),
+    "triplet_attention, training": (
+        lambda x: ops.triplet_attention(x, *PARAMETERS, True)[0],
+        lambda x: eager_triplet(x, PARAMETERS, True),
+    ),
+    "penalty of greedy_sign": (
+        lambda x: ops.greedy_sign(x, 0.3)[1],
+        lambda x: 0.3 * (x.abs() - 1).abs().pow(3).mean(),
+    ),
+}
+every_function = pytest.mark.parametrize(("op", "formula"), FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@every_function
+def test_forward_mode_derivatives_are_those_of_the_formula(op, formula):
+    x, v = normal(0), normal(1)
+    expected = jvp(formula, (x,), (v,))
+    assert expected[1].abs().max() > 0
+    torch.testing.assert_close(jvp(op, (x,), (v,)), expected)
+    torch.testing.assert_close(linearize(op, x)[1](v), expected[1])
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(op(forward_ad.make_dual(x, v))).tangent
+    torch.testing.assert_close(tangent, expected[1])
+    forward = torch.autograd.functional.jacobian(op, x, strategy="forward-mode", vectorize=True)
+    torch.testing.assert_close(forward, jacfwd(formula)(x))
+
+
+@every_function
+def test_the_transforms_of_torch_func_are_those_of_the_formula(op, formula):
+    x = normal(0)
+    expected = jacrev(formula)(x)
+    torch.testing.assert_close(jacrev(op)(x), expected)
+    torch.testing.assert_close(jacfwd(op)(x), expected)
+    y, pullback = vjp(op, x)
+    torch.testing.assert_close(pullback(torch.ones_like(y)), vjp(formula, x)[1](torch.ones_like(y)))
+    other = normal(5)[1:]  # the constant maps are those of two samples
+    second = [hessian(lambda x, f=f: f(torch.cat((x, other))).square().sum())(x[:1]) for f in (op, formula)]
+    torch.testing.assert_close(*second)
+
+
+@every_function
+def test_vmap_computes_each_item(op, formula):
+    batch = normal(2, (3, *SHAPE))
+    torch.testing.assert_close(vmap(op)(batch), torch.stack([formula(x) for x in batch]))
+    gradients = vmap(grad(lambda x: op(x).square().sum()))(batch)
+    torch.testing.assert_close(gradients, torch.stack([grad(lambda x: formula(x).square().sum())(x) for x in batch]))
+
+
+def test_the_code_of_greedy_sign_has_the_derivative_of_the_identity():
+    u, v = normal(3, (4, 8)), normal(4, (4, 8))
+    u[0, 0] = torch.inf
+    b, tangent = jvp(lambda u: ops.greedy_sign(u, 0.1)[0], (u,), (v,))
+    assert torch.equal(b, ops.greedy_sign(u, 0.1)[0]) and torch.equal(tangent, v)
+    assert torch.equal(vmap(lambda u: ops.greedy_sign(u, 0.1)[0])(u), b)
+    assert torch.equal(grad(lambda u: (ops.greedy_sign(u, 0.1)[0] * v).sum())(u), v)
+
+
+@every_function
+def test_a_trace_contains_no_op_of_hashengine(op, formula):
+    x = normal(0)
+    traced = torch.jit.trace(op, x)
+    assert "hashengine::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(normal(1)), formula(normal(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_results_keep_their_dtype_under_a_transform(dtype):
+    x = normal(0).to(dtype)
+    maps, parameters = [m.to(dtype) for m in MAPS], [[t.to(dtype) for t in tensors] for tensors in PARAMETERS]
+    for op in (
+        ops.simam,
+        ops.simam_energy,
+        ops.triplet_pool,
+        lambda x: ops.triplet_gate(x, *maps),
+        lambda x: ops.triplet_attention(x, *parameters, False),
+        lambda x: ops.greedy_sign(x, 0.1),
+    ):
+        plain, native = ([y.dtype for y in ([y] if isinstance(y, Tensor) else y)] for y in (vmap(op)(x[None]), op(x)))
+        assert plain == native
