@@ -218,8 +218,9 @@ class GrowingRows:
     The caller keeps the number of rows in use. The memory after these rows is free.
     """
 
-    def __init__(self, memory: Tensor) -> None:
+    def __init__(self, memory: Tensor, is_mapped: bool = False) -> None:
         self._memory = memory
+        self.is_mapped = is_mapped
 
     def first(self, count: int) -> Tensor:
         """A view of the first `count` rows. On the CPU, its pickle does not contain the free memory."""
@@ -283,6 +284,16 @@ class GrowingCodes:
             codes = codes.append_rows(first, block)
             first += len(block)
         return codes
+
+    @classmethod
+    def from_file(cls, file: Path, count: int, bytes_per_code: int) -> GrowingCodes:
+        """Map `count` codes of a file, as `map_rows` does."""
+        return cls([GrowingRows(map_rows(file, count, bytes_per_code), is_mapped=True)])
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the first codes are mapped from a file."""
+        return self._parts[0].is_mapped
 
     def first(self, count: int) -> ShardedCodes:
         """A view of the first `count` codes."""

@@ -226,6 +226,11 @@ class StoredIndex:
         """Whether the folder still has this manifest. If not, a later save may have removed the manifest's files."""
         return read_manifest(self.path) == self.manifest
 
+    def has_files(self) -> bool:
+        """Whether the folder has the manifest's files. Later saves do not change the rows that the manifest counts."""
+        entries = filter(None, map(self.manifest.get, KINDS))
+        return all(_holds(self.path / entry["file"], entry["bytes"]) for entry in entries)
+
     def codes_file(self) -> Path:
         """The file of the codes, for mapping. Its size is checked; it may be longer than the codes."""
         return _file_of(self.path, self.manifest["codes"])

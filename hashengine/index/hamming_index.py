@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from inspect import ismemberdescriptor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hashengine._validation import (
     Array,
     DeviceName,
     Labels,
+    as_tensor,
     check_bits,
     check_codes,
     check_devices,
@@ -36,7 +38,6 @@ from hashengine.index.code_memory import (
     RowMemory,
     ShardedCodes,
     allocate_rows,
-    map_rows,
     rows_per_transfer,
 )
 from hashengine.index.devices import (
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _RESULT_BYTES = 12  # an int32 distance and an int64 id
+_OWN_ATTRIBUTES = {"bits", "_devices", "_streamed", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot"}
 
 
 class HammingIndex:
@@ -69,6 +71,7 @@ class HammingIndex:
     in insertion order. Neither removal nor compaction changes an id. Answers are the same on every device, bit for bit.
 
     Threads may search while another thread writes: a search uses one snapshot of the index from beginning to end.
+    Copies and pickles are independent of the index.
 
     On a GPU, `search` runs on the current stream. It does not wait for the stream if the index is on one GPU and not
     streamed, the queries are on this GPU too, k is at most 4,096, and `progress` is not given. A CUDA graph of a search
@@ -97,9 +100,13 @@ class HammingIndex:
     """The length of a code."""
 
     def __init__(self, bits: int, device: DeviceName | Sequence[DeviceName] = "cpu", streamed: bool = False) -> None:
-        self.bits = check_bits("HammingIndex", bits)
-        self._devices = check_devices("HammingIndex", device)
-        self._streamed = bool(streamed)
+        self._initialise(check_bits("HammingIndex", bits), check_devices("HammingIndex", device), bool(streamed))
+
+    def _initialise(self, bits: int, devices: tuple[torch.device, ...], streamed: bool) -> None:
+        """Make this an empty index. Copies need no constructor, because a subclass may have another one."""
+        self.bits = bits
+        self._devices = devices
+        self._streamed = streamed
         self._last_saved: folder.SavePoint | None = None
         self._writer = threading.Lock()  # held by add, remove, update, compact, save and to
         self._rows_lock = ReadersWriterLock()  # a search is a reader; an update, which overwrites rows, is a writer
@@ -438,7 +445,7 @@ class HammingIndex:
         rows, bytes_per_code = stored.rows, self.bits // 8
         with explain_out_of_memory("load", self._code_devices, self._bytes_per_device(rows)):
             if mmap and rows:
-                codes = GrowingCodes([GrowingRows(map_rows(stored.codes_file(), rows, bytes_per_code))])
+                codes = GrowingCodes.from_file(stored.codes_file(), rows, bytes_per_code)
             elif self._code_devices == (CPU,):
                 memory = allocate_rows((rows, bytes_per_code), torch.uint8)
                 stored.read_codes_into(memory.numpy())
@@ -465,30 +472,109 @@ class HammingIndex:
         streamed = self._streamed if streamed is None else bool(streamed)
         if (devices, streamed) == (self._devices, self._streamed):
             return self
-        index = type(self)(self.bits, devices, streamed)
         with self._writer:
-            index._copy_from(self._snapshot, self._snapshot.codes.blocks(), "to")
-            index._last_saved = self._last_saved
+            index = self._new_copy(devices, streamed)
+            index._copy_rows(self._snapshot, "to")
         return index
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        """The state, with the codes on the CPU, and without the locks, which can be neither copied nor pickled."""
-        with self._rows_lock.reading():
-            snapshot, last_saved = self._snapshot, self._last_saved
-            snapshot = replace(snapshot, codes=ShardedCodes((snapshot.codes.host_rows(),)), device_ids=None)
-        return self.bits, self._devices, self._streamed, snapshot, last_saved
+    def __copy__(self) -> Self:
+        """An independent copy, which has its own codes and shares the attributes that a user or a subclass has set.
 
-    def __setstate__(self, contents: tuple[Any, ...]) -> None:
-        bits, devices, streamed, snapshot, last_saved = contents
-        self.__init__(bits, devices, streamed)  # type: ignore[misc]  # unpickling does not call __init__
-        if self._code_devices == (CPU,):
-            codes = GrowingCodes(map(GrowingRows, snapshot.codes.parts))
-            self._publish_codes(codes, len(snapshot.codes), snapshot.ids, snapshot.live, snapshot.next_id)
+        The copy of a mapped index maps the same file. Its codes are copied to memory instead if they have been updated
+        since they were saved, or if a later save has removed the file.
+        """
+        with self._writer:
+            snapshot, stored = self._snapshot, self._mapped_folder()
+            index = self._new_copy(self._devices, self._streamed)
+            if stored is None:
+                index._copy_rows(snapshot, "copy")
+            else:
+                added = snapshot.codes.host_rows(slice(stored.rows, None))
+                index._publish_map(stored, added, snapshot.ids, snapshot.live, snapshot.next_id)
+        return index
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy as by `copy.copy`, with deep copies of the attributes that a user or a subclass has set."""
+        index = copy.copy(self)
+        memo[id(self)] = index  # first, because an attribute may refer to this index
+        index._set_attributes(copy.deepcopy(self._attributes(), memo))
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state, without the locks, which cannot be pickled.
+
+        The rows are copies in numpy arrays: this index may be updated while they are pickled, and torch moves tensors
+        to shared memory when it sends them to another process. Of a mapped index, only the rows that are not in its
+        folder are included. The receiver maps the file of the others.
+        """
+        with self._writer:
+            snapshot, stored = self._snapshot, self._mapped_folder()
+            added = slice(0 if stored is None else stored.rows, None)
+            return {
+                "bits": self.bits,
+                "devices": self._devices,
+                "streamed": self._streamed,
+                "last_saved": self._last_saved,
+                "mapped": stored,
+                "codes": snapshot.codes[added].copy(),
+                "ids": None if snapshot.ids is None else snapshot.ids[added].numpy().copy(),
+                "live": snapshot.live,
+                "next_id": snapshot.next_id,
+                "attributes": self._attributes(),
+            }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stored: folder.StoredIndex | None = state["mapped"]
+        self._initialise(state["bits"], state["devices"], state["streamed"])
+        codes, ids, live = as_tensor(state["codes"]), state["ids"], state["live"]
+        if stored is not None:
+            if not stored.has_files():
+                expected = f"those that the pickled index maps, in {stored.path}"
+                advice = "load the index again, or send one that is not mapped"
+                raise invalid("HammingIndex", "the files", expected, "a folder without them", advice)
+            saved_ids, _ = stored.read_ids_and_live()
+            if ids is not None and saved_ids is not None:
+                ids = np.concatenate([saved_ids, ids])
+        # Pickled arrays may be read-only, or share their memory with the buffers that they were read from.
+        ids = None if ids is None else torch.from_numpy(np.array(ids))
+        live = None if live is None else np.array(live)
+        if stored is not None:
+            self._publish_map(stored, codes, ids, live, state["next_id"])
         else:
-            self._copy_from(snapshot, snapshot.codes.blocks(), "load")
-        self._last_saved = last_saved
+            self._copy_rows(Snapshot.from_rows(ShardedCodes((codes,)), ids, live, state["next_id"]), "load")
+        self._last_saved = state["last_saved"]
+        self._set_attributes(state["attributes"])
 
     # Helpers of the methods above.
+
+    def _attributes(self) -> dict[str, Any]:
+        """The attributes that a user or a subclass has set."""
+        slots = {name for cls in type(self).__mro__ for name, member in vars(cls).items() if ismemberdescriptor(member)}
+        own = {name: getattr(self, name) for name in slots if hasattr(self, name)}
+        return own | {name: value for name, value in vars(self).items() if name not in _OWN_ATTRIBUTES}
+
+    def _set_attributes(self, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def _new_copy(self, devices: tuple[torch.device, ...], streamed: bool) -> Self:
+        """An index without codes that is otherwise equal to this one. The caller holds the writers' lock."""
+        index = type(self).__new__(type(self))
+        index._initialise(self.bits, devices, streamed)
+        index._set_attributes(self._attributes())
+        index._last_saved = self._last_saved
+        return index
+
+    def _mapped_folder(self) -> folder.StoredIndex | None:
+        """The folder whose file equals the first codes of this mapped index.
+
+        It is None if the index is not mapped, if codes were updated after the last save, or if the folder no longer has
+        the files.
+        """
+        if self._last_saved is None or not self._memory.codes.is_mapped:
+            return None
+        stored = folder.StoredIndex(self._last_saved.path, self._last_saved.manifest)
+        return stored if stored.has_files() else None
 
     @property
     def _code_devices(self) -> tuple[torch.device, ...]:
@@ -540,9 +626,22 @@ class HammingIndex:
         memory = RowMemory.from_ids(codes, snapshot.codes.first_device, snapshot.ids, snapshot.device_ids)
         self._publish(snapshot, memory)
 
-    def _copy_from(self, snapshot: Snapshot, blocks: Iterable[Tensor], where: str) -> None:
-        """Publish a copy of another index's snapshot. `blocks` are the codes of the snapshot."""
+    def _publish_map(
+        self,
+        stored: folder.StoredIndex,
+        added: Tensor,
+        ids: Tensor | None,
+        live: np.ndarray | None,
+        next_id: int | None,
+    ) -> None:
+        """Publish the mapped codes of a folder, followed by `added`. The ids and live rows are those of all codes."""
+        codes = GrowingCodes.from_file(stored.codes_file(), stored.rows, self.bits // 8)
+        self._publish_codes(codes.append_rows(stored.rows, added), stored.rows + len(added), ids, live, next_id)
+
+    def _copy_rows(self, snapshot: Snapshot, where: str) -> None:
+        """Publish a copy of another index's snapshot."""
         rows = len(snapshot.codes)
         with self._explain_out_of_memory(where, self._bytes_per_device(rows)):
+            blocks = snapshot.codes.blocks()
             codes = GrowingCodes.from_blocks(blocks, rows, self.bits // 8, self._code_devices)
             self._publish_codes(codes, rows, snapshot.ids, snapshot.live, snapshot.next_id)

@@ -1,5 +1,9 @@
 """An index of images: search, append, and what is refused."""
 
+import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
 
@@ -48,6 +52,15 @@ def test_an_append_that_is_interrupted_during_its_save_changes_no_answer(index, 
     with pytest.raises(KeyboardInterrupt):
         ImageIndex.load(index.folder).append(queries)
     assert ImageIndex.load(index.folder).search(queries, 3).queries == before
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda index: pickle.loads(ForkingPickler.dumps(index))])
+def test_a_copy_of_an_index_of_images_has_its_own_codes(index, queries, make):
+    before = index.search(queries, 3).queries
+    other = make(index)
+    assert other.search(queries, 3).queries == before
+    other.hamming.update(np.arange(3), ~other.hamming.codes[:3])
+    assert index.search(queries, 3).queries == before
 
 
 def test_an_index_contains_a_copy_of_its_model(index, images, model):

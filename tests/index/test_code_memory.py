@@ -1,9 +1,11 @@
 """The memory of the codes: shards on several devices, memory that grows, and mapped files."""
 
+import copy
 import gc
 import itertools
 import pickle
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashengine import HammingIndex
+from hashengine import HammingIndex, InputError
 from hashengine.index import code_memory
 from hashengine.index.code_memory import BlockCyclicShard, allocate_rows
 from tests.helpers.index_operations import BITS, UNCHECKED, few_codes, use_small_blocks
@@ -137,3 +139,64 @@ def test_codes_can_be_added_to_a_mapped_index(tmp_path, monkeypatch, count, room
     assert file.read_bytes()[: len(contents)] == contents
     index.save(tmp_path)
     assert_same_index(HammingIndex.load(tmp_path, mmap=True), index)
+
+
+SENT = [copy.copy, copy.deepcopy, lambda index: pickle.loads(ForkingPickler.dumps(index))]
+
+
+def mapped_files() -> int:
+    """The number of maps of files of codes in this process."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.split()[0] for line in lines if "/codes-" in line})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("make", SENT, ids=["copy", "deepcopy", "process"])
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_copy_of_a_mapped_index_maps_the_same_file(tmp_path, make, ids):
+    index_of(5000, ids=ids).save(tmp_path)
+    index = HammingIndex.load(tmp_path, mmap=True)
+    index.add(codes_of(3, seed=1), np.arange(3) + 100_000 if ids else None)
+    index.remove(np.array([10]))
+    assert len(ForkingPickler.dumps(index)) < 5000
+    before = mapped_files()
+    other = make(index)
+    assert_same_index(other, index)
+    assert mapped_files() == before + 1 and not index.codes.is_shared()
+    other.update(np.array([20]), codes_of(1, seed=2))
+    assert index.search(codes_of(1, seed=2), 1)[0] > 0
+    copied = make(other)  # an updated code is not in the file
+    assert_same_index(copied, other)
+    other.save(tmp_path)  # removes the file that `index` maps
+    assert_same_index(make(other), other)
+    assert_same_index(make(index), index)
+    index.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path), index)
+
+
+@pytest.mark.parametrize("change", ["save", "move"])
+def test_a_mapped_index_whose_folder_has_changed_since_it_was_pickled_is_refused(tmp_path, change):
+    folder = tmp_path / "index"
+    index_of().save(folder)
+    pickled = pickle.dumps(HammingIndex.load(folder, mmap=True))
+    if change == "save":
+        index_of(60).save(folder)
+    else:
+        folder.rename(tmp_path / "moved")
+    with pytest.raises(
+        InputError, match="^HammingIndex: the files must be those that the pickled index maps, in"
+    ) as error:
+        pickle.loads(pickled)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    if change == "move":
+        (tmp_path / "moved").rename(folder)
+        assert_same_index(pickle.loads(pickled), index_of())
+
+
+def test_a_pickle_of_a_mapped_index_loads_after_codes_were_appended_to_its_folder(tmp_path):
+    index_of().save(tmp_path)
+    index = HammingIndex.load(tmp_path, mmap=True)
+    pickled = pickle.dumps(index)
+    index.add(codes_of(5, seed=1))
+    index.save(tmp_path)
+    assert_same_index(pickle.loads(pickled), index_of())

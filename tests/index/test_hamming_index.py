@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -225,14 +226,76 @@ def test_an_updated_code_keeps_its_place():
     assert index.search(codes_of(5)[4:], 2)[1].tolist() == [[1, 4]]
 
 
-def test_copies_and_pickles_are_equal_and_independent():
-    index = index_of(ids=True)
+def sent(index):
+    """The index as another process receives it: torch replaces tensors by names of shared memory."""
+    return pickle.loads(ForkingPickler.dumps(index))
+
+
+def from_buffers(index):
+    """The index after pickling with out-of-band buffers, which are read-only."""
+    buffers = []
+    data = pickle.dumps(index, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(data, buffers=[bytes(buffer.raw()) for buffer in buffers])
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda index: pickle.loads(pickle.dumps(index)),
+    "buffers": from_buffers,
+    "process": sent,
+}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("ids", [False, True])
+def test_copies_and_pickles_are_equal_and_independent(make, ids, tmp_path):
+    index = index_of(ids=ids)
     index.remove(np.array([20]))
-    for other in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
-        assert_same_index(other, index)
-        other.add(codes_of(1), np.array([20]))
-        other.update(np.array([490]), codes_of(1, seed=7))
-        assert len(index) == 49 and (index.reconstruct(np.array([490])) == codes_of(1)).all()
+    index.save(tmp_path)
+    other = make(index)
+    assert_same_index(other, index)
+    assert not index.codes.is_shared() and other.codes.data_ptr() != index.codes.data_ptr()
+    other.add(codes_of(1), np.array([20]) if ids else None)
+    other.update(np.array([10]), codes_of(1, seed=7))
+    np.testing.assert_array_equal(other.reconstruct(np.array([10])), codes_of(1, seed=7))
+    assert len(index) == 49
+    np.testing.assert_array_equal(index.reconstruct(np.array([10])), codes_of(50)[[48 if ids else 10]])
+    other.save(tmp_path)
+    assert_same_index(HammingIndex.load(tmp_path), other)
+
+
+class NamedIndex(HammingIndex):
+    """A subclass with another constructor, a slot and an attribute that refers to the index."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, name):
+        super().__init__(64)
+        self.name, self.slot, self.parts = name, "slot", [self]
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_attributes_survive_copies_and_pickles(make):
+    index = NamedIndex("photos")
+    index.add(codes_of(3))
+    index.tags = {"a": 1}
+    other = make(index)
+    assert type(other) is NamedIndex and len(other) == 3
+    assert (other.name, other.slot, other.tags) == ("photos", "slot", {"a": 1})
+    if make is not copy.copy:
+        assert other.parts[0] is other and other.tags is not index.tags
+
+
+def test_attributes_survive_a_move_to_another_device():
+    index = NamedIndex("photos")
+    index.add(codes_of(3))
+    other = index.to(streamed=True)
+    assert type(other) is NamedIndex and other.streamed and (other.name, other.slot) == ("photos", "slot")
+
+
+def test_the_attributes_of_an_index_itself_are_not_copied_as_those_of_a_user():
+    assert HammingIndex(64)._attributes() == {}
 
 
 def test_an_empty_index_has_no_results():
