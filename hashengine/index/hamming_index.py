@@ -287,7 +287,7 @@ class HammingIndex:
             def signs_of(rows: Tensor) -> Tensor:
                 return 2 * unpack_bits(snapshot.codes.gather(rows).cpu()).float() - 1
 
-            scores, order = rank_candidates(queries, rows, signs_of)
+            scores, order = rank_candidates("rerank", queries, rows, signs_of)
         return to_callers_type(ids, scores, wanted.gather(1, order))
 
     def reconstruct(self, ids: Array) -> Any:

@@ -27,7 +27,8 @@ def rerank_vectors(query_vectors: Array, vectors: Array, ids: Array) -> tuple[Ar
         of the given ids. Ties keep their order in `ids`; -1 is last, with the score -inf.
 
     Raises:
-        InputError: a wrong dtype or shape, an id without a row, or query vectors that are not finite.
+        InputError: a wrong dtype or shape, an id without a row, or a query, a candidate or a product that is not finite
+            in float32.
     """
     check_array("rerank_vectors", "vectors", vectors, FLOATING)
     if vectors.ndim != 2:
@@ -40,9 +41,9 @@ def rerank_vectors(query_vectors: Array, vectors: Array, ids: Array) -> tuple[Ar
 
     def vectors_of(rows: Tensor) -> Tensor:
         index = rows.numpy() if isinstance(vectors, np.ndarray) else rows.to(vectors.device)
-        return as_tensor(vectors[index]).cpu().float()
+        return _finite("rerank_vectors", "vectors", as_tensor(vectors[index]).cpu())
 
-    scores, order = rank_candidates(queries, rows, vectors_of)
+    scores, order = rank_candidates("rerank_vectors", queries, rows, vectors_of)
     return to_callers_type(ids, scores, rows.gather(1, order))
 
 
@@ -51,10 +52,17 @@ def check_query_vectors(where: str, name: str, vectors: Array, width: int) -> Te
     check_array(where, name, vectors, FLOATING)
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise invalid(where, name, f"[rows, {width}]", list(vectors.shape))
-    tensor = as_tensor(vectors).cpu()
-    if not bool(tensor.isfinite().all()):
-        raise invalid(where, name, "finite", "NaN or infinity", "check whether the model has diverged")
-    return tensor.float()
+    return _finite(where, name, as_tensor(vectors).cpu())
+
+
+def _finite(where: str, name: str, values: Tensor) -> Tensor:
+    """Require values that are finite in float32, and return them in that dtype."""
+    result = values.float()
+    is_finite = result.isfinite()
+    if not bool(is_finite.all()):
+        first = values[~is_finite][0].item()
+        raise invalid(where, name, "finite in float32", first, "check whether the model has diverged")
+    return result
 
 
 def check_candidates(where: str, ids: Array, queries: int) -> Tensor:
@@ -68,10 +76,13 @@ def check_candidates(where: str, ids: Array, queries: int) -> Tensor:
     return tensor
 
 
-def rank_candidates(queries: Tensor, rows: Tensor, vectors_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def rank_candidates(
+    where: str, queries: Tensor, rows: Tensor, vectors_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Order candidates by their dot products with the queries.
 
     Args:
+        where: the function to name in an error.
         queries: float32 [Q, D].
         rows: int64 [Q, k], the candidates of each query; -1 means no candidate.
         vectors_of: returns the vectors, float32 [q, k, D], of rows int64 [q, k] without -1.
@@ -85,6 +96,8 @@ def rank_candidates(queries: Tensor, rows: Tensor, vectors_of: Callable[[Tensor]
         part = slice(first, first + block)
         known = rows[part].where(rows[part] >= 0, rows.max())  # -1 reads another row; the score is overwritten below
         scores[part] = (vectors_of(known) @ queries[part].unsqueeze(2)).squeeze(2)
+    scores.masked_fill_(rows < 0, 0)
+    _finite(where, "the products of queries and candidates", scores)  # so that only -1 has the score -inf
     scores.masked_fill_(rows < 0, -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores, order

@@ -1,5 +1,7 @@
 """The order of candidates by float scores."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -44,3 +46,42 @@ def test_rerank_keeps_the_order_of_ties():
 def test_ids_without_a_vector_are_refused():
     with pytest.raises(InputError, match="rerank_vectors: ids must be below 4, the number of vectors, got 4"):
         rerank_vectors(np.zeros((1, 3)), np.zeros((4, 3)), np.array([[4]]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_values_that_are_not_finite_in_float32_are_refused_on_both_sides(bad):
+    queries, vectors = np.ones((1, 8)), np.ones((4, 8))
+    ids = np.array([[0, -1, 1, 3]])
+    index = HammingIndex(8)
+    index.add(np.zeros((4, 1), np.uint8))
+    vectors[2, 0] = bad  # no candidate: its row is not read
+    assert rerank_vectors(queries, vectors, ids)[1].tolist() == [[0, 1, 3, -1]]
+    vectors[3, 0] = bad
+    with pytest.raises(InputError, match=f"^rerank_vectors: vectors must be .*, got {re.escape(str(bad))}"):
+        rerank_vectors(queries, vectors, ids)
+    with pytest.raises(InputError, match="^rerank_vectors: vectors must be finite in float32"):
+        rerank_vectors(queries, torch.from_numpy(vectors), torch.from_numpy(ids))
+    queries[0, 5] = bad
+    with pytest.raises(InputError, match="^rerank_vectors: query_vectors must be finite in float32"):
+        rerank_vectors(queries, np.ones((4, 8)), ids)
+    with pytest.raises(InputError, match="^rerank: query_activations must be finite in float32"):
+        index.rerank(queries, ids)
+
+
+def test_products_that_are_not_finite_in_float32_are_refused():
+    """Otherwise a NaN would be first, and -inf would be behind an id of -1."""
+    large, ids = np.full((1, 8), 3e38), np.array([[-1, 0]])
+    with pytest.raises(InputError, match="^rerank_vectors: the products of queries and candidates must be finite"):
+        rerank_vectors(large, -large, ids)
+    index = HammingIndex(8)
+    index.add(np.zeros((1, 1), np.uint8))
+    with pytest.raises(InputError, match="^rerank: the products of queries and candidates must be finite in float32"):
+        index.rerank(large, ids)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, bool, np.uint8])
+def test_vectors_that_are_not_floating_are_refused(dtype):
+    with pytest.raises(InputError, match="^rerank_vectors: vectors must be float64, float32, float16 or bfloat16, got"):
+        rerank_vectors(np.ones((1, 8)), np.ones((4, 8), dtype), np.array([[0]]))
+    with pytest.raises(InputError, match="^rerank_vectors: query_vectors must be float64, float32, float16 or bfloat1"):
+        rerank_vectors(np.ones((1, 8), dtype), np.ones((4, 8)), np.array([[0]]))
