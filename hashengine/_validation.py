@@ -28,6 +28,7 @@ DeviceName: TypeAlias = "str | torch.device"
 Labels: TypeAlias = "tuple[Array, Array]"
 
 MAX_BITS = 65_536
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 FLOATING = ("float64", "float32", "float16", "bfloat16")  # dtypes of activations and vectors
 OLDEST_CAPABILITY = (8, 0)  # the compute capability that the CUDA kernels require
 
@@ -77,21 +78,45 @@ def to_callers_type(like: Array, *results: Tensor) -> tuple[Any, ...]:
 
 
 def check_array(where: str, name: str, array: Any, dtypes: Collection[str], advice: str = "") -> None:
-    """Require a torch tensor or a numpy array of one of `dtypes`."""
+    """Require a dense torch tensor or numpy array of one of `dtypes`."""
     *others, last = dtypes
     expected = f"{', '.join(others)} or {last}" if others else last
-    if not isinstance(array, np.ndarray) and not is_tensor(array):
-        raise invalid(where, name, f"a torch tensor or a numpy array of {expected}", type(array).__name__)
+    check_dense(where, name, array, f"a torch tensor or a numpy array of {expected}")
     if dtype_name(array) not in dtypes:
         raise invalid(where, name, expected, dtype_name(array), advice)
 
 
+def check_dense(where: str, name: str, array: Any, expected: str) -> None:
+    """Require a torch tensor or a numpy array, of any dtype, that has one value in memory for each entry."""
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            advice = "fill it with .filled(value), or leave out the masked entries"
+            raise invalid(where, name, "an array without a mask", "a masked array", advice)
+    elif not is_tensor(array):
+        raise invalid(where, name, expected, type(array).__name__)
+    elif array.is_nested:
+        raise invalid(where, name, "a dense tensor", "a nested one", "call .to_padded_tensor(padding) first")
+    elif (layout := str(array.layout).removeprefix("torch.")) != "strided":
+        raise invalid(where, name, "a dense tensor", f"one of layout {layout}", "call .to_dense() first")
+    elif array.is_quantized:
+        raise invalid(where, name, "a tensor that is not quantized", dtype_name(array), "call .dequantize() first")
+    elif array.device.type == "meta":
+        raise invalid(where, name, "a tensor with values", "one on the device 'meta'")
+
+
+def as_integer(value: Any) -> int | None:
+    """`value` as an int if it is an integer of Python, numpy or torch; None for everything else, such as a bool."""
+    if isinstance(value, (bool, np.bool_)) or (is_tensor(value) and dtype_name(value) == "bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_integer(where: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
     """Require an integer from `low` to `high`, inclusive. `meaning` explains `high`, such as "the number of codes"."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
+    number = as_integer(value)
     if number is None or number < low or (high is not None and number > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}" + (f" ({meaning})" if meaning else "")
         if number is None:
@@ -198,18 +223,25 @@ def check_labels_of_one_kind(where: str, query_labels: Tensor, code_labels: Tens
         raise invalid(where, "query_labels and code_labels", "of one kind and width", actual)
 
 
+def check_label_columns(where: str, name: str, shape: Sequence[int]) -> None:
+    """Refuse one column, because it may hold classes, and 0 would then be no label but the absence of one."""
+    if len(shape) == 2 and shape[1] == 1:
+        advice = f"pass {name}[:, 0] for classes, and add a column of zeros to multi-hot labels"
+        raise invalid(where, name, f"[{shape[0]}], or multi-hot with at least 2 columns", list(shape), advice)
+
+
 def _check_label_side(where: str, name: str, labels: Any, rows: int) -> Tensor:
     import torch
 
-    if not isinstance(labels, np.ndarray) and not is_tensor(labels):
-        raise invalid(where, name, "a torch tensor or a numpy array", type(labels).__name__)
+    check_dense(where, name, labels, "a torch tensor or a numpy array")
     if labels.ndim not in (1, 2) or len(labels) != rows:
         raise invalid(where, name, f"[{rows}], or multi-hot [{rows}, labels]", list(labels.shape))
-    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "biuf":
+    check_label_columns(where, name, labels.shape)
+    if dtype_name(labels) not in ("bool", *_INTEGERS, *FLOATING):
         raise invalid(where, name, "numbers", f"an array of {labels.dtype}")
     tensor = as_tensor(labels)
     if tensor.dim() == 1:
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        if dtype_name(tensor) not in _INTEGERS:
             raise invalid(where, name, f"integers for the shape [{rows}]", dtype_name(tensor))
         return tensor.long()
     if tensor.dtype == torch.bool:

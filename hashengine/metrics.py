@@ -90,8 +90,8 @@ def distance_counts(queries: Array, database: Array | Searcher, *, labels: Label
         queries: packed codes uint8 [Q, bits / 8], as `hashengine.ops.pack_bits` makes them, torch or numpy.
         database: packed codes uint8 [N, bits / 8] on the queries' device, or a `Searcher` such as `HammingIndex`.
         labels: (query_labels, code_labels). Either integers [Q] and [N]: an item is relevant if it has the query's
-            label. Or zeros and ones [Q, L] and [N, L] (multi-hot): an item is relevant if it shares a label with the
-            query.
+            label. Or zeros and ones [Q, L] and [N, L] (multi-hot), with L at least 2: an item is relevant if it shares
+            a label with the query.
 
     Raises:
         InputError: a wrong dtype or shape, no queries, an empty database, or different devices.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from hashengine import HammingIndex
 from hashengine._validation import (
     as_tensor,
     check_array,
@@ -26,6 +27,8 @@ from hashengine._validation import (
     to_callers_type,
 )
 from hashengine.errors import InputError
+from hashengine.index import HammingKNN, rerank_vectors, reverse_bits
+from hashengine.metrics import distance_counts
 
 CODES = np.zeros((5, 2), np.uint8)
 CLASSES = np.arange(5)
@@ -43,6 +46,13 @@ CLASSES = np.arange(5)
         (lambda: check_integer("f", "k", 0, 1, 9, "the rows"), "k must be 1 to 9 (the rows), got 0"),
         (lambda: check_integer("f", "k", 1.0, 1, 9), "k must be an integer from 1 to 9, got 1.0"),
         (lambda: check_integer("f", "k", True, 1), "k must be an integer of at least 1, got True"),
+        (lambda: check_integer("f", "k", np.bool_(True), 1), "k must be an integer of at least 1, got "),
+        (
+            lambda: check_integer("f", "k", torch.tensor(True), 1),
+            "k must be an integer of at least 1, got tensor",
+        ),
+        (lambda: check_integer("f", "k", np.float64(8), 1), "k must be an integer of at least 1, got "),
+        (lambda: check_bits("f", 64.0), "bits must be an integer from 8 to 65536, got 64.0"),
         (lambda: check_number("f", "lam", 0.0, above=0), "lam must be above 0, got 0.0"),
         (lambda: check_number("f", "lam", "1", above=0), "lam must be above 0, got '1'"),
         (lambda: check_number("f", "alpha", float("nan"), least=0), "alpha must be 0 or more, got nan"),
@@ -76,6 +86,14 @@ CLASSES = np.arange(5)
             lambda: check_labels("f", (CLASSES / 2, CLASSES), 5, 5),
             "query_labels must be integers for the shape [5], got",
         ),
+        (
+            lambda: check_labels("f", (CLASSES[:, None], CLASSES[:, None]), 5, 5),
+            "query_labels must be [5], or multi-hot with at least 2 columns, got [5, 1]; pass query_labels[:, 0]",
+        ),
+        (
+            lambda: check_labels("f", (CLASSES, CLASSES.astype(complex)), 5, 5),
+            "code_labels must be numbers, got an array of complex128",
+        ),
         (lambda: check_threads("f", 0), "num_threads must be at least 1, got 0"),
         (lambda: check_device("f", 3), "device must be 'cpu', 'cuda', 'cuda:1' or a torch.device, got int"),
         (lambda: check_device("f", "meta", auto=True), "device must be 'auto', 'cpu', 'cuda', 'cuda:1' or"),
@@ -90,7 +108,7 @@ def test_a_wrong_argument_is_refused_with_one_line(check: Callable[[], object], 
 
 def test_right_arguments_are_returned_in_the_form_that_the_library_uses() -> None:
     assert check_integer("f", "k", np.int32(3), 1) == 3 and type(check_integer("f", "k", np.int32(3), 1)) is int
-    assert check_bits("f", 64) == 64
+    assert check_bits("f", 64) == check_bits("f", np.int64(64)) == check_bits("f", torch.tensor(64)) == 64
     assert (check_threads("f", None), check_threads("f", 2)) == (0, 2)
     assert check_path("f", "path", "a/b") == Path("a/b")
     assert check_device("f", "cpu") == torch.device("cpu") and check_devices("f", "cpu") == (torch.device("cpu"),)
@@ -100,6 +118,61 @@ def test_right_arguments_are_returned_in_the_form_that_the_library_uses() -> Non
     assert multi_hot.dtype == ones.dtype == torch.bool
     for filter in (np.ones(5, bool), torch.ones(2, 5, dtype=torch.bool), np.ones((2, 1), np.uint8)):
         assert check_filter("f", filter, 2, 5).shape == filter.shape
+
+
+FORMS = {
+    "masked": (lambda array: np.ma.masked_equal(array, 1), "an array without a mask, got a masked array; fill it with"),
+    "sparse": (lambda array: torch.from_numpy(array).to_sparse(), "a dense tensor, got one of layout sparse_coo; call"),
+    "nested": (lambda array: torch.nested.nested_tensor([torch.from_numpy(array)]), "a dense tensor, got a nested one"),
+    "meta": (lambda array: torch.from_numpy(array).to("meta"), "a tensor with values, got one on the device 'meta'"),
+    "quantized": (lambda array: torch.quantize_per_tensor(torch.ones(array.shape), 1, 0, torch.quint8), ""),
+    "object": (lambda array: array.astype(object), ""),
+    "string": (lambda array: array.astype(str), ""),
+    "longdouble": (lambda array: array.astype(np.longdouble), ""),
+    "list": (lambda array: array.tolist(), ""),
+}
+F8, ROWS = np.ones((5, 16)), np.zeros((5, 2), np.int64)
+INDEX = HammingIndex(16)
+INDEX.add(CODES)
+ARRAY_ARGUMENTS = {
+    "add: codes": (CODES, lambda x: HammingIndex(16).add(x)),
+    "add: ids": (CLASSES, lambda x: HammingIndex(16).add(CODES, x)),
+    "search: queries": (CODES, lambda x: INDEX.search(x, 1)),
+    "search: filter": (CLASSES < 3, lambda x: INDEX.search(CODES, 1, filter=x)),
+    "range_search: queries": (CODES, lambda x: INDEX.range_search(x, 1)),
+    "count: query_labels": (CLASSES, lambda x: INDEX.count(CODES, labels=(x, CLASSES))),
+    "count: code_labels": (np.eye(5), lambda x: INDEX.count(CODES, labels=(np.eye(5), x))),
+    "rerank: query_activations": (F8, lambda x: INDEX.rerank(x, ROWS)),
+    "rerank: ids": (ROWS, lambda x: INDEX.rerank(F8, x)),
+    "rerank_vectors: query_vectors": (F8, lambda x: rerank_vectors(x, F8, ROWS)),
+    "rerank_vectors: vectors": (F8, lambda x: rerank_vectors(F8, x, ROWS)),
+    "HammingKNN: query": (F8, lambda x: HammingKNN()(x, 1)),
+    "HammingKNN: reference": (CODES, lambda x: HammingKNN()(CODES, 1, x)),
+    "distance_counts: queries": (CODES, lambda x: distance_counts(x, CODES, labels=(CLASSES, CLASSES))),
+    "distance_counts: database": (CODES, lambda x: distance_counts(CODES, x, labels=(CLASSES, CLASSES))),
+    "distance_counts: code_labels": (CLASSES, lambda x: distance_counts(CODES, CODES, labels=(CLASSES, x))),
+    "reverse_bits: codes": (CODES, reverse_bits),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("argument", ARRAY_ARGUMENTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_array_that_cannot_be_used_is_refused_with_one_line_that_names_the_argument(form, argument) -> None:
+    array, call = ARRAY_ARGUMENTS[argument]
+    make, message = FORMS[form]
+    with pytest.raises(InputError) as caught:
+        call(make(array))
+    assert str(caught.value).startswith(f"{argument} must be {message}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ARRAY_ARGUMENTS)
+def test_arrays_of_the_other_byte_order_are_accepted(argument) -> None:
+    array, call = ARRAY_ARGUMENTS[argument]
+    results, swapped = call(array), call(array.astype(array.dtype.newbyteorder(">")))
+    if isinstance(results, tuple):
+        for result, expected in zip(swapped, results, strict=True):
+            np.testing.assert_array_equal(result, expected)
 
 
 def test_as_tensor_shares_the_memory_of_a_contiguous_array_and_keeps_the_values_of_others() -> None:

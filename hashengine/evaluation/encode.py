@@ -120,7 +120,7 @@ def encode_folder(
     Raises:
         InputError: there is no such folder, model or device, `batch_size` is below 1, or no image can be read.
     """
-    check_integer("encode", "batch_size", batch_size, 1)
+    batch_size = check_integer("encode", "batch_size", batch_size, 1)
     folder = Path(folder).absolute()
     is_single = folder.is_file()
     paths = [folder] if is_single else list_images(folder, "encode")

@@ -41,8 +41,8 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
         actual = f"{unlabelled} of {len(queries.items)} without a class"
         raise invalid("evaluate", "queries", "images in class folders", actual)
     if at is not None:
-        check_integer("evaluate", "at", at, 1, len(index.items), "the number of images in the index")
-    check_integer("evaluate", "radius", radius, 0, index.record.bits, "the number of bits")
+        at = check_integer("evaluate", "at", at, 1, len(index.items), "the number of images in the index")
+    radius = check_integer("evaluate", "radius", radius, 0, index.record.bits, "the number of bits")
 
     classes = sorted({item.label for item in queries.items})
     number = {label: i for i, label in enumerate(classes)}

@@ -147,7 +147,7 @@ class ImageIndex:
                 another number of bits.
         """
         self.check("search", queries, "query")
-        check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")
+        k = check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")
         start = time.perf_counter()
         distances, ids = self.hamming.search(queries.codes, k)
         seconds = time.perf_counter() - start

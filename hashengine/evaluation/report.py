@@ -90,7 +90,7 @@ def write_report(
     Raises:
         InputError: a file is missing or damaged, or the files do not belong together.
     """
-    check_integer("report", "queries", rows, 1)
+    rows = check_integer("report", "queries", rows, 1)
     output = Path(output)
     if output.suffix != ".html":
         raise invalid("report", "output", "a name that ends in .html", repr(str(output)))

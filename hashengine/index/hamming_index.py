@@ -239,8 +239,8 @@ class HammingIndex:
             queries: as for `search`.
             filter: as for `search`.
             labels: (query_labels, code_labels); code_labels are in insertion order. Either integers [Q] and [N]: a code
-                is relevant if it has the query's label. Or zeros and ones [Q, L] and [N, L]: a code is relevant if it
-                shares a label with the query.
+                is relevant if it has the query's label. Or zeros and ones [Q, L] and [N, L], with L at least 2: a code
+                is relevant if it shares a label with the query.
             num_threads: as for `search`.
             progress: as for `search`.
 

@@ -105,7 +105,7 @@ class HashNet(nn.Module):
                 not finite.
         """
         self._check_images("HashNet.encode", images)
-        check_integer("HashNet.encode", "batch_size", batch_size, 1)
+        batch_size = check_integer("HashNet.encode", "batch_size", batch_size, 1)
         codes = torch.empty(len(images), self.config.bits // 8, dtype=torch.uint8, device=images.device)
         was_training = self.training
         self.eval()

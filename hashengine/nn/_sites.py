@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hashengine._validation import as_integer
 from hashengine.errors import InputError, invalid
 from hashengine.nn._insertion import block_class, is_attached
 
@@ -80,7 +81,9 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
         if not chosen:
             raise _no_match("a predicate that accepts none", sites)
         return chosen
-    selectors: list[Any] = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [where]
+    is_scalar = as_integer(where) is not None or getattr(where, "ndim", 1) == 0  # some arrays and tensors are scalars
+    is_single = isinstance(where, str) or is_scalar or not isinstance(where, Iterable)
+    selectors: list[Any] = [where] if is_single else list(where)
     if not selectors:
         raise _no_match("none", sites)
     stages = _stage_count(sites)
@@ -88,8 +91,8 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
     for selector in selectors:
         if isinstance(selector, str):
             matches = {site.name for site in sites if f".{selector}." in f".{site.name}."}
-        elif isinstance(selector, int):
-            matches = {site.name for site in sites if site.is_default and selector in (site.stage, site.stage - stages)}
+        elif (number := as_integer(selector)) is not None:
+            matches = {site.name for site in sites if site.is_default and number in (site.stage, site.stage - stages)}
         else:
             expected = "a predicate, a name, the index of a stage, or several names and indices"
             raise invalid("attach", "where", expected, repr(selector))

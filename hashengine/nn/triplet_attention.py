@@ -70,7 +70,8 @@ class TripletAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if check_integer("TripletAttention", "kernel_size", kernel_size, 1) % 2 == 0:
+        kernel_size = check_integer("TripletAttention", "kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
             raise invalid("TripletAttention", "kernel_size", "odd", kernel_size)
         self.no_spatial = no_spatial
         for name in ("cw", "hc") if no_spatial else ("cw", "hc", "hw"):

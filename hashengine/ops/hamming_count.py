@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hashengine._validation import check_label_pair, check_labels_of_one_kind, dtype_name
+from hashengine._validation import check_label_columns, check_label_pair, check_labels_of_one_kind, dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._hamming import check_search, distance_rows
 from hashengine.ops._library import define_op
@@ -25,8 +25,8 @@ def hamming_count(
         queries: uint8 [Q, bits / 8], as for `hamming_topk`.
         codes: uint8 [N, bits / 8], on the device of `queries`.
         labels: (query_labels, code_labels), on the device of the codes. With integer labels, int64 [Q] and [N], a code
-            is relevant if its label equals the query's. With multi-hot labels, bool [Q, L] and [N, L], a code is
-            relevant if it shares at least one label with the query.
+            is relevant if its label equals the query's. With multi-hot labels, bool [Q, L] and [N, L] with L at
+            least 2, a code is relevant if it shares at least one label with the query.
         filter: bitmap of the codes that are counted, as for `hamming_topk`. Default: all codes.
         num_threads: the number of torch's threads to use on the CPU; 0 for all.
 
@@ -40,7 +40,11 @@ def hamming_count(
     """
     if labels is None:
         return _hamming_count(queries, codes, filter, None, None, num_threads)
-    return _hamming_count(queries, codes, filter, *check_label_pair("hamming_count", labels), num_threads)
+    query_labels, code_labels = check_label_pair("hamming_count", labels)
+    for name, side in (("query_labels", query_labels), ("code_labels", code_labels)):
+        if isinstance(side, Tensor):  # torch refuses other types
+            check_label_columns("hamming_count", name, side.shape)
+    return _hamming_count(queries, codes, filter, query_labels, code_labels, num_threads)
 
 
 def _check(

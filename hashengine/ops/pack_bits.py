@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hashengine._validation import check_array, dtype_name
+from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._check import FLOATING, check_no_nan
 from hashengine.ops._library import define_op
@@ -51,7 +51,9 @@ def _check_pack(u: Tensor) -> None:
 
 
 def _check_unpack(codes: Tensor) -> None:
-    check_array("unpack_bits", "codes", codes, ("uint8",), "pack activations with hashengine.ops.pack_bits first")
+    if codes.dtype != torch.uint8:
+        advice = "pack activations with hashengine.ops.pack_bits first"
+        raise invalid("unpack_bits", "codes", "uint8", dtype_name(codes), advice)
     if codes.dim() < 1:
         raise invalid("unpack_bits", "codes", "[..., bits / 8]", "a scalar")
 

@@ -184,6 +184,10 @@ def test_wrong_ids_are_refused_and_change_nothing(ids, message):
             "count: code_labels must be zeros and ones",
         ),
         (lambda i: i.count(codes_of(2), labels=(np.ones((2, 3)), np.ones((50, 4)))), "of one kind and width"),
+        (
+            lambda i: i.count(codes_of(2), labels=(np.ones(2, int), np.ones((50, 1), int))),
+            r"count: code_labels must be \[50\], or multi-hot with at least 2 columns, got \[50, 1\]; pass code_labels",
+        ),
         (lambda i: i.remove(np.array([10, 10])), "remove: ids must be unique, got 10 more than once"),
         (lambda i: i.remove(np.array([[10]])), r"remove: ids must be \[rows\], one per code, got \[1, 1\]"),
         (lambda i: i.update(np.array([10]), codes_of(2)), r"update: ids must be \[2\]"),

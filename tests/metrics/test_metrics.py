@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hashengine import HammingIndex, InputError
 from hashengine.metrics import DistanceCounts, distance_counts
@@ -338,6 +339,9 @@ GOOD = dict(
 )
 QUERY_LABELS, DATABASE_LABELS = GOOD["labels"]
 ON_META = torch.zeros(3, 4, dtype=torch.uint8, device="meta")
+with FakeTensorMode():  # a tensor that says that it is on a GPU; it needs none
+    ON_GPU = torch.zeros(3, 4, dtype=torch.uint8, device="cuda:0")
+    LABELS_ON_GPU = torch.zeros(3, dtype=torch.int64, device="cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -364,10 +368,15 @@ ON_META = torch.zeros(3, 4, dtype=torch.uint8, device="meta")
             dict(labels=(np.eye(2, 5, dtype=bool), np.eye(3))),
             r"query_labels and code_labels must be of one kind .*, got \[2, 5\] and \[3, 3\]",
         ),
-        (dict(database=ON_META), "database must be on the queries' device, cpu, got meta; move one of them"),
+        (dict(database=ON_META), "database must be a tensor with values, got one on the device 'meta'"),
+        (dict(database=ON_GPU), "database must be on the queries' device, cpu, got cuda:0; move one of them"),
         (
-            dict(labels=(QUERY_LABELS, torch.zeros(3, dtype=torch.int64, device="meta"))),
-            "code_labels must be on the queries' device, cpu, got meta; move one of them",
+            dict(labels=(QUERY_LABELS, LABELS_ON_GPU)),
+            "code_labels must be on the queries' device, cpu, got cuda:0; move one of them",
+        ),
+        (
+            dict(labels=(np.array([[0], [1]]), np.array([[0], [1], [0]]))),
+            r"query_labels must be \[2\], or multi-hot with at least 2 columns, got \[2, 1\]; pass query_labels",
         ),
     ],
 )

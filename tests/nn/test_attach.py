@@ -207,6 +207,7 @@ def test_new_layers_take_the_dtype_and_mode_of_their_block_and_follow_later_conv
         ("layer2.0", ["layer2.0"]),
         (["layer1.1", -1], ["layer1.1", "layer2.0", "layer2.1"]),
         (0, ["layer1.0", "layer1.1"]),  # the index of a stage
+        (torch.tensor(1), ["layer2.0", "layer2.1"]),
         ((1, 0), ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
     ],
 )
@@ -295,6 +296,9 @@ def subclassed(model: nn.Module) -> nn.Module:
         (lambda: (small_resnet(), "simam", []), "where must be one of the 2 stages .*, got none"),
         (lambda: (small_resnet(), "simam", lambda name: False), "where must be .*, got a predicate that accepts none"),
         (lambda: (small_resnet(), "simam", 0.5), "where must be a predicate, a name, .*, got 0.5"),
+        (lambda: (small_resnet(), "simam", True), "where must be a predicate, a name, .*, got True"),
+        (lambda: (small_resnet(), "simam", [0, False]), "where must be a predicate, a name, .*, got False"),
+        (lambda: (small_resnet(), "simam", torch.tensor(0.5)), r"where must be a predicate, .*, got tensor\(0.5"),
         (lambda: (with_triplet(small_resnet()), "triplet", "layer2"), "layer2.0 must be without attention, .*detach"),
         (lambda: (with_triplet(small_vgg()), "triplet"), "features.3 must be without attention, .*; detach it first"),
         (

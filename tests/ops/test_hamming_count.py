@@ -56,6 +56,11 @@ def test_empty_codes_and_empty_labels_are_allowed() -> None:
     ("labels", "message"),
     [
         (LABELS, "labels must be a pair"),
+        (
+            (LABELS.bool()[:, None], LABELS.bool()[:, None]),
+            r"query_labels must be \[5\], or multi-hot with at least 2 columns, got \[5, 1\]; pass query_labels",
+        ),
+        ((LABELS, LABELS[:, None]), r"code_labels must be \[5\], .*; pass code_labels\[:, 0\] for classes"),
         ((LABELS, LABELS.int()), "int64"),
         ((LABELS, LABELS[:4]), r"int64 \[5\] "),
         ((LABELS, BYTES.bool()), "one kind"),
