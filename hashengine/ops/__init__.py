@@ -9,7 +9,14 @@ A tensor of a wrong dtype, shape or device, or a number out of range, raises Val
 `hashengine.errors`. The native kernels raise ValueError itself, and the references raise its subclass `InputError` with
 the same message. An argument of another Python type, such as a numpy array for a tensor or a float for an integer,
 does not reach the op: torch's dispatcher refuses it with RuntimeError.
+
+In a process that was forked after this package was imported, torch has one thread. Torch's threads, those of OpenMP,
+are not forked, and the first op that needed them would wait for them without end.
 """
+
+import os
+
+import torch
 
 from hashengine import _native
 from hashengine.ops._hamming import pack_filter
@@ -24,6 +31,7 @@ from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
 
 _native.load()
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 __all__ = [
     "greedy_sign",
