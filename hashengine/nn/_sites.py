@@ -82,8 +82,9 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
             raise _no_match("a predicate that accepts none", sites)
         return chosen
     is_scalar = as_integer(where) is not None or getattr(where, "ndim", 1) == 0  # some arrays and tensors are scalars
-    is_single = isinstance(where, str) or is_scalar or not isinstance(where, Iterable)
-    selectors: list[Any] = [where] if is_single else list(where)
+    selectors: list[Any] = [where]
+    if isinstance(where, Iterable) and not isinstance(where, str) and not is_scalar:
+        selectors = list(where)
     if not selectors:
         raise _no_match("none", sites)
     stages = _stage_count(sites)
