@@ -253,9 +253,11 @@ def _check_label_side(where: str, name: str, labels: Any, rows: int) -> Tensor:
 
 
 def check_path(where: str, name: str, path: Any) -> Path:
-    """Require a path: a string or a path object."""
+    """Require a path: a string that is not empty, or a path object."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise invalid(where, name, "a path", type(path).__name__)
+    if not os.fspath(path):
+        raise invalid(where, name, "a path", "an empty string", "'.' is the working folder")
     return Path(path)
 
 

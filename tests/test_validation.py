@@ -58,6 +58,7 @@ CLASSES = np.arange(5)
         (lambda: check_number("f", "alpha", float("nan"), least=0), "alpha must be 0 or more, got nan"),
         (lambda: check_number("f", "alpha", None, least=0), "alpha must be 0 or more, got None"),
         (lambda: check_path("f", "path", 5), "path must be a path, got int"),
+        (lambda: check_path("f", "path", ""), "path must be a path, got an empty string; '.' is the working folder"),
         (lambda: check_bits("f", 12), "bits must be a multiple of 8, got 12"),
         (lambda: check_bits("f", 1 << 17), "bits must be 8 to 65536, got 131072"),
         (lambda: check_code_array("f", "codes", CODES, 64), "codes must be [rows, 8], for 64 bits, got [5, 2]"),

@@ -16,7 +16,7 @@ import torch
 from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE
 from hashengine._files import replace_folder
-from hashengine._validation import DeviceName, check_device, check_integer
+from hashengine._validation import DeviceName, check_device, check_integer, check_path
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import EncodeRecord, Item, Unreadable, read_items, write_items
 from hashengine.images import label_of, list_images, read_image
@@ -44,7 +44,8 @@ class CodesFolder:
         Raises:
             InputError: `folder` exists and is neither empty nor a codes folder.
         """
-        with replace_folder(Path(folder), marker="encode.json", where="encode") as temporary:
+        folder = check_path("encode", "output", folder)
+        with replace_folder(folder, marker="encode.json", where="encode") as temporary:
             np.save(temporary / "codes.npy", self.codes)
             write_items(temporary / "items.csv", self.items)
             self.record.write(temporary / "encode.json")
@@ -63,7 +64,7 @@ class CodesFolder:
         Raises:
             InputError: a file is missing, damaged or inconsistent with the others.
         """
-        folder = Path(folder)
+        folder = check_path(where, argument, folder)
         if not is_codes_folder(folder):
             raise invalid(where, argument, "a codes folder written by 'hashengine encode'", repr(str(folder)))
         record = EncodeRecord.read(folder / "encode.json", where, argument, "hashengine encode")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hashengine._files import replace_folder
-from hashengine._validation import check_integer
+from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, fingerprint
 from hashengine.evaluation.records import (
@@ -51,6 +51,7 @@ class ImageIndex:
             InputError: `codes` is empty, its model is missing or has changed, or `folder` has contents other than an
                 index.
         """
+        folder = check_path("index", "output", folder)
         if not codes.items:
             raise invalid("index", "codes", "at least one code", "none")
         model = codes.record.model
@@ -58,7 +59,7 @@ class ImageIndex:
             expected = f"codes of the model in {model!r}"
             raise invalid("index", "codes", expected, "codes of an earlier version of it", "encode again")
         start = time.perf_counter()
-        with replace_folder(Path(folder), marker="index.json", where="index") as temporary:
+        with replace_folder(folder, marker="index.json", where="index") as temporary:
             (temporary / "model").mkdir()
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copyfile(Path(model, name), temporary / "model" / name)
@@ -81,11 +82,14 @@ class ImageIndex:
         Raises:
             InputError: there is no index (the error then names `where`), or it is damaged.
         """
-        folder = Path(folder)
+        folder = check_path(where, "index", folder)
         if not (folder / "index.json").is_file():
             raise invalid(where, "index", "a folder written by 'hashengine index'", repr(str(folder)))
         record = IndexRecord.read(folder / "index.json", where, "index", "hashengine index")
         hamming = HammingIndex.load(folder / "codes")
+        if record.bits != hamming.bits:
+            expected = f"a folder with codes of {record.bits} bits, as {str(folder / 'index.json')!r} says"
+            raise invalid(where, "index", expected, f"codes of {hamming.bits} bits", "build it again")
         items = read_items(folder / "items.csv", where, "index")
         if len(items) < len(hamming):
             expected = f"a folder with {len(hamming)} images in {str(folder / 'items.csv')!r}"

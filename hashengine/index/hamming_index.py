@@ -417,6 +417,8 @@ class HammingIndex:
         Args:
             path: the folder.
             mmap: map the codes instead of reading them. Sizes, and all checksums except that of the codes, are checked.
+                No other program may shorten or change the file: a search would then end the process with SIGBUS, or
+                read changed codes. Saves of hashengine do neither.
                 Changes stay in memory until they are saved; the map never writes to the file. On Linux, added codes are
                 stored behind the map, without copying it, until they take three times its size or 64 MiB, whichever is
                 more. Beyond that, and on other systems, `add` copies all codes to memory. `compact` copies the

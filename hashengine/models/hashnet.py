@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hashengine import methods, ops
-from hashengine._validation import check_integer, dtype_name
+from hashengine._validation import check_integer, check_path, dtype_name
 from hashengine.errors import invalid
 from hashengine.images import image_tensor
 from hashengine.models import checkpoint, memory_format
@@ -132,7 +132,10 @@ class HashNet(nn.Module):
         If a file cannot be written, for example because the disk is full, an earlier save in `folder` stays intact. A
         crash may leave one file of the earlier save and one of the new save; `from_pretrained` refuses such a folder.
         """
-        checkpoint.save(Path(folder), checkpoint.Model(self.config, self.state_dict(), self.trained_by))
+        checkpoint.save(
+            check_path("HashNet.save_pretrained", "folder", folder),
+            checkpoint.Model(self.config, self.state_dict(), self.trained_by),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
@@ -142,7 +145,7 @@ class HashNet(nn.Module):
             InputError: a file is missing, truncated or foreign, or the two files are from different saves; the message
                 names the file.
         """
-        config, weights, trained_by = checkpoint.load(Path(folder))
+        config, weights, trained_by = checkpoint.load(check_path("HashNet.from_pretrained", "folder", folder))
         head: MakeHead = nn.Linear
         if trained_by is not None:
             method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))

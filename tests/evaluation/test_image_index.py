@@ -11,6 +11,7 @@ from hashengine import InputError
 from hashengine.evaluation import ImageIndex, encode_folder
 from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation import image_index as image_index_module
+from hashengine.models import HashNet
 from tests.helpers.tiny_images import CLASSES, make_model
 
 
@@ -83,6 +84,30 @@ def test_codes_of_another_model_are_refused(index, images, tmp_path, bits, seed,
         index.search(foreign, 1)
     with pytest.raises(InputError, match=f"^index: codes must be .*{expected}"):
         index.append(foreign)
+
+
+def test_an_index_whose_record_has_other_bits_than_its_codes_is_refused(index, queries):
+    file = index.folder / "index.json"
+    file.write_text(file.read_text().replace('"bits": 32', '"bits": 64'))
+    with pytest.raises(
+        InputError, match=r"^search: index must be a folder with codes of 64 bits, as .*index\.json' says"
+    ) as e:
+        ImageIndex.load(index.folder, "search")
+    assert "got codes of 32 bits; build it again" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_empty_path_is_refused(codes, model, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for call in (
+        lambda: codes.save(""),
+        lambda: ImageIndex.build(codes, ""),
+        lambda: ImageIndex.load(""),
+        lambda: HashNet.from_pretrained(model).save_pretrained(""),
+    ):
+        with pytest.raises(InputError, match=r" must be a path, got an empty string; '\.' is the working folder"):
+            call()
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 @pytest.mark.parametrize("k", [0, -1, 22])

@@ -107,6 +107,8 @@ def test_arrays_of_any_strides_are_copied():
         (lambda i: HammingIndex(65544), "HammingIndex: bits must be 8 to 65536, got 65544"),
         (lambda i: HammingIndex.load(5), "load: path must be a path, got int"),
         (lambda i: i.save(None), "save: path must be a path, got NoneType"),
+        (lambda i: i.save(""), "save: path must be a path, got an empty string; '.' is the working folder"),
+        (lambda i: HammingIndex.load(""), "load: path must be a path, got an empty string"),
         (lambda i: i.add([[1]]), "add: codes must be a torch tensor or a numpy array of uint8, got list"),
         (lambda i: i.add(codes_of(2).astype(np.float32)), "add: codes must be uint8, got float32; pack activations"),
         (lambda i: i.add(codes_of(2, 72)), r"add: codes must be \[rows, 8\], for 64 bits, got \[2, 9\]"),
