@@ -41,9 +41,9 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Replace `path` with `content`; a string is encoded as UTF-8."""
+    """Replace `path` with `content`; a string is encoded as UTF-8, and the bytes of names that are no UTF-8 return."""
     with replace_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:

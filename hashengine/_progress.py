@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
+from hashengine._text import printable
+
 T = TypeVar("T")
 
 _JSON_SECONDS = 1.0  # the shortest time between two JSON lines of a task; only the last line may follow sooner
@@ -45,7 +47,10 @@ def configure(*, quiet: bool = False, log_json: bool = False) -> None:
 
 
 def note(message: str, **values: Any) -> None:
-    """Write a line to stderr, above the progress bar if there is one. `values` are written to JSON lines only."""
+    """Write a line to stderr, above the progress bar if there is one, with unprintable characters escaped.
+
+    `values` are written to JSON lines only.
+    """
     if _quiet:
         return
     if _json:
@@ -53,7 +58,7 @@ def note(message: str, **values: Any) -> None:
     else:
         from tqdm import tqdm
 
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def write_json(event: str, **values: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import re
 import sys
 import traceback
@@ -15,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from hashengine import _progress
+from hashengine._text import printable
 from hashengine._validation import check_integer
 from hashengine.errors import InputError
 
@@ -29,7 +31,8 @@ class Commands(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the arguments of the group; a mistake in them is reported in one line."""
-        if parent is None:  # before the arguments are parsed, so that --log-json also applies to mistakes in them
+        if parent is None:  # before the arguments are parsed, so that both also apply to mistakes in them
+            _escape_what_the_console_lacks()
             _progress.configure(log_json="--log-json" in args)
         try:
             return super().make_context(info_name, args, parent, **extra)
@@ -50,13 +53,20 @@ class Commands(TyperGroup):
             _report(str(error), MISTAKE if _is_mistake(error) else FAILURE)
 
 
+def _escape_what_the_console_lacks() -> None:
+    """Make stdout and stderr escape a character that their encoding lacks; otherwise printing it raises an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _report(message: str, code: int) -> NoReturn:
     """Write an error in one line, and exit."""
     message = " ".join(message.split())
     if _progress.logs_json():
         _progress.write_json("error", message=message)
     else:
-        typer.echo(f"error: {message}", err=True)
+        typer.echo(f"error: {printable(message)}", err=True)
     raise typer.Exit(code) from None
 
 
@@ -164,16 +174,20 @@ IndexFolder = Annotated[Path, typer.Argument(help="A folder written by 'hashengi
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[object, ...]], title: str | None = None) -> None:
-    """Print a table if stdout is a terminal, otherwise tab-separated lines with a header."""
+    """Print a table if stdout is a terminal, otherwise tab-separated lines with a header.
+
+    A tab, a line break and other unprintable characters in a cell are escaped.
+    """
     if not sys.stdout.isatty():
         for row in (columns, *rows):
-            print(*row, sep="\t")
+            print(*map(printable, row), sep="\t")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*columns, title=title)
+    headers = (Column(Text(printable(name))) for name in columns)  # a Text, because brackets in a string are styles
+    table = Table(*headers, title=None if title is None else Text(printable(title)))
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)

@@ -10,6 +10,7 @@ import typer
 
 from hashengine import training
 from hashengine._defaults import DATA_SETS
+from hashengine._text import printable
 from hashengine.cli._app import command, command_line
 from hashengine.models.config import DEFAULT_BITS
 
@@ -31,7 +32,7 @@ def demo(
     from hashengine.evaluation import run_demo
 
     print_summary(run_demo(data, output, bits))
-    print(f"\nOpen {output / 'report.html'}")
+    print(f"\nOpen {printable(output / 'report.html')}")
 
 
 def print_summary(report: Report) -> None:

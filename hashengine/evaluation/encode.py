@@ -94,9 +94,9 @@ def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> st
     """
     try:
         return hashlib.sha256(Path(model, WEIGHTS_FILE).read_bytes()).hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a character that no path has
         expected = f"a model folder that holds {WEIGHTS_FILE}"
-        raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {error.strerror}") from None
+        raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {getattr(error, 'strerror', error)}") from None
 
 
 def encode_folder(

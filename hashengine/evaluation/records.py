@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,6 +32,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import Self
 
 from hashengine._files import make_folder, write_file
+from hashengine._text import to_json
 from hashengine.errors import input_error, invalid
 
 
@@ -48,7 +50,7 @@ class Record(BaseModel):
     def write(self, path: Path) -> None:
         """Replace `path` atomically; its folder is created if it does not exist."""
         make_folder(path.parent)
-        write_file(path, self.model_dump_json(indent=2) + "\n")
+        write_file(path, to_json(self, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path, where: str, argument: str, written_by: str) -> Self:
@@ -65,7 +67,7 @@ class Record(BaseModel):
         """
         expected = f"a file written by '{written_by}'"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate(json.loads(path.read_bytes()))  # pydantic's parser refuses lone surrogates
         except FileNotFoundError:
             raise invalid(where, argument, expected, f"{str(path)!r}, which does not exist") from None
         except IsADirectoryError:
@@ -73,6 +75,8 @@ class Record(BaseModel):
         except ValidationError as error:
             found = input_error(error, str(path))
             raise invalid(where, argument, expected, f"another one ({found})") from None
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+            raise invalid(where, argument, expected, f"{str(path)!r}, which is no JSON ({error})") from None
 
 
 class Unreadable(BaseModel):
@@ -211,7 +215,7 @@ class Evaluation(Record):
 
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
-    """Write `items` as CSV with the columns id, path, label."""
+    """Write `items` as CSV with the columns id, path, label. A name that is no UTF-8 keeps its bytes."""
     content = io.StringIO(newline="")
     writer = csv.writer(content)
     writer.writerow(Item._fields)
@@ -228,7 +232,7 @@ def read_items(path: Path, where: str, argument: str) -> list[Item]:
     """
     expected = f"a folder whose {path.name} has the columns {','.join(Item._fields)} and ids counting from 0"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.reader(file)
             header = next(rows, [])
             items = [Item(int(row[0]), row[1], row[2]) for row in rows]

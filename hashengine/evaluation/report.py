@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from hashengine import _environment
 from hashengine._defaults import REPORT_ROWS, SEED
 from hashengine._files import make_folder, write_file
+from hashengine._text import printable
 from hashengine._validation import check_integer
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults
@@ -185,7 +186,13 @@ def timings(
 def render(report: Report) -> str:
     """The HTML page of `report`, which contains the images."""
     loader = jinja2.PackageLoader("hashengine.evaluation", "")
-    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # macros return a subclass of str
+    )
     templates.filters["duration"] = duration
     return templates.get_template("report.html.j2").render(
         report=report,

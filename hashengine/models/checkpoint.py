@@ -11,16 +11,17 @@ method's weights are stored with the prefix `method.`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-import pydantic_core
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hashengine._files import write_files
+from hashengine._text import to_json
 from hashengine.errors import InputError, input_error, invalid
 from hashengine.models.config import HashNetConfig
 
@@ -80,9 +81,9 @@ def save(folder: Path, model: Model) -> None:
         weights |= {prefix + name: tensor for name, tensor in model.method.weights.items()}
     content = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        metadata={"config": pydantic_core.to_json(described).decode()},
+        metadata={"config": to_json(described)},
     )
-    write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: pydantic_core.to_json(described, indent=2) + b"\n"})
+    write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: to_json(described, indent=2).encode() + b"\n"})
 
 
 def load(folder: Path) -> Model:
@@ -98,13 +99,15 @@ def load(folder: Path) -> Model:
             raise invalid("HashNet.from_pretrained", "model", expected, f"{str(folder)!r}, which has no {name}")
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
-        header = _Header.model_validate_json(config_path.read_bytes())
+        header = _Header.model_validate(json.loads(config_path.read_bytes()))  # pydantic's parser refuses surrogates
     except ValidationError as error:
         raise input_error(error, str(config_path)) from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+        raise invalid(str(config_path), "the file", "JSON", f"another text ({error})") from None
     network = HashNetConfig.checked(str(config_path), **(header.model_extra or {}))
-    weights_path.open("rb").close()  # safe_open reports every file that it cannot open as missing
     try:
-        with safe_open(weights_path, framework="pt") as file:
+        # `open` also reports why a file cannot be opened. safe_open reports it as missing.
+        with weights_path.open("rb") as opened, safe_open(_utf8_path(weights_path, opened), framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
@@ -112,10 +115,19 @@ def load(folder: Path) -> Model:
             str(weights_path), "the file", "complete safetensors weights", f"a damaged file: {error}"
         ) from None
     model = Model(network, weights, _split_off_method(header, weights))
-    if metadata.get("config") != pydantic_core.to_json(document(model)).decode():
+    if metadata.get("config") != to_json(document(model)):
         expected = f"the weights saved together with {config_path}"
         raise invalid(str(weights_path), "the file", expected, "weights of another save", "save the model again")
     return model
+
+
+def _utf8_path(path: Path, opened: BinaryIO) -> Path:
+    """`path`, or another path of the opened file if that one is no UTF-8, which safetensors refuses."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return Path(f"/proc/self/fd/{opened.fileno()}")
+    return path
 
 
 def _split_off_method(header: _Header, weights: dict[str, Tensor]) -> MethodState | None:

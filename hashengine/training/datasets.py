@@ -146,7 +146,7 @@ def _content_digest(content: np.ndarray | Path) -> str:
 
 
 def _digest(data: bytes | str) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+    return hashlib.sha256(data.encode(errors="surrogateescape") if isinstance(data, str) else data).hexdigest()
 
 
 def _draw(labels: list[str], count: int, seed: int) -> set[int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hashengine._files import write_file
+from hashengine._text import printable
 from hashengine.errors import invalid
 
 if TYPE_CHECKING:
@@ -136,7 +137,10 @@ class RunTable:
         """The table as Markdown: each figure as its mean, with the standard deviation over the seeds."""
         header, rows = self.cells()
         lines = [header, ["---"] * len(header), *rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        return (
+            "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+            + "\n"
+        )
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table's header and rows as text."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hashengine.cli import app
+from hashengine.evaluation.records import read_items
 from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.tiny_images import make_images, make_model
 
@@ -88,6 +92,70 @@ def test_an_unreadable_image_is_counted_and_recorded(folder, tmp_path):
     result = succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
     assert "3 images, 1 skipped" in result.stderr
     assert "broken.jpg" in json.loads((tmp_path / "codes" / "encode.json").read_text())["errors"][0]["path"]
+
+
+NO_UTF8 = os.fsdecode(b"caf\xe9")  # a name whose bytes are no UTF-8
+
+
+@pytest.fixture(scope="module")
+def named(folder, tmp_path_factory):
+    """A folder with images, codes, an index and results, whose own name and class and file names are no UTF-8."""
+    place = tmp_path_factory.mktemp("named") / NO_UTF8
+    images = make_images(place / "images", per_class=2)
+    (images / "bars").rename(images / NO_UTF8)
+    (images / NO_UTF8 / "0.png").rename(images / NO_UTF8 / f"{NO_UTF8}.png")
+    (images / NO_UTF8 / f"broken{NO_UTF8}.png").write_bytes(b"not a picture")
+    shutil.copytree(folder / "model", place / "model")
+    succeed("encode", images, "--model", place / "model", "--output", place / "codes")
+    succeed("index", place / "codes", "--output", place / "index")
+    succeed("index", place / "codes", "--output", place / "index", "--append")
+    succeed("search", place / "index", images, "-k", 12, "--output", place / "results.json")
+    return place
+
+
+def test_names_that_are_no_utf8_keep_their_bytes_in_all_files(named):
+    expected = sorted(map(os.fsencode, (named / "images").rglob("*.png")))
+    errors = json.loads((named / "codes" / "encode.json").read_text())["errors"]
+    found = [os.fsencode(error["path"]) for error in errors]
+    for folder, times in (("codes", 1), ("index", 2)):  # the codes were indexed and appended
+        items = read_items(named / folder / "items.csv", "test", "items")
+        assert sorted({*(os.fsencode(item.path) for item in items), *found}) == expected
+        assert [item.label for item in items].count(NO_UTF8) == 2 * times
+    queries = json.loads((named / "results.json").read_text())["queries"]
+    assert sorted([*(os.fsencode(query["path"]) for query in queries), *found]) == expected
+    assert {hit["label"] for hit in queries[0]["hits"]} == {NO_UTF8, "checks", "dots"}
+
+
+def test_names_that_are_no_utf8_are_shown_escaped(named, tmp_path):
+    image = named / "images" / NO_UTF8 / f"{NO_UTF8}.png"
+    rows = [line.split("\t") for line in succeed("search", named / "index", image, "-k", 1).stdout.splitlines()]
+    assert rows[1][2:] == [str(image).replace(NO_UTF8, r"caf\xe9"), r"caf\xe9"]
+    succeed("evaluate", named / "index", named / "codes", "--output", named / "evaluation.json")
+    page = named / "report.html"
+    report = ("report", "--index", named / "index", "--results", named / "results.json", "--output", page)
+    assert r"caf\xe9/report.html" in succeed(*report, "--evaluation", named / "evaluation.json").stderr
+    assert "unreadable" not in page.read_text() and r"caf\xe9.png" in page.read_text()
+
+
+def test_a_printed_table_has_one_line_per_row_whatever_the_names_are(folder, tmp_path):
+    images = make_images(tmp_path / "images", per_class=1)
+    (images / "bars" / "0.png").rename(images / "bars" / "tab\tline\nescape\x1b[31m.png")
+    (images / "checks").rename(images / "a\nb")
+    succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
+    succeed("index", tmp_path / "codes", "--output", tmp_path / "index")
+    rows = succeed("search", tmp_path / "index", images / "dots" / "0.png", "-k", 3).stdout.splitlines()
+    assert len(rows) == 4 and all(row.count("\t") == 3 for row in rows)
+    assert any(r"tab\tline\nescape\x1b[31m.png" in row for row in rows)
+    assert r"a\nb" in [row.split("\t")[3] for row in rows]
+
+
+def test_a_console_that_lacks_a_character_gets_its_escape(folder, tmp_path):
+    images = make_images(tmp_path / "Zürich", per_class=1)
+    succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
+    succeed("index", tmp_path / "codes", "--output", tmp_path / "index")
+    command = ["search", str(tmp_path / "index"), str(images / "dots" / "0.png"), "-k", "3"]
+    done = CliRunner(charset="ascii").invoke(app, command)  # as with PYTHONIOENCODING=ascii
+    assert done.exit_code == 0 and done.stdout.count(r"Z\xfcrich") == 3
 
 
 def test_mistakes_in_encode_are_refused(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The commands of `hashengine train`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_prepare_prints_the_sizes_of_the_database_and_of_the_queries(tmp_path):
     source = write_noise(tmp_path / "photos", {"a": 20, "b": 20})
     lines = succeed("train", "prepare", source, "--output", tmp_path / "split").stdout.splitlines()
     assert [line.split("\t")[:3] for line in lines[1:]] == [["database", "36", "2"], ["query", "4", "2"]]
+
+
+def test_class_folders_whose_names_are_no_utf8_are_split_trained_and_evaluated(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    source = write_noise(tmp_path / name, {name: 8, "b": 8})
+    table = succeed("train", "prepare", source, "--output", tmp_path / "split", "--queries", 4).stdout
+    assert len(table.splitlines()) == 3
+    split = json.loads((tmp_path / "split" / "split.json").read_text())
+    assert set(split["database"]["classes"]) == {name, "b"} and split["source"] == str(source)
+    images = ("--images", tmp_path / "split" / "database", "--queries", tmp_path / "split" / "query")
+    tiny = ("--epochs", 1, "--widths", 8, "--bits", 8)
+    succeed("train", "sweep", *images, *tiny, "--output", tmp_path / "runs" / name)
+    assert succeed("train", "report", tmp_path / "runs" / name).stdout.startswith("seeds\t")
+    fitted = succeed("train", "fit", *images[:2], *tiny, "--output", tmp_path / f"model {name}")
+    assert fitted.stdout.startswith(f"model\t{tmp_path}/model caf\\xe9\n")
+    assert HashNet.from_pretrained(tmp_path / f"model {name}").config.classes == ("b", name)
 
 
 def test_sweep_and_report_print_the_same_table(tmp_path):
