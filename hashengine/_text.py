@@ -1,6 +1,6 @@
-"""Text that leaves the program: names on consoles and pages, and JSON.
+r"""Text that leaves the program: names on consoles and pages, and JSON.
 
-A file name is any sequence of bytes. Python decodes a byte that is no UTF-8 to a lone surrogate, such as "\\udce9" for
+A file name is any sequence of bytes. Python decodes a byte that is no UTF-8 to a lone surrogate, such as "\udce9" for
 0xe9, and encodes it back to the same byte. Strict writers of UTF-8 refuse such a name.
 """
 

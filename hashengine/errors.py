@@ -37,6 +37,10 @@ if TYPE_CHECKING:  # importing hashengine must not import pydantic
     from pydantic import ValidationError
 
 
+_LEFT_OUT = " ... "
+_LONGEST_ACTUAL = 1000  # characters; a path and a reason from the system fit
+
+
 class InputError(ValueError):
     """A mistake in the user's input; the message is one line that says what to correct.
 
@@ -54,7 +58,18 @@ def invalid(where: str, what: str, expected: str, actual: object, advice: str = 
         actual: the value that was given, or its description; formatted with `str`.
         advice: what the user can do, if that does not follow from `expected`.
     """
-    return InputError(f"{where}: {what} must be {expected}, got {actual}" + (f"; {advice}" if advice else ""))
+    got = brief(actual, _LONGEST_ACTUAL)
+    return InputError(f"{where}: {what} must be {expected}, got {got}" + (f"; {advice}" if advice else ""))
+
+
+def brief(text: object, length: int = 200) -> str:
+    """`text` in one line of at most `length` characters; the middle of a longer one is left out.
+
+    A value from a damaged file may be as long as the file.
+    """
+    line = " ".join(part.strip() for part in str(text).splitlines())
+    half = (length - len(_LEFT_OUT)) // 2
+    return line if len(line) <= length else line[:half] + _LEFT_OUT + line[-half:]
 
 
 def missing_package(where: str, package: str, extra: str) -> InputError:
@@ -72,15 +87,15 @@ def input_error(error: ValidationError, where: str) -> InputError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):  # a validator has written the whole message
         return cause
-    field = ".".join(str(part) for part in first["loc"])
+    field = brief(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return invalid(where, repr(field), "a known option", "an unknown one")
     if first["type"] == "missing":
         return invalid(where, field, "given", "nothing")
-    message = first["msg"].removeprefix("Value error, ")
+    message = brief(first["msg"].removeprefix("Value error, "))
     if not field and re.search(r"\bmust be .*, got ", message):
         return InputError(f"{where}: {message}")
-    return invalid(where, field or "the input", _expected(message), repr(first["input"]))
+    return invalid(where, field or "the input", _expected(message), brief(repr(first["input"])))
 
 
 def _expected(message: str) -> str:

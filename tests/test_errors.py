@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from hashengine._config import Config
-from hashengine.errors import InputError, invalid, missing_package
+from hashengine.errors import InputError, brief, invalid, missing_package
 
 
 class Options(Config):
@@ -63,3 +63,21 @@ def test_a_failure_of_pydantic_becomes_an_input_error(values: dict[str, object],
     with pytest.raises(InputError) as caught:
         Options(**values)
     assert str(caught.value) == message
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "values", [{"bits": LONG}, {"names": LONG}, {"pair": [LONG]}, {LONG: 1}, {"names": [LONG, [LONG]]}]
+)
+def test_an_error_shows_at_most_a_line_of_a_long_value(values: dict[str, object]) -> None:
+    with pytest.raises(InputError) as caught:
+        Options(**values)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_long_text_loses_its_middle_and_its_line_breaks() -> None:
+    assert brief(f"begin {LONG} end", 30) == "begin xxxxxx ... xxxxxxxx end"
+    assert brief(" a  b\n c\n") == "a  b c"
+    assert len(str(invalid("load", "the file", "JSON", LONG))) < 1100

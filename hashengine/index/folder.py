@@ -26,14 +26,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as brief  # shortens values: a damaged one may be as long as the file
 from typing import Any, Protocol
 
 import numpy as np
 
 from hashengine._files import make_folder, sync_file, sync_folder, write_file
 from hashengine._validation import MAX_BITS
-from hashengine.errors import InputError, invalid
+from hashengine.errors import InputError, brief, invalid
 
 FORMAT = "hashengine-index"
 VERSION = 2
@@ -348,7 +347,7 @@ def read_manifest(path: Path) -> Manifest:
         raise invalid("load", str(file), f"the manifest of a {FORMAT}", "another file")
     version = manifest.get("version")
     if type(version) is not int or version not in _FIELDS:
-        raise invalid("load", f"the version of {file}", f"1 to {VERSION}", brief(version), "update hashengine")
+        raise invalid("load", f"the version of {file}", f"1 to {VERSION}", brief(repr(version)), "update hashengine")
     if version == 1 and manifest.keys() == _FIELDS[1]:
         manifest |= {"next_id": manifest["count"] if manifest["ids"] is None else None, "live": None}
         _check_manifest(file, manifest)
@@ -381,7 +380,7 @@ def _check_manifest(file: Path, manifest: Manifest) -> None:
 
 def _require(condition: bool, file: Path, manifest: Manifest, name: str, expected: str) -> None:
     if not condition:
-        raise _damaged(f"{name} in {file}", expected, brief(manifest.get(name)))
+        raise _damaged(f"{name} in {file}", expected, brief(repr(manifest.get(name))))
 
 
 def _is_count(value: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hashengine._files import replace_file
 from hashengine._validation import check_array, check_code_array, is_tensor
-from hashengine.errors import InputError, invalid, missing_package
+from hashengine.errors import InputError, brief, invalid, missing_package
 
 if TYPE_CHECKING:
     import faiss
@@ -153,20 +153,14 @@ def _npy_shape(file: BinaryIO) -> tuple[int, int]:
         if any(size.bit_length() > 63 for size in shape):
             raise ValueError("its shape is beyond 64 bits")
     except Exception as error:  # numpy parses the header as a Python literal; a damaged one can raise anything
-        actual = f"another ({_brief(error)})"
+        actual = f"another ({brief(error)})"
         raise invalid("read_codes", file.name, "an .npy file of version 1 or 2", actual) from None
     file.seek(beginning.tell())
     is_matrix = len(shape) == 2 and shape[0] >= 0 and shape[1] > 0
     if dtype != np.uint8 or fortran_order or not is_matrix:
-        got = _brief(f"{dtype} {list(shape)} in {'Fortran' if fortran_order else 'C'} order")
+        got = brief(f"{dtype} {list(shape)} in {'Fortran' if fortran_order else 'C'} order")
         raise invalid("read_codes", file.name, "a file of uint8 [N, bits / 8] in C order", got)
     return int(shape[0]), int(shape[1])
-
-
-def _brief(text: object) -> str:
-    """One line of at most 200 characters; text from a damaged file may be as long as the file."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def _u8bin_shape(file: BinaryIO) -> tuple[int, int]:
@@ -215,7 +209,7 @@ def read_ann_benchmarks(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.nd
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # from h5py
         expected = "an HDF5 file in the format of ann-benchmarks"
-        raise invalid(_READ_HDF5, str(path), expected, f"another ({_brief(error)})") from None
+        raise invalid(_READ_HDF5, str(path), expected, f"another ({brief(error)})") from None
     if train.shape[1] != test.shape[1] or not len(test) == len(neighbors) == len(distances):
         shapes = [list(array.shape) for array in (train, test, neighbors, distances)]
         what = f"train, test, neighbors and distances in {path}"

@@ -18,7 +18,7 @@ from hashengine import methods
 from hashengine._config import Config
 from hashengine._defaults import SEED
 from hashengine._validation import check_device_name
-from hashengine.errors import invalid
+from hashengine.errors import brief, invalid
 from hashengine.models.config import (
     DEFAULT_ATTENTION,
     DEFAULT_BITS,
@@ -113,7 +113,7 @@ class FitConfig(Config):
         if unknown:
             own = ", ".join(method.Options.model_fields) or "none"
             expected = f"an option of training or of the method {method.name} ({own})"
-            raise invalid(cls.where, repr(unknown[0]), expected, "an unknown one")
+            raise invalid(cls.where, brief(repr(unknown[0])), expected, "an unknown one")
         return method.Options.checked(cls.where, **options).model_dump(mode="json")
 
     def record(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
     except OSError as error:
         raise invalid(where, "config", "a readable file", f"{str(path)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise invalid(where, "config", "YAML", f"{str(path)!r}: {' '.join(str(error).split())}") from None
+        raise invalid(where, "config", "YAML", f"{str(path)!r}: {brief(error)}") from None
     if not isinstance(options, dict):
         raise invalid(where, "config", "lines of 'option: value'", f"{type(options).__name__} in {str(path)!r}")
     return options

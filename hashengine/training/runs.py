@@ -54,7 +54,9 @@ class Run:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise invalid(str(path), "the file", "the record of a training run", f"a damaged one: {error!r}") from None
+            raise invalid(
+                str(path), "the file", "the record of a training run", f"a damaged one: {type(error).__name__}: {error}"
+            ) from None
         return cls(Path(folder), record)
 
     @property
@@ -91,7 +93,12 @@ class Run:
         figures: dict[str, float] = {}
         evaluation = self.folder / EVALUATION_FILE
         if evaluation.is_file():
-            figures["mAP"] = json.loads(evaluation.read_text(encoding="utf-8"))["mean_average_precision"]["expected"]
+            try:
+                found = json.loads(evaluation.read_text(encoding="utf-8"))["mean_average_precision"]["expected"]
+                figures["mAP"] = float(found)
+            except (ValueError, KeyError, TypeError) as error:
+                actual = f"a damaged one: {type(error).__name__}: {error}"
+                raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
         last = self.record["epochs"][-1]
         figures |= {name: value for name, value in last.items() if name != "epoch"}
         return figures | {"seconds": self.record["seconds"]}

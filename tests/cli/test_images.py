@@ -216,6 +216,23 @@ def test_a_damaged_index_is_refused(folder, tmp_path, damage):
     refuse("search", index, folder / "images" / "query" / "bars" / "0.png", "-k", 1)
 
 
+@pytest.mark.parametrize("name", ["index/index.json", "index/items.csv", "index/model/config.json", "results.json"])
+@pytest.mark.parametrize("damage", ["cut", "bytes", "other"])
+def test_an_error_shows_at_most_a_line_of_a_long_damaged_file(folder, tmp_path, name, damage):
+    shutil.copytree(folder / "index", tmp_path / "index")
+    shutil.copyfile(folder / "results.json", tmp_path / "results.json")
+    long = json.dumps({"format": "x" * 100_000, "version": ["x" * 100_000], "bits": "x" * 100_000})
+    content = {"cut": long[:-1].encode(), "bytes": b"\xff" * 100_000, "other": long.encode()}[damage]
+    (tmp_path / name).write_bytes(content)
+    query = folder / "images" / "query" / "bars" / "0.png"
+    if name == "results.json":
+        report = ("report", "--index", tmp_path / "index", "--results", tmp_path / "results.json")
+        line = refuse(*report, "--output", tmp_path / "report.html")
+    else:
+        line = refuse("search", tmp_path / "index", query, "-k", 1)
+    assert len(line) < 1000
+
+
 def test_mistakes_in_evaluate_and_report_are_refused(folder, tmp_path):
     assert "evaluate: queries must be a codes folder" in refuse("evaluate", folder / "index", folder / "images")
     report = ("report", "--index", folder / "index", "--output", tmp_path / "report.html", "--results")

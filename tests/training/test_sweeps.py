@@ -143,3 +143,14 @@ def test_a_damaged_or_missing_run_is_refused(tmp_path):
     (tmp_path / "training.json").write_text('{"options": {}, "epochs": []}')
     with pytest.raises(InputError, match="training.json: the file must be the record of a training run"):
         report([tmp_path])
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff" * 100_000, b'{"epochs": []}', b"[1]"])
+@pytest.mark.parametrize("name", ["training.json", "evaluation.json"])
+def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content):
+    run = hand_made(tmp_path, 0, 8, 0.5)
+    (tmp_path / "training.json").write_text(json.dumps(run.record))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: the file must be the .* got a damaged one: ") as caught:
+        report([tmp_path])
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
