@@ -4,6 +4,8 @@ Every new file is made durable (fsync) before it replaces the old content. After
 contains the new name is made durable, too. Therefore a crash, a kill or a full disk leaves either the complete old
 content or the complete new content. There are two exceptions: `write_files` replaces several files one after the other,
 and `replace_folder` needs two steps if the system cannot exchange two names.
+
+`check_output` refuses an output before the work that makes it begins.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +31,15 @@ _MANY_FILES = 1000  # for more files, one flush of the file system is assumed to
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing. The file replaces `path` when the `with` block ends without an exception."""
+    """Open a temporary file for writing. The file replaces `path` when the `with` block ends without an exception.
+
+    A link is followed: its target is replaced. A pipe or a device, such as /dev/stdout, is written into instead.
+    """
+    if _is_stream(path):
+        with _open_stream(path) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     temporary = _temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
@@ -101,6 +113,47 @@ def check_replaceable(path: Path, *, marker: str, where: str) -> None:
         raise invalid(where, "output", f"a new folder or an earlier output that holds {marker}", repr(str(path)))
 
 
+def check_output(
+    where: str,
+    path: Path,
+    *,
+    outside: Iterable[str | os.PathLike[str] | None] = (),
+    keeps: Iterable[str | os.PathLike[str] | None] = (),
+    is_folder: bool = False,
+    marker: str = "",
+) -> None:
+    """Require, before the work begins, that `path` can be written and that writing it destroys no input.
+
+    Args:
+        where: the function or command to name in an error.
+        path: the output. A pipe or a device is always accepted in place of a file.
+        outside: inputs that must be neither `path` nor a folder around it; None is ignored.
+        keeps: inputs that must not be in the folder `path`, because the output replaces the folder; None is ignored.
+        is_folder: whether the output is a folder.
+        marker: as for `check_replaceable`, which is called if the marker is not empty.
+    """
+    if marker:
+        check_replaceable(path, marker=marker, where=where)
+    if _is_stream(path) and not is_folder:
+        return
+    if path.exists() and path.is_dir() != is_folder:
+        kinds = ("a file", "a folder")
+        raise invalid(where, "output", kinds[is_folder], f"{str(path)!r}, which is {kinds[not is_folder]}")
+    target = Path(os.path.realpath(path))
+    for relation, inputs in (("in", outside), ("around", keeps)):
+        for given in inputs:
+            source = target if given is None else Path(os.path.realpath(given))
+            inner, outer = (target, source) if relation == "in" else (source, target)
+            if given is not None and inner.is_relative_to(outer):
+                found = f"{str(path)!r}, which is {'' if inner == outer else f'{relation} '}the input {str(given)!r}"
+                raise invalid(where, "output", "a path that destroys no input", found, "choose another path")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        raise invalid(where, "output", "a path in a folder", f"{str(path)!r}, and {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise invalid(where, "output", "in a folder that can be written to", repr(str(path)))
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its missing parents durably; an existing folder is left as it is."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -122,6 +175,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_OWN_DESCRIPTOR = re.compile(r"/dev/(?:(?P<name>stdout|stderr)|fd/(?P<fd>\d+))|/proc/self/fd/(?P<proc>\d+)")
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe, a device, or a name of an open file of this process, such as /dev/stdout."""
+    return bool(_OWN_DESCRIPTOR.fullmatch(str(path))) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+@contextmanager
+def _open_stream(path: Path) -> Iterator[BinaryIO]:
+    found = _OWN_DESCRIPTOR.fullmatch(str(path))
+    if not found:
+        with open(path, "wb") as file:
+            yield file
+        return
+    sys.stdout.flush()  # what is written here follows what was printed before
+    number = {"stdout": 1, "stderr": 2}.get(found["name"]) or int(found["fd"] or found["proc"])
+    with os.fdopen(os.dup(number), "wb") as file:
+        yield file
 
 
 def _temporary_beside(path: Path) -> Path:

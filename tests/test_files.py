@@ -1,10 +1,14 @@
 """How a folder is made durable: if it has many files, by one flush of the file system; otherwise file by file."""
 
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from hashengine import _files
+from hashengine.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -43,3 +47,87 @@ def test_every_new_folder_is_synchronised_in_its_parent(tmp_path, monkeypatch):
     assert synced == [tmp_path, tmp_path / "a"]
     _files.make_folder(tmp_path / "a" / "b")
     assert len(synced) == 2 and (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_link_is_followed_when_its_target_is_replaced_or_created(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there" / "old").write_text("before")
+    for name in ("old", "new"):
+        _files.write_file(tmp_path / name, "after")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "there" / name).read_text() == "after"
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new", "old"]
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    _files.check_output("test", tmp_path / "pipe")
+    _files.write_file(tmp_path / "pipe", "text")
+    reader.join()
+    assert read == [b"text"] and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_stdout_is_written_into_after_what_was_printed(tmp_path, name, is_file):
+    script = f"""
+from pathlib import Path
+from hashengine import _files
+print("before")
+_files.check_output("test", Path({name!r}))
+_files.write_file(Path({name!r}), "written\\n")
+print("after")
+"""
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run([sys.executable, "-c", script], stdout=out if is_file else subprocess.PIPE, check=True)
+    assert ((tmp_path / "out").read_bytes() if is_file else done.stdout) == b"before\nwritten\nafter\n"
+
+
+def test_a_device_is_written_into_and_stays_a_device():
+    _files.write_file(_files.Path("/dev/null"), "text")
+    assert _files.Path("/dev/null").is_char_device()
+    if _files.Path("/dev/full").exists():
+        with pytest.raises(OSError, match="No space left"):
+            _files.write_file(_files.Path("/dev/full"), "text")
+        assert _files.Path("/dev/full").is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("output", "complaint"),
+    [
+        ("index", "must be a file, got .*index', which is a folder"),
+        ("index/a.json", "must be a path that destroys no input, got .*a.json', which is in the input .*index'"),
+        ("index/new/a.json", "must be a path that destroys no input, got .*a.json', which is in the input .*index'"),
+        ("photo", "must be a path that destroys no input, got .*photo', which is the input .*photo'"),
+        ("link", "must be a path that destroys no input, got .*link', which is the input .*photo'"),
+        ("way/a.json", "must be a path that destroys no input, got .*way/a.json', which is in the input .*index'"),
+        ("file/a.json", "must be a path in a folder, got .*, and .*file' is a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_or_destroys_an_input_is_refused(tmp_path, output, complaint):
+    (tmp_path / "index").mkdir()
+    for name in ("index/a.json", "photo", "file"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "photo")
+    (tmp_path / "way").symlink_to(tmp_path / "index")
+    inputs = (tmp_path / "index", str(tmp_path / "photo"), None)
+    with pytest.raises(InputError, match=f"^test: output {complaint}") as caught:
+        _files.check_output("test", tmp_path / output, outside=inputs)
+    assert "\n" not in str(caught.value)
+    for accepted in ("new.json", "new/folder/new.json", "file"):
+        _files.check_output("test", tmp_path / accepted, outside=inputs)
+
+
+def test_a_folder_that_is_replaced_may_contain_no_input(tmp_path):
+    (tmp_path / "codes" / "model").mkdir(parents=True)
+    (tmp_path / "codes" / "encode.json").touch()
+    with pytest.raises(InputError, match="got .*codes', which is around the input .*model'; choose another path$"):
+        _files.check_output(
+            "test", tmp_path / "codes", keeps=[tmp_path / "codes" / "model"], is_folder=True, marker="encode.json"
+        )
+    with pytest.raises(InputError, match="must be a folder, got .*encode.json', which is a file"):
+        _files.check_output("test", tmp_path / "codes" / "encode.json", is_folder=True)

@@ -9,8 +9,10 @@ import typer
 
 from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE, NEIGHBOURS, RADIUS, REPORT_ROWS, SEED
+from hashengine._files import check_output
 from hashengine.cli._app import BatchSize, DeviceOption, IndexFolder, command, command_line, print_table
 from hashengine.errors import invalid
+from hashengine.images import IMAGE_SUFFIXES
 
 app = command_line("Search images by their codes.")
 
@@ -24,6 +26,8 @@ def encode(
     device: DeviceOption = "auto",
 ) -> None:
     """Encode every image under FOLDER to a binary code; unreadable images are skipped and recorded."""
+    # `check_output` comes before the import, which takes seconds.
+    check_output("encode", output, outside=(model,), keeps=(folder, model), is_folder=True, marker="encode.json")
     from hashengine import evaluation
 
     codes = evaluation.encode_folder(folder, model, batch_size=batch_size, device=device)
@@ -58,6 +62,9 @@ def search(
     """Find the K nearest images in INDEX. Results of one image are printed; those of a folder need --output."""
     if query.is_dir() and output is None:
         raise invalid("search", "output", "a file if the query is a folder", "none", "pass --output FILE")
+    if output is not None:
+        is_input = query.is_file() or (query / "encode.json").is_file() or output.suffix.lower() in IMAGE_SUFFIXES
+        check_output("search", output, outside=(index, model, query if is_input else None))
     from hashengine import evaluation
 
     results = evaluation.search_images(index, query, k, model=model, batch_size=batch_size, device=device)
@@ -84,6 +91,8 @@ def evaluate(
     Images at equal distances can be ranked in any order. A figure that depends on the order is shown as its
     mean over all orders, followed by its values for the worst and the best order.
     """
+    if output is not None:
+        check_output("evaluate", output, outside=(index, queries))
     from hashengine import evaluation
 
     found = evaluation.evaluate_folders(index, queries, at=at, radius=radius)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from hashengine._defaults import BATCH_SIZE, NEIGHBOURS, RADIUS
+from hashengine._files import check_output
 from hashengine._validation import DeviceName
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder, is_codes_folder
@@ -25,6 +26,14 @@ def index_codes(codes: str | os.PathLike[str], output: str | os.PathLike[str], *
     Raises:
         InputError: a folder is unusable, or the codes come from another model than the index.
     """
+    check_output(
+        "index",
+        Path(output),
+        outside=(codes,),
+        keeps=() if append else (codes,),
+        is_folder=True,
+        marker="" if append else "index.json",
+    )
     added = CodesFolder.load(codes, "index")
     if not append:
         return ImageIndex.build(added, output)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from hashengine import _environment
 from hashengine._defaults import REPORT_ROWS, SEED
-from hashengine._files import make_folder, write_file
+from hashengine._files import check_output, make_folder, write_file
 from hashengine._text import printable
 from hashengine._validation import check_integer
 from hashengine.errors import InputError, invalid
@@ -89,12 +89,14 @@ def write_report(
         seed: the seed for drawing them.
 
     Raises:
-        InputError: a file is missing or damaged, or the files do not belong together.
+        InputError: a file is missing or damaged, the files do not belong together, or `output` would replace an input.
     """
     rows = check_integer("report", "queries", rows, 1)
     output = Path(output)
     if output.suffix != ".html":
         raise invalid("report", "output", "a name that ends in .html", repr(str(output)))
+    for written in (output, output.with_suffix(".json")):
+        check_output("report", written, outside=(index, results, evaluation, training))
     indexed = IndexRecord.read(Path(index, "index.json"), "report", "index", "hashengine index")
     found = SearchResults.read(Path(results), "report", "results", "hashengine search")
     measured = Evaluation.read(Path(evaluation), "report", "evaluation", "hashengine evaluate") if evaluation else None

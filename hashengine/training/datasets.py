@@ -17,7 +17,7 @@ from PIL import Image
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS, SEED
-from hashengine._files import replace_folder
+from hashengine._files import check_output, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid, missing_package
 from hashengine.images import list_images
@@ -86,6 +86,7 @@ def prepare(
     if source not in SOURCES and Path(source).is_dir():
         files = [f"{path.relative_to(source)} {path.stat().st_size}" for path in list_images(source, WHERE)]
         request |= {"source": str(Path(source).resolve()), "files_sha256": _digest("\n".join(files))}
+        check_output(WHERE, output, outside=(source,), is_folder=True)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _same_split(output, request)
     if source in SOURCES:

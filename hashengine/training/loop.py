@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hashengine import _environment, _progress, methods
-from hashengine._files import make_folder, write_file
+from hashengine._files import check_output, make_folder, write_file
 from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
 from hashengine.methods.base import Batch, HashingMethod, View
@@ -37,6 +37,7 @@ def fit(config: FitConfig) -> Run:
     device = check_device("fit", config.device, auto=True)
     images = data.load(config.images, config.image_size)
     image_size = images.images.shape[-1]
+    check_output("fit", config.output, outside=(config.images,), is_folder=True)
     make_folder(config.output)  # an unwritable folder is reported before training
     epochs, shift = config.epochs_for(len(images.labels)), config.shift_for(image_size)
     network, method = build(config, images)

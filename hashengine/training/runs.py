@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hashengine._files import write_file
+from hashengine._files import check_output, make_folder, write_file
 from hashengine._text import printable
 from hashengine.errors import invalid
 
@@ -176,10 +176,13 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     if output is not None and Path(output).suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
     runs = [Run.load(folder) for given in folders for folder in _run_folders(Path(given))]
+    if output is not None:
+        check_output("train report", Path(output), outside=[run.folder for run in runs])
     if not runs:
         raise invalid("train report", "folders", "at least one folder", "none")
     results = table(runs)
     if output is not None:
+        make_folder(Path(output).parent)
         write_file(Path(output), results.to_markdown() if Path(output).suffix == ".md" else results.to_json())
     return results
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hashengine import _progress, metrics
-from hashengine._files import write_file
+from hashengine._files import check_output, write_file
 from hashengine._validation import check_device
 from hashengine.errors import invalid
 from hashengine.training import data
@@ -35,6 +35,8 @@ def sweep(config: SweepConfig) -> RunTable:
             other options.
     """
     planned = list(plan(config))
+    images = {options.images for options in planned}
+    check_output("train sweep", config.output, outside=(*images, config.queries), is_folder=True)
     runs: list[Run] = []
     for number, options in enumerate(planned, start=1):
         run = _finished(options)

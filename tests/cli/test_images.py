@@ -158,6 +158,48 @@ def test_a_console_that_lacks_a_character_gets_its_escape(folder, tmp_path):
     assert done.exit_code == 0 and done.stdout.count(r"Z\xfcrich") == 3
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        ("search index images/query/bars/0.png", "images/query/bars/0.png"),
+        ("search index images/query", "images/query/bars/0.png"),
+        ("search index query", "index/index.json"),
+        ("search index query", "query/items.csv"),
+        ("search index query", "index"),
+        ("search index images/query --model model", "model/results.json"),
+        ("evaluate index query", "index/evaluation.json"),
+        ("evaluate index query", "query/encode.json"),
+        ("report --index index --results results.json", "results.html"),
+        ("report --index index --results results.json --evaluation evaluation.json", "evaluation.html"),
+        ("report --index index --results results.json", "index/report.html"),
+        ("encode images/query --model model", "model/codes"),
+        ("encode images/query --model model", "images/query/bars"),
+        ("encode images/query --model model", "results.json/codes"),
+        ("index query", "query/index"),
+        ("index query", "query"),
+        ("index query", "results.json"),
+    ],
+)
+def test_an_output_that_destroys_an_input_is_refused_before_the_work(folder, monkeypatch, command, output):
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    monkeypatch.setattr("hashengine.models.HashNet.encode", None)
+    where = command.split()[0]
+    assert refuse(*command.split(), "--output", output).startswith(f"error: {where}: output must be ")
+    assert contents(folder) == before
+
+
+def test_results_can_be_written_next_to_the_photos_and_into_a_pipe(folder, tmp_path):
+    photos = make_images(tmp_path / "photos", per_class=1)
+    succeed("search", folder / "index", photos, "--output", photos / "results.json")
+    succeed("search", folder / "index", photos, "--output", "/dev/null")
+    assert Path("/dev/null").is_char_device() and (photos / "results.json").is_file()
+
+
 def test_mistakes_in_encode_are_refused(folder, tmp_path):
     model, output = ("--model", folder / "model"), ("--output", tmp_path / "codes")
     images = folder / "images" / "query"
@@ -169,7 +211,7 @@ def test_mistakes_in_encode_are_refused(folder, tmp_path):
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(
         "error: encode: folder must be a folder with a readable image"
     )
-    assert "encode: model must be a model folder" in refuse("encode", images, "--model", tmp_path, *output)
+    assert "encode: model must be a model folder" in refuse("encode", images, "--model", tmp_path / "empty", *output)
     assert "encode: batch_size must be at least 1, got 0" in refuse(
         "encode", images, *model, *output, "--batch-size", 0
     )

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hashengine.models import HashNet
-from tests.helpers.commands import invoke, succeed
+from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_images import make_images, write_noise
 
@@ -130,6 +130,25 @@ def test_class_folders_whose_names_are_no_utf8_are_split_trained_and_evaluated(t
     fitted = succeed("train", "fit", *images[:2], *tiny, "--output", tmp_path / f"model {name}")
     assert fitted.stdout.startswith(f"model\t{tmp_path}/model caf\\xe9\n")
     assert HashNet.from_pretrained(tmp_path / f"model {name}").config.classes == ("b", name)
+
+
+def test_an_output_in_an_input_is_refused_before_the_work(tmp_path, monkeypatch):
+    images = write_noise(tmp_path / "images", {"a": 3, "b": 3})
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"options": {}, "epochs": [{"epoch": 1}], "seconds": 1.0}
+    (run / "training.json").write_text(json.dumps(record))
+    for arguments, output in [
+        (("fit", "--images", images), images / "model"),
+        (("fit", "--images", images), run / "training.json"),
+        (("sweep", "--images", images), images / "a"),
+        (("sweep", "--images", tmp_path / "b", "--queries", images), images / "runs"),
+        (("prepare", images), images / "split"),
+        (("report", run), run / "training.json"),
+    ]:
+        assert "output must be a " in refuse("train", *arguments, "--output", output)
+    succeed("train", "report", run, "--output", tmp_path / "new" / "table.md")
+    assert json.loads((run / "training.json").read_text()) == record and not (images / "split").exists()
 
 
 def test_sweep_and_report_print_the_same_table(tmp_path):
