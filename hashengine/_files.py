@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -152,6 +153,39 @@ def check_output(
         raise invalid(where, "output", "a path in a folder", f"{str(path)!r}, and {str(existing)!r} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise invalid(where, "output", "in a folder that can be written to", repr(str(path)))
+
+
+@contextmanager
+def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of an existing folder, the file `lock` in it; one process or thread at a time does.
+
+    The system unlocks it if the process dies.
+
+    Args:
+        folder: the folder.
+        waiting: called once if another process or thread holds the lock. After that, this function waits.
+    """
+    while True:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_same_file(lock, folder / "lock"):  # otherwise the folder was replaced during the wait
+                yield
+                return
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of `lock`
+            os.close(lock)
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def make_folder(path: Path) -> None:

@@ -131,3 +131,22 @@ def test_a_folder_that_is_replaced_may_contain_no_input(tmp_path):
         )
     with pytest.raises(InputError, match="must be a folder, got .*encode.json', which is a file"):
         _files.check_output("test", tmp_path / "codes" / "encode.json", is_folder=True)
+
+
+def test_a_lock_is_held_by_one_thread_and_belongs_to_the_folder_that_replaced_the_old_one(tmp_path):
+    folder, waits, order = tmp_path / "folder", threading.Event(), []
+    folder.mkdir()
+
+    def second():
+        with _files.locked(folder, waits.set):
+            order.append((folder / "new").exists())
+
+    thread = threading.Thread(target=second)
+    with _files.locked(folder, lambda: None):
+        thread.start()
+        assert waits.wait(60)
+        folder.rename(tmp_path / "old")
+        (folder / "new").mkdir(parents=True)
+        order.append("first")
+    thread.join()
+    assert order == ["first", True] and (folder / "lock").is_file()

@@ -37,9 +37,7 @@ def index_codes(codes: str | os.PathLike[str], output: str | os.PathLike[str], *
     added = CodesFolder.load(codes, "index")
     if not append:
         return ImageIndex.build(added, output)
-    index = ImageIndex.load(output, "index")
-    index.append(added)
-    return index
+    return ImageIndex.append_to(output, added)
 
 
 def search_images(

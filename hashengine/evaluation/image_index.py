@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hashengine._files import replace_folder
+from hashengine import _progress
+from hashengine._files import locked, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, fingerprint
@@ -59,7 +61,8 @@ class ImageIndex:
             expected = f"codes of the model in {model!r}"
             raise invalid("index", "codes", expected, "codes of an earlier version of it", "encode again")
         start = time.perf_counter()
-        with replace_folder(folder, marker="index.json", where="index") as temporary:
+        earlier = _locked(folder) if (folder / "index.json").is_file() else nullcontext()
+        with earlier, replace_folder(folder, marker="index.json", where="index") as temporary:
             (temporary / "model").mkdir()
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copyfile(Path(model, name), temporary / "model" / name)
@@ -83,8 +86,7 @@ class ImageIndex:
             InputError: there is no index (the error then names `where`), or it is damaged.
         """
         folder = check_path(where, "index", folder)
-        if not (folder / "index.json").is_file():
-            raise invalid(where, "index", "a folder written by 'hashengine index'", repr(str(folder)))
+        _check_is_index(folder, where)
         record = IndexRecord.read(folder / "index.json", where, "index", "hashengine index")
         hamming = HammingIndex.load(folder / "codes")
         if record.bits != hamming.bits:
@@ -99,8 +101,21 @@ class ImageIndex:
             record.sources.pop()
         return cls(folder, hamming, items[: len(hamming)], record)
 
+    @classmethod
+    def append_to(cls, folder: str | os.PathLike[str], codes: CodesFolder) -> ImageIndex:
+        """Load the index in `folder`, append `codes` and return it. No other append can come in between.
+
+        Raises:
+            InputError: for the reasons of `load` and `append`.
+        """
+        _check_is_index(Path(folder), "index")  # otherwise the lock would be created in another folder
+        with _locked(Path(folder)):
+            index = cls.load(folder, "index")
+            index._append(codes)
+        return index
+
     def append(self, codes: CodesFolder) -> None:
-        """Add `codes` after those in the index, and save.
+        """Add `codes` after those in the index, and save. Appends from several processes or threads take turns.
 
         After a failure, the old index is in memory, and the old or the new index is on disk.
 
@@ -108,6 +123,10 @@ class ImageIndex:
             InputError: the codes come from another model or have another number of bits, or the folder no longer holds
                 this index.
         """
+        with _locked(self.folder):
+            self._append(codes)
+
+    def _append(self, codes: CodesFolder) -> None:
         self.check("index", codes, "codes")
         start = time.perf_counter()
         first = len(self.hamming)
@@ -175,3 +194,13 @@ class ImageIndex:
             Hit(rank=rank, id=id, distance=distance, path=self.items[id].path, label=self.items[id].label)
             for rank, (distance, id) in enumerate(found, start=1)
         ]
+
+
+def _check_is_index(folder: Path, where: str) -> None:
+    if not (folder / "index.json").is_file():
+        raise invalid(where, "index", "a folder written by 'hashengine index'", repr(str(folder)))
+
+
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    """Hold the lock that every change of the index in `folder` needs."""
+    return locked(folder, lambda: _progress.note(f"waiting for another command that changes the index {folder}"))

@@ -9,6 +9,7 @@ CODES/encode.json  encode      `EncodeRecord`
 INDEX/codes/       index       a saved `hashengine.HammingIndex`; its ids are the rows of items.csv
 INDEX/items.csv    index       an `Item` for each code
 INDEX/index.json   index       `IndexRecord`
+INDEX/lock         index       nothing; a command that changes the index locks it
 INDEX/model/       index       a copy of the model, so that the index can be moved on its own
 results.json       search      `SearchResults`
 evaluation.json    evaluate    `Evaluation`
@@ -17,6 +18,7 @@ report.json        report      `hashengine.evaluation.report.Report`
 
 Each file or folder is replaced atomically; therefore a failure leaves the previous one intact. An append to an index
 replaces items.csv and index.json, and then saves codes/. Until that save is complete, the old index is what is loaded.
+Only one append at a time can change an index.
 """
 
 from __future__ import annotations

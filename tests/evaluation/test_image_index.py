@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 
-from hashengine import InputError
-from hashengine.evaluation import ImageIndex, encode_folder
+from hashengine import InputError, _progress
+from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder
 from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation import image_index as image_index_module
 from hashengine.models import HashNet
@@ -147,3 +149,43 @@ def test_an_index_that_changed_on_disk_is_not_appended_to(index, queries):
     with pytest.raises(InputError, match="^index: index must be a folder with the 21 codes .* got 27 in .*; load it"):
         index.append(queries)
     assert len(ImageIndex.load(index.folder).items) == 27
+
+
+def test_concurrent_appends_lose_nothing_and_keep_items_with_their_codes(index, queries):
+    def part(number: int) -> CodesFolder:
+        items = [item._replace(label=str(number)) for item in queries.items]
+        return CodesFolder(queries.codes ^ np.uint8(number), items, queries.record)
+
+    with ThreadPoolExecutor(8) as pool:
+        appended = list(pool.map(lambda number: ImageIndex.append_to(index.folder, part(number)), range(8)))
+    assert sorted(len(grown.items) for grown in appended) == [21 + 6 * count for count in range(1, 9)]
+    found = ImageIndex.load(index.folder)
+    blocks = [slice(first, first + 6) for first in range(21, 21 + 8 * 6, 6)]
+    labels = [{item.label for item in found.items[block]} for block in blocks]
+    assert sorted(labels, key=str) == [{str(number)} for number in range(8)]
+    for block, (label,) in zip(blocks, labels, strict=True):
+        assert np.array_equal(np.asarray(found.hamming.codes)[block], part(int(label)).codes)
+    assert sum(source.count for source in found.record.sources) == len(found.items) == 21 + 8 * 6
+
+
+def test_an_append_and_a_rebuild_wait_for_each_other(index, codes, queries, monkeypatch):
+    waits, waiting = [], threading.Event()
+    monkeypatch.setattr(_progress, "note", lambda line: waits.append(line) or waiting.set())
+    with ThreadPoolExecutor() as pool:
+        with image_index_module._locked(index.folder):
+            changes = [pool.submit(ImageIndex.build, codes, index.folder)]
+            assert waiting.wait(60)
+            waiting.clear()
+            changes.append(pool.submit(index.append, queries))
+            assert waiting.wait(60)
+            assert len(ImageIndex.load(index.folder).items) == 21  # readers do not wait
+        for change in changes:
+            change.result()
+    assert waits == [f"waiting for another command that changes the index {index.folder}"] * 2
+    assert len(ImageIndex.load(index.folder).items) in (21, 27)
+
+
+def test_an_append_to_a_folder_without_an_index_leaves_no_lock(queries, tmp_path):
+    with pytest.raises(InputError, match="^index: index must be a folder written by"):
+        ImageIndex.append_to(tmp_path, queries)
+    assert not list(tmp_path.iterdir())
