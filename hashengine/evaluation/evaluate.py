@@ -57,6 +57,7 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
     curve = counts.precision_recall_curve()
     return Evaluation(
         index=str(index.folder.absolute()),
+        identity=index.record.identity,
         bits=index.record.bits,
         database=len(index.items),
         queries=len(queries.items),

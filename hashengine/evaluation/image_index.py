@@ -96,10 +96,8 @@ class ImageIndex:
         if len(items) < len(hamming):
             expected = f"a folder with {len(hamming)} images in {str(folder / 'items.csv')!r}"
             raise invalid(where, "index", expected, len(items))
-        # An interrupted append leaves items and a source whose codes were not saved; these are ignored.
-        while record.sources and sum(source.count for source in record.sources) > len(hamming):
-            record.sources.pop()
-        return cls(folder, hamming, items[: len(hamming)], record)
+        record.drop_unsaved(len(hamming))
+        return cls(folder, hamming, items[: len(hamming)], record)  # an interrupted append leaves further items
 
     @classmethod
     def append_to(cls, folder: str | os.PathLike[str], codes: CodesFolder) -> ImageIndex:
@@ -176,6 +174,7 @@ class ImageIndex:
         seconds = time.perf_counter() - start
         return SearchResults(
             index=str(self.folder.absolute()),
+            identity=self.record.identity,
             database=len(self.items),
             bits=self.record.bits,
             k=k,

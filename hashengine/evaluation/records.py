@@ -24,6 +24,7 @@ Only one append at a time can change an index.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable
@@ -125,6 +126,17 @@ class IndexRecord(Record):
     sources: list[EncodeRecord]
     seconds: float
 
+    def drop_unsaved(self, codes: int) -> None:
+        """Remove the sources beyond `codes`, the number of saved codes: an interrupted append leaves such a source."""
+        while self.sources and sum(source.count for source in self.sources) > codes:
+            self.sources.pop()
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what the codes were encoded from, by which model and when; it stays when the index is moved."""
+        parts = [[source.source, source.count, source.fingerprint, source.seconds] for source in self.sources]
+        return hashlib.sha256(to_json(parts).encode()).hexdigest()
+
 
 class Hit(BaseModel):
     """A neighbour: `rank` counts from 1, `distance` is the number of differing bits, `id` is the row in items.csv."""
@@ -148,11 +160,13 @@ class SearchResults(Record):
     """The results of a search.
 
     Attributes:
+        identity: the identity of the index; "" in files of older versions.
         seconds: the time of the search alone, without encoding the queries.
         encode: how the queries were encoded.
     """
 
     index: str
+    identity: str = ""
     database: int
     bits: int
     k: int
@@ -190,9 +204,15 @@ class Curve(BaseModel):
 
 
 class Evaluation(Record):
-    """How well the ranking agrees with the labels. `at`: the number of ranked images that the mAP covers; None: all."""
+    """How well the ranking agrees with the labels.
+
+    Attributes:
+        identity: the identity of the index; "" in files of older versions.
+        at: the number of ranked images that the mAP covers; None: all.
+    """
 
     index: str
+    identity: str = ""
     bits: int
     database: int
     queries: int

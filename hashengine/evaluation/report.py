@@ -22,6 +22,7 @@ from hashengine._validation import check_integer
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults
 from hashengine.images import read_image
+from hashengine.index.folder import open_folder
 
 WORST_ROWS = 4  # rows in the grid of the queries with the most errors
 THUMBNAIL_PIXELS = 160  # the longer side of a thumbnail, at most
@@ -101,17 +102,20 @@ def write_report(
     found = SearchResults.read(Path(results), "report", "results", "hashengine search")
     measured = Evaluation.read(Path(evaluation), "report", "evaluation", "hashengine evaluate") if evaluation else None
     trained = TrainingRecord.read(Path(training), "report", "training", "hashengine train fit") if training else None
+    saved = open_folder(Path(index, "codes")).rows
+    indexed.drop_unsaved(saved)
     if found.encode.fingerprint != indexed.fingerprint:
-        raise invalid(
-            "report", "results", f"from a search in {os.fspath(index)!r}", f"results from a search in {found.index!r}"
-        )
-    if measured and (measured.bits, measured.database) != (found.bits, found.database):
-        raise invalid(
-            "report",
-            "evaluation",
-            f"of {found.database} codes of {found.bits} bits, like the results",
-            f"an evaluation of {measured.database} codes of {measured.bits} bits",
-        )
+        raise _other_index("results", index, f"those of {found.index!r}, an index of another model")
+    records: dict[str, SearchResults | Evaluation | None] = {"results": found, "evaluation": measured}
+    for argument, record in records.items():
+        if record is None:
+            continue
+        actual = f"those of {record.index!r}"
+        if (record.bits, record.database) != (indexed.bits, saved):
+            actual += f" with {record.database} codes of {record.bits} bits, not {saved} of {indexed.bits}"
+            raise _other_index(argument, index, actual)
+        if record.identity not in ("", indexed.identity):
+            raise _other_index(argument, index, f"{actual}, which holds other codes")
 
     drawn = draw(found.queries, rows, seed)
     report = Report(
@@ -130,6 +134,14 @@ def write_report(
     write_file(output, render(report))
     report.write(output.with_suffix(".json"))
     return report
+
+
+def _other_index(argument: str, index: str | os.PathLike[str], actual: str) -> InputError:
+    command, expected = {
+        "results": ("search", f"from a search in {os.fspath(index)!r}"),
+        "evaluation": ("evaluate", f"the figures of {os.fspath(index)!r}"),
+    }[argument]
+    return invalid("report", argument, expected, actual, f"run 'hashengine {command}' again")
 
 
 def draw(queries: list[QueryResult], count: int, seed: int) -> list[QueryResult]:

@@ -70,6 +70,49 @@ def test_the_results_of_a_search_in_another_index_are_refused(index, images, tmp
         write_report(tmp_path / "report.html", index.folder, tmp_path / "results.json")
 
 
+@pytest.fixture
+def searched(index, queries, tmp_path):
+    """Arguments of `write_report` for an index of 21 codes, with results and figures."""
+    index.search(queries, 3).write(tmp_path / "results.json")
+    evaluate(index, queries).write(tmp_path / "evaluation.json")
+    return {"results": tmp_path / "results.json", "evaluation": tmp_path / "evaluation.json"}
+
+
+@pytest.mark.parametrize("argument", ["results", "evaluation"])
+@pytest.mark.parametrize("other", ["size", "codes", "grown"])
+def test_results_and_figures_of_another_index_of_the_same_model_are_refused(
+    index, codes, queries, images, model, searched, tmp_path, argument, other
+):
+    if other == "grown":
+        index.append(queries)
+    else:
+        encoded = queries if other == "size" else encode_folder(images, model)
+        index = ImageIndex.build(encoded, tmp_path / "other")
+    index.search(queries, 3).write(tmp_path / "now.json")
+    evaluate(index, queries).write(tmp_path / "now-evaluation.json")
+    arguments = {"results": tmp_path / "now.json", "evaluation": tmp_path / "now-evaluation.json"}
+    write_report(tmp_path / "report.html", index.folder, **arguments)
+    with pytest.raises(InputError, match=f"^report: {argument} must be .* got those of .*; run 'hashengine ") as caught:
+        write_report(tmp_path / "report.html", index.folder, **arguments | {argument: searched[argument]})
+    assert ("holds other codes" in str(caught.value)) == (other == "codes")
+
+
+def test_a_renamed_index_and_files_without_its_identity_make_a_report(index, searched, tmp_path):
+    index.folder.rename(tmp_path / "renamed")
+    write_report(tmp_path / "report.html", tmp_path / "renamed", **searched)
+    for path in searched.values():
+        fields = json.loads(path.read_text())
+        del fields["identity"]
+        path.write_text(json.dumps(fields))
+    write_report(tmp_path / "report.html", tmp_path / "renamed", **searched)
+
+
+def test_a_report_ignores_a_source_that_an_interrupted_append_left(index, queries, searched, tmp_path):
+    sources = [*index.record.sources, queries.record]
+    index.record.model_copy(update={"sources": sources}).write(index.folder / "index.json")
+    write_report(tmp_path / "report.html", index.folder, **searched)
+
+
 def query_results(labels: str, right: list[int]) -> list[QueryResult]:
     """The result of one query per label, with 5 hits. The first `right[i]` hits of query i have its label."""
     hit = {"rank": 1, "id": 0, "distance": 0, "path": ""}
