@@ -40,11 +40,14 @@ def index(
     codes: Annotated[Path, typer.Argument(help="A folder written by 'hashengine encode'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The index folder to write.")],
     append: Annotated[bool, typer.Option("--append", help="Add to the index that --output names.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="The model that made CODES.", show_default="where 'encode' found it")
+    ] = None,
 ) -> None:
     """Build an index of CODES. The index also contains the paths of the images and a copy of the model."""
     from hashengine import evaluation
 
-    image_index = evaluation.index_codes(codes, output, append=append)
+    image_index = evaluation.index_codes(codes, output, append=append, model=model)
     added = image_index.record.sources[-1].count
     _progress.note(f"{added} codes added, {len(image_index.items)} in the index: {output}")
 

@@ -11,17 +11,24 @@ from hashengine._validation import DeviceName
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder, is_codes_folder
 from hashengine.evaluation.evaluate import evaluate
-from hashengine.evaluation.image_index import ImageIndex
+from hashengine.evaluation.image_index import ImageIndex, check_model
 from hashengine.evaluation.records import Evaluation, SearchResults
 
 
-def index_codes(codes: str | os.PathLike[str], output: str | os.PathLike[str], *, append: bool = False) -> ImageIndex:
+def index_codes(
+    codes: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    append: bool = False,
+    model: str | os.PathLike[str] | None = None,
+) -> ImageIndex:
     """Build an index of a codes folder, or add its codes to an existing index.
 
     Args:
         codes: the codes folder, which `CodesFolder.save` wrote.
         output: the index folder.
         append: add to the index in `output` instead of replacing it.
+        model: the folder of the model that made the codes, if it is no longer where `encode_folder` found it.
 
     Raises:
         InputError: a folder is unusable, or the codes come from another model than the index.
@@ -29,14 +36,16 @@ def index_codes(codes: str | os.PathLike[str], output: str | os.PathLike[str], *
     check_output(
         "index",
         Path(output),
-        outside=(codes,),
+        outside=(codes, None if append else model),
         keeps=() if append else (codes,),
         is_folder=True,
         marker="" if append else "index.json",
     )
     added = CodesFolder.load(codes, "index")
     if not append:
-        return ImageIndex.build(added, output)
+        return ImageIndex.build(added, output, model)
+    if model is not None:
+        check_model(model, added.record.fingerprint)
     return ImageIndex.append_to(output, added)
 
 

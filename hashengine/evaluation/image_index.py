@@ -46,8 +46,15 @@ class ImageIndex:
     record: IndexRecord
 
     @classmethod
-    def build(cls, codes: CodesFolder, folder: str | os.PathLike[str]) -> ImageIndex:
+    def build(
+        cls, codes: CodesFolder, folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None
+    ) -> ImageIndex:
         """Build an index of `codes` in `folder`, with a copy of the model; an earlier index there is replaced.
+
+        Args:
+            codes: the codes.
+            folder: the folder of the index.
+            model: the folder of the model, if it is no longer where `encode_folder` found it.
 
         Raises:
             InputError: `codes` is empty, its model is missing or has changed, or `folder` has contents other than an
@@ -56,10 +63,16 @@ class ImageIndex:
         folder = check_path("index", "output", folder)
         if not codes.items:
             raise invalid("index", "codes", "at least one code", "none")
-        model = codes.record.model
-        if fingerprint(model, "index") != codes.record.fingerprint:
-            expected = f"codes of the model in {model!r}"
-            raise invalid("index", "codes", expected, "codes of an earlier version of it", "encode again")
+        if model is None:
+            model = codes.record.model
+            if not Path(model, WEIGHTS_FILE).is_file():
+                expected = f"where 'encode' found it, in {model!r}"
+                raise invalid("index", "the model of the codes", expected, "no model there", "pass --model MODEL")
+            if fingerprint(model, "index") != codes.record.fingerprint:
+                expected = f"codes of the model in {model!r}"
+                raise invalid("index", "codes", expected, "codes of an earlier version of it", "encode again")
+        else:
+            check_model(model, codes.record.fingerprint)
         start = time.perf_counter()
         earlier = _locked(folder) if (folder / "index.json").is_file() else nullcontext()
         with earlier, replace_folder(folder, marker="index.json", where="index") as temporary:
@@ -193,6 +206,16 @@ class ImageIndex:
             Hit(rank=rank, id=id, distance=distance, path=self.items[id].path, label=self.items[id].label)
             for rank, (distance, id) in enumerate(found, start=1)
         ]
+
+
+def check_model(model: str | os.PathLike[str], expected: str) -> None:
+    """Require that `model` is the folder of a model whose fingerprint is `expected`.
+
+    Raises:
+        InputError: it is another model or none.
+    """
+    if fingerprint(model, "index") != expected:
+        raise invalid("index", "model", "the one that made the codes", f"another one in {os.fspath(model)!r}")
 
 
 def _check_is_index(folder: Path, where: str) -> None:

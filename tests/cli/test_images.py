@@ -219,6 +219,25 @@ def test_mistakes_in_encode_are_refused(folder, tmp_path):
     assert not (tmp_path / "codes").exists()
 
 
+def test_codes_whose_model_has_moved_are_indexed_with_the_option_model(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    succeed("encode", folder / "images" / "query", "--model", tmp_path / "model", "--output", tmp_path / "codes")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    command = ("index", tmp_path / "codes", "--output", tmp_path / "index")
+    line = refuse(*command)
+    assert "the model of the codes must be where 'encode' found it" in line and "pass --model MODEL" in line
+    another = "index: model must be the one that made the codes, got another one in"
+    assert another in refuse(*command, "--model", make_model(tmp_path / "other", seed=1))
+    assert "index: model must be a model folder" in refuse(*command, "--model", tmp_path / "codes")
+    assert not (tmp_path / "index").exists()
+    succeed(*command, "--model", tmp_path / "moved")
+    succeed(*command, "--append")  # needs no model, because the index has a copy
+    succeed(*command, "--append", "--model", tmp_path / "moved")
+    assert another in refuse(*command, "--append", "--model", tmp_path / "other")
+    succeed("search", tmp_path / "index", folder / "images" / "query" / "bars" / "0.png", "-k", 1)
+    succeed(*command, "--model", tmp_path / "index" / "model")  # the copy in the index that is replaced
+
+
 def test_mistakes_in_index_are_refused(folder, tmp_path):
     assert "index: codes must be a codes folder" in refuse("index", folder / "model", "--output", tmp_path / "index")
     assert "index: index must be a folder written by" in refuse(
