@@ -56,7 +56,10 @@ def index(
 def search(
     index: IndexFolder,
     query: Annotated[Path, typer.Argument(help="An image, a folder of images, or a codes folder.")],
-    k: Annotated[int, typer.Option("-k", help="Number of neighbours per query.")] = NEIGHBOURS,
+    k: Annotated[
+        int | None,
+        typer.Option("-k", help="Number of neighbours per query.", show_default=f"{NEIGHBOURS}, or all if fewer"),
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="The model for query images.", show_default="the index's")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here, as JSON.")] = None,
     batch_size: BatchSize = BATCH_SIZE,
@@ -101,6 +104,8 @@ def evaluate(
     found = evaluation.evaluate_folders(index, queries, at=at, radius=radius)
     if output is not None:
         found.write(output)
+    if found.without_relevant:
+        _progress.note(f"{found.without_relevant} of {found.queries} queries have no relevant image and count as 0")
     header, rows = found.cells()
     print_table(tuple(header), [tuple(row) for row in rows])
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hashengine import _progress
-from hashengine._defaults import NEIGHBOURS
 from hashengine._files import check_replaceable, make_folder, write_file
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder
@@ -111,7 +110,7 @@ def steps(data: str, output: Path, bits: int) -> list[Step]:
         return f"{len(built.items):,} codes in the index"
 
     def search() -> str:
-        found = ImageIndex.load(index).search(CodesFolder.load(output / "query"), NEIGHBOURS)
+        found = ImageIndex.load(index).search(CodesFolder.load(output / "query"))
         found.write(results)
         return found.summary()
 
@@ -131,7 +130,7 @@ def steps(data: str, output: Path, bits: int) -> list[Step]:
         _step(encode("database"), "encode", images / "database", "--model", model, "--output", output / "database"),
         _step(encode("query"), "encode", images / "query", "--model", model, "--output", output / "query"),
         _step(build, "index", output / "database", "--output", index),
-        _step(search, "search", index, output / "query", "-k", NEIGHBOURS, "--output", results),
+        _step(search, "search", index, output / "query", "--output", results),
         _step(measure, "evaluate", index, output / "query", "--output", evaluation),
         _step(report, "report", "--index", index, "--results", results, "--evaluation", evaluation,
               "--training", model / "training.json", "--output", page),

@@ -148,17 +148,19 @@ def encode_folder(
     if not items:
         actual = f"{len(errors)} unreadable ones in {str(folder)!r}"
         raise invalid("encode", "folder", "a folder with a readable image", actual)
+    rows = np.concatenate(codes)
     record = EncodeRecord(
         bits=network.config.bits,
         count=len(items),
         source=str(folder),
         model=str(Path(model).absolute()),
         fingerprint=identity,
+        codes_sha256=hashlib.sha256(rows).hexdigest(),
         device=str(chosen),
         seconds=time.perf_counter() - start,
         errors=errors,
     )
-    return CodesFolder(np.concatenate(codes), items, record)
+    return CodesFolder(rows, items, record)
 
 
 def _batches(

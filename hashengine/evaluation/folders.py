@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hashengine._defaults import BATCH_SIZE, NEIGHBOURS, RADIUS
+from hashengine._defaults import BATCH_SIZE, RADIUS
 from hashengine._files import check_output
 from hashengine._validation import DeviceName
 from hashengine.errors import invalid
@@ -52,7 +52,7 @@ def index_codes(
 def search_images(
     index: str | os.PathLike[str],
     query: str | os.PathLike[str],
-    k: int = NEIGHBOURS,
+    k: int | None = None,
     *,
     model: str | os.PathLike[str] | None = None,
     batch_size: int = BATCH_SIZE,
@@ -63,7 +63,7 @@ def search_images(
     Args:
         index: the index folder.
         query: an image, a folder of images, or a folder of their codes.
-        k: the number of neighbours per query.
+        k: the number of neighbours per query; by default 10, or all images if the index has fewer.
         model: the folder of the model that encodes query images; by default, the copy in the index.
         batch_size: images per call of the network.
         device: where the network runs: "auto", "cpu", "cuda", "cuda:1", ...

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hashengine import _progress
+from hashengine._defaults import NEIGHBOURS
 from hashengine._files import locked, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid
@@ -173,14 +174,15 @@ class ImageIndex:
             actual = f"codes of another one, {codes.record.model!r}"
             raise invalid(where, argument, expected, actual, "distances between them mean nothing")
 
-    def search(self, queries: CodesFolder, k: int) -> SearchResults:
-        """The `k` nearest images of each query.
+    def search(self, queries: CodesFolder, k: int | None = None) -> SearchResults:
+        """The `k` nearest images of each query; by default 10, or all images if there are fewer.
 
         Raises:
             InputError: `k` is below 1 or above the number of images, or the queries come from another model or have
                 another number of bits.
         """
         self.check("search", queries, "query")
+        k = min(NEIGHBOURS, len(self.items)) if k is None else k
         k = check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")
         start = time.perf_counter()
         distances, ids = self.hamming.search(queries.codes, k)

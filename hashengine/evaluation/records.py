@@ -94,6 +94,7 @@ class EncodeRecord(Record):
 
     Attributes:
         fingerprint: SHA-256 of the model's weights; only codes with the same one are comparable.
+        codes_sha256: SHA-256 of the codes; "" in files of older versions.
         seconds: the time to read and decode the images, run the network and pack the codes.
     """
 
@@ -103,6 +104,7 @@ class EncodeRecord(Record):
     source: str
     model: str
     fingerprint: str
+    codes_sha256: str = ""
     device: str
     seconds: float
     errors: list[Unreadable] = []
@@ -133,8 +135,8 @@ class IndexRecord(Record):
 
     @property
     def identity(self) -> str:
-        """SHA-256 of what the codes were encoded from, by which model and when; it stays when the index is moved."""
-        parts = [[source.source, source.count, source.fingerprint, source.seconds] for source in self.sources]
+        """SHA-256 of the codes, their sources and their model; it stays when the index is moved or made again."""
+        parts = [[source.source, source.count, source.fingerprint, source.codes_sha256] for source in self.sources]
         return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 
@@ -209,6 +211,8 @@ class Evaluation(Record):
     Attributes:
         identity: the identity of the index; "" in files of older versions.
         at: the number of ranked images that the mAP covers; None: all.
+        without_relevant: the number of queries whose class no image of the index has; their figures count as 0. None in
+            files of older versions.
     """
 
     index: str
@@ -216,6 +220,7 @@ class Evaluation(Record):
     bits: int
     database: int
     queries: int
+    without_relevant: int | None = None
     classes: int
     at: int | None
     mean_average_precision: Band

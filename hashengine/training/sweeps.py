@@ -85,10 +85,13 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     query_labels, labels = (torch.tensor([number[name] for name in side]) for side in (query_classes, classes))
     counts = metrics.distance_counts(query_codes, codes, labels=(query_labels, labels))
     found = counts.mean_average_precision()
+    if without_relevant := int((counts.relevant.sum(1) == 0).sum()):
+        _progress.note(f"{without_relevant} of {len(query_codes)} queries have no relevant image and count as 0")
     record = {
         "version": 1,
         "source": str(queries.absolute()),
         "queries": len(query_codes),
+        "without_relevant": without_relevant,
         "database": len(codes),
         "at": None,
         "mean_average_precision": {"expected": found.expected, "minimum": found.minimum, "maximum": found.maximum},

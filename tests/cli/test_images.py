@@ -69,6 +69,31 @@ def test_evaluate_with_at_k_names_the_figure_map_at_k(folder):
     assert "mAP@2\t" in succeed("evaluate", folder / "index", folder / "query", "--at", 2).stdout
 
 
+def test_queries_without_a_relevant_image_are_reported(folder, tmp_path):
+    images = make_images(tmp_path / "images", per_class=2)
+    (images / "bars").rename(images / "bar")
+    succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
+    arguments = (folder / "index", tmp_path / "codes", "--output", tmp_path / "evaluation.json")
+    line = "2 of 6 queries have no relevant image and count as 0"
+    assert line in succeed("evaluate", *arguments).stderr
+    assert json.loads((tmp_path / "evaluation.json").read_text())["without_relevant"] == 2
+    succeed(
+        "report", "--index", folder / "index", "--results", folder / "results.json",
+        "--evaluation", tmp_path / "evaluation.json", "--output", tmp_path / "report.html",
+    )  # fmt: skip
+    assert line in (tmp_path / "report.html").read_text()
+    assert "no relevant image" not in succeed("evaluate", folder / "index", folder / "query").stderr
+
+
+def test_the_default_k_is_10_or_the_number_of_images(folder, tmp_path):
+    image = folder / "images" / "query" / "bars" / "0.png"
+    succeed("index", folder / "query", "--output", tmp_path / "index")
+    assert len(succeed("search", tmp_path / "index", image).stdout.splitlines()) == 1 + 6
+    assert len(succeed("search", folder / "index", image).stdout.splitlines()) == 1 + 10
+    succeed("search", tmp_path / "index", folder / "query", "--output", tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["k"] == 6
+
+
 def test_index_with_append_adds_codes_to_the_index(folder, tmp_path):
     succeed("index", folder / "query", "--output", tmp_path / "index")
     assert (

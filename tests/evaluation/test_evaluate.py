@@ -39,6 +39,16 @@ def test_evaluation_equals_a_calculation_by_hand(hand_made_index):
     assert found.precision_recall_curve.precision == pytest.approx([1, 1 / 2, *[1 / 2] * 6, 3 / 5])
 
 
+@pytest.mark.parametrize(("labels", "without"), [("aab", 0), ("axy", 2), ("xyz", 3)])
+def test_queries_whose_class_the_index_does_not_have_are_counted(hand_made_index, labels, without):
+    index = hand_made_index(hand_made([0, 1, 3], "aab"))
+    query = hand_made([0, 1, 3], labels)
+    record = query.record.model_copy(update={"fingerprint": index.record.fingerprint})
+    found = evaluate(index, CodesFolder(query.codes, query.items, record), radius=0)
+    assert found.without_relevant == without
+    assert (found.mean_average_precision.maximum == 0) == (without == 3)
+
+
 def test_evaluation_needs_labels(index, queries):
     unlabelled = CodesFolder(queries.codes, [item._replace(label="") for item in queries.items], queries.record)
     with pytest.raises(InputError, match="^evaluate: queries must be images in class folders, got 6 of 6"):

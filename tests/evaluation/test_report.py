@@ -9,7 +9,7 @@ from hashengine import InputError
 from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder, evaluate, write_report
 from hashengine.evaluation.records import QueryResult
 from hashengine.evaluation.report import draw, duration, worst
-from tests.helpers.tiny_images import make_model
+from tests.helpers.tiny_images import make_images, make_model
 
 
 @pytest.fixture
@@ -81,12 +81,13 @@ def searched(index, queries, tmp_path):
 @pytest.mark.parametrize("argument", ["results", "evaluation"])
 @pytest.mark.parametrize("other", ["size", "codes", "grown"])
 def test_results_and_figures_of_another_index_of_the_same_model_are_refused(
-    index, codes, queries, images, model, searched, tmp_path, argument, other
+    index, queries, model, searched, tmp_path, argument, other
 ):
     if other == "grown":
         index.append(queries)
     else:
-        encoded = queries if other == "size" else encode_folder(images, model)
+        others = make_images(tmp_path / "images", per_class=7, seed=5)  # as many as in the index
+        encoded = queries if other == "size" else encode_folder(others, model)
         index = ImageIndex.build(encoded, tmp_path / "other")
     index.search(queries, 3).write(tmp_path / "now.json")
     evaluate(index, queries).write(tmp_path / "now-evaluation.json")
@@ -97,7 +98,10 @@ def test_results_and_figures_of_another_index_of_the_same_model_are_refused(
     assert ("holds other codes" in str(caught.value)) == (other == "codes")
 
 
-def test_a_renamed_index_and_files_without_its_identity_make_a_report(index, searched, tmp_path):
+def test_an_index_that_is_made_again_or_moved_and_files_of_older_versions_make_a_report(
+    index, images, model, searched, tmp_path
+):
+    ImageIndex.build(encode_folder(images, model), index.folder)
     index.folder.rename(tmp_path / "renamed")
     write_report(tmp_path / "report.html", tmp_path / "renamed", **searched)
     for path in searched.values():

@@ -154,3 +154,12 @@ def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content)
     with pytest.raises(InputError, match=f"{name}: the file must be the .* got a damaged one: ") as caught:
         report([tmp_path])
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_a_sweep_says_how_many_queries_have_no_relevant_image(data, monkeypatch):
+    (data / "query" / "bars").rename(data / "query" / "bar")
+    notes = []
+    monkeypatch.setattr(sweeps_module._progress, "note", notes.append)
+    sweep(config(data, grid={}))
+    assert "2 of 6 queries have no relevant image and count as 0" in notes
+    assert json.loads((data / "runs" / "run" / "evaluation.json").read_text())["without_relevant"] == 2
