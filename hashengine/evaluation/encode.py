@@ -121,7 +121,8 @@ def encode_folder(
     Raises:
         InputError: there is no such folder, model or device, `batch_size` is below 1, or no image can be read.
     """
-    batch_size = check_integer("encode", "batch_size", batch_size, 1)
+    # A tensor cannot be split into parts of a size beyond 63 bits.
+    batch_size = min(check_integer("encode", "batch_size", batch_size, 1), 1 << 31)
     folder = Path(folder).absolute()
     is_single = folder.is_file()
     paths = [folder] if is_single else list_images(folder, "encode")
@@ -155,7 +156,7 @@ def encode_folder(
         source=str(folder),
         model=str(Path(model).absolute()),
         fingerprint=identity,
-        codes_sha256=hashlib.sha256(rows).hexdigest(),
+        codes_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
         device=str(chosen),
         seconds=time.perf_counter() - start,
         errors=errors,

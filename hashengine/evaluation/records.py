@@ -251,7 +251,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
 
 def read_items(path: Path, where: str, argument: str) -> list[Item]:
-    """Read what `write_items` wrote.
+    """Read what `write_items` wrote, or what a spreadsheet made of it: a UTF-8 byte order mark is accepted.
 
     Raises:
         InputError: the file is missing or damaged, or its ids are not 0, 1, 2, ...; the error names `where` and
@@ -259,7 +259,7 @@ def read_items(path: Path, where: str, argument: str) -> list[Item]:
     """
     expected = f"a folder whose {path.name} has the columns {','.join(Item._fields)} and ids counting from 0"
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.reader(file)
             header = next(rows, [])
             items = [Item(int(row[0]), row[1], row[2]) for row in rows]

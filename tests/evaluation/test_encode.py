@@ -61,6 +61,19 @@ def test_names_with_commas_quotes_and_line_breaks_survive(tmp_path):
     assert CodesFolder.load(tmp_path / "codes").items == codes.items
 
 
+def test_a_byte_order_mark_in_a_table_or_a_record_is_accepted(codes, tmp_path):
+    codes.save(tmp_path / "codes")
+    for name in ("items.csv", "encode.json"):
+        path = tmp_path / "codes" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    loaded = CodesFolder.load(tmp_path / "codes")
+    assert (loaded.items, loaded.record) == (codes.items, codes.record)
+
+
+def test_a_batch_may_be_larger_than_any_number_of_images(images, model, codes):
+    assert np.array_equal(encode_folder(images, model, batch_size=1 << 70).codes, codes.codes)
+
+
 def test_a_failed_save_leaves_the_old_codes_intact(codes, tmp_path, monkeypatch):
     codes.save(tmp_path / "codes")
 
