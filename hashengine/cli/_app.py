@@ -23,6 +23,7 @@ from hashengine.errors import InputError
 F = TypeVar("F", bound=Callable[..., None])
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
+MOST_THREADS = 4096  # torch takes any number that fits into 31 bits, and then fails to start the threads
 MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
 
@@ -160,7 +161,7 @@ def command(app: typer.Typer, before: Callable[[], None] | None = None, **settin
 def _apply(threads: int | None, quiet: bool, log_json: bool) -> None:
     _progress.configure(quiet=quiet, log_json=log_json)
     if threads is not None:
-        check_integer("hashengine", "threads", threads, 1)
+        check_integer("hashengine", "threads", threads, 1, MOST_THREADS)
         import torch
 
         torch.set_num_threads(threads)  # a search uses this number too, unless it is given another one

@@ -9,6 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import hashengine
 from hashengine import _progress
 from hashengine.cli._app import command, command_line
 from hashengine.cli._options import given, options_of, unknown_options
@@ -50,6 +51,14 @@ assert "torch" not in sys.modules, "torch was imported"
     assert done.returncode == 0, done.stderr
 
 
+def test_the_version_is_printed_without_torch():
+    script = "import sys; from hashengine.cli import app; app(['--version'], standalone_mode=False)"
+    script += "; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"hashengine {hashengine.__version__}\n"), done.stderr
+    assert "--version" in succeed("--help").stdout
+
+
 def test_the_option_threads_sets_the_number_of_threads_of_torch(tmp_path):
     before = torch.get_num_threads()
     try:
@@ -58,7 +67,8 @@ def test_the_option_threads_sets_the_number_of_threads_of_torch(tmp_path):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    assert "threads must be at least 1, got 0" in refuse("doctor", "--threads", 0)
+    for wrong in (0, 1 << 20, 1 << 70):
+        assert f"threads must be 1 to 4096, got {wrong}" in refuse("doctor", "--threads", wrong)
 
 
 def test_quiet_leaves_stderr_empty(tmp_path):
