@@ -21,7 +21,7 @@ class Config(BaseModel):
 
     where: ClassVar[str] = ""
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:

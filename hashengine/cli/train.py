@@ -80,7 +80,10 @@ def sweep(
     of_method = unknown_options("train sweep", context.args)
     values = from_file | given(FitConfig, options) | given(SweepConfig, options) | of_method
     if varied:
-        values["grid"] = dict(values.get("grid") or {}) | varied
+        from_yaml = values.get("grid") or {}
+        if not isinstance(from_yaml, dict):
+            raise invalid("train sweep", "grid", "lines of 'option: values'", type(from_yaml).__name__)
+        values["grid"] = from_yaml | varied
     results = training.sweep(SweepConfig(**values))
     _print_runs(results)
 

@@ -38,7 +38,7 @@ class CibHashOptions(Config):
     bottleneck_weight: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="weight of the divergence between the two views")
     ] = 0.001
-    hidden: Annotated[int, Field(gt=0, description="hidden units of the head")] = 1024
+    hidden: Annotated[int, Field(gt=0, le=65_536, description="hidden units of the head")] = 1024
 
 
 class CibHashMethod(HashingMethod):

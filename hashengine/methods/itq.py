@@ -27,8 +27,10 @@ from hashengine.methods.base import HashingMethod
 class ItqOptions(Config):
     """The options of ITQ."""
 
-    iterations: Annotated[int, Field(ge=0, description="number of iterations that improve the rotation")] = 50
-    rotation_seed: Annotated[int, Field(ge=0, description="seed of the initial random rotation")] = 0
+    iterations: Annotated[
+        int, Field(ge=0, le=1_000_000, description="number of iterations that improve the rotation")
+    ] = 50
+    rotation_seed: Annotated[int, Field(ge=0, lt=1 << 64, description="seed of the initial random rotation")] = 0
 
 
 class ItqMethod(HashingMethod):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from hashengine._config import Config
+from hashengine._validation import MAX_BITS
 
 
 def _is_whole_bytes(bits: int) -> int:
@@ -20,13 +21,13 @@ def _is_whole_bytes(bits: int) -> int:
 # option on the command line.
 Bits = Annotated[
     int,
-    Field(gt=0, description="length of a code, a multiple of 8"),
+    Field(gt=0, le=MAX_BITS, description="length of a code, a multiple of 8"),
     AfterValidator(_is_whole_bytes),
 ]
 Attention = Annotated[Literal["none", "simam", "triplet"], Field(description="attention layer in every residual block")]
 ImageSize = Annotated[int, Field(ge=8, le=256)]
 Widths = Annotated[
-    tuple[Annotated[int, Field(gt=0)], ...],
+    tuple[Annotated[int, Field(gt=0, le=65_536)], ...],
     Field(min_length=1, description="channels of each stage of the network"),
 ]
 StemStride = Literal[1, 2]

@@ -51,7 +51,7 @@ class FitConfig(Config):
     bits: Bits = DEFAULT_BITS
     attention: Attention = DEFAULT_ATTENTION
     epochs: Annotated[
-        Annotated[int, Field(gt=0)] | None,
+        Annotated[int, Field(gt=0, le=1_000_000)] | None,
         Field(description="passes over the images; by default 200,000 / number of images, at least 3 and at most 20"),
     ] = None
     batch_size: Annotated[int, Field(ge=2, description="images per step")] = 64
@@ -72,13 +72,15 @@ class FitConfig(Config):
         ),
     ] = None
     shift: Annotated[
-        Annotated[int, Field(ge=0)] | None,
+        Annotated[int, Field(ge=0, le=65_536)] | None,
         Field(description="an image moves at random by up to this many pixels; by default an eighth of its size"),
     ] = None
     flip: Annotated[
         bool, Field(description="mirror half of the images at random: for photographs, not for digits or text")
     ] = False
-    seed: Annotated[int, Field(ge=0, description="seed of the weights, image order and augmentation")] = SEED
+    seed: Annotated[int, Field(ge=0, lt=1 << 64, description="seed of the weights, image order and augmentation")] = (
+        SEED
+    )
     device: Annotated[
         str, Field(description="where to train: auto, cpu, cuda or cuda:1; auto takes a GPU if there is one")
     ] = "auto"
@@ -195,11 +197,14 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
         InputError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise invalid(where, "config", "a readable file", f"{str(path)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise invalid(where, "config", "YAML", f"{str(path)!r}: {brief(error)}") from None
     if not isinstance(options, dict):
         raise invalid(where, "config", "lines of 'option: value'", f"{type(options).__name__} in {str(path)!r}")
+    for name in options:
+        if not isinstance(name, str):
+            raise invalid(where, "every option in config", "a name", f"{brief(repr(name))} in {str(path)!r}")
     return options

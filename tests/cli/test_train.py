@@ -49,6 +49,26 @@ def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
         ),
         (["fit", "--images", "good", "--config", "unknown.yaml"], "fit: 'bitz' must be an option of training"),
         (["fit"], "fit: images must be given"),
+        (
+            ["fit", "--images", "good", "--config", "number.yaml"],
+            "train fit: every option in config must be a name, got 1 in '.*number.yaml'",
+        ),
+        (["fit", "--images", "good", "--self", "1"], "fit: 'self' must be an option of training"),
+        (
+            ["sweep", "--images", "good", "--config", "grid.yaml", "--grid", "bits=8"],
+            "train sweep: grid must be lines of 'option: values', got list",
+        ),
+        *(
+            (["fit", "--images", "good", f"--{name}", f"{1 << 70}"], f"fit: {field} must be less than .*, got ")
+            for name, field in [
+                ("seed", "seed"),
+                ("epochs", "epochs"),
+                ("bits", "bits"),
+                ("shift", "shift"),
+                ("widths", "widths.0"),
+                ("image-size", "image_size"),
+            ]
+        ),
         (["fit", "--images", "good", "--alpha", "-1"], "fit: alpha must be greater than or equal to 0, got -1"),
         (
             ["fit", "--images", "good", "--method", "itq", "--alpha", "1"],
@@ -90,6 +110,8 @@ def test_bad_input_gives_one_line_with_the_error_and_exit_status_2(tmp_path, mon
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "unknown.yaml").write_text("bitz: 16\n")
+    (tmp_path / "number.yaml").write_text("1: 2\n")
+    (tmp_path / "grid.yaml").write_text("grid: [bits]\n")
     output = ("--output", "out.md" if arguments[0] == "report" else "out")
     result = invoke("train", *arguments, *output)
     (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
