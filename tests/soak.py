@@ -249,7 +249,7 @@ class Comparison:
         if labels == "classes":
             options["labels"] = tuple(self.given(self.rng.integers(-1, 4, side)) for side in rows)
         elif labels == "shared":
-            columns = self.pick((1, 5, 64, 70))
+            columns = self.pick((2, 5, 64, 70))
             options["labels"] = tuple(self.given(self.rng.random((side, columns)) < 0.1) for side in rows)
         self.compare("count", queries, **options)
 

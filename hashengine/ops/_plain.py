@@ -21,7 +21,7 @@ def needs_plain_torch() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()  # torch.jit.is_tracing() without its check for scripts
     )
 
 

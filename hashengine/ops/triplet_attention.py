@@ -61,7 +61,8 @@ def triplet_attention(
             fewer than two values in `training`.
     """
     op = _reference if needs_plain_torch() else _triplet_attention
-    return op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)[:3]
+    y, mean, var, *_ = op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
+    return y, mean, var
 
 
 def triplet_attention_inference(

@@ -27,7 +27,8 @@ def triplet_pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: `x` is not a floating-point feature map of four axes, or C, H or W is 0.
     """
-    return (_reference if needs_plain_torch() else _triplet_pool)(x)[:3]
+    pool_cw, pool_hc, pool_hw, *_ = (_reference if needs_plain_torch() else _triplet_pool)(x)
+    return pool_cw, pool_hc, pool_hw
 
 
 def _reference(x: Tensor) -> tuple[Tensor, ...]:
