@@ -77,17 +77,22 @@ def to_callers_type(like: Array, *results: Tensor) -> tuple[Any, ...]:
     return tuple(result.to(like.device) for result in results)
 
 
-def check_array(where: str, name: str, array: Any, dtypes: Collection[str], advice: str = "") -> None:
+def check_array(
+    where: str, name: str, array: Any, dtypes: Collection[str], advice: str = "", *, may_be_meta: bool = False
+) -> None:
     """Require a dense torch tensor or numpy array of one of `dtypes`."""
     *others, last = dtypes
     expected = f"{', '.join(others)} or {last}" if others else last
-    check_dense(where, name, array, f"a torch tensor or a numpy array of {expected}")
+    check_dense(where, name, array, f"a torch tensor or a numpy array of {expected}", may_be_meta=may_be_meta)
     if dtype_name(array) not in dtypes:
         raise invalid(where, name, expected, dtype_name(array), advice)
 
 
-def check_dense(where: str, name: str, array: Any, expected: str) -> None:
-    """Require a torch tensor or a numpy array, of any dtype, that has one value in memory for each entry."""
+def check_dense(where: str, name: str, array: Any, expected: str, *, may_be_meta: bool = False) -> None:
+    """Require a torch tensor or a numpy array, of any dtype, that has one value in memory for each entry.
+
+    With `may_be_meta`, a tensor on the device "meta", which has no values, is accepted: ops compute shapes with it.
+    """
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             advice = "fill it with .filled(value), or leave out the masked entries"
@@ -100,7 +105,7 @@ def check_dense(where: str, name: str, array: Any, expected: str) -> None:
         raise invalid(where, name, "a dense tensor", f"one of layout {layout}", "call .to_dense() first")
     elif array.is_quantized:
         raise invalid(where, name, "a tensor that is not quantized", dtype_name(array), "call .dequantize() first")
-    elif array.device.type == "meta":
+    elif array.device.type == "meta" and not may_be_meta:
         raise invalid(where, name, "a tensor with values", "one on the device 'meta'")
 
 
@@ -150,9 +155,13 @@ def check_bits(where: str, bits: Any) -> int:
     return number
 
 
-def check_code_array(where: str, name: str, codes: Any, bits: int | None = None) -> None:
-    """Require packed codes, uint8 [rows, bits / 8], torch or numpy. If `bits` is None, they may have any width."""
-    check_array(where, name, codes, ("uint8",), "pack activations with hashengine.ops.pack_bits first")
+def check_code_array(where: str, name: str, codes: Any, bits: int | None = None, *, may_be_meta: bool = False) -> None:
+    """Require packed codes, uint8 [rows, bits / 8], torch or numpy. If `bits` is None, they may have any width.
+
+    `may_be_meta` is as for `check_dense`.
+    """
+    advice = "pack activations with hashengine.ops.pack_bits first"
+    check_array(where, name, codes, ("uint8",), advice, may_be_meta=may_be_meta)
     shape = codes.shape
     if bits is not None and (len(shape) != 2 or shape[1] != bits // 8):
         raise invalid(where, name, f"[rows, {bits // 8}], for {bits} bits", list(shape))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hashengine._validation import MAX_BITS, check_codes, check_filter_shape, dtype_name
+from hashengine._validation import MAX_BITS, check_code_array, check_filter_shape, dtype_name
 from hashengine.errors import invalid
 
 # A reference computes the distances of a block of queries together. A block has at most this many distances, unless one
@@ -15,7 +15,7 @@ _BLOCK_DISTANCES = 1 << 24
 
 def check_search(where: str, queries: Tensor, codes: Tensor, filter: Tensor | None, num_threads: int) -> None:
     for name, rows in (("queries", queries), ("codes", codes)):
-        check_codes(where, name, rows)
+        check_code_array(where, name, rows, may_be_meta=True)
         if 8 * rows.shape[1] > MAX_BITS:
             raise invalid(where, name, f"of at most {MAX_BITS} bits", 8 * rows.shape[1])
     if queries.shape[1] != codes.shape[1]:
