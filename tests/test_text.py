@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from hashengine._text import printable, to_json
 
-NAME = os.fsdecode(b"caf\xe9")
+NAME = os.fsdecode(b"c\xe9")
 
 
 class Named(BaseModel):
@@ -18,7 +18,7 @@ class Named(BaseModel):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        (NAME, r"caf\xe9"),
+        (NAME, r"c\xe9"),
         ("a\tb\nc\rd", r"a\tb\nc\rd"),
         ("\x1b[31mred\x9b\x7f", r"\x1b[31mred\x9b\x7f"),
         ("a\u2028b\ud800", r"a\u2028b\ud800"),
@@ -34,7 +34,7 @@ def test_unprintable_characters_are_escaped_and_others_are_not(text, shown):
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_returns_a_name_that_is_no_utf8(value, indent):
     text = to_json(value, indent)
-    assert text.isascii() and os.fsencode(json.loads(text)["name"]) == b"caf\xe9"
+    assert text.isascii() and os.fsencode(json.loads(text)["name"]) == b"c\xe9"
 
 
 def test_json_of_other_names_is_that_of_pydantic():

@@ -119,7 +119,7 @@ def test_an_unreadable_image_is_counted_and_recorded(folder, tmp_path):
     assert "broken.jpg" in json.loads((tmp_path / "codes" / "encode.json").read_text())["errors"][0]["path"]
 
 
-NO_UTF8 = os.fsdecode(b"caf\xe9")  # a name whose bytes are no UTF-8
+NO_UTF8 = os.fsdecode(b"c\xe9")  # a name whose bytes are no UTF-8
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +154,12 @@ def test_names_that_are_no_utf8_keep_their_bytes_in_all_files(named):
 def test_names_that_are_no_utf8_are_shown_escaped(named, tmp_path):
     image = named / "images" / NO_UTF8 / f"{NO_UTF8}.png"
     rows = [line.split("\t") for line in succeed("search", named / "index", image, "-k", 1).stdout.splitlines()]
-    assert rows[1][2:] == [str(image).replace(NO_UTF8, r"caf\xe9"), r"caf\xe9"]
+    assert rows[1][2:] == [str(image).replace(NO_UTF8, r"c\xe9"), r"c\xe9"]
     succeed("evaluate", named / "index", named / "codes", "--output", named / "evaluation.json")
     page = named / "report.html"
     report = ("report", "--index", named / "index", "--results", named / "results.json", "--output", page)
-    assert r"caf\xe9/report.html" in succeed(*report, "--evaluation", named / "evaluation.json").stderr
-    assert "unreadable" not in page.read_text() and r"caf\xe9.png" in page.read_text()
+    assert r"c\xe9/report.html" in succeed(*report, "--evaluation", named / "evaluation.json").stderr
+    assert "unreadable" not in page.read_text() and r"c\xe9.png" in page.read_text()
 
 
 def test_a_printed_table_has_one_line_per_row_whatever_the_names_are(folder, tmp_path):

@@ -139,7 +139,7 @@ def test_prepare_prints_the_sizes_of_the_database_and_of_the_queries(tmp_path):
 
 
 def test_class_folders_whose_names_are_no_utf8_are_split_trained_and_evaluated(tmp_path):
-    name = os.fsdecode(b"caf\xe9")
+    name = os.fsdecode(b"c\xe9")
     source = write_noise(tmp_path / name, {name: 8, "b": 8})
     table = succeed("train", "prepare", source, "--output", tmp_path / "split", "--queries", 4).stdout
     assert len(table.splitlines()) == 3
@@ -150,7 +150,7 @@ def test_class_folders_whose_names_are_no_utf8_are_split_trained_and_evaluated(t
     succeed("train", "sweep", *images, *tiny, "--output", tmp_path / "runs" / name)
     assert succeed("train", "report", tmp_path / "runs" / name).stdout.startswith("seeds\t")
     fitted = succeed("train", "fit", *images[:2], *tiny, "--output", tmp_path / f"model {name}")
-    assert fitted.stdout.startswith(f"model\t{tmp_path}/model caf\\xe9\n")
+    assert fitted.stdout.startswith(f"model\t{tmp_path}/model c\\xe9\n")
     assert HashNet.from_pretrained(tmp_path / f"model {name}").config.classes == ("b", name)
 
 
