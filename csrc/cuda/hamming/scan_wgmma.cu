@@ -55,8 +55,8 @@ template <int kWords>
 constexpr int kQueryTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSliceWords;
 
 // Updates the columns of the queries whose maximum distance has changed. Codes at position `first` or later will be
-// compared with them. A thread loads the bounds of several queries at a time, because one load has a latency of about
-// the time in which a warpgroup compares its codes with 256 queries (estimated).
+// compared with these columns. A thread loads the bounds of several queries at a time, because one load has a latency
+// of about the time in which a warpgroup compares its codes with 256 queries (estimated).
 template <int kWords>
 __device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
                                                int64_t first_query, int queries, int query_tiles, int64_t first,

@@ -26,7 +26,7 @@ struct MapTiling {
   __host__ __device__ int rows() const { return groups * kRows; }
 
   // Tiles are about square. A block needs shared memory for the weights and for `planes` arrays. Each array has the
-  // size of a tile with its border: kernel_size - 1 more rows and columns. Together they must fit into kMaxSharedBytes.
+  // size of a tile with its border: kernel_size - 1 more rows and columns. All this must fit into kMaxSharedBytes.
   static MapTiling make(int64_t map_rows, int64_t map_columns, int kernel_size, int planes, int value_bytes) {
     constexpr int64_t kWantedColumns = 32, kMaxGroups = 16, kMaxSharedBytes = 96 << 10;
     MapTiling tiling{};
