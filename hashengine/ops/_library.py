@@ -19,7 +19,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     no_gradient: str = "it has no derivative (double backward is not supported)",
 ) -> Callable[..., Any]:
-    """Define `hashengine::<op>` and return the callable op.
+    """Define `hashengine::<op>` and return its overload `default`, whose call costs less than that of the op.
 
     Args:
         schema: the schema with the op's name, such as `simam(Tensor x, float lam) -> Tensor`.
@@ -40,7 +40,7 @@ def define_op(
     if "!" not in signature:
         formula = backward or _refuse_gradient(name, no_gradient)
         torch.library.register_autograd(qualified_name, formula, setup_context=setup_context or _save_nothing)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

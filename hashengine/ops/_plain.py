@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# These functions are looked up once, because `needs_plain_torch` runs before each op: on a map of 1 x 16 x 7 x 7, an op
+# takes 5 microseconds.
+_is_compiling = torch.compiler.is_compiling
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing  # torch.jit.is_tracing without its check for scripts
+
 
 def needs_plain_torch() -> bool:
     """Whether a transform of `torch.func`, a level of forward-mode differentiation or a trace is active."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()  # torch.jit.is_tracing() without its check for scripts
-    )
+    return _innermost_transform() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 
 def in_dtype_and_layout_of(x: Tensor, value: Tensor) -> Tensor:
