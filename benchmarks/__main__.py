@@ -19,9 +19,10 @@ from benchmarks.networks.throughput import Attention, Mode
 from benchmarks.search import cpu as cpu_search
 from benchmarks.search import gpu_suite
 from benchmarks.search import mapped as mapped_search
+from benchmarks.search import single_query as single_query_search
 from benchmarks.search.cases import Task, make_cases
 from benchmarks.search.data import Data, can_make
-from hashengine._validation import check_device
+from hashengine._validation import check_bits, check_device
 from hashengine.cli import command_line
 from hashengine.errors import invalid
 
@@ -159,6 +160,33 @@ def mapped(
         threads=threads,
         rounds=rounds,
         folder=folder,
+        output=output,
+    )
+
+
+@app.command()
+def single_query(
+    codes: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Codes in the database; may be repeated; default: eight numbers from 1,000 to 1M."),
+    ] = None,
+    bits: Annotated[int, typer.Option(min=8, help="Bits per code.")] = 64,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours.")] = 10,
+    busy: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Other busy processes during a measurement; may be repeated; default: 0 and 2."),
+    ] = None,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """Measure searches of few codes for one query, with the parts of their overhead, against FAISS."""
+    check_bits("single-query", bits)
+    single_query_search.run(
+        codes=codes or single_query_search.CODES,
+        bits=bits,
+        k=k,
+        busy=[0, 2] if busy is None else busy,
+        threads=threads,
         output=output,
     )
 

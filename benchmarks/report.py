@@ -34,6 +34,7 @@ class Section:
 
 SECTIONS = {
     "search-cpu": Section(search.cpu_files, search.read, search.cpu_tables),
+    "search-single-query": Section(search.single_query_files, search.read, search.single_query_tables),
     "search-gpu": Section(search.gpu_files, search.read, search.gpu_tables, search.plot_gpu),
     "search-mapped": Section(search.mapped_files, search.read, search.mapped_tables),
     "kernels": Section(kernels.files, kernels.read, kernels.tables, kernels.plot),

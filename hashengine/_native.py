@@ -22,8 +22,8 @@ _RECORD = Path(__file__).with_name("_build.json")
 
 def load() -> None:
     """Load the module. If that fails, warn once, or raise ImportError if HASHENGINE_REQUIRE_NATIVE is set."""
-    module, reason = _load()
-    if module is not None:
+    native, reason = _load()
+    if native is not None:
         return
     message = f"hashengine's native module is not used: {reason}; to build it: {rebuild_command()}"
     if os.environ.get("HASHENGINE_REQUIRE_NATIVE", "0") not in ("", "0"):
@@ -31,9 +31,14 @@ def load() -> None:
     warnings.warn(f"{message} (until then the slower plain-torch references run)", RuntimeWarning, stacklevel=3)
 
 
+def module() -> Any | None:
+    """The native module, or None if it is not in use."""
+    return _load()[0]
+
+
 def available() -> bool:
     """Whether the native kernels are in use."""
-    return _load()[0] is not None
+    return module() is not None
 
 
 def why_not() -> str | None:
@@ -47,8 +52,8 @@ def build_config() -> dict[str, Any]:
     The keys are version (of hashengine), build ("none", "cpu" or "cuda"), reason, decision (the line that the build
     printed), python, torch, torch_cuda, compiler, nvcc and arch_list. A loaded module adds its own entries.
     """
-    module, _ = _load()
-    return _record() | (module.build_config() if module is not None else {})
+    native = module()
+    return _record() | (native.build_config() if native is not None else {})
 
 
 @functools.cache

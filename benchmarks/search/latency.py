@@ -56,7 +56,7 @@ def measure_latency(case: Case, database: Database, clock: Clock) -> Row:
     return {
         "task": "latency", "codes": case.codes, "queries": case.queries, "bits": case.bits, "k": case.k,
         "data": case.data.value, "verified_by": database.oracle.name, "verified_queries": case.queries,
-        "latency": _quantiles(bursts),
+        "latency": quantiles(bursts),
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _verify(case: Case, answer: tuple[Any, Any], expected: tuple[Any, Any]) -> N
             raise WrongAnswer(f"{case}: the answers must equal the oracle's before their latency is measured")
 
 
-def _quantiles(bursts: dict[str, Callable[[int], list[float]]]) -> dict[str, dict[str, float]]:
+def quantiles(bursts: dict[str, Callable[[int], list[float]]]) -> dict[str, dict[str, float]]:
     """Quantiles of each system's seconds per call. The systems take turns; slow systems make fewer calls per round."""
     calls, seconds = {}, {name: [] for name in bursts}
     for name, burst in bursts.items():

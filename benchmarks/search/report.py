@@ -15,15 +15,19 @@ from benchmarks.search.row_names import (
     FAISS,
     GRAPH,
     HOST_TO_HOST,
+    NATIVE,
+    NATIVE_ONE_CODE,
     ONE_QUERY,
+    OP,
     OURS,
     PRODUCT,
+    TENSOR,
     WHOLE_MAP,
     XOR,
 )
 from benchmarks.tables import Columns, markdown_lines, markdown_table
 
-_KEY = ("task", "codes", "queries", "bits", "k", "data", "share", "cache")
+_KEY = ("task", "codes", "queries", "bits", "k", "data", "share", "cache", "busy")
 _CPU_PEERS = ("usearch", "numkong")
 _GPU_PEERS = (FAISS, FAISS + HOST_TO_HOST, PRODUCT, XOR)
 _LINE_STYLES = {OURS: "o-", FAISS: "s-", PRODUCT: "^-", XOR: "v-"}
@@ -42,6 +46,11 @@ def gpu_files(folder: Path) -> list[Path]:
 def mapped_files(folder: Path) -> list[Path]:
     """The result files of `mapped`."""
     return sorted(folder.glob("mapped-*.jsonl"))
+
+
+def single_query_files(folder: Path) -> list[Path]:
+    """The result files of `single-query`."""
+    return sorted(folder.glob("single-query-*.jsonl"))
 
 
 def read(file: Path) -> list[Row]:
@@ -185,6 +194,37 @@ def _page_cache(row: Row) -> str:
 
 def _mapped_rate(row: Row, name: str) -> str:
     return f"{statistics.median(row['codes'] * row['bits'] / 8e9 / taken for taken in row['seconds'][name]):.2f}"
+
+
+def single_query_tables(rows: list[Row]) -> str:
+    """The table of one machine: the time of a search for one query, and its parts."""
+    columns: Columns = {
+        "codes": lambda row: f"{row['codes']:,}",
+        "busy processes": lambda row: str(row["busy"]),
+        "search": lambda row: _microseconds(row, OURS),
+        "of it: checks": lambda row: f"{1e6 * (_median(row, OURS) - _median(row, NATIVE)):,.1f}",
+        "of it: call and results": lambda row: _microseconds(row, NATIVE_ONE_CODE),
+        "of it: kernel": lambda row: f"{1e6 * (_median(row, NATIVE) - _median(row, NATIVE_ONE_CODE)):,.1f}",
+        "search, tensors": lambda row: _microseconds(row, TENSOR),
+        "op": lambda row: _microseconds(row, OP),
+        "FAISS": lambda row: _microseconds(row, FAISS),
+        "99th percentile, search / FAISS": lambda row: " / ".join(
+            f"{1e6 * row['latency'][name]['p99']:,.0f}" for name in (OURS, FAISS)
+        ),
+    }
+    row = rows[-1]
+    machine = f"{row['threads']} threads of {row['cpu']}, SIMD {row['simd_level']}, commit {row['commit']}"
+    what = f"{row['bits']} bits, k = {row['k']}. Microseconds, medians"
+    return f"{machine}; {what}:\n\n{markdown_table(columns, rows)}"
+
+
+def _median(row: Row, name: str) -> float:
+    seconds: float = row["latency"][name]["p50"]
+    return seconds
+
+
+def _microseconds(row: Row, name: str) -> str:
+    return f"{1e6 * _median(row, name):,.1f}"
 
 
 def gpu_tables(rows: list[Row]) -> str:

@@ -5,6 +5,12 @@ GRAPH = "hashengine graph"  # the search of OURS, replayed as a CUDA graph
 ONE_QUERY = "hashengine one query"  # a search of only the first query of the batch
 WHOLE_MAP = "hashengine mAP"  # mean average precision; in rows with it, OURS computes only the counts by distance
 
+ONE_THREAD = "hashengine one thread"
+TENSOR = "hashengine tensor"  # the query is a tensor, not an array
+OP = "hashengine op"  # the op instead of the index
+NATIVE = "hashengine native"  # the native module, called without the index's checks
+NATIVE_ONE_CODE = "hashengine native one code"  # the same with a database of one code: the call without its kernel
+
 FAISS = "faiss"
 PRODUCT = "torch product"  # matrix products in plain torch
 XOR = "torch xor"  # XOR and bit counts in plain torch

@@ -1,5 +1,6 @@
 // The Python module hashengine._C. Importing it registers the kernels with torch's dispatcher. The module's functions
-// only report how it was built, which SIMD levels this CPU supports, and which of these levels is in use.
+// report how it was built, which SIMD levels this CPU supports, and which of these levels is in use; and hamming_topk
+// searches numpy arrays.
 
 #include <omp.h>
 #include <pybind11/pybind11.h>
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/hamming_numpy.h"
 #include "hashengine/simd_level.h"
 
 namespace {
@@ -37,4 +39,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "simd_level", [] { return hashengine::simd_level_name(hashengine::chosen_simd_level()); },
       "The SIMD level in use: the level that HASHENGINE_SIMD_LEVEL names, otherwise the highest. Raises ValueError if "
       "the named level is unknown or this CPU lacks it.");
+  hashengine::binding::define_numpy_search(module);
 }

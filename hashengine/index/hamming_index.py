@@ -60,7 +60,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _RESULT_BYTES = 12  # an int32 distance and an int64 id
-_OWN_ATTRIBUTES = {"bits", "_devices", "_streamed", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot"}
+_OWN_ATTRIBUTES = {
+    "bits", "_devices", "_streamed", "_is_on_host", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot",
+}  # fmt: skip
 
 
 class HammingIndex:
@@ -107,6 +109,7 @@ class HammingIndex:
         self.bits = bits
         self._devices = devices
         self._streamed = streamed
+        self._is_on_host = devices == (CPU,) and not streamed
         self._last_saved: folder.SavePoint | None = None
         self._writer = threading.Lock()  # held by add, remove, update, compact, save and to
         self._rows_lock = ReadersWriterLock()  # a search is a reader; an update, which overwrites rows, is a writer
@@ -172,6 +175,10 @@ class HammingIndex:
         Raises:
             InputError: a wrong dtype or shape, an empty index, or k out of range.
         """
+        if filter is None and progress is None:
+            answer = self._search_in_one_call(queries, k, num_threads)
+            if answer is not None:
+                return answer
         query_codes = check_codes("search", "queries", queries, self.bits)
         with self._reading() as snapshot:
             if snapshot.count == 0:
@@ -589,10 +596,27 @@ class HammingIndex:
     def _explain_out_of_memory(self, where: str, needed: int) -> AbstractContextManager[None]:
         return explain_out_of_memory(where, self._devices, needed, self._streamed)
 
+    def _search_in_one_call(self, queries: Any, k: Any, num_threads: Any) -> tuple[Any, Any] | None:
+        """The answer to a small search of codes in host memory, by `execution.topk_in_one_call`.
+
+        It is None for other searches and for wrong arguments.
+        """
+        array, threads = queries, check_threads("search", num_threads)
+        if type(queries) is Tensor and queries.dtype == torch.uint8 and queries.is_cpu:
+            array = queries.numpy() if queries.layout == torch.strided else None
+        if not self._is_on_host or type(array) is not np.ndarray or type(k) is not int:
+            return None
+        with self._rows_lock:
+            answer = execution.topk_in_one_call(self._snapshot, array, k, threads)
+        if answer is None or array is queries:
+            return answer
+        distances, ids = answer
+        return torch.from_numpy(distances), torch.from_numpy(ids)
+
     @contextmanager
     def _reading(self) -> Iterator[Snapshot]:
         """Yield the current snapshot. No update overwrites its codes until the block ends."""
-        with self._rows_lock.reading():
+        with self._rows_lock:
             yield self._snapshot
 
     def _check_options(

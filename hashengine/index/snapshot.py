@@ -98,6 +98,12 @@ class Snapshot:
         """`live` on the first device; `HammingIndex` computes it before it publishes the snapshot."""
         return None if self.live is None else to_device(torch.from_numpy(self.live), self.codes.first_device)
 
+    @cached_property
+    def host_codes(self) -> np.ndarray | None:
+        """The codes of all rows, uint8 [rows, bits / 8], as a view; None if they are not in one part in host memory."""
+        first, *others = self.codes.parts
+        return None if others or first.device.type != "cpu" else first.numpy()
+
     # Changes: each method returns a new snapshot or values for one.
 
     def allocate_ids(self, count: int, ids: Tensor | None) -> tuple[Tensor | None, int | None]:

@@ -83,4 +83,6 @@ def _unpack_fake(codes: Tensor) -> Tensor:
 
 
 _pack_bits = define_op("pack_bits(Tensor u) -> Tensor", reference=_pack_reference, fake=_pack_fake)
-_unpack_bits = define_op("unpack_bits(Tensor codes) -> Tensor", reference=_unpack_reference, fake=_unpack_fake)
+_unpack_bits = define_op(
+    "unpack_bits(Tensor codes) -> Tensor", reference=_unpack_reference, fake=_unpack_fake, no_gradient=None
+)

@@ -45,7 +45,11 @@ def use_small_blocks(
     transfer_rows: int = 5,
     bytes_per_code: int = BITS // 8,
 ) -> None:
-    """Make shard blocks, transfers and streamed chunks so small that a few dozen codes fill several of each."""
+    """Make shard blocks, transfers and streamed chunks so small that a few dozen codes fill several of each.
+
+    No search is small enough for `execution.topk_in_one_call`, which uses none of them.
+    """
+    patch.setattr(execution, "MAX_PAIRS_IN_ONE_CALL", 0)
     patch.setattr(code_memory, "SHARD_BLOCK_ROWS", shard_block_rows)
     patch.setattr(code_memory, "TRANSFER_BYTES", transfer_rows * bytes_per_code)
     patch.setattr(execution, "STREAM_CHUNK_BYTES", chunk_rows * bytes_per_code)

@@ -155,6 +155,7 @@ def test_a_full_gpu_leaves_the_index_as_it_was(monkeypatch, tmp_path, placement,
     for method, call in calls.items():
         with monkeypatch.context() as patch:
             if method in ops:
+                patch.setattr(execution, "MAX_PAIRS_IN_ONE_CALL", 0)
                 patch.setattr(execution, ops[method], out_of_memory)
             elif method == "update":
                 patch.setattr(code_memory, "to_device", out_of_memory)

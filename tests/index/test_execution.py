@@ -25,6 +25,7 @@ def index() -> HammingIndex:
 
 @pytest.fixture
 def seven_queries_per_block(monkeypatch) -> None:
+    monkeypatch.setattr(execution, "MAX_PAIRS_IN_ONE_CALL", 0)
     monkeypatch.setattr(execution, "CPU_PAIRS_PER_BLOCK", 1)
     monkeypatch.setattr(execution, "QUERIES_PER_KERNEL_BLOCK", 7)
 
@@ -52,6 +53,7 @@ def searches(index: HammingIndex, queries: np.ndarray, **options) -> list[np.nda
 def test_blocks_of_queries_change_no_answer(index, monkeypatch, count):
     queries = index.codes[:count].numpy()
     whole = searches(index, queries)
+    monkeypatch.setattr(execution, "MAX_PAIRS_IN_ONE_CALL", 0)
     monkeypatch.setattr(execution, "CPU_PAIRS_PER_BLOCK", 1)
     monkeypatch.setattr(execution, "QUERIES_PER_KERNEL_BLOCK", 7)
     for mine, other in zip(searches(index, queries), whole, strict=True):

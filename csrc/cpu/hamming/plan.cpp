@@ -18,21 +18,26 @@ constexpr int64_t kItemsPerThread = 2;            // so that a slow core does no
 constexpr int64_t kMinParallelBytes = 1 << 20;          // comparing fewer costs less than waking threads
 constexpr int64_t kLongSearchBytes = int64_t(1) << 30;  // comparing this many is estimated to take milliseconds
 constexpr int64_t kMinHugePageBytes = 192 << 10;        // 48 small pages; a first-level TLB has about 64 entries
+constexpr int64_t kMinMappedBytes = 64 << 10;  // fewer come from the heap, whose pages earlier calls have touched
 constexpr int64_t kAlignment = 64;
+
+uint8_t* aligned(void* memory, uintptr_t alignment) {
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + alignment - 1) / alignment * alignment);
+}
 
 }  // namespace
 
 const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
 #ifdef HE_X86
-  if (level == SimdLevel::kAvx512) return kHammingAvx512;
+  // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word
+  // (except codes of 4 bytes) are an exception: reading that word costs the popcount kernel more than preparing tiles.
+  const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
+  const bool has_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
+  const bool is_small_batch = search.query_count <= few_queries && has_whole_words;
+  if (level == SimdLevel::kAvx512) return is_small_batch ? kHammingPopcnt : kHammingAvx512;
   if (level == SimdLevel::kAvx2) {
     if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
-    // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word
-    // (except codes of 4 bytes) are an exception: reading that word costs the popcount kernel more than preparing
-    // tiles.
-    const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
-    const bool has_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
-    return search.query_count <= few_queries && has_whole_words ? kHammingPopcnt : kHammingAvx2;
+    return is_small_batch ? kHammingPopcnt : kHammingAvx2;
   }
 #elif defined(HE_ARM)
   // The NEON kernel reads codes of the usual lengths without preparing them, so it also serves few queries.
@@ -65,7 +70,7 @@ HammingPlan::HammingPlan(const HammingKernel& chosen_kernel, const HammingSearch
     const int64_t query_bytes = std::max<int64_t>(kernel->query_bytes(search.code_bytes), 1);
     const int64_t most = std::min(kThreadScratchBytes / bytes_per_query, kPreparedQueryBytes / query_bytes);
     query_block = std::clamp(ceil_div(search.query_count, kItemsPerThread * threads), kMinQueryBlock, kMaxQueryBlock);
-    query_block = std::clamp<int64_t>(most, 1, round_up(query_block, 2));
+    query_block = std::clamp<int64_t>(std::min(most, search.query_count), 1, round_up(query_block, 2));
   }
   query_blocks = ceil_div(search.query_count, query_block);
   // Use the fewest chunks that give every thread kItemsPerThread items and keep the threads busy for nine tenths of the
@@ -85,8 +90,14 @@ PageBuffer::~PageBuffer() {
 
 uint8_t* PageBuffer::reserve(int64_t bytes, bool is_long_search) {
   if (bytes <= bytes_) return data_;
-  if (mapped_) munmap(mapped_, mapped_bytes_);
   bytes_ = 0;
+  if (bytes < kMinMappedBytes && mapped_ == nullptr) {
+    heap_.reset(new uint8_t[size_t(bytes + kAlignment)]);
+    data_ = aligned(heap_.get(), kAlignment);
+    bytes_ = bytes;
+    return data_;
+  }
+  if (mapped_) munmap(mapped_, mapped_bytes_);
   const bool is_huge = is_long_search && bytes >= kMinHugePageBytes;
   const auto alignment = size_t(is_huge ? kHugePageBytes : kAlignment);
   mapped_bytes_ = size_t(round_up(bytes, int64_t(alignment))) + alignment;
@@ -95,7 +106,7 @@ uint8_t* PageBuffer::reserve(int64_t bytes, bool is_long_search) {
     mapped_ = nullptr;
     throw std::bad_alloc();
   }
-  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapped_) + alignment - 1) / alignment * alignment);
+  data_ = aligned(mapped_, alignment);
   bytes_ = bytes;
   if (is_huge) use_huge_pages(data_, int64_t(mapped_bytes_ - alignment));
   return data_;

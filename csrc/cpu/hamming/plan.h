@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 
 #include "cpu/hamming/tiles.h"
 #include "hashengine/types.h"
@@ -38,8 +39,9 @@ struct HammingPlan {
   int64_t items() const { return query_blocks * chunks; }
 };
 
-// A growing buffer of whole pages. Large buffers of long searches use huge pages, because each small page costs a page
-// fault, and because a scan is slower if the first-level TLB cannot hold all its pages.
+// A growing buffer. A small one is on the heap, because mapping and faulting in new pages would take longer than a
+// short search. A larger one consists of whole pages. Large buffers of long searches use huge pages, because each small
+// page costs a page fault, and because a scan is slower if the first-level TLB cannot hold all its pages.
 class PageBuffer {
  public:
   PageBuffer() = default;
@@ -53,6 +55,7 @@ class PageBuffer {
  private:
   uint8_t* data_ = nullptr;
   int64_t bytes_ = 0;
+  std::unique_ptr<uint8_t[]> heap_;
   void* mapped_ = nullptr;
   size_t mapped_bytes_ = 0;
 };
