@@ -17,8 +17,8 @@ KINDS = ["random", "clustered", "duplicate"]
 # kernel sums a distance in one byte.
 WIDTHS = [8, 24, 64, 72, 128, 248, 256, 264, 512, 1000, 1024, 4096]
 # (bits, codes, queries). Some code lengths have a partial 64-bit word. One case has a single code; others have more
-# codes than a tile or than a word of a bitmap holds.
-FILTERED_SIZES = [(8, 1, 1), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2)]
+# codes than a tile or than a word of a bitmap holds. The last one compares enough bytes for several threads.
+FILTERED_SIZES = [(8, 1, 1), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2), (1000, 1300, 30)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +68,7 @@ def test_results_for_codes_sorted_by_distance_equal_the_definition(
 
 def test_chunks_of_a_long_database_are_merged_in_order(level_library: LevelLibrary) -> None:
     rng = np.random.default_rng(5)
-    codes, queries = make_codes("clustered", 300_001, 16, rng), make_codes("random", 2, 16, rng)
+    codes, queries = make_codes("clustered", 300_001, 16, rng), make_codes("random", 7, 16, rng)
     for k in (1, 100, 20_000):
         for threads in (1, 2, 5):
             assert_same(level_library.topk("scalar", threads, queries, codes, k), nearest(queries, codes, k))
@@ -95,10 +95,12 @@ def test_a_misleading_sample_does_not_change_the_answer(
 ) -> None:
     """The nearest codes are at random places, at the end (not sampled), or at the start (sampled)."""
     rng = np.random.default_rng(4)
-    codes, queries = make_codes("random", 200_000, 64, rng), make_codes("random", 2, 64, rng)
+    codes, queries = make_codes("random", 200_000, 64, rng), make_codes("random", 3, 64, rng)
     if order != "random":
         best = slice(-3000, None) if order == "best last" else slice(300)
         codes[best] = queries[0] ^ (rng.random(codes[best].shape) < 0.02).astype(np.uint8)
     filter = None if own is None else make_filter(rng, len(codes), len(queries), 0.5, own)
     for k in (600, 2500, 40_000):  # with a sampled bound, without one, and a ranking of all codes
-        assert_same(level_library.topk(level, 1, queries, codes, k, filter), nearest(queries, codes, k, filter))
+        for threads in (1, 3):
+            got = level_library.topk(level, threads, queries, codes, k, filter)
+            assert_same(got, nearest(queries, codes, k, filter))

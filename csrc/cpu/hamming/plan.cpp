@@ -15,7 +15,9 @@ constexpr int64_t kPreparedQueryBytes = 1 << 17;  // per block; read from the se
 constexpr int64_t kMinBitslicedCodes = 4096;      // fewer codes do not repay the tables of a block
 constexpr int64_t kItemsPerThread = 2;            // so that a slow core does not delay the others
 // The next two are numbers of compared bytes: the number of queries times the bytes of all codes.
-constexpr int64_t kMinParallelBytes = 1 << 20;          // comparing fewer costs less than waking threads
+// Comparing fewer takes one thread 0.15 ms. More threads would save at most that, and a search would wait for
+// milliseconds if other processes keep the cores busy.
+constexpr int64_t kMinParallelBytes = 1 << 22;
 constexpr int64_t kLongSearchBytes = int64_t(1) << 30;  // comparing this many is estimated to take milliseconds
 constexpr int64_t kMinHugePageBytes = 192 << 10;        // 48 small pages; a first-level TLB has about 64 entries
 constexpr int64_t kMinMappedBytes = 64 << 10;  // fewer come from the heap, whose pages earlier calls have touched
