@@ -159,6 +159,35 @@ def test_the_library_raises_only_these_exceptions_by_name() -> None:
     assert raised == OTHER_EXCEPTIONS
 
 
+# Functions of torch that make a tensor on the default device; those in the second set make it of the default dtype.
+_OF_GIVEN_DTYPE = {
+    "arange",
+    "as_tensor",
+    "asarray",
+    "full",
+    "randint",
+    "randperm",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+}
+_OF_DEFAULT_DTYPE = {"empty", "empty_strided", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
+
+
+def test_every_new_tensor_has_a_device_and_a_dtype() -> None:
+    """A program may set other defaults with torch.set_default_device and torch.set_default_dtype."""
+    for file in MODULES:
+        if file == PACKAGE / "nn" / "fuse.py":
+            continue  # it makes its tensors where the default device is the CPU
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or not re.fullmatch(r"torch\.\w+", ast.unparse(node.func)):
+                continue
+            name, place = ast.unparse(node.func).removeprefix("torch."), f"{file}:{node.lineno}"
+            given = {keyword.arg for keyword in node.keywords}
+            assert name not in _OF_GIVEN_DTYPE | _OF_DEFAULT_DTYPE or "device" in given, place
+            assert name not in _OF_DEFAULT_DTYPE or "dtype" in given, place
+
+
 def literal_text(node: ast.expr) -> str:
     """The text of a string in the source; every value that an f-string inserts becomes "*"."""
     if isinstance(node, ast.Constant):
