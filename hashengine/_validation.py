@@ -30,7 +30,6 @@ Labels: TypeAlias = "tuple[Array, Array]"
 MAX_BITS = 65_536
 MOST_THREADS = 4096  # torch takes any number that fits into 31 bits, and then fails to start the threads
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-_LARGEST_INTEGER = (1 << 63) - 1  # of int64, the type of the ops' integers
 FLOATING = ("float64", "float32", "float16", "bfloat16")  # dtypes of activations and vectors
 OLDEST_CAPABILITY = (8, 0)  # the compute capability that the CUDA kernels require
 
@@ -128,12 +127,10 @@ def as_integer(value: Any) -> int | None:
 def check_integer(where: str, name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> int:
     """Require an integer from `low` to `high`, inclusive. `meaning` explains `high`, such as "the number of codes"."""
     number = as_integer(value)
-    if number is None or number < low or number > (_LARGEST_INTEGER if high is None else high):
+    if number is None or number < low or (high is not None and number > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}" + (f" ({meaning})" if meaning else "")
         if number is None:
             expected = f"an integer {'of' if high is None else 'from'} {expected}"
-        elif number > _LARGEST_INTEGER:
-            expected = f"{low} to {_LARGEST_INTEGER if high is None else high}"
         raise invalid(where, name, expected, repr(value))
     return number
 

@@ -165,7 +165,7 @@ class HammingIndex:
                 or its bitmap, uint8 [ceil(N / 8)], with the first code in the least significant bit (`numpy.packbits`
                 with bitorder="little"). Either form may have one row per query: [Q, N] or [Q, ceil(N / 8)]. Default:
                 all codes.
-            num_threads: the largest number of torch's threads to use, at least 1. Default: all.
+            num_threads: the largest number of torch's threads to use, 1 to 4096. Default: all.
             progress: called with (number of queries done, number of queries) from time to time.
 
         Returns:
@@ -220,6 +220,8 @@ class HammingIndex:
         if max_results is not None:
             max_results = check_integer("range_search", "max_results", max_results, 1)
         with self._reading() as snapshot:
+            if max_results is not None:
+                max_results = min(max_results, max(snapshot.count, 1))  # the op takes no more than 63 bits
             code_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
             with self._explain_out_of_memory("range_search", 8 * len(query_codes)):
                 bitmap = snapshot.row_filter(code_filter)

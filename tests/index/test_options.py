@@ -38,10 +38,6 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: filled().search(CODES, 1, num_threads=2.0),
         f"search: {THREADS} an integer from 1 to 4096, got 2.0",
     ),
-    "max_results beyond int64": (
-        lambda: filled().range_search(CODES, 1, max_results=1 << 63),
-        "range_search: max_results must be 1 to 9223372036854775807, got 9223372036854775808",
-    ),
     "numpy's mmap_mode": (lambda: HammingIndex.load("index", mmap="r"), "load: mmap must be True or False, got 'r'"),
     "numpy's mmap_mode for codes": (
         lambda: read_codes("codes.npy", bit_order="msb_first", mmap="c"),
@@ -68,3 +64,10 @@ def test_a_wrong_option_is_refused_in_one_line(case: str) -> None:
 def test_as_many_threads_as_allowed_give_the_same_answer() -> None:
     for results in zip(filled().search(CODES, 3, num_threads=4096), filled().search(CODES, 3), strict=True):
         np.testing.assert_array_equal(*results)
+
+
+def test_more_results_than_any_index_can_hold_may_be_asked_for() -> None:
+    index = filled()
+    for results in zip(index.range_search(CODES, 9, max_results=1 << 70), index.range_search(CODES, 9), strict=True):
+        np.testing.assert_array_equal(*results)
+    assert HammingIndex(16).range_search(CODES, 9, max_results=1 << 70)[0].tolist() == [0] * 11
