@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from typing_extensions import Self
 
+from hashengine._validation import as_integer
 from hashengine.errors import input_error
+
+
+def _check_integer(value: Any) -> int:
+    number = as_integer(value)
+    if number is None:
+        raise ValueError("must be a valid integer")
+    return number
+
+
+def _check_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a valid number")
+    return value
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 1 << 64:  # pydantic's message would round the bound
+        raise ValueError(f"must be 0 to {(1 << 64) - 1}")
+    return seed
+
+
+# The types of numeric options. Pydantic alone would take True and 8.0 for integers, and True for a number. A number may
+# also be a string, because YAML reads 4e-3 as one.
+Integer = Annotated[int, BeforeValidator(_check_integer)]
+Seed = Annotated[Integer, AfterValidator(_check_seed)]
+Number = Annotated[float, BeforeValidator(_check_number)]
 
 
 class Config(BaseModel):

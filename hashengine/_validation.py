@@ -28,6 +28,7 @@ DeviceName: TypeAlias = "str | torch.device"
 Labels: TypeAlias = "tuple[Array, Array]"
 
 MAX_BITS = 65_536
+MOST_THREADS = 4096  # torch takes any number that fits into 31 bits, and then fails to start the threads
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 FLOATING = ("float64", "float32", "float16", "bfloat16")  # dtypes of activations and vectors
 OLDEST_CAPABILITY = (8, 0)  # the compute capability that the CUDA kernels require
@@ -109,9 +110,13 @@ def check_dense(where: str, name: str, array: Any, expected: str, *, may_be_meta
         raise invalid(where, name, "a tensor with values", "one on the device 'meta'")
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_)) or (is_tensor(value) and dtype_name(value) == "bool")
+
+
 def as_integer(value: Any) -> int | None:
     """`value` as an int if it is an integer of Python, numpy or torch; None for everything else, such as a bool."""
-    if isinstance(value, (bool, np.bool_)) or (is_tensor(value) and dtype_name(value) == "bool"):
+    if _is_bool(value):
         return None
     try:
         return operator.index(value)
@@ -130,16 +135,28 @@ def check_integer(where: str, name: str, value: Any, low: int, high: int | None 
     return number
 
 
-def check_number(where: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Require a real number that is greater than `above`, or at least `least`; NaN is neither."""
+def number_form(above: float | None, least: float | None) -> str:
+    """The words for a finite number that is greater than `above`, or at least `least`; the other one is None."""
+    return f"a finite number above {above}" if least is None else f"a finite number of {least} or more"
+
+
+def check_number(where: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
+    """Require a finite number that is greater than `above`, or at least `least`; one of these bounds is given."""
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        number = math.nan if isinstance(value, (str, bytes)) or _is_bool(value) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several values
         number = math.nan
-    if above is not None and not number > above:
-        raise invalid(where, name, f"above {above}", repr(value))
-    if least is not None and not number >= least:
-        raise invalid(where, name, f"{least} or more", repr(value))
+    is_in_range = number >= least if least is not None else above is not None and number > above
+    if not (is_in_range and number < math.inf):
+        raise invalid(where, name, number_form(above, least), repr(value))
+    return number
+
+
+def check_flag(where: str, name: str, value: Any) -> bool:
+    """Require a truth value, because a string such as "no" or "r" would count as true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise invalid(where, name, "True or False", repr(value))
+    return bool(value)
 
 
 def nan_error(where: str, name: str) -> InputError:
@@ -252,7 +269,10 @@ def _check_label_side(where: str, name: str, labels: Any, rows: int) -> Tensor:
     if tensor.dim() == 1:
         if dtype_name(tensor) not in _INTEGERS:
             raise invalid(where, name, f"integers for the shape [{rows}]", dtype_name(tensor))
-        return tensor.long()
+        integers = tensor.long()
+        if tensor.dtype == torch.uint64 and bool((integers < 0).any()):
+            raise invalid(where, name, "integers below 2^63", "a greater one")
+        return integers
     if tensor.dtype == torch.bool:
         return tensor
     ones = tensor == 1
@@ -272,7 +292,7 @@ def check_path(where: str, name: str, path: Any) -> Path:
 
 def check_threads(where: str, num_threads: int | None) -> int:
     """The number of threads in the form that the ops take. None becomes 0, which means all of torch's threads."""
-    return 0 if num_threads is None else check_integer(where, "num_threads", num_threads, 1)
+    return 0 if num_threads is None else check_integer(where, "num_threads", num_threads, 1, MOST_THREADS)
 
 
 def check_device(where: str, name: DeviceName, *, auto: bool = False, capability: bool = False) -> torch.device:

@@ -115,7 +115,7 @@ def _native_module() -> Check:
 
 def _wrong_answer(device: str) -> str:
     """Run `pack_bits` on the device and describe the failure, or return "" if its answer is right."""
-    activations = torch.linspace(-1, 1, 64 * 17, device=device).view(17, 64)
+    activations = torch.linspace(-1, 1, 64 * 17, dtype=torch.float32, device=device).view(17, 64)
     try:
         bits = unpack_bits(pack_bits(activations))
     except Exception as error:  # a kernel that does not fit the machine or the environment may raise anything

@@ -18,6 +18,7 @@ from hashengine._validation import (
     check_device,
     check_devices,
     check_filter,
+    check_flag,
     check_ids,
     check_integer,
     check_labels,
@@ -53,10 +54,21 @@ CLASSES = np.arange(5)
         ),
         (lambda: check_integer("f", "k", np.float64(8), 1), "k must be an integer of at least 1, got "),
         (lambda: check_bits("f", 64.0), "bits must be an integer from 8 to 65536, got 64.0"),
-        (lambda: check_number("f", "lam", 0.0, above=0), "lam must be above 0, got 0.0"),
-        (lambda: check_number("f", "lam", "1", above=0), "lam must be above 0, got '1'"),
-        (lambda: check_number("f", "alpha", float("nan"), least=0), "alpha must be 0 or more, got nan"),
-        (lambda: check_number("f", "alpha", None, least=0), "alpha must be 0 or more, got None"),
+        (lambda: check_number("f", "lam", 0.0, above=0), "lam must be a finite number above 0, got 0.0"),
+        (lambda: check_number("f", "lam", "1", above=0), "lam must be a finite number above 0, got '1'"),
+        (lambda: check_number("f", "lam", True, above=0), "lam must be a finite number above 0, got True"),
+        (
+            lambda: check_number("f", "lam", torch.tensor(True), above=0),
+            "lam must be a finite number above 0, got tens",
+        ),
+        (lambda: check_number("f", "lam", float("inf"), above=0), "lam must be a finite number above 0, got inf"),
+        (
+            lambda: check_number("f", "alpha", float("nan"), least=0),
+            "alpha must be a finite number of 0 or more, got nan",
+        ),
+        (lambda: check_number("f", "alpha", None, least=0), "alpha must be a finite number of 0 or more, got None"),
+        (lambda: check_flag("f", "mmap", "r"), "mmap must be True or False, got 'r'"),
+        (lambda: check_flag("f", "mmap", 1), "mmap must be True or False, got 1"),
         (lambda: check_path("f", "path", 5), "path must be a path, got int"),
         (lambda: check_path("f", "path", ""), "path must be a path, got an empty string; '.' is the working folder"),
         (lambda: check_bits("f", 12), "bits must be a multiple of 8, got 12"),
@@ -95,7 +107,18 @@ CLASSES = np.arange(5)
             lambda: check_labels("f", (CLASSES, CLASSES.astype(complex)), 5, 5),
             "code_labels must be numbers, got an array of complex128",
         ),
-        (lambda: check_threads("f", 0), "num_threads must be at least 1, got 0"),
+        (lambda: check_threads("f", 0), "num_threads must be 1 to 4096, got 0"),
+        (lambda: check_threads("f", 10**12), "num_threads must be 1 to 4096, got 1000000000000"),
+        (lambda: check_threads("f", True), "num_threads must be an integer from 1 to 4096, got True"),
+        (lambda: check_threads("f", 2.0), "num_threads must be an integer from 1 to 4096, got 2.0"),
+        (
+            lambda: check_labels("f", (CLASSES, np.full(5, 1 << 63, np.uint64)), 5, 5),
+            "code_labels must be integers below 2^63, got a greater one",
+        ),
+        (
+            lambda: check_labels("f", (torch.tensor([2**64 - 1] * 5, dtype=torch.uint64), CLASSES), 5, 5),
+            "query_labels must be integers below 2^63, got a greater one",
+        ),
         (lambda: check_device("f", 3), "device must be 'cpu', 'cuda', 'cuda:1' or a torch.device, got int"),
         (lambda: check_device("f", "meta", auto=True), "device must be 'auto', 'cpu', 'cuda', 'cuda:1' or"),
         (lambda: check_devices("f", []), "device must be a device or a list of at least one, got an empty list"),
@@ -114,7 +137,10 @@ def test_right_arguments_are_returned_in_the_form_that_the_library_uses() -> Non
     assert check_path("f", "path", "a/b") == Path("a/b")
     assert check_device("f", "cpu") == torch.device("cpu") and check_devices("f", "cpu") == (torch.device("cpu"),)
     for number in (0.1, np.float32(0.1), torch.tensor(0.1), 1):
-        check_number("f", "lam", number, above=0)
+        assert check_number("f", "lam", number, above=0) == float(number)
+    assert check_flag("f", "mmap", True) is check_flag("f", "mmap", np.bool_(True)) is True
+    largest = np.full(5, (1 << 63) - 1, np.uint64)
+    assert check_labels("f", (largest, largest), 5, 5)[0].tolist() == [(1 << 63) - 1] * 5
     multi_hot, ones = check_labels("f", (np.eye(2), torch.ones(5, 2)), 2, 5)
     assert multi_hot.dtype == ones.dtype == torch.bool
     for filter in (np.ones(5, bool), torch.ones(2, 5, dtype=torch.bool), np.ones((2, 1), np.uint8)):

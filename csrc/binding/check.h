@@ -13,6 +13,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -47,6 +48,18 @@ inline Dtype check_floating(const char* op, const char* argument, const at::Tens
   TORCH_CHECK_VALUE(dtype.has_value(), op, ": ", argument, " must be float64, float32, float16 or bfloat16, got ",
                     dtype_name(tensor));
   return *dtype;
+}
+
+// Checks that a number is finite and at least `least`.
+inline void check_at_least(const char* op, const char* argument, double value, double least) {
+  TORCH_CHECK_VALUE(value >= least && std::isfinite(value), op, ": ", argument, " must be a finite number of ", least,
+                    " or more, got ", value);
+}
+
+// Checks that a number is finite and above 0.
+inline void check_positive(const char* op, const char* argument, double value) {
+  TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), op, ": ", argument, " must be a finite number above 0, got ",
+                    value);
 }
 
 inline void check_uint8(const char* op, const char* argument, const at::Tensor& codes) {

@@ -11,10 +11,16 @@
 
 namespace hashengine::binding {
 
+inline Dtype check_greedy_sign(const char* op, const at::Tensor& u, double alpha) {
+  const Dtype dtype = check_floating(op, "u", u);
+  check_at_least(op, "alpha", alpha, 0);
+  return dtype;
+}
+
 // launch(const GreedySignForward&) runs the kernel.
 template <typename Launch>
 std::tuple<at::Tensor, at::Tensor> greedy_sign_forward(const at::Tensor& u, double alpha, Launch launch) {
-  const Dtype dtype = check_floating("greedy_sign", "u", u);
+  const Dtype dtype = check_greedy_sign("greedy_sign", u, alpha);
   const at::Tensor u_dense = dense(u);
   at::Tensor b = at::empty_like(u_dense);
   at::Tensor penalty = at::empty({}, u.options().dtype(wide_dtype(u)));
@@ -27,7 +33,7 @@ template <typename Launch>
 at::Tensor greedy_sign_backward(const std::optional<at::Tensor>& grad_b, const std::optional<at::Tensor>& grad_penalty,
                                 const at::Tensor& u, double alpha, Launch launch) {
   const char* op = "greedy_sign_backward";
-  const Dtype dtype = check_floating(op, "u", u);
+  const Dtype dtype = check_greedy_sign(op, u, alpha);
   const at::Tensor u_dense = dense(u);
   at::Tensor grad_u = at::empty_like(u_dense);
   at::Tensor grad_b_dense;

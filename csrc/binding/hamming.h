@@ -99,6 +99,10 @@ inline void check_labels(const HammingArguments& arguments, const std::optional<
                     "hamming_count: query_labels and code_labels must be given both or neither, got one of them");
   if (!code_labels) return;
   const auto check = [](const char* name, const at::Tensor& labels, const at::Tensor& rows) {
+    // One column may hold classes, and 0 would then be no label but the absence of one.
+    TORCH_CHECK_VALUE(labels.dim() != 2 || labels.size(1) != 1, "hamming_count: ", name, " must be [", labels.size(0),
+                      "], or multi-hot with at least 2 columns, got ", labels.sizes(), "; pass ", name,
+                      "[:, 0] for classes, and add a column of zeros to multi-hot labels");
     const bool is_integer = labels.dim() == 1 && labels.scalar_type() == at::kLong;
     const bool is_multi_hot = labels.dim() == 2 && labels.scalar_type() == at::kBool;
     TORCH_CHECK_VALUE(

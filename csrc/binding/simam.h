@@ -10,13 +10,16 @@
 
 namespace hashengine::binding {
 
+// The gradient divides by the square of lam, which must not round to 0 in float32.
+constexpr double kSimamLeastLam = 1e-18;
+
 inline SimamShape simam_shape(const at::Tensor& x, FeatureLayout layout, Dtype dtype) {
   return {x.size(0), x.size(1), x.size(2) * x.size(3), layout, dtype};
 }
 
 inline Dtype check_simam(const char* op, const at::Tensor& x, double lam) {
   const Dtype dtype = check_feature_map(op, x);
-  TORCH_CHECK_VALUE(lam > 0, op, ": lam must be above 0 (it is the divisor for a constant plane), got ", lam);
+  check_at_least(op, "lam", lam, kSimamLeastLam);
   return dtype;
 }
 

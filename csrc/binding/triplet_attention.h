@@ -43,10 +43,10 @@ class TripletParameter {
   std::array<const void*, kTripletBranches> pointers_{};
 };
 
-// Checks `x`, the number of branches and the sizes of the convolution's weights. In training, also checks that the
-// batch has enough values for statistics.
-inline TripletShape check_triplet_shape(const char* op, const at::Tensor& x, at::TensorList conv_weight,
-                                        bool training) {
+// Checks `x`, the number of branches, the sizes of the convolution's weights, and eps as BatchNorm does. In training,
+// also checks that the batch has enough values for statistics.
+inline TripletShape check_triplet_shape(const char* op, const at::Tensor& x, at::TensorList conv_weight, bool training,
+                                        double eps) {
   const Dtype dtype = check_feature_map_not_empty(op, x);
   TORCH_CHECK_VALUE(conv_weight.size() == 2 || conv_weight.size() == 3, op,
                     ": conv_weight must be 2 or 3 tensors, one per branch, got ", conv_weight.size());
@@ -75,6 +75,11 @@ inline TripletShape check_triplet_shape(const char* op, const at::Tensor& x, at:
                       ": x must be [N, C, H, W] with more than one value per branch in training, got ", x.sizes(),
                       " with ", shape.map_numel(branch), " in branch ", names[branch],
                       "; use eval mode or a larger batch");
+  if (training) {
+    check_positive(op, "eps", eps);
+  } else {
+    check_at_least(op, "eps", eps, 0);
+  }
   return shape;
 }
 
@@ -118,7 +123,7 @@ TripletOutputs triplet_forward(const at::Tensor& x, at::TensorList conv_weight, 
                                bool training, double eps, Launch launch) {
   const char* op = "triplet_attention";
   TripletForward params{};
-  params.shape = check_triplet_shape(op, x, conv_weight, training);
+  params.shape = check_triplet_shape(op, x, conv_weight, training, eps);
   const TripletForwardParameters parameters(op, x, conv_weight, bn_weight, bn_bias, running_mean, running_var);
   at::Tensor y = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(y);
@@ -152,7 +157,7 @@ at::Tensor triplet_inference(const at::Tensor& x, at::TensorList conv_weight, at
                              double eps, Launch launch) {
   const char* op = "triplet_attention_inference";
   TripletInference params{};
-  params.shape = check_triplet_shape(op, x, conv_weight, false);
+  params.shape = check_triplet_shape(op, x, conv_weight, false, eps);
   const TripletForwardParameters parameters(op, x, conv_weight, bn_weight, bn_bias, running_mean, running_var);
   at::Tensor y = at::empty_like(x);
   const std::optional<FeatureLayout> layout = native_layout(y);
@@ -177,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_backward(
     const at::Tensor& index, const at::Tensor& response, bool training, double eps, Launch launch) {
   const char* op = "triplet_attention_backward";
   TripletBackward params{};
-  params.shape = check_triplet_shape(op, x, conv_weight, training);
+  params.shape = check_triplet_shape(op, x, conv_weight, training, eps);
   const int64_t branches = params.shape.branches, numel = params.shape.maps_numel();
   const TripletParameter weights(op, "conv_weight", conv_weight, size_t(branches), x);
   const TripletParameter scales(op, "bn_weight", bn_weight, size_t(branches), x);

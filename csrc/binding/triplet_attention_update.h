@@ -60,7 +60,7 @@ void triplet_attention_update(const at::Tensor& mean, const at::Tensor& var, at:
   check_values(num_batches_tracked, "num_batches_tracked");
   for (const int64_t count : counts)
     TORCH_CHECK_VALUE(count >= 2, op, ": counts must be at least 2 (one value has no variance), got ", counts);
-  TORCH_CHECK_VALUE(momentum.value_or(0) >= 0, op, ": momentum must be 0 or more, got ", *momentum);
+  if (momentum) check_at_least(op, "momentum", *momentum, 0);
 
   const at::Tensor native_mean = mean.contiguous(), native_var = var.contiguous();
   TripletUpdate params{native_mean.const_data_ptr(),

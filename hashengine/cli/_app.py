@@ -17,13 +17,12 @@ from typer.core import TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine._validation import check_integer
+from hashengine._validation import MOST_THREADS, check_integer
 from hashengine.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., None])
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
-MOST_THREADS = 4096  # torch takes any number that fits into 31 bits, and then fails to start the threads
 MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
 

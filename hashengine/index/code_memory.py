@@ -136,7 +136,7 @@ class ShardedCodes:
         first, last, _ = block.indices(len(self))
         if len(self.parts) == 1:
             return self.parts[0][first:last].cpu()
-        return self.gather(torch.arange(first, last))
+        return self.gather(torch.arange(first, last, device=CPU))
 
     def gather(self, rows: Tensor) -> Tensor:
         """The codes of `rows`, int64 [...], as uint8 [..., bits / 8].
@@ -145,7 +145,7 @@ class ShardedCodes:
         """
         if len(self.parts) == 1:
             return self.parts[0][to_device(rows, self.devices[0])]
-        codes = torch.empty((*rows.shape, self.bytes_per_code), dtype=torch.uint8)
+        codes = torch.empty((*rows.shape, self.bytes_per_code), dtype=torch.uint8, device=CPU)
         for part, in_part, local_rows in self._local_rows(rows):
             codes[in_part] = part[to_device(local_rows, part.device)].cpu()
         return codes
@@ -333,7 +333,7 @@ class RowMemory:
         cls, codes: GrowingCodes, device: torch.device, ids: Tensor | None, device_ids: Tensor | None
     ) -> RowMemory:
         """Memory with these contents. `device` is the first device of the codes; `device_ids` are the ids on it."""
-        no_ids = torch.empty(0, dtype=torch.int64)
+        no_ids = torch.empty(0, dtype=torch.int64, device=CPU)
         host_memory = GrowingRows(no_ids if ids is None else ids)
         if device == CPU:
             return cls(codes, host_memory, host_memory)

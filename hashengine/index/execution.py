@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hashengine import _native
 from hashengine.index.code_memory import BlockCyclicShard, ShardedCodes, allocate_rows
-from hashengine.index.devices import copy_into, synchronize_streams, to_device
+from hashengine.index.devices import CPU, copy_into, synchronize_streams, to_device
 from hashengine.index.merge import Part, merge_counts, merge_range, merge_topk
 from hashengine.index.snapshot import Snapshot
 from hashengine.ops import hamming_count, hamming_range, hamming_topk
@@ -413,7 +413,7 @@ class StagingSlot:
     """Room for a chunk in pinned host memory and on a GPU, and the events of the last copy and the last search."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self.pinned = torch.empty(shape, dtype=torch.uint8, device=CPU, pin_memory=True)
         self.codes = torch.empty(shape, dtype=torch.uint8, device=device)
         self.copied, self.searched = torch.cuda.Event(), torch.cuda.Event()
 

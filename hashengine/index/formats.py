@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import numpy as np
 
 from hashengine._files import replace_file
-from hashengine._validation import check_array, check_code_array, is_tensor
+from hashengine._validation import check_array, check_code_array, check_flag, is_tensor
 from hashengine.errors import InputError, brief, invalid, missing_package
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def read_codes(path: str | os.PathLike[str], *, bit_order: str, mmap: bool = Fal
     Raises:
         InputError: the file does not exist, is damaged, or is not a file of codes as above.
     """
-    path = _check_path("read_codes", path)
+    path, mmap = _check_path("read_codes", path), check_flag("read_codes", "mmap", mmap)
     if _check_bit_order("read_codes", bit_order) != OWN_BIT_ORDER and mmap:
         advice = "read them without mmap, and write them with write_codes to map them later"
         raise invalid("read_codes", "bit_order", "'msb_first' to map the codes", repr(bit_order), advice)

@@ -23,6 +23,7 @@ from hashengine._validation import (
     check_codes,
     check_devices,
     check_filter,
+    check_flag,
     check_ids,
     check_integer,
     check_labels,
@@ -89,8 +90,8 @@ class HammingIndex:
             of the time, so pass many queries per call.
 
     Raises:
-        InputError: bits that are not a multiple of 8 or out of range, no such device, or a GPU of a compute capability
-            below 8.0.
+        InputError: bits that are not a multiple of 8 or out of range, no such device, a GPU of a compute capability
+            below 8.0, or `streamed` is not a bool.
 
     Example:
         >>> index = HammingIndex(64)
@@ -102,7 +103,9 @@ class HammingIndex:
     """The length of a code."""
 
     def __init__(self, bits: int, device: DeviceName | Sequence[DeviceName] = "cpu", streamed: bool = False) -> None:
-        self._initialise(check_bits("HammingIndex", bits), check_devices("HammingIndex", device), bool(streamed))
+        where = "HammingIndex"
+        devices = check_devices(where, device)
+        self._initialise(check_bits(where, bits), devices, check_flag(where, "streamed", streamed))
 
     def _initialise(self, bits: int, devices: tuple[torch.device, ...], streamed: bool) -> None:
         """Make this an empty index. Copies need no constructor, because a subclass may have another one."""
@@ -165,7 +168,7 @@ class HammingIndex:
                 or its bitmap, uint8 [ceil(N / 8)], with the first code in the least significant bit (`numpy.packbits`
                 with bitorder="little"). Either form may have one row per query: [Q, N] or [Q, ceil(N / 8)]. Default:
                 all codes.
-            num_threads: the largest number of torch's threads to use, at least 1. Default: all.
+            num_threads: the largest number of torch's threads to use, 1 to 4096. Default: all.
             progress: called with (number of queries done, number of queries) from time to time.
 
         Returns:
@@ -224,6 +227,8 @@ class HammingIndex:
         if max_results is not None:
             max_results = check_integer("range_search", "max_results", max_results, 1)
         with self._reading() as snapshot:
+            if max_results is not None:
+                max_results = min(max_results, max(snapshot.count, 1))  # the op takes no more than 63 bits
             code_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
             with self._explain_out_of_memory("range_search", 8 * len(query_codes)):
                 bitmap = snapshot.row_filter(code_filter)
@@ -434,10 +439,12 @@ class HammingIndex:
             streamed: as for the constructor; mapped codes that a GPU searches are always streamed.
 
         Raises:
-            InputError: the folder contains no index, a version that this release does not know, or damaged files.
+            InputError: the folder contains no index, a version that this release does not know, or damaged files; or an
+            argument is of another kind.
             torch.cuda.OutOfMemoryError: a GPU is full.
         """
         path, devices = check_path("load", "path", path), check_devices("load", device)
+        mmap, streamed = check_flag("load", "mmap", mmap), check_flag("load", "streamed", streamed)
         index = cls(8, devices, streamed or (mmap and devices != (CPU,)))
         while True:
             stored = folder.open_folder(path)
@@ -474,11 +481,11 @@ class HammingIndex:
             streamed: as for the constructor. Default: that of this index.
 
         Raises:
-            InputError: no such device.
+            InputError: no such device, or `streamed` is not a bool.
             torch.cuda.OutOfMemoryError: a GPU is full.
         """
         devices = self._devices if device is None else check_devices("to", device)
-        streamed = self._streamed if streamed is None else bool(streamed)
+        streamed = self._streamed if streamed is None else check_flag("to", "streamed", streamed)
         if (devices, streamed) == (self._devices, self._streamed):
             return self
         with self._writer:

@@ -13,6 +13,7 @@ from hashengine._validation import (
     as_tensor,
     check_array,
     check_codes,
+    check_flag,
     check_integer,
     nan_error,
     to_callers_type,
@@ -59,7 +60,7 @@ class HammingKNN:
         elif reference is not None:
             bits = 8 * query_codes.shape[1]
             references = to_device(_packed(reference, "reference", bits), query_codes.device)
-        own = int(ref_includes_query or reference is None)
+        own = int(check_flag("HammingKNN", "ref_includes_query", ref_includes_query) or reference is None)
         if own and len(references) < len(query_codes):
             expected = f"at least {len(query_codes)} rows, because it includes the queries"
             raise invalid("HammingKNN", "reference", expected, f"{len(references)} rows")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hashengine._validation import FLOATING, Array, as_tensor, check_array, to_callers_type
 from hashengine.errors import invalid
+from hashengine.index.devices import CPU
 
 _FLOATS_PER_BLOCK = 1 << 24  # 64 MB of candidate vectors at a time
 
@@ -90,7 +91,7 @@ def rank_candidates(
     Returns:
         Scores float32 [Q, k], descending, and for each score the column of `rows` with its candidate, int64 [Q, k].
     """
-    scores = torch.full(rows.shape, -torch.inf)
+    scores = torch.full(rows.shape, -torch.inf, dtype=torch.float32, device=CPU)
     block = max(1, _FLOATS_PER_BLOCK // max(1, rows.shape[1] * queries.shape[1]))
     for first in range(0, len(rows) if (rows >= 0).any() else 0, block):
         part = slice(first, first + block)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hashengine.errors import invalid
 from hashengine.index.code_memory import ShardedCodes
-from hashengine.index.devices import to_device
+from hashengine.index.devices import CPU, to_device
 from hashengine.ops._hamming import pack_filter, unpack_filter
 
 GPU_MASK_ENTRIES = 1 << 27  # entries of a mask, 1 byte each, that a GPU unpacks at a time
@@ -122,7 +122,7 @@ class Snapshot:
             raise invalid("add", "ids", expected, "none" if ids is None else "ids")
         if ids is None:
             first, next_id = self.next_id or 0, (self.next_id or 0) + count
-            return (None if self.ids is None else torch.arange(first, next_id)), next_id
+            return (None if self.ids is None else torch.arange(first, next_id, device=CPU)), next_id
         taken = ids[self.rows_or_missing(ids) >= 0]
         if len(taken):
             raise invalid("add", "ids", "unique", f"{int(taken[0])}, which is in the index already")

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from hashengine._config import Config
+from hashengine._config import Config, Integer, Number
 from hashengine.errors import invalid
 from hashengine.methods.base import Batch, HashingMethod
 
@@ -33,12 +33,12 @@ class CibHashOptions(Config):
     """The options of CIBHash."""
 
     temperature: Annotated[
-        float, Field(gt=0, allow_inf_nan=False, description="divides the cosine similarities of the contrastive loss")
+        Number, Field(gt=0, allow_inf_nan=False, description="divides the cosine similarities of the contrastive loss")
     ] = 0.3
     bottleneck_weight: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="weight of the divergence between the two views")
+        Number, Field(ge=0, allow_inf_nan=False, description="weight of the divergence between the two views")
     ] = 0.001
-    hidden: Annotated[int, Field(gt=0, le=65_536, description="hidden units of the head")] = 1024
+    hidden: Annotated[Integer, Field(gt=0, le=65_536, description="hidden units of the head")] = 1024
 
 
 class CibHashMethod(HashingMethod):

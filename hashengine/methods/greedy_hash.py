@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hashengine._config import Config
+from hashengine._config import Config, Number
 from hashengine.errors import invalid
 from hashengine.methods.base import Batch, HashingMethod
 from hashengine.ops import greedy_sign
@@ -28,7 +28,7 @@ class GreedyHashOptions(Config):
     """The options of greedy hash."""
 
     alpha: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="weight of the quantisation penalty mean(||u| - 1|^3)")
+        Number, Field(ge=0, allow_inf_nan=False, description="weight of the quantisation penalty mean(||u| - 1|^3)")
     ] = 0.1
 
 

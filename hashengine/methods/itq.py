@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hashengine._config import Config
+from hashengine._config import Config, Integer, Seed
 from hashengine.errors import invalid
 from hashengine.methods.base import HashingMethod
 
@@ -28,9 +28,9 @@ class ItqOptions(Config):
     """The options of ITQ."""
 
     iterations: Annotated[
-        int, Field(ge=0, le=1_000_000, description="number of iterations that improve the rotation")
+        Integer, Field(ge=0, le=1_000_000, description="number of iterations that improve the rotation")
     ] = 50
-    rotation_seed: Annotated[int, Field(ge=0, lt=1 << 64, description="seed of the initial random rotation")] = 0
+    rotation_seed: Annotated[Seed, Field(description="seed of the initial random rotation")] = 0
 
 
 class ItqMethod(HashingMethod):
@@ -69,7 +69,7 @@ class ItqMethod(HashingMethod):
         components = centred @ directions
 
         generator = torch.Generator().manual_seed(self.options.rotation_seed)
-        start = torch.linalg.qr(torch.randn(bits, bits, generator=generator, dtype=torch.float64)).Q
+        start = torch.linalg.qr(torch.randn(bits, bits, generator=generator, dtype=torch.float64, device="cpu")).Q
         rotation = start.to(features.device)
         self.errors = [_error(components @ rotation)]
         for _ in range(self.options.iterations):

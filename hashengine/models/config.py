@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from hashengine._config import Config
+from hashengine._config import Config, Integer, Number
 from hashengine._validation import MAX_BITS
 
 
@@ -20,14 +20,14 @@ def _is_whole_bytes(bits: int) -> int:
 # The options that `HashNetConfig` and `hashengine.training.FitConfig` share. Each description is also the help of the
 # option on the command line.
 Bits = Annotated[
-    int,
+    Integer,
     Field(gt=0, le=MAX_BITS, description="length of a code, a multiple of 8"),
     AfterValidator(_is_whole_bytes),
 ]
 Attention = Annotated[Literal["none", "simam", "triplet"], Field(description="attention layer in every residual block")]
-ImageSize = Annotated[int, Field(ge=8, le=256)]
+ImageSize = Annotated[Integer, Field(ge=8, le=256)]
 Widths = Annotated[
-    tuple[Annotated[int, Field(gt=0, le=65_536)], ...],
+    tuple[Annotated[Integer, Field(gt=0, le=65_536)], ...],
     Field(min_length=1, description="channels of each stage of the network"),
 ]
 StemStride = Literal[1, 2]
@@ -62,8 +62,8 @@ class HashNetConfig(Config):
     attention: Attention = DEFAULT_ATTENTION
     widths: Widths = DEFAULT_WIDTHS
     stem_stride: StemStride = 1
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    mean: tuple[Annotated[Number, Field(allow_inf_nan=False)], ...] = (0.5,)
+    std: tuple[Annotated[Number, Field(gt=0, allow_inf_nan=False)], ...] = (0.5,)
 
     @field_validator("classes")
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hashengine import methods, ops
+from hashengine._torch_defaults import torch_defaults
 from hashengine._validation import check_integer, check_path, dtype_name
 from hashengine.errors import invalid
 from hashengine.images import image_tensor
@@ -61,8 +62,10 @@ class HashNet(nn.Module):
         self.trained_by: checkpoint.MethodState | None = None
         self.backbone = SmallResNet(config.channels, config.widths, config.stem_stride, config.attention)
         self.hash_layer = head(self.backbone.features, config.bits)
+        like = next(self.backbone.parameters())
         for name in ("mean", "std"):  # not persistent: config.json stores them
-            self.register_buffer(name, torch.tensor(getattr(config, name)).reshape(1, -1, 1, 1), persistent=False)
+            values = torch.tensor(getattr(config, name), dtype=like.dtype, device=like.device)
+            self.register_buffer(name, values.reshape(1, -1, 1, 1), persistent=False)
         self._arrange_weights()
 
     @property
@@ -139,7 +142,7 @@ class HashNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """The model that `save_pretrained` wrote into `folder`, on the CPU, in evaluation mode.
+        """The model that `save_pretrained` wrote into `folder`, in float32 on the CPU, in evaluation mode.
 
         Raises:
             InputError: a file is missing, truncated or foreign, or the two files are from different saves; the message
@@ -150,7 +153,8 @@ class HashNet(nn.Module):
         if trained_by is not None:
             method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))
             head = method(**trained_by.options).head
-        model = cls(config, head)
+        with torch_defaults():
+            model = cls(config, head)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:

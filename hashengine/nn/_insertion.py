@@ -19,11 +19,15 @@ A plain attribute of the host holds the name of the inserted child; copies and p
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hashengine.errors import invalid
 
 TORCHVISION, TIMM = "torchvision.models.resnet", "timm.models.resnet"
+
+# torch's classes for data parallelism: wrappers, and base classes that `fully_shard` and `replicate` add to a module
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DDP"}
 
 _MARK = "_attention_child"  # the attribute of a host that holds the name of the inserted child
 
@@ -47,25 +51,46 @@ def check_host(where: str, name: str, host: nn.Module) -> None:
     """Check that `host` can take attention."""
     if is_attached(host):
         raise invalid(where, name, "without attention", "a module that already has attention", "detach it first")
-    block = block_class(host)
-    if block is not None and block.__module__ == TORCHVISION and type(host) is not block:
-        raise invalid(where, name, f"a {block.__name__}", f"a {type(host).__name__}, whose forward may differ")
+    block: Any = block_class(host)
+    if block is not None:
+        may_be_subclass = block.__module__ == TIMM  # `insert` replaces the class of a torchvision block
+        has_known_forward = type(host) is block or (may_be_subclass and type(host).forward is block.forward)
+        if not has_known_forward or "forward" in vars(host):
+            raise invalid(where, name, f"a {block.__name__}", f"a {type(host).__name__}, whose forward may differ")
     if hasattr(host, "attention"):
         raise invalid(where, name, "without an attribute 'attention'", "a module that has one")
 
 
-def check_model(where: str, model: Any) -> None:
-    """Check that `model` is a module that is neither wrapped nor compiled.
+def check_model(where: str, model: Any, *, may_be_compiled: bool = False) -> None:
+    """Check that `model` is a module, and that neither it nor a module inside it is wrapped, scripted or compiled.
 
-    DDP and compiled code would not see a change inside the model.
+    Data parallelism, scripts and compiled code would not see a change inside the model.
     """
     if not isinstance(model, nn.Module):
         raise invalid(where, "model", "an nn.Module", type(model).__name__)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        advice = f"call {where} before DDP wraps the model"
-        raise invalid(where, "model", "unwrapped", "a DistributedDataParallel", advice)
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
-        raise invalid(where, "model", "uncompiled", "a compiled model", f"call {where} before torch.compile")
+    for name, module in model.named_modules():
+        place = f" at {name!r}" if name else ""
+        if wrapper := _wrapper(module):
+            advice = f"call {where} before {wrapper} wraps a part of the model"
+            raise invalid(where, "model", "unwrapped", f"a {wrapper}{place}", advice)
+        if isinstance(module, torch.jit.ScriptModule):
+            advice = f"call {where} before torch.jit.script or torch.jit.trace"
+            raise invalid(where, "model", "without TorchScript", f"a ScriptModule{place}", advice)
+        is_compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        if is_compiled and not may_be_compiled:
+            compiled = f"a compiled module{place}" if name else "a compiled model"
+            raise invalid(where, "model", "uncompiled", compiled, f"call {where} before torch.compile")
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    """The name of the class of torch that makes `module` data-parallel, or None.
+
+    Classes are compared by name, so that torch.distributed.fsdp, which takes long to import, need not be imported.
+    """
+    for base in type(module).__mro__:
+        if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+            return base.__name__
+    return None
 
 
 def insert(host: nn.Module, attention: nn.Module) -> str:

@@ -1,7 +1,9 @@
-"""The sites of a network: the residual blocks, or the convolutions of plain stacks, where attention can be inserted.
+"""The sites of a network: the residual blocks, or the convolutions of a plain network, that can take attention.
 
 Residual blocks are those of torchvision and timm. A plain stack, as in VGG, is an `nn.Sequential` that contains only
-convolutions, BatchNorms, activations, dropouts and at least one pooling.
+convolutions, BatchNorms, activations, dropouts and at least one pooling with a window of fixed size. A network is plain
+if all of its convolutions are in plain stacks, of which each takes the channels that the one before returns. Otherwise,
+a stack may be the stem of the network, a shortcut, a transition between dense blocks or a classifier.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,12 +12,15 @@ from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from hashengine._validation import as_integer
 from hashengine.errors import InputError, invalid
 from hashengine.nn._insertion import block_class, is_attached
 
 Where: TypeAlias = Callable[[str], bool] | str | int | Iterable[str | int]
+
+_FEATURE_LAYERS = (_ConvNd, nn.LayerNorm, nn.MultiheadAttention)  # a plain network has them in its plain stacks only
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,15 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """The residual blocks of `model`; if it has none, the convolutions of its plain stacks."""
+    """The residual blocks of `model`; if it has none and is plain, the convolutions of its plain stacks."""
     modules = list(model.named_modules())
     blocks = [(name, module) for name, module in modules if block_class(module) is not None]
     if blocks:
         parents = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in blocks))
         return [_block_site(name, block, parents.index(name.rpartition(".")[0])) for name, block in blocks]
     sites: list[Site] = []
-    for name, module in modules:
-        if isinstance(module, nn.Sequential) and _is_plain_stack(module):
-            sites += _stack_sites(name, module, first_stage=sites[-1].stage + 1 if sites else 0)
+    for name, stack in _stacks_of_plain_network(model):
+        sites += _stack_sites(name, stack, first_stage=sites[-1].stage + 1 if sites else 0)
     return sites
 
 
@@ -122,9 +126,37 @@ def _block_site(name: str, block: Any, stage: int) -> Site:
     return Site(name, stage, True, convolution, branch, is_plain=False, has_norm=True)
 
 
+def _stacks_of_plain_network(model: nn.Module) -> list[tuple[str, nn.Sequential]]:
+    """The plain stacks of a plain network, with their names; empty for other networks."""
+    stacks: list[tuple[str, nn.Sequential]] = []
+    inside: set[nn.Module] = set()
+    channels: int | None = None
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if isinstance(module, nn.Sequential) and _is_plain_stack(module):
+            convolutions = [layer for layer in module if isinstance(layer, nn.Conv2d)]
+            if channels not in (None, convolutions[0].in_channels):
+                return []
+            channels = convolutions[-1].out_channels
+            stacks.append((name, module))
+            inside.update(module.modules())
+        elif _is_fully_connected_of_vgg(module):
+            inside.update(module.modules())
+        elif isinstance(module, _FEATURE_LAYERS):
+            return []
+    return stacks
+
+
+def _is_fully_connected_of_vgg(module: nn.Module) -> bool:
+    """Whether `module` is the part of timm's VGG that computes fully connected layers as convolutions."""
+    return (type(module).__module__, type(module).__name__) == ("timm.models.vgg", "ConvMlp")
+
+
 def _is_plain_stack(stack: nn.Sequential) -> bool:
     is_known = all(isinstance(layer, nn.Conv2d) or _is_pooling(layer) or _is_elementwise(layer) for layer in stack)
-    return is_known and any(_is_pooling(layer) for layer in stack)
+    has_convolution = any(isinstance(layer, nn.Conv2d) for layer in stack)
+    return is_known and has_convolution and any(_is_pooling(layer) and hasattr(layer, "kernel_size") for layer in stack)
 
 
 def _is_pooling(layer: nn.Module) -> bool:

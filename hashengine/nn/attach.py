@@ -51,7 +51,14 @@ class AttachReport:
 
 
 def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> AttachReport:
-    """Insert attention into a residual network of torchvision or timm, or into a plain stack like VGG's.
+    """Insert attention into a residual network of torchvision or timm, or into a plain network like VGG.
+
+    A residual network has blocks of the class `BasicBlock` or `Bottleneck` of `torchvision.models.resnet` or
+    `timm.models.resnet`. A plain network has all of its convolutions in plain stacks, and neither LayerNorm nor
+    `nn.MultiheadAttention` outside of them. A plain stack is an `nn.Sequential` that consists of convolutions,
+    BatchNorms, activations, dropouts and poolings, of which at least one is not adaptive. It takes the channels that
+    the stack before it returns. The fully connected layers of timm's VGG, which are convolutions, may be outside. For
+    other networks, put the layers into their code, or pass a part that is plain, such as `model.features`.
 
     In a residual block each layer goes where its authors put it: SimAM after the second convolution, before its norm;
     triplet attention at the end of the residual branch, before the addition. The papers do not cover plain stacks.
@@ -77,9 +84,10 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
         The report of all insertions.
 
     Raises:
-        InputError: an argument has a wrong type, the factory does not return a module, `model` is compiled, wrapped or
-            without a site for attention, `where` selects no site, or a selected site cannot take the attention, for
-            example because it already has attention. The model is then unchanged.
+        InputError: an argument has a wrong type, the factory does not return a module, `model` or a module inside it
+            is compiled, scripted or wrapped, `model` is neither a residual nor a plain network, `where` selects no
+            site, or a selected site cannot take the attention, for example because it already has attention. The model
+            is then unchanged.
     """
     check_model("attach", model)
     if isinstance(layer, nn.Module) or not (layer in _LAYERS if isinstance(layer, str) else callable(layer)):
@@ -88,9 +96,9 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
         raise invalid("attach", "layer", expected, actual)
     sites = find_sites(model)
     if not sites:
-        expected = "a network with residual blocks of torchvision or timm, or with a plain stack like VGG's"
+        expected = "a network with residual blocks of torchvision or timm, or a plain network like VGG"
         advice = "put SimAM or TripletAttention into its code"
-        raise invalid("attach", "model", expected, f"a {type(model).__name__} with none", advice)
+        raise invalid("attach", "model", expected, f"a {type(model).__name__}, which is neither", advice)
     placed = [_place(site, layer) for site in select(sites, where)]
     for host, _ in placed:
         check_host("attach", host.name or "model", host.module)
@@ -119,7 +127,8 @@ def detach(model: nn.Module) -> tuple[str, ...]:
         The qualified names of the removed layers.
 
     Raises:
-        InputError: `model` is not a module, has no attached attention, or is compiled or wrapped.
+        InputError: `model` is not a module, has no attached attention, or is or contains a module that is compiled,
+            scripted or wrapped.
     """
     check_model("detach", model)
     hosts = [(name, module) for name, module in model.named_modules() if is_attached(module)]
@@ -142,15 +151,16 @@ _LAYERS: dict[str, Callable[[Site], nn.Module]] = {"simam": _simam, "triplet": _
 def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
     """The host at `site`, and a new layer with the device and dtype of the convolution and the mode of the host."""
     attention: Any
-    if isinstance(layer, str):
-        attention = _LAYERS[layer](site)
-    else:
-        attention = layer(site.branch.channels)
-        if isinstance(attention, SimAM) and site.convolution.channels != site.branch.channels:
-            attention = layer(site.convolution.channels)
+    like = next(site.convolution.module.parameters())
+    with like.device:  # otherwise torch's default device, which may be another one
+        if isinstance(layer, str):
+            attention = _LAYERS[layer](site)
+        else:
+            attention = layer(site.branch.channels)
+            if isinstance(attention, SimAM) and site.convolution.channels != site.branch.channels:
+                attention = layer(site.convolution.channels)
     if not isinstance(attention, nn.Module):
         actual = f"a factory that returns {type(attention).__name__} for {site.name}"
         raise invalid("attach", "layer", "a factory that returns an nn.Module", actual)
     host = site.convolution if isinstance(attention, SimAM) else site.branch
-    like = next(site.convolution.module.parameters())
     return host, attention.to(like.device, like.dtype).train(host.module.training)

@@ -12,17 +12,16 @@ class GreedyHash(nn.Module):
     Maps activations [..., bits] to `(b, penalty)`: the signs, +1 or -1, and the penalty to add to the loss.
 
     Args:
-        alpha: weight of the penalty, 0 or more; Su et al., NeurIPS 2018, use 0.1 for CIFAR-10 and 1 for
-            ImageNet-100.
+        alpha: weight of the penalty, a finite number of 0 or more; Su et al., NeurIPS 2018, use 0.1 for CIFAR-10 and 1
+            for ImageNet-100.
 
     Raises:
-        InputError: `alpha` is negative or not a number.
+        InputError: `alpha` is out of range or not a number.
     """
 
     def __init__(self, alpha: float = 0.1):
         super().__init__()
-        check_number("GreedyHash", "alpha", alpha, least=0)
-        self.alpha = alpha
+        self.alpha = check_number("GreedyHash", "alpha", alpha, least=0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Map `u` [..., bits] to `b`, with the shape and dtype of `u`, and the scalar penalty."""

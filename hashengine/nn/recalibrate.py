@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hashengine.errors import invalid
+from hashengine.nn._insertion import check_model
 
 
 @torch.no_grad()
@@ -23,7 +24,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
     statistics are restored, too.
 
     Args:
-        model: changed in place.
+        model: changed in place; it may be compiled. Call `recalibrate` before DDP or FSDP wrap it, because a wrapped
+            model sees only one process's share of the batches.
         batches: inputs of `model`, or tuples or lists that start with an input, as a DataLoader yields them. The inputs
             are moved to the device of the BatchNorms.
 
@@ -31,11 +33,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
         The number of batches.
 
     Raises:
-        InputError: no BatchNorm of `model` tracks running statistics, there is no batch, or a batch is neither a tensor
-            nor a tuple or list that starts with a tensor.
+        InputError: no BatchNorm of `model` tracks running statistics, `model` is or contains a module that is wrapped
+            or scripted, there is no batch, or a batch is neither a tensor nor a tuple or list that starts with a
+            tensor.
     """
-    if not isinstance(model, nn.Module):
-        raise invalid("recalibrate", "model", "a torch.nn.Module", type(model).__name__)
+    check_model("recalibrate", model, may_be_compiled=True)
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise invalid("recalibrate", "batches", "an iterable of batches", type(batches).__name__)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]

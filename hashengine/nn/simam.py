@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from hashengine._validation import check_number
-from hashengine.ops import simam
+from hashengine.nn._arguments import check_channels, check_factory_arguments
+from hashengine.ops.simam import LEAST_LAM, simam
 
 
 class SimAM(nn.Module):
@@ -13,13 +14,15 @@ class SimAM(nn.Module):
     Its authors put it between the second convolution of a residual block and the BatchNorm that follows.
 
     Args:
-        channels: ignored; accepted because `attach`, for example, calls `layer(channels)`.
-        lam: the paper's lambda, above 0. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
-        device: ignored, because there are no parameters; accepted because timm passes it.
-        dtype: ignored, like `device`.
+        channels: a positive integer or None. It has no effect, and is accepted because `attach`, for example, calls
+            `layer(channels)`.
+        lam: the paper's lambda, a finite number of 1e-18 or more. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
+        device: a torch device or None. It has no effect, because there are no parameters; accepted because timm passes
+            it.
+        dtype: a torch dtype or None; it has no effect either.
 
     Raises:
-        InputError: `lam` is not a number above 0.
+        InputError: an argument is of another kind or out of range.
     """
 
     def __init__(
@@ -31,8 +34,11 @@ class SimAM(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_number("SimAM", "lam", lam, above=0)
-        self.lam = lam
+        where = type(self).__name__
+        advice = f"lambda is a keyword: {where}(lam={channels})" if isinstance(channels, float) else ""
+        check_channels(where, channels, advice)
+        check_factory_arguments(where, device, dtype)
+        self.lam = check_number(where, "lam", lam, least=LEAST_LAM)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""

@@ -1,14 +1,18 @@
 """Triplet attention as a layer."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hashengine._validation import check_integer
+from hashengine._validation import check_flag, check_integer
 from hashengine.errors import invalid
-from hashengine.ops._plain import needs_plain_torch
+from hashengine.nn._arguments import check_channels, check_factory_arguments
+from hashengine.ops._branches import BRANCHES, add, max_and_mean
+from hashengine.ops._check import wide_dtype
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
 from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
@@ -22,9 +26,17 @@ _OFFICIAL_PREFIXES = {
     "SpatialGate.spatial.": "hw.conv.",
 }
 
+_GATE_NAMES = ("cw", "hc", "hw", "ChannelGateH", "ChannelGateW", "SpatialGate")  # in the order of the branches
+
+# For each branch: the axis of x that the official modules swap with the channels, so that the gate pools it as axis 1.
+_SWAPPED_AXIS = {"cw": 2, "hc": 3, "hw": 1}
+
 
 class _Gate(nn.Module):
-    """The parameters of one branch, under the official names: `conv.conv.weight` and `conv.bn.*`."""
+    """One branch, with the names of the official gate: `conv.conv.weight` and `conv.bn.*`.
+
+    `TripletAttention` uses the parts of the gate. It calls the gate itself only if somebody observes the call.
+    """
 
     def __init__(self, kernel_size: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
@@ -34,6 +46,11 @@ class _Gate(nn.Module):
                 bn=nn.BatchNorm2d(1, eps=1e-5, momentum=0.01, device=device, dtype=dtype),
             )
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `x` [N, pooled axis, rows, columns] by the gate that is computed from its axis 1."""
+        pool, _ = max_and_mean(x.to(wide_dtype(x)), "hw")
+        return x * torch.sigmoid(self.conv(pool.to(x.dtype)))
 
 
 class TripletAttention(nn.Module):
@@ -48,16 +65,20 @@ class TripletAttention(nn.Module):
     updates the running statistics. If a part of the layer has been changed, for example by `convert_sync_batchnorm`, a
     hook or a parametrisation, the layer runs pooling, convolution, BatchNorm and gate as separate ops instead.
 
+    Hooks on `cw`, `hc` and `hw` and on the modules inside them run as in the official module. A hook on one of the
+    three gets x with the pooled axis and the channels swapped, and the product of this tensor with the gate. Global
+    hooks (`torch.nn.modules.module.register_module_forward_hook`) see the layer but not the modules inside it.
+
     Args:
-        channels: ignored, because the parameters do not depend on it; accepted for factories that call
-            `layer(channels)`.
+        channels: a positive integer or None. It has no effect, because the parameters do not depend on it; accepted for
+            factories that call `layer(channels)`.
         no_spatial: leave out the branch over (H, W).
         kernel_size: kernel size of the convolutions, odd.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Raises:
-        InputError: `kernel_size` is not a positive odd integer.
+        InputError: an argument is of another kind, or `kernel_size` is not positive and odd.
     """
 
     def __init__(
@@ -70,35 +91,50 @@ class TripletAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        kernel_size = check_integer("TripletAttention", "kernel_size", kernel_size, 1)
+        where = type(self).__name__
+        advice = f"no_spatial is a keyword: {where}(no_spatial={channels})" if isinstance(channels, bool) else ""
+        check_channels(where, channels, advice)
+        check_factory_arguments(where, device, dtype)
+        kernel_size = check_integer(where, "kernel_size", kernel_size, 1)
         if kernel_size % 2 == 0:
-            raise invalid("TripletAttention", "kernel_size", "odd", kernel_size)
-        self.no_spatial = no_spatial
+            raise invalid(where, "kernel_size", "odd", kernel_size)
+        self.no_spatial = check_flag(where, "no_spatial", no_spatial)
         for name in ("cw", "hc") if no_spatial else ("cw", "hc", "hw"):
             self.add_module(name, _Gate(kernel_size, device, dtype))
         self.register_load_state_dict_pre_hook(_rename_official_keys)
 
     @property
-    def _gates(self) -> list[nn.Sequential]:
+    def _gates(self) -> list[nn.Sequential] | None:
+        """Convolution and BatchNorm of each branch; None if the module of a branch has been replaced or wrapped."""
         modules: dict[str, Any] = self._modules
-        names = ("cw", "hc") if self.no_spatial else ("cw", "hc", "hw")
-        return [modules[name]._modules["conv"] for name in names]
+        gates: list[Any] = []
+        for name in ("cw", "hc") if self.no_spatial else ("cw", "hc", "hw"):
+            branch = modules[name]
+            if type(branch) is not _Gate:
+                return None
+            gates.append(branch._modules["conv"])
+        return gates
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
         gates = self._gates
+        if gates is None or _is_call_observed(self, gates):
+            return self._through_gates(x)
         # _modules, _parameters and _buffers are read directly, because attribute lookups in nn.Module are slow compared
         # with the op on small maps.
-        convolutions: list[Any] = [gate._modules["conv"] for gate in gates]
-        norms: list[Any] = [gate._modules["bn"] for gate in gates]
+        convolutions: list[Any] = [gate._modules.get("conv") for gate in gates]
+        norms: list[Any] = [gate._modules.get("bn") for gate in gates]
         if not _can_fuse(gates, convolutions, norms):
             return triplet_gate(x, *(gate(pool) for gate, pool in zip(gates, triplet_pool(x), strict=False)))
         training, eps = norms[0].training, norms[0].eps
         conv_weight = [conv._parameters["weight"] for conv in convolutions]
-        bn_weight = [bn._parameters["weight"] for bn in norms]
-        bn_bias = [bn._parameters["bias"] for bn in norms]
-        running_mean = [bn._buffers["running_mean"] for bn in norms]
-        running_var = [bn._buffers["running_var"] for bn in norms]
+        bn_weight, bn_bias, running_mean, running_var = [], [], [], []
+        for bn in norms:  # one loop, because four comprehensions take longer
+            parameters, buffers = bn._parameters, bn._buffers
+            bn_weight.append(parameters["weight"])
+            bn_bias.append(parameters["bias"])
+            running_mean.append(buffers["running_mean"])
+            running_var.append(buffers["running_var"])
         if not training and (needs_plain_torch() or not _needs_gradient(x, conv_weight, bn_weight, bn_bias)):
             return triplet_attention_inference(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
         y, mean, var = triplet_attention(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
@@ -109,39 +145,67 @@ class TripletAttention(nn.Module):
             triplet_attention_update(mean, var, running_mean, running_var, steps, counts, norms[0].momentum)
         return y
 
+    def _through_gates(self, x: Tensor) -> Tensor:
+        """Call the module of each branch, as the official modules do."""
+        gates: list[Any] = [self._modules[name] for name in _GATE_NAMES if name in self._modules]
+        products = []
+        for gate, branch in zip(gates, BRANCHES, strict=False):
+            axis = _SWAPPED_AXIS[branch]
+            products.append(gate(x.transpose(1, axis)).transpose(1, axis))
+        return in_dtype_and_layout_of(x, add(products) / len(products))
+
     def extra_repr(self) -> str:
         """The arguments that `repr` shows."""
         return f"no_spatial={self.no_spatial}"
 
 
 def _can_fuse(gates: list[nn.Sequential], convolutions: list[Any], norms: list[Any]) -> bool:
-    """Whether the modules compute exactly what the fused op does, with the same settings in all branches."""
-    if any(type(conv) is not nn.Conv2d for conv in convolutions) or any(type(bn) is not nn.BatchNorm2d for bn in norms):
-        return False  # converted, parametrised or replaced
-    if not all(_is_fusible(conv, convolutions[0].kernel_size[0]) for conv in convolutions):
-        return False
-    if any(_has_hooks(module) for modules in (gates, convolutions, norms) for module in modules):
-        return False
-    if not all(bn.affine and bn.track_running_stats for bn in norms):
-        return False
-    return len({(bn.training, bn.eps, bn.momentum) for bn in norms}) == 1
+    """Whether the modules compute exactly what the fused op does, with the same settings in all branches.
+
+    A convolution must compute a map of the same size from the two pooled ones, with a square kernel of odd size.
+    """
+    for gate, conv, bn in zip(gates, convolutions, norms, strict=True):
+        if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+            return False  # converted, parametrised or replaced
+        if type(gate) is not nn.Sequential or len(gate._modules) != 2:
+            return False  # replaced, or with a third layer
+        first, kernel = norms[0], convolutions[0].kernel_size
+        if (conv.in_channels, conv.out_channels, conv.kernel_size) != (2, 1, kernel) or kernel[0] != kernel[1]:
+            return False
+        if kernel[0] % 2 == 0 or conv.padding != (kernel[0] // 2, kernel[0] // 2) or conv.padding_mode != "zeros":
+            return False
+        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv._parameters["bias"] is not None:
+            return False
+        if not (bn.affine and bn.track_running_stats):
+            return False
+        if bn.training != first.training or bn.eps != first.eps or bn.momentum != first.momentum:
+            return False
+    return not _are_observed((*gates, *convolutions, *norms))
 
 
-def _is_fusible(conv: nn.Conv2d, size: int) -> bool:
-    """Whether `conv` computes a map of the same size from the two pooled ones, with a square kernel of odd `size`."""
-    return (
-        size % 2 == 1
-        and (conv.in_channels, conv.out_channels, conv.kernel_size) == (2, 1, (size, size))
-        and (conv.padding, conv.padding_mode) == ((size // 2, size // 2), "zeros")
-        and (conv.stride, conv.dilation) == ((1, 1), (1, 1))
-        and conv._parameters["bias"] is None
-    )
+def _is_call_observed(layer: nn.Module, gates: list[nn.Sequential]) -> bool:
+    """Whether somebody observes the call of a branch's module or, in an official module, of the pooling inside it."""
+    branches: Any = layer._modules.values()
+    if _are_observed(branches):
+        return True
+    for branch in branches:
+        if len(branch._modules) > 1 and _are_observed(part for part in branch._modules.values() if part not in gates):
+            return True
+    return False
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _are_observed(modules: Iterable[Any]) -> bool:
+    """Whether one of the modules has a hook, or a forward other than that of its class."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 def _needs_gradient(x: Tensor, *parameters: list[Tensor]) -> bool:

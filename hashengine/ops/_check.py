@@ -4,13 +4,14 @@ All checks except `check_no_nan` read only dtypes, shapes and devices, so they a
 reads values; the references call it and the fakes do not.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hashengine import _validation
-from hashengine._validation import dtype_name, nan_error
+from hashengine._validation import dtype_name, nan_error, number_form
 from hashengine.errors import invalid
 
 FLOATING: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _validation.FLOATING)
@@ -50,6 +51,15 @@ def check_like(where: str, name: str, tensor: Tensor, shape: Sequence[int], dtyp
 def check_gradient(where: str, name: str, gradient: Tensor, x: Tensor) -> None:
     """Check the gradient of a result that has the shape and dtype of `x`."""
     check_like(where, name, gradient, x.shape, x.dtype, x)
+
+
+def check_number(
+    where: str, name: str, value: float, *, above: float | None = None, least: float | None = None
+) -> None:
+    """Check that `value` is finite, and greater than `above` or at least `least`; one of these bounds is given."""
+    is_in_range = value >= least if least is not None else above is not None and value > above
+    if not (is_in_range and value < math.inf):
+        raise invalid(where, name, number_form(above, least), f"{value:g}")
 
 
 def check_no_nan(where: str, name: str, tensor: Tensor) -> None:

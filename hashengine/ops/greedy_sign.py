@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hashengine._validation import dtype_name
 from hashengine.errors import invalid
-from hashengine.ops._check import check_floating, check_gradient, check_no_nan, wide_dtype
+from hashengine.ops._check import check_floating, check_gradient, check_no_nan, check_number, wide_dtype
 from hashengine.ops._library import define_op
 from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 
@@ -30,14 +30,15 @@ def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
     Args:
         u: activations [...], float64, float32, float16 or bfloat16, any strides.
-        alpha: weight of the penalty; the paper takes 0.1 for CIFAR-10 and 1 for ImageNet-100.
+        alpha: weight of the penalty, a finite number of 0 or more; the paper takes 0.1 for CIFAR-10 and 1 for
+            ImageNet-100.
 
     Returns:
         `b` with the shape, dtype and layout of `u`, and `penalty`, a scalar: float64 for float64, otherwise float32.
 
     Raises:
-        ValueError: `u` is not floating point, or contains a NaN. NaN is checked on the CPU only, because the check
-            would synchronize a GPU, and not under a transform of `torch.func`.
+        ValueError: `u` is not floating point, or contains a NaN, or `alpha` is out of range. NaN is checked on the CPU
+            only, because the check would synchronize a GPU, and not under a transform of `torch.func`.
     """
     return _plain(u, alpha) if needs_plain_torch() else _greedy_sign(u, alpha)
 
@@ -72,24 +73,29 @@ def _penalty(u: Tensor, alpha: float) -> Tensor:
     return alpha * (u.to(wide_dtype(u)).abs() - 1).abs().pow(3).mean()
 
 
+def _check(where: str, u: Tensor, alpha: float) -> None:
+    check_floating(where, "u", u)
+    check_number(where, "alpha", alpha, least=0)
+
+
 def _plain(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    check_floating("greedy_sign", "u", u)
+    _check("greedy_sign", u, alpha)
     return _StraightThrough.apply(u), _penalty(u, alpha)
 
 
 def _reference(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    check_floating("greedy_sign", "u", u)
+    _check("greedy_sign", u, alpha)
     check_no_nan("greedy_sign", "u", u)
     return _signs(u), _penalty(u, alpha)
 
 
 def _fake(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    check_floating("greedy_sign", "u", u)
+    _check("greedy_sign", u, alpha)
     return torch.empty_like(u), u.new_empty((), dtype=wide_dtype(u))
 
 
-def _check_backward(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor) -> None:
-    check_floating("greedy_sign_backward", "u", u)
+def _check_backward(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor, alpha: float) -> None:
+    _check("greedy_sign_backward", u, alpha)
     if grad_b is not None:
         check_gradient("greedy_sign_backward", "grad_b", grad_b, u)
     wide = wide_dtype(u)
@@ -102,7 +108,7 @@ def _check_backward(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tenso
 
 
 def _backward_reference(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor, alpha: float) -> Tensor:
-    _check_backward(grad_b, grad_penalty, u)
+    _check_backward(grad_b, grad_penalty, u, alpha)
     wide = u.to(wide_dtype(u))
     grad_u = torch.zeros_like(wide) if grad_b is None else grad_b.to(wide.dtype)
     if grad_penalty is not None:
@@ -112,7 +118,7 @@ def _backward_reference(grad_b: Tensor | None, grad_penalty: Tensor | None, u: T
 
 
 def _backward_fake(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor, alpha: float) -> Tensor:
-    _check_backward(grad_b, grad_penalty, u)
+    _check_backward(grad_b, grad_penalty, u, alpha)
     return torch.empty_like(u)
 
 

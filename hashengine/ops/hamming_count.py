@@ -41,9 +41,6 @@ def hamming_count(
     if labels is None:
         return _hamming_count(queries, codes, filter, None, None, num_threads)
     query_labels, code_labels = check_label_pair("hamming_count", labels)
-    for name, side in (("query_labels", query_labels), ("code_labels", code_labels)):
-        if isinstance(side, Tensor):  # torch refuses other types
-            check_label_columns("hamming_count", name, side.shape)
     return _hamming_count(queries, codes, filter, query_labels, code_labels, num_threads)
 
 
@@ -62,6 +59,7 @@ def _check(
     if query_labels is None or code_labels is None:
         raise invalid(where, "query_labels and code_labels", "given both or neither", "one of them")
     for name, labels, rows in (("query_labels", query_labels, queries), ("code_labels", code_labels, codes)):
+        check_label_columns(where, name, labels.shape)
         count, dtype = rows.shape[0], torch.int64 if labels.dim() == 1 else torch.bool
         shape_fits = labels.dim() in (1, 2) and labels.shape[0] == count
         if not shape_fits or labels.dtype != dtype or labels.device != rows.device:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashengine.errors import invalid
-from hashengine.ops._check import check_feature_map, check_gradient, check_like, wide_dtype
+from hashengine.ops._check import check_feature_map, check_gradient, check_like, check_number, wide_dtype
 from hashengine.ops._library import define_op
 from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
+
+LEAST_LAM = 1e-18  # the gradient divides by its square, which must not round to 0 in float32
 
 
 def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
@@ -23,13 +24,13 @@ def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
     Args:
         x: feature map [N, C, H, W], float64, float32, float16 or bfloat16, any strides. The variance of a 1 x 1 plane
             is 0, so its gate is sigmoid(1/2).
-        lam: the paper's lambda, above 0. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
+        lam: the paper's lambda, a finite number of 1e-18 or more. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
 
     Returns:
         `y` with the shape, dtype and layout of `x`. Statistics are computed in float32 (in float64 for float64).
 
     Raises:
-        ValueError: `x` is not a floating-point feature map of four axes, or `lam` is not above 0.
+        ValueError: `x` is not a floating-point feature map of four axes, or `lam` is out of range.
     """
     return (_reference if needs_plain_torch() else _simam)(x, lam)[0]
 
@@ -39,7 +40,7 @@ def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
 
     Args:
         x: feature map [N, C, H, W], as for `simam`.
-        lam: the paper's lambda, above 0.
+        lam: the paper's lambda, as for `simam`.
 
     Returns:
         The importance, with the shape, dtype and layout of `x`.
@@ -52,8 +53,7 @@ def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
 
 def _check(where: str, x: Tensor, lam: float) -> None:
     check_feature_map(where, x)
-    if not lam > 0:
-        raise invalid(where, "lam", "above 0 (it is the divisor for a constant plane)", f"{lam:g}")
+    check_number(where, "lam", lam, least=LEAST_LAM)
 
 
 def _divisor(x: Tensor) -> int:

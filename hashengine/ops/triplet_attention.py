@@ -18,6 +18,7 @@ from hashengine.ops._check import (
     check_floating,
     check_gradient,
     check_like,
+    check_number,
     check_same_device,
     wide_dtype,
 )
@@ -49,7 +50,7 @@ def triplet_attention(
         running_mean: tensors [1], used if not `training`.
         running_var: tensors [1], used if not `training`.
         training: normalise by the statistics of the batch instead of the running ones.
-        eps: the eps of BatchNorm.
+        eps: the eps of BatchNorm, a finite number of 0 or more, in `training` above 0.
 
     Returns:
         `y` with the shape, dtype and layout of `x`; `mean` and `var` [branches], the statistics that were used, float64
@@ -57,8 +58,8 @@ def triplet_attention(
         gradient.
 
     Raises:
-        ValueError: a dtype, a shape or a device is wrong, a list does not have two or three tensors, or a branch has
-            fewer than two values in `training`.
+        ValueError: a dtype, a shape or a device is wrong, a list does not have two or three tensors, a branch has fewer
+            than two values in `training`, or `eps` is out of range.
     """
     op = _reference if needs_plain_torch() else _triplet_attention
     y, mean, var, *_ = op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
@@ -105,7 +106,7 @@ def _reference(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _check_forward("triplet_attention", x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
+    _check_forward("triplet_attention", x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
     return _forward(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
 
 
@@ -148,7 +149,7 @@ def _inference_reference(
     eps: float,
 ) -> Tensor:
     where = "triplet_attention_inference"
-    _check_forward(where, x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False)
+    _check_forward(where, x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False, eps)
     return _forward(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False, eps)[0]
 
 
@@ -162,7 +163,7 @@ def _fake(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _check_forward("triplet_attention", x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training)
+    _check_forward("triplet_attention", x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
     wide = wide_dtype(x)
     branches = len(conv_weight)
     numel = _maps_numel(x, conv_weight)
@@ -186,7 +187,7 @@ def _inference_fake(
     eps: float,
 ) -> Tensor:
     where = "triplet_attention_inference"
-    _check_forward(where, x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False)
+    _check_forward(where, x, conv_weight, bn_weight, bn_bias, running_mean, running_var, False, eps)
     return torch.empty_like(x)
 
 
@@ -207,8 +208,10 @@ def _check_forward(
     running_mean: list[Tensor],
     running_var: list[Tensor],
     training: bool,
+    eps: float,
 ) -> None:
     _check_shape(where, x, conv_weight, training)
+    _check_eps(where, eps, training)
     scalars = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
     for name, tensors in {"conv_weight": conv_weight, **scalars}.items():
         _check_parameter(where, name, tensors, len(conv_weight), x)
@@ -239,6 +242,14 @@ def _check_shape(where: str, x: Tensor, conv_weight: list[Tensor], training: boo
             raise invalid(where, "x", expected, actual, "use eval mode or a larger batch")
 
 
+def _check_eps(where: str, eps: float, training: bool) -> None:
+    """Check what `nn.BatchNorm2d` requires of its eps."""
+    if training:
+        check_number(where, "eps", eps, above=0)
+    else:
+        check_number(where, "eps", eps, least=0)
+
+
 def _check_parameter(where: str, name: str, tensors: list[Tensor], branches: int, x: Tensor) -> None:
     if len(tensors) != branches:
         raise invalid(where, name, f"{branches} tensors, as many as conv_weight", len(tensors))
@@ -259,9 +270,11 @@ def _check_backward(
     index: Tensor,
     response: Tensor,
     training: bool,
+    eps: float,
 ) -> None:
     where = "triplet_attention_backward"
     _check_shape(where, x, conv_weight, training)
+    _check_eps(where, eps, training)
     for name, tensors in {"conv_weight": conv_weight, "bn_weight": bn_weight, "bn_bias": bn_bias}.items():
         _check_parameter(where, name, tensors, len(conv_weight), x)
     wide, branches, numel = wide_dtype(x), len(conv_weight), _maps_numel(x, conv_weight)
@@ -287,7 +300,7 @@ def _backward_reference(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _check_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training)
+    _check_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps)
     wide = wide_dtype(x)
     sizes = [map_numel(x, branch) for _, branch in _branches(conv_weight)]
     pools, indices, responses = pooled.split([2 * s for s in sizes]), index.split(sizes), response.split(sizes)
@@ -332,7 +345,7 @@ def _backward_fake(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _check_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training)
+    _check_backward(grad_y, x, conv_weight, bn_weight, bn_bias, mean, var, pooled, index, response, training, eps)
     branches = len(conv_weight)
     return (
         torch.empty_like(x),

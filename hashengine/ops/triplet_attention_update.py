@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hashengine._validation import dtype_name
 from hashengine.errors import invalid
-from hashengine.ops._check import check_like, wide_dtype
+from hashengine.ops._check import check_like, check_number, wide_dtype
 from hashengine.ops._library import define_op
 from hashengine.ops._plain import needs_plain_torch
 
@@ -30,12 +30,12 @@ def triplet_attention_update(
         running_var: for each branch, a tensor with one value; this variance divides by the number of values minus 1.
         num_batches_tracked: for each branch, an int64 scalar; it is incremented by 1.
         counts: for each branch, the number of values from which its mean and variance were computed; at least 2.
-        momentum: weight of this batch, 0 or more; None for the cumulative average.
+        momentum: weight of this batch, a finite number of 0 or more; None for the cumulative average.
 
     Raises:
         ValueError: `mean` or `var` has a wrong dtype, shape or device, a list does not have one entry per branch, a
             tensor in a list does not hold one value on the device of `mean`, a count is below 2, or the momentum is
-            negative.
+            out of range.
     """
     op = _reference if needs_plain_torch() else _update
     op(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
@@ -85,8 +85,8 @@ def _check(
                 raise invalid(where, f"{name}[{i}]", f"one value on {mean.device}", actual)
     if any(count < 2 for count in counts):
         raise invalid(where, "counts", "at least 2 (one value has no variance)", list(counts))
-    if momentum is not None and not momentum >= 0:
-        raise invalid(where, "momentum", "0 or more", f"{momentum:g}")
+    if momentum is not None:
+        check_number(where, "momentum", momentum, least=0)
 
 
 _update = define_op(

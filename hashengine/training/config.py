@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hashengine import methods
-from hashengine._config import Config
+from hashengine._config import Config, Integer, Number, Seed
 from hashengine._defaults import SEED
 from hashengine._validation import check_device_name
 from hashengine.errors import brief, invalid
@@ -51,14 +51,14 @@ class FitConfig(Config):
     bits: Bits = DEFAULT_BITS
     attention: Attention = DEFAULT_ATTENTION
     epochs: Annotated[
-        Annotated[int, Field(gt=0, le=1_000_000)] | None,
+        Annotated[Integer, Field(gt=0, le=1_000_000)] | None,
         Field(description="passes over the images; by default 200,000 / number of images, at least 3 and at most 20"),
     ] = None
-    batch_size: Annotated[int, Field(ge=2, description="images per step")] = 64
+    batch_size: Annotated[Integer, Field(ge=2, description="images per step")] = 64
     lr: Annotated[
-        float, Field(gt=0, allow_inf_nan=False, description="highest learning rate of the one-cycle schedule")
+        Number, Field(gt=0, allow_inf_nan=False, description="highest learning rate of the one-cycle schedule")
     ] = 4e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight decay of AdamW")] = 0.01
+    weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False, description="weight decay of AdamW")] = 0.01
     image_size: Annotated[
         ImageSize | None,
         Field(description="pixels per side; by default the images' own size, limited to 8 to 64"),
@@ -72,15 +72,13 @@ class FitConfig(Config):
         ),
     ] = None
     shift: Annotated[
-        Annotated[int, Field(ge=0, le=65_536)] | None,
+        Annotated[Integer, Field(ge=0, le=65_536)] | None,
         Field(description="an image moves at random by up to this many pixels; by default an eighth of its size"),
     ] = None
     flip: Annotated[
         bool, Field(description="mirror half of the images at random: for photographs, not for digits or text")
     ] = False
-    seed: Annotated[int, Field(ge=0, lt=1 << 64, description="seed of the weights, image order and augmentation")] = (
-        SEED
-    )
+    seed: Annotated[Seed, Field(description="seed of the weights, image order and augmentation")] = SEED
     device: Annotated[
         str, Field(description="where to train: auto, cpu, cuda or cuda:1; auto takes a GPU if there is one")
     ] = "auto"

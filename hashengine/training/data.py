@@ -37,7 +37,7 @@ class LabelledImages(NamedTuple):
 
         The standard deviation is at least 1/255, so that it is not 0 even if all pixels are equal.
         """
-        levels = torch.arange(256, dtype=torch.float64) / 255
+        levels = torch.arange(256, dtype=torch.float64, device="cpu") / 255
         mean, std = [], []
         for channel in self.images.unbind(1):
             share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
@@ -92,8 +92,8 @@ def load(folder: Path, image_size: int | None = None, where: str = "fit") -> Lab
 def read_into_memory(by_class: dict[str, list[Path]], channels: int, size: int) -> LabelledImages:
     """Read the images of each class as uint8 [N, channels, size, size], in the order of `by_class`."""
     paths = [path for paths in by_class.values() for path in paths]
-    labels = torch.repeat_interleave(torch.tensor([len(paths) for paths in by_class.values()]))
-    images = torch.empty(len(paths), channels, size, size, dtype=torch.uint8)
+    labels = torch.repeat_interleave(torch.tensor([len(paths) for paths in by_class.values()], device="cpu"))
+    images = torch.empty(len(paths), channels, size, size, dtype=torch.uint8, device="cpu")
 
     def read(index: int) -> None:
         images[index] = image_tensor(read_image(paths[index], "L" if channels == 1 else "RGB"), size, channels)
@@ -161,7 +161,7 @@ class Batches:
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        order = torch.randperm(len(self.labels), generator=self.generator)
+        order = torch.randperm(len(self.labels), generator=self.generator, device="cpu")
         for chosen in order[: len(self) * self.batch_size].split(self.batch_size):
             views = tuple(self._augmented(chosen) for _ in range(self.views))
             yield TrainingBatch(views, self.labels[chosen.to(self.labels.device)])
@@ -169,15 +169,14 @@ class Batches:
     def _augmented(self, chosen: Tensor) -> Tensor:
         """The chosen images, shifted and mirrored by one indexing operation. A shift repeats the border pixels."""
         channels, size = self.images.shape[1:3]
-        pixel = torch.arange(size)
+        pixel, bounds, shape = torch.arange(size, device="cpu"), (-self.shift, self.shift + 1), (len(chosen), 1)
         rows, columns = (
-            (pixel + torch.randint(-self.shift, self.shift + 1, (len(chosen), 1), generator=self.generator)).clamp_(
-                0, size - 1
-            )
+            (pixel + torch.randint(*bounds, shape, generator=self.generator, device="cpu")).clamp_(0, size - 1)
             for _ in range(2)
         )
         if self.flip:
-            is_mirrored = torch.rand(len(chosen), 1, generator=self.generator) < 0.5
+            draws = torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+            is_mirrored = draws < 0.5
             columns = torch.where(is_mirrored, columns.flip(1), columns)
         device = self.images.device
         return self.images[

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hashengine import _environment, _progress, methods
 from hashengine._files import check_output, make_folder, write_file
+from hashengine._torch_defaults import torch_defaults
 from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
 from hashengine.methods.base import Batch, HashingMethod, View
@@ -25,11 +26,13 @@ from hashengine.training.runs import RECORD_FILE, Run
 _ENCODE_BATCH = 512
 
 
+@torch_defaults()
 def fit(config: FitConfig) -> Run:
     """Train a network and write config.json, model.safetensors and training.json into `config.output`.
 
     There is no validation: the saved model is that of the last epoch, and no image outside `config.images` is read. On
-    the CPU of one machine, the same configuration and number of threads give the same weights.
+    the CPU of one machine, the same configuration and number of threads give the same weights. The default dtype and
+    device of torch have no effect.
 
     Raises:
         InputError: an option, the folder of images or an image is unusable, or the loss became infinite or NaN.
@@ -81,7 +84,7 @@ def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, Hash
     """
     method = methods.create(config.method, **config.method_options)
     channels, size = images.images.shape[1], images.images.shape[-1]
-    with torch.random.fork_rng(devices=[]):
+    with torch_defaults(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = HashNet(config.network(images.classes, channels, size, *images.statistics()), method.head)
         method.add_parameters(config.bits, len(images.classes))
@@ -114,7 +117,7 @@ def train(
     with _progress.task("training", total, "step") as progress:
         for epoch in range(1, epochs + 1):
             # The sums stay on the device, because reading a value in every step would wait for a GPU.
-            sums = torch.zeros((), device=network.device)
+            sums = torch.zeros((), dtype=torch.float32, device=network.device)
             for views, labels in batches:
                 batch = _forward(network, views, labels)
                 try:

@@ -82,7 +82,9 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
         sides.append((network.encode(images.images), [images.classes[label] for label in images.labels.tolist()]))
     (query_codes, query_classes), (codes, classes) = sides
     number = {name: index for index, name in enumerate(sorted({*query_classes, *classes}))}
-    query_labels, labels = (torch.tensor([number[name] for name in side]) for side in (query_classes, classes))
+    query_labels, labels = (
+        torch.tensor([number[name] for name in side], device="cpu") for side in (query_classes, classes)
+    )
     counts = metrics.distance_counts(query_codes, codes, labels=(query_labels, labels))
     found = counts.mean_average_precision()
     if without_relevant := int((counts.relevant.sum(1) == 0).sum()):

@@ -66,6 +66,119 @@ def test_attention_goes_to_the_right_sites_of_torchvision_and_timm(library, netw
     assert list(model.state_dict()) == list(before)
 
 
+NEITHER = "model must be a network with residual blocks of torchvision or timm, or a plain network like VGG, got a"
+
+
+@pytest.mark.parametrize(
+    ("library", "network"),
+    [
+        ("timm", "resnetv2_50"),  # the stem is a stack
+        ("timm", "nf_resnet26"),
+        ("timm", "resnest14d"),  # the shortcuts are stacks
+        ("timm", "densenet121"),  # the transitions between dense blocks are stacks
+        ("torchvision", "densenet121"),
+        ("torchvision", "squeezenet1_0"),  # the classifier is a stack
+        ("torchvision", "squeezenet1_1"),
+    ],
+)
+def test_stems_shortcuts_transitions_and_classifiers_are_no_sites(library, network):
+    model = built_by(library, network)
+    parts = anatomy(model)
+    for layer in ("simam", "triplet"):
+        with pytest.raises(he.InputError) as caught:
+            he.nn.attach(model, layer)
+        assert str(caught.value).startswith(f"attach: {NEITHER} {type(model).__name__}, which is neither; put ")
+    assert anatomy(model) == parts
+
+
+def stack(*channels: int, pool: type[nn.Module] = nn.MaxPool2d) -> nn.Sequential:
+    pairs = zip(channels, channels[1:], strict=False)
+    layers = [layer for pair in pairs for layer in (nn.Conv2d(*pair, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers, pool(2))
+
+
+class Linked(nn.Module):
+    """A network of the given parts; `attach` reads the parts and does not run them."""
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"stem": stack(3, 8), "encoder": nn.TransformerEncoderLayer(8, 2)},
+        {"stem": stack(3, 8), "norm": nn.LayerNorm(8)},
+        {"encoder": stack(3, 8), "decoder": nn.ConvTranspose2d(8, 3, 2, 2)},
+        {"stem": stack(3, 8), "body": nn.Conv2d(8, 8, 3)},
+        {"volume": nn.Conv3d(3, 3, 1), "features": stack(3, 8)},
+        {"left": stack(3, 8, 8), "right": stack(3, 8, 8)},  # two inputs, or a branch and its shortcut
+        {"features": stack(3, 8), "classifier": stack(8, 5, pool=nn.AdaptiveAvgPool2d)},
+        {"classifier": stack(8, 5, pool=nn.AdaptiveAvgPool2d)},
+        {"pools": nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), "fc": nn.Linear(2, 2)},
+    ],
+    ids=lambda parts: "-".join(parts),
+)
+def test_a_network_with_a_stack_is_not_plain_if_its_stacks_are_only_a_part_of_it(parts):
+    with pytest.raises(he.InputError, match=f"^attach: {NEITHER} Linked, which is neither; "):
+        he.nn.attach(Linked(**parts), "simam")
+
+
+def test_a_plain_network_may_consist_of_several_stacks_and_a_head():
+    head = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.GRU(8, 8))
+    model = Linked(block1=stack(3, 8, 8), block2=stack(8, 16), head=head)
+    report = he.nn.attach(model, "triplet")
+    assert [insertion.name for insertion in report.insertions] == ["block1.3.attention", "block2.1.attention"]
+    he.nn.attach(model, "simam")  # the convolutions in the triplet attention are no sites
+    assert len(he.nn.detach(model)) == 4
+
+
+def test_a_part_of_a_network_can_be_plain():
+    model = Linked(features=stack(3, 8), neck=nn.Conv2d(8, 8, 1))
+    assert he.nn.attach(model.features, "simam").insertions[0].name == "0.attention"
+
+
+@pytest.mark.slow
+def test_of_torchvisions_classifiers_only_resnets_vggs_and_alexnet_are_accepted():
+    models = pytest.importorskip("torchvision.models")
+    # RegNets cannot be built without weights.
+    names = [name for name in models.list_models(module=models) if not name.startswith("regnet")]
+    accepted = set()
+    for name in names:
+        with torch.device("meta"):
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            model = models.get_model(name, weights=None, **options)
+        try:
+            he.nn.attach(model, "triplet")
+            accepted.add(name)
+        except he.InputError as error:
+            assert NEITHER in str(error)
+    families = ("resnet", "resnext", "wide_resnet", "vgg", "alexnet")
+    assert accepted == {name for name in names if name.startswith(families)}
+
+
+@pytest.mark.slow
+def test_of_timms_families_only_resnets_hrnets_and_vggs_are_accepted():
+    """One network of each family, in which `timm.models.resnet` has the blocks of the first two."""
+    timm = pytest.importorskip("timm")
+    families = {timm.models.model_entrypoint(name).__module__: name for name in reversed(timm.list_models())}
+    accepted = set()
+    for family, name in families.items():
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+        except (NotImplementedError, RuntimeError):  # cannot be built without weights
+            continue
+        try:
+            he.nn.attach(model, "triplet")
+            accepted.add(family.rpartition(".")[2])
+        except he.InputError as error:
+            assert NEITHER in str(error)
+    assert accepted == {"resnet", "hrnet", "vgg"}
+
+
 @pytest.mark.parametrize(("library", "block"), BLOCKS)
 def test_simam_goes_where_its_authors_put_it(library, block):
     """The authors replace the second convolution by a Sequential of the convolution and SimAM."""
@@ -272,6 +385,12 @@ def with_triplet(model: nn.Module) -> nn.Module:
     return model
 
 
+def patched(model: nn.Module) -> nn.Module:
+    """Give the first block a forward of its own."""
+    model.layer1[0].forward = lambda x: x
+    return model
+
+
 def subclassed(model: nn.Module) -> nn.Module:
     """Replace the class of the first block by a subclass with another forward."""
     base = type(model.layer1[0])
@@ -290,7 +409,7 @@ def subclassed(model: nn.Module) -> nn.Module:
             lambda: (small_resnet(), lambda channels: channels),
             "layer must be a factory that returns an nn.Module, got a factory that returns int for layer1.0",
         ),
-        (lambda: (nn.Linear(2, 2), "simam"), "model must be a network with residual blocks .*, got a Linear with none"),
+        (lambda: (nn.Linear(2, 2), "simam"), f"{NEITHER} Linear, which is neither; put SimAM"),
         (lambda: (small_resnet(), "simam", "layer3"), "where must be one of the 2 stages .*layer1.0.*, got 'layer3'"),
         (lambda: (small_resnet(), "simam", [0, 2]), "where must be one of the 2 stages .*, got 2"),
         (lambda: (small_resnet(), "simam", []), "where must be one of the 2 stages .*, got none"),
@@ -304,6 +423,14 @@ def subclassed(model: nn.Module) -> nn.Module:
         (
             lambda: (subclassed(small_resnet()), "triplet"),
             "layer1.0 must be a BasicBlock, got a OtherBlock, whose forward may differ",
+        ),
+        (
+            lambda: (subclassed(small_resnet("timm", "Bottleneck")), "triplet"),
+            "layer1.0 must be a Bottleneck, got a OtherBlock, whose forward may differ",
+        ),
+        (
+            lambda: (patched(small_resnet("timm")), "triplet"),
+            "layer1.0 must be a BasicBlock, got a BasicBlock, whose forward may differ",
         ),
     ],
 )

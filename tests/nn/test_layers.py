@@ -1,5 +1,6 @@
 """The layers: official state dicts, other classes of BatchNorm, factories, and training in a network."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +8,8 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from hashengine import ops
 from hashengine.errors import InputError
-from hashengine.nn import GreedyHash, SimAM, TripletAttention, attach
+from hashengine.nn import GreedyHash, PlainSimAM, PlainTripletAttention, SimAM, TripletAttention, attach
+from hashengine.ops.simam import LEAST_LAM
 from tests.helpers.layouts import feature_map
 from tests.helpers.networks import images, small_resnet
 from tests.helpers.official import OfficialTriplet
@@ -153,20 +155,70 @@ def test_layers_train_in_a_network():
     assert min(losses[-5:]) < 0.5 * losses[0]
 
 
+LAM = "lam must be a finite number of 1e-18 or more"
+ALPHA = "alpha must be a finite number of 0 or more"
+CHANNELS = "channels must be a positive integer or None"
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SimAM(lam=0.0), "SimAM: lam must be above 0, got 0.0"),
-        (lambda: SimAM(lam="a"), "SimAM: lam must be above 0, got 'a'"),
-        (lambda: GreedyHash(-1.0), "GreedyHash: alpha must be 0 or more, got -1.0"),
-        (lambda: GreedyHash("x"), "GreedyHash: alpha must be 0 or more, got 'x'"),
+        (lambda: SimAM(lam=0.0), f"SimAM: {LAM}, got 0.0"),
+        (lambda: SimAM(lam="1e-4"), f"SimAM: {LAM}, got '1e-4'"),
+        (lambda: SimAM(lam=True), f"SimAM: {LAM}, got True"),
+        (lambda: SimAM(lam=float("nan")), f"SimAM: {LAM}, got nan"),
+        (lambda: SimAM(lam=float("inf")), f"SimAM: {LAM}, got inf"),
+        (lambda: PlainSimAM(lam=5e-324), f"PlainSimAM: {LAM}, got 5e-324"),
+        (lambda: SimAM(0.1), f"SimAM: {CHANNELS}, got 0.1; lambda is a keyword: SimAM\\(lam=0.1\\)"),
+        (lambda: PlainSimAM(1e-4), f"PlainSimAM: {CHANNELS}, got 0.0001; .* PlainSimAM\\(lam=0.0001\\)"),
+        (lambda: SimAM(True), f"SimAM: {CHANNELS}, got True$"),
+        (lambda: SimAM(0), f"SimAM: {CHANNELS}, got 0$"),
+        (lambda: SimAM("64"), f"SimAM: {CHANNELS}, got '64'$"),
+        (lambda: SimAM(device="gpu"), "SimAM: device must be a torch device or None, got 'gpu'"),
+        (lambda: SimAM(device=0.5), "SimAM: device must be a torch device or None, got 0.5"),
+        (lambda: SimAM(dtype="half"), "SimAM: dtype must be a torch.dtype or None, got 'half'"),
+        (
+            lambda: TripletAttention(True),
+            f"TripletAttention: {CHANNELS}, got True; no_spatial is a keyword: TripletAttention\\(no_spatial=True\\)",
+        ),
+        (lambda: PlainTripletAttention(False), f"PlainTripletAttention: {CHANNELS}, got False; no_spatial is"),
+        (lambda: TripletAttention(-3), f"TripletAttention: {CHANNELS}, got -3$"),
+        (lambda: TripletAttention(7.0), f"TripletAttention: {CHANNELS}, got 7.0$"),
+        (lambda: TripletAttention(no_spatial="no"), "TripletAttention: no_spatial must be True or False, got 'no'"),
+        (lambda: TripletAttention(dtype=float), "TripletAttention: dtype must be a torch.dtype or None, got <class"),
+        (lambda: PlainTripletAttention(device="gpu"), "PlainTripletAttention: device must be a torch device or None"),
+        (lambda: GreedyHash(-1.0), f"GreedyHash: {ALPHA}, got -1.0"),
+        (lambda: GreedyHash("x"), f"GreedyHash: {ALPHA}, got 'x'"),
+        (lambda: GreedyHash(float("inf")), f"GreedyHash: {ALPHA}, got inf"),
+        (lambda: GreedyHash(float("nan")), f"GreedyHash: {ALPHA}, got nan"),
         (lambda: TripletAttention(kernel_size=3.0), "TripletAttention: kernel_size must be an integer of .*, got 3.0"),
         (lambda: TripletAttention(kernel_size=4), "TripletAttention: kernel_size must be odd, got 4"),
     ],
 )
 def test_wrong_arguments_are_refused(build, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"^{message}") as caught:
         build()
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_libraries_become_numbers_of_python():
+    assert type(SimAM(lam=torch.tensor(0.5)).lam) is type(GreedyHash(np.float32(1)).alpha) is float
+    for channels in (None, 64, np.int64(64), torch.tensor(64)):
+        SimAM(channels), TripletAttention(channels), PlainTripletAttention(channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", [ops.simam, ops.simam_energy])
+@pytest.mark.parametrize("lam", [LEAST_LAM, 1e300])
+def test_the_smallest_and_a_huge_lambda_give_finite_gradients_on_constant_planes(lam, op, dtype):
+    x = torch.ones(1, 2, 5, 5, dtype=dtype)
+    x[:, 1, 2, 2] = 1.5
+    leaf = x.clone().requires_grad_()
+    y = op(leaf, lam)
+    (gradient,) = torch.autograd.grad(y.sum(), leaf)
+    in_plain_torch, derivative = torch.func.vjp(lambda x: op(x, lam), x)
+    for result in (y, gradient, in_plain_torch, *derivative(torch.ones_like(x))):
+        assert result.isfinite().all()
 
 
 def test_gradients_of_single_samples_equal_those_of_a_loop():

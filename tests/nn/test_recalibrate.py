@@ -61,7 +61,7 @@ def test_recalibrate_needs_norms():
 
 
 def test_arguments_of_another_type_are_refused():
-    with pytest.raises(he.InputError, match="recalibrate: model must be a torch.nn.Module, got int"):
+    with pytest.raises(he.InputError, match="recalibrate: model must be an nn.Module, got int"):
         he.nn.recalibrate(3, [])
     with pytest.raises(he.InputError, match="recalibrate: batches must be an iterable of batches, got int"):
         he.nn.recalibrate(nn.Linear(2, 2), 3)

@@ -55,6 +55,10 @@ CODES = torch.zeros(5, 8, dtype=torch.uint8)
 LABELS = torch.zeros(5, dtype=torch.int64)
 
 ACTIVATIONS = "float64, float32, float16 or bfloat16"
+AT_LEAST = "a finite number of"
+INF, NAN = float("inf"), float("nan")
+ONE_COLUMN = "must be [5], or multi-hot with at least 2 columns, got [5, 1]"
+OR_ZEROS = "for classes, and add a column of zeros to multi-hot labels"
 NO_NAN = "must be free of NaN, which has no sign, got at least one; check for a diverged model"
 NOT_EMPTY = "x must be [N, C, H, W] with C, H and W at least 1"
 ENOUGH_VALUES = "x must be [N, C, H, W] with more than one value per branch in training"
@@ -89,9 +93,14 @@ MASK = torch.zeros(1, dtype=torch.bool)
 CASES = [  # (op, arguments, message without the op's name)
     ("simam", (X.int(), 0.1), f"x must be {ACTIVATIONS}, got int32"),
     ("simam", (X[0], 0.1), "x must be [N, C, H, W], got [4, 5, 6]"),
-    ("simam", (X, 0.0), "lam must be above 0 (it is the divisor for a constant plane), got 0"),
-    ("simam", (X, -1.0), "lam must be above 0 (it is the divisor for a constant plane), got -1"),
-    ("simam", (X, float("nan")), "lam must be above 0 (it is the divisor for a constant plane), got nan"),
+    *(
+        ("simam", (X, lam), f"lam must be {AT_LEAST} 1e-18 or more, got {lam:g}")
+        for lam in (0.0, -1.0, 1e-19, INF, NAN)
+    ),
+    ("simam", (X, 5e-324), f"lam must be {AT_LEAST} 1e-18 or more, got 4.94066e-324"),
+    ("simam_energy", (X, NAN), f"lam must be {AT_LEAST} 1e-18 or more, got nan"),
+    ("simam_energy_backward", (X, X, INF), f"lam must be {AT_LEAST} 1e-18 or more, got inf"),
+    ("simam_backward", (X, X, STATS, 0.0), f"lam must be {AT_LEAST} 1e-18 or more, got 0"),
     ("simam_energy", (X[0], 0.1), "x must be [N, C, H, W], got [4, 5, 6]"),
     ("simam_energy_backward", (X[:1], X, 0.1), on_cpu("grad_energy", "float32 [3, 4, 5, 6]", "float32 [1, 4, 5, 6]")),
     ("simam_backward", (X[:1], X, STATS, 0.1), on_cpu("grad_y", "float32 [3, 4, 5, 6]", "float32 [1, 4, 5, 6]")),
@@ -193,8 +202,24 @@ CASES = [  # (op, arguments, message without the op's name)
         update(counts=(5, 1)),
         "counts must be at least 2 (one value has no variance), got [5, 1]",
     ),
-    ("triplet_attention_update", update(momentum=-0.1), "momentum must be 0 or more, got -0.1"),
+    *(
+        (
+            "triplet_attention_update",
+            update(momentum=momentum),
+            f"momentum must be {AT_LEAST} 0 or more, got {momentum:g}",
+        )
+        for momentum in (-0.1, INF, NAN)
+    ),
+    *(
+        ("triplet_attention", (*triplet()[:-1], eps), f"eps must be a finite number above 0, got {eps:g}")
+        for eps in (0.0, -1e-5, INF, NAN)
+    ),
+    ("triplet_attention", (*triplet(training=False)[:-1], -1.0), f"eps must be {AT_LEAST} 0 or more, got -1"),
+    ("triplet_attention_inference", (X, *PARAMETERS, NAN), f"eps must be {AT_LEAST} 0 or more, got nan"),
+    ("triplet_attention_backward", (*triplet_backward()[:-1], 0.0), "eps must be a finite number above 0, got 0"),
     ("greedy_sign", (LABELS, 0.1), f"u must be {ACTIVATIONS}, got int64"),
+    *(("greedy_sign", (U, a), f"alpha must be {AT_LEAST} 0 or more, got {a:g}") for a in (-1.0, -1e-9, INF, NAN)),
+    ("greedy_sign_backward", (U, None, U, -1.0), f"alpha must be {AT_LEAST} 0 or more, got -1"),
     ("greedy_sign_backward", (U[:2], None, U, 0.1), on_cpu("grad_b", "float32 [4, 8]", "float32 [2, 8]")),
     ("greedy_sign_backward", (None, U, U, 0.1), on_cpu("grad_penalty", "one value of float32", "float32 [4, 8]")),
     ("pack_bits", (LABELS,), f"u must be {ACTIVATIONS.replace(' or', ',')} or bool, got int64"),
@@ -258,6 +283,16 @@ CASES = [  # (op, arguments, message without the op's name)
         "hamming_count",
         (CODES, CODES, None, LABELS, CODES.bool()),
         "query_labels and code_labels must be of one kind and width, got [5] and [5, 8]",
+    ),
+    (
+        "hamming_count",
+        (CODES, CODES, None, CODES[:, :1].bool(), CODES[:, :1].bool()),
+        f"query_labels {ONE_COLUMN}; pass query_labels[:, 0] {OR_ZEROS}",
+    ),
+    (
+        "hamming_count",
+        (CODES, CODES, None, LABELS, LABELS[:, None]),
+        f"code_labels {ONE_COLUMN}; pass code_labels[:, 0] {OR_ZEROS}",
     ),
 ]
 

@@ -130,6 +130,7 @@ def test_only_one_module_writes_files_durably() -> None:
 
 # The exceptions in all statements `raise Name(...)` of the library, besides InputError and OSError: see errors.py.
 OTHER_EXCEPTIONS = {
+    ("_config.py", "ValueError"),  # pydantic requires ValueError in validators
     ("_lazy.py", "AttributeError"),  # __getattr__ of a module must raise it
     ("_native.py", "ImportError"),  # HASHENGINE_REQUIRE_NATIVE is set
     ("methods/base.py", "NotImplementedError"),  # a method has either a loss or a closed form
@@ -156,6 +157,35 @@ def test_the_library_raises_only_these_exceptions_by_name() -> None:
         if name.endswith(("Error", "Exception")) and name not in ("InputError", "OSError")
     }
     assert raised == OTHER_EXCEPTIONS
+
+
+# Functions of torch that make a tensor on the default device; those in the second set make it of the default dtype.
+_OF_GIVEN_DTYPE = {
+    "arange",
+    "as_tensor",
+    "asarray",
+    "full",
+    "randint",
+    "randperm",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+}
+_OF_DEFAULT_DTYPE = {"empty", "empty_strided", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
+
+
+def test_every_new_tensor_has_a_device_and_a_dtype() -> None:
+    """A program may set other defaults with torch.set_default_device and torch.set_default_dtype."""
+    for file in MODULES:
+        if file == PACKAGE / "nn" / "fuse.py":
+            continue  # it makes its tensors where the default device is the CPU
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or not re.fullmatch(r"torch\.\w+", ast.unparse(node.func)):
+                continue
+            name, place = ast.unparse(node.func).removeprefix("torch."), f"{file}:{node.lineno}"
+            given = {keyword.arg for keyword in node.keywords}
+            assert name not in _OF_GIVEN_DTYPE | _OF_DEFAULT_DTYPE or "device" in given, place
+            assert name not in _OF_DEFAULT_DTYPE or "dtype" in given, place
 
 
 def literal_text(node: ast.expr) -> str:

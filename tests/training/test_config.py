@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from hashengine.errors import InputError
+from hashengine.methods import create, find, names
+from hashengine.models import HashNetConfig
 from hashengine.training import FitConfig, SweepConfig
 
 FOLDERS = {"images": "images", "output": "model"}
@@ -40,6 +43,84 @@ def test_a_mistake_gives_an_error_of_one_line(options, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         FitConfig(**FOLDERS | options)
     assert "\n" not in str(caught.value)
+
+
+NETWORK = {"classes": ("a", "b")}
+OPTIONS = {"fit": (FitConfig, FOLDERS), "network": (HashNetConfig, NETWORK)}
+OPTIONS |= {name: (find(name).Options, {}) for name in names()}
+
+
+def numeric_options(kind: type) -> list[tuple[str, str]]:
+    """The options of `kind`, int or float, of every class of options: (class, option)."""
+    return [
+        (name, option)
+        for name, (config, _) in OPTIONS.items()
+        for option, field in config.model_fields.items()
+        if kind.__name__ in str(field.annotation)
+    ]
+
+
+def refused(name: str, option: str, value: object) -> str:
+    config, required = OPTIONS[name]
+    with pytest.raises(InputError) as caught:
+        config(**required | {option: value})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_numeric_options_are_found():
+    integers, numbers = numeric_options(int), numeric_options(float)
+    assert {("fit", "epochs"), ("network", "widths"), ("itq", "rotation_seed"), ("cibhash", "hidden")} <= {*integers}
+    assert {("fit", "lr"), ("network", "std"), ("greedy_hash", "alpha"), ("cibhash", "temperature")} <= {*numbers}
+
+
+@pytest.mark.parametrize(("name", "option"), numeric_options(int), ids="-".join)
+@pytest.mark.parametrize("value", [True, 8.0, "8", np.bool_(True), np.float64(8)], ids=repr)
+def test_an_integer_option_takes_only_integers(name, option, value):
+    for given in (value, (value,)) if option == "widths" else (value,):
+        message = refused(name, option, given)
+        assert f": {option}" in message and "must be" in message
+
+
+@pytest.mark.parametrize(("name", "option"), numeric_options(float), ids="-".join)
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), "x"], ids=repr)
+def test_a_number_option_takes_only_finite_numbers(name, option, value):
+    for given in (value, (value,)) if option in ("mean", "std") else (value,):
+        message = refused(name, option, given)
+        assert f": {option}" in message and "must be" in message
+
+
+def test_integers_of_numpy_and_numbers_as_text_are_taken():
+    config = FitConfig(**FOLDERS, bits=np.int64(16), widths=(np.uint8(8),), lr="4e-3", seed=np.uint64(2**64 - 1))
+    assert (config.bits, config.widths, config.lr, config.seed) == (16, (8,), 0.004, 2**64 - 1)
+    assert type(config.bits) is int and config.record()["widths"] == [8]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "message"),
+    [
+        ("itq", "iterations", -1, "itq: iterations must be greater than or equal to 0, got -1"),
+        ("itq", "iterations", 1_000_001, "itq: iterations must be less than or equal to 1000000, got 1000001"),
+        ("itq", "rotation_seed", -1, f"itq: rotation_seed must be 0 to {2**64 - 1}, got -1"),
+        ("itq", "rotation_seed", 2**64, f"itq: rotation_seed must be 0 to {2**64 - 1}, got {2**64}"),
+        ("cibhash", "hidden", 0, "cibhash: hidden must be greater than 0, got 0"),
+        ("cibhash", "hidden", 65_537, "cibhash: hidden must be less than or equal to 65536, got 65537"),
+        ("cibhash", "hidden", 2**70, f"cibhash: hidden must be less than or equal to 65536, got {2**70}"),
+    ],
+)
+def test_the_integer_options_of_the_methods_have_limits(name, option, value, message):
+    with pytest.raises(InputError) as caught:
+        create(name, **{option: value})
+    assert str(caught.value) == message
+    with pytest.raises(InputError) as caught:
+        FitConfig(**FOLDERS, method=name, **{option: value})
+    assert str(caught.value) == message.replace(f"{name}:", "fit:", 1)
+
+
+def test_the_integer_options_of_the_methods_take_their_limits():
+    assert create("itq", iterations=0, rotation_seed=2**64 - 1).options.rotation_seed == 2**64 - 1
+    assert create("itq", iterations=1_000_000).options.iterations == 1_000_000
+    assert create("cibhash", hidden=1).options.hidden == 1
 
 
 def test_a_missing_option_is_named():
