@@ -28,7 +28,14 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(qualified_name.c_str(), "").typed<Signature>();
 }
 
-bool needs_gradient(const Tensor& x, std::initializer_list<TensorList> parameters = {}) {
+// Whether an autograd formula is needed. Refuses tangents of forward-mode differentiation, which the ops would drop.
+bool needs_gradient(const char* op, const Tensor& x, std::initializer_list<TensorList> parameters = {}) {
+  bool has_tangent = x._fw_grad(0).defined();
+  for (const TensorList tensors : parameters)
+    for (const Tensor& tensor : tensors) has_tangent |= tensor._fw_grad(0).defined();
+  TORCH_CHECK_VALUE(!has_tangent, op,
+                    ": inputs must be without tangents of forward-mode differentiation, got some; call the function in "
+                    "hashengine.ops, which computes in plain torch there");
   if (!at::GradMode::is_enabled()) return false;
   bool is_needed = x.requires_grad();
   for (const TensorList tensors : parameters)
@@ -78,7 +85,7 @@ struct Simam : torch::autograd::Function<Simam> {
 };
 
 SimamOutputs simam(const Tensor& x, double lam) {
-  if (!needs_gradient(x)) return simam_below_autograd(x, lam);
+  if (!needs_gradient("simam", x)) return simam_below_autograd(x, lam);
   const variable_list outputs = Simam::apply(x, lam);
   return {outputs[0], outputs[1]};
 }
@@ -114,7 +121,7 @@ struct GreedySign : torch::autograd::Function<GreedySign> {
 };
 
 GreedySignOutputs greedy_sign(const Tensor& u, double alpha) {
-  if (!needs_gradient(u)) return greedy_sign_below_autograd(u, alpha);
+  if (!needs_gradient("greedy_sign", u)) return greedy_sign_below_autograd(u, alpha);
   const variable_list outputs = GreedySign::apply(u, alpha);
   return {outputs[0], outputs[1]};
 }
@@ -181,7 +188,7 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
 
 TripletOutputs triplet_attention(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                  TensorList running_mean, TensorList running_var, bool training, double eps) {
-  if (!needs_gradient(x, {conv_weight, bn_weight, bn_bias}))
+  if (!needs_gradient("triplet_attention", x, {conv_weight, bn_weight, bn_bias}))
     return triplet_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
   const variable_list out =
       TripletAttention::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
@@ -214,7 +221,7 @@ struct TripletInference : torch::autograd::Function<TripletInference> {
 
 Tensor triplet_attention_inference(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                    TensorList running_mean, TensorList running_var, double eps) {
-  if (!needs_gradient(x, {conv_weight, bn_weight, bn_bias}))
+  if (!needs_gradient("triplet_attention_inference", x, {conv_weight, bn_weight, bn_bias}))
     return inference_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
   return TripletInference::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
 }

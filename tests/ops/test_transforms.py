@@ -6,7 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
-from hashengine import ops
+from hashengine import _native, ops
 from tests.helpers.eager import eager_energy, eager_pool, eager_simam, eager_triplet, gate_maps, triplet_parameters
 
 SHAPE = (2, 3, 4, 5)
@@ -64,6 +64,24 @@ def test_forward_mode_derivatives_are_those_of_the_formula(op, formula):
     torch.testing.assert_close(tangent, expected[1])
     forward = torch.autograd.functional.jacobian(op, x, strategy="forward-mode", vectorize=True)
     torch.testing.assert_close(forward, jacfwd(formula)(x))
+
+
+@pytest.mark.skipif(not _native.available(), reason="the native module is not in use")
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: torch.ops.hashengine.simam(x, 1e-2)[0],
+        lambda x: torch.ops.hashengine.greedy_sign(x, 0.3)[1],
+        lambda x: torch.ops.hashengine.triplet_attention(x, *PARAMETERS, False, 1e-5)[0],
+        lambda x: torch.ops.hashengine.triplet_attention_inference(x, *PARAMETERS, 1e-5),
+    ],
+)
+def test_native_ops_refuse_tangents_instead_of_dropping_them(op):
+    x = normal(0)
+    for call in (lambda: jvp(op, (x,), (x,)), lambda: jacfwd(op)(x)):
+        with pytest.raises(ValueError, match="inputs must be without tangents .* call the function in hashengine.ops"):
+            call()
+    assert op(x).isfinite().all()
 
 
 @every_function
