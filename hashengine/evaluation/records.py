@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 from typing_extensions import Self
 
 from hashengine._files import make_folder, write_file
@@ -49,6 +49,8 @@ class Item(NamedTuple):
 
 class Record(BaseModel):
     """A JSON file with fixed fields."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     def write(self, path: Path) -> None:
         """Replace `path` atomically; its folder is created if it does not exist."""
@@ -83,7 +85,7 @@ class Record(BaseModel):
 
 
 class Unreadable(BaseModel):
-    """An image that was skipped, with the reason."""
+    """An image, another file or a folder that was skipped because it cannot be read, with the reason."""
 
     path: str
     reason: str
@@ -96,6 +98,8 @@ class EncodeRecord(Record):
         fingerprint: SHA-256 of the model's weights; only codes with the same one are comparable.
         codes_sha256: SHA-256 of the codes; "" in files of older versions.
         seconds: the time to read and decode the images, run the network and pack the codes.
+        errors: what could not be read.
+        no_images: the paths of files that are no images, and of links to folders.
     """
 
     bits: int
@@ -106,8 +110,9 @@ class EncodeRecord(Record):
     fingerprint: str
     codes_sha256: str = ""
     device: str
-    seconds: float
+    seconds: PositiveFloat
     errors: list[Unreadable] = []
+    no_images: list[str] = []
 
     def summary(self) -> str:
         """The counts and the rate in one line."""

@@ -83,10 +83,11 @@ def prepare(
     seed = check_integer(WHERE, "seed", seed, 0)
     queries = None if queries is None else check_integer(WHERE, "queries", queries, 1)
     request: dict[str, Any] = {"version": 1, "source": source, "seed": seed, "queries_asked": queries}
-    if source not in SOURCES and Path(source).is_dir():
+    is_folder = source not in SOURCES and Path(source).is_dir()
+    check_output(WHERE, output, outside=(source,) if is_folder else (), is_folder=True)
+    if is_folder:
         files = [f"{path.relative_to(source)} {path.stat().st_size}" for path in list_images(source, WHERE)]
         request |= {"source": str(Path(source).resolve()), "files_sha256": _digest("\n".join(files))}
-        check_output(WHERE, output, outside=(source,), is_folder=True)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _same_split(output, request)
     if source in SOURCES:
