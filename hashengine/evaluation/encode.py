@@ -72,7 +72,7 @@ class CodesFolder:
         path = folder / "codes.npy"
         try:
             codes = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError) as error:  # damaged shapes may be huge
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:  # a damaged shape may be huge
             raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
         shape = (len(items), record.bits // 8)
         if codes.dtype != np.uint8 or codes.shape != shape:

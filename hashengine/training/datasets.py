@@ -118,7 +118,11 @@ def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     try:
         record = json.loads((output / SPLIT_FILE).read_text())
         is_same = all(record[key] == value for key, value in request.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        # These expressions raise if the rest of the record has another form.
+        int(record["queries_identical_to_a_database_image"])
+        for side in (record["database"], record["query"]):
+            is_same &= side["images"] == sum(side["classes"].values()) and isinstance(side["sha256"], str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_same = False
     if not is_same:
         raise invalid(WHERE, "output", "a new folder, or one with this very split", repr(str(output)), "remove it")

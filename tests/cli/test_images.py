@@ -320,6 +320,35 @@ def test_an_error_shows_at_most_a_line_of_a_long_damaged_file(folder, tmp_path, 
     assert len(line) < 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("results.json", "queries", []),
+        ("results.json", "seconds", float("nan")),
+        ("results.json", "encode.seconds", 0),
+        ("evaluation.json", "precision_recall_curve.recall", []),
+        ("evaluation.json", "mean_average_precision.expected", float("inf")),
+        ("index/index.json", "sources.0.seconds", 0),
+        ("index/index.json", "sources.0.seconds", -1),
+        ("index/index.json", "seconds", float("nan")),
+    ],
+)
+def test_a_record_with_a_value_that_no_command_writes_is_refused(folder, tmp_path, name, path, value):
+    shutil.copytree(folder / "index", tmp_path / "index")
+    for file in ("results.json", "evaluation.json"):
+        shutil.copyfile(folder / file, tmp_path / file)
+    record = json.loads((tmp_path / name).read_text())
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    place = record
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    (tmp_path / name).write_text(json.dumps(record))
+    report = ("report", "--index", tmp_path / "index", "--results", tmp_path / "results.json")
+    line = refuse(*report, "--evaluation", tmp_path / "evaluation.json", "--output", tmp_path / "report.html")
+    assert "got another one" in line and not (tmp_path / "report.html").exists()
+
+
 def test_mistakes_in_evaluate_and_report_are_refused(folder, tmp_path):
     assert "evaluate: queries must be a codes folder" in refuse("evaluate", folder / "index", folder / "images")
     report = ("report", "--index", folder / "index", "--output", tmp_path / "report.html", "--results")
