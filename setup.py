@@ -10,6 +10,7 @@ TORCH_CUDA_ARCH_LIST             GPU architectures in torch's notation: "8.0 9.0
 CUDA_HOME, CXX, MAX_JOBS         The CUDA toolkit, the C++ compiler, and the number of parallel compilations.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -190,11 +191,12 @@ class BuildNative(cpp_extension.BuildExtension):
         for stale in module.parent.glob("_C.*so"):
             if self.plan.build == "none" or stale.name != module.name:
                 stale.unlink()
-        (module.parent / "_build.json").write_text(json.dumps(self.record(), indent=2) + "\n")
+        (module.parent / "_build.json").write_text(json.dumps(self.record(module), indent=2) + "\n")
 
-    def record(self) -> dict[str, Any]:
+    def record(self, module: Path) -> dict[str, Any]:
         """How the module was built, for hashengine/_native.py and `hashengine doctor`."""
         plan = self.plan
+        content = module.read_bytes() if plan.build != "none" else b""
         return {
             "version": self.distribution.get_version(),
             "build": plan.build,
@@ -206,6 +208,9 @@ class BuildNative(cpp_extension.BuildExtension):
             "compiler": toolchain.version(plan.compiler) if plan.compiler else None,
             "nvcc": plan.nvcc.release if plan.nvcc else None,
             "arch_list": re.split(r"[ ;]+", plan.arch_list) if plan.arch_list else [],
+            "module": module.name,
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
         }
 
 

@@ -1,5 +1,18 @@
-"""`python -m hashengine` is the command `hashengine`."""
+"""The command `hashengine`, which is also `python -m hashengine`."""
 
-from hashengine.cli import app
+from hashengine._interrupt import run
 
-app(prog_name="hashengine")
+
+def main() -> None:
+    """Run the command line. Its imports are here, so that Ctrl-C during them ends the command like any other."""
+
+    def start() -> None:
+        from hashengine.cli import app
+
+        app(prog_name="hashengine")
+
+    run(start)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 DATA_SETS = ("digits", "fashion-mnist", "cifar10")  # the names that `hashengine.training.prepare` knows
 SEED = 0
+BITS = 32  # the length of a code
 BATCH_SIZE = 256  # images per call of the network
 NEIGHBOURS = 10  # results per query of a search
 RADIUS = 2  # in bits, for precision within a radius
 REPORT_ROWS = 12  # rows of the picture grid in a report, one query per row
+
+# A file whose name ends in one of these is taken for an image without a look at its content.
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".pbm", ".pgm", ".png"}
+    | {".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,25 @@ def versions(*packages: str) -> dict[str, str]:
     if "torch" in sys.modules:  # torch.__version__ includes the build, such as "2.15.0+cu132"
         found["torch"] = sys.modules["torch"].__version__
     return found
+
+
+def torch_release() -> tuple[str, str | None]:
+    """The version of torch and of its CUDA: ("", None) without torch, (version, None) for a build without CUDA.
+
+    They come from the imported torch, or from its files, so that torch need not be imported.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        package = find_spec("torch")
+        if package is None or package.origin is None:
+            return "", None
+        spec = spec_from_file_location("_torch_version", Path(package.origin).with_name("version.py"))
+        if spec is None or spec.loader is None:
+            return "", None
+        release = module_from_spec(spec)
+        spec.loader.exec_module(release)
+        return release.__version__, release.cuda
+    return str(torch.__version__), torch.version.cuda
 
 
 def describe_machine() -> dict[str, str]:

@@ -17,9 +17,10 @@ import os
 import re
 import shutil
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,9 @@ from hashengine.errors import invalid
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _MANY_FILES = 1000  # for more files, one flush of the file system is assumed to be faster than one fsync per file
+
+_temporaries: set[Path] = set()  # the temporary files and folders that exist at the moment
+_moving = threading.Lock()  # held while one of them is renamed to its final name
 
 
 @contextmanager
@@ -41,16 +45,13 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     path = Path(os.path.realpath(path))
-    temporary = _temporary_beside(path)
-    try:
+    with _temporary_beside(path) as temporary:
         with open(temporary, "xb") as file:
             yield file
             sync_file(file)
-        os.replace(temporary, path)
+        with _moving:
+            os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -66,18 +67,16 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     together are not: a crash between two replacements leaves files of two versions, and the reader must detect that.
     """
     make_folder(folder)
-    temporaries = {name: _temporary_beside(folder / name) for name in contents}
-    try:
+    with ExitStack() as stack:
+        temporaries = {name: stack.enter_context(_temporary_beside(folder / name)) for name in contents}
         for name, content in contents.items():
             with open(temporaries[name], "xb") as file:
                 file.write(content)
                 sync_file(file)
-        for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
+        with _moving:
+            for name, temporary in temporaries.items():
+                os.replace(temporary, folder / name)
         sync_folder(folder)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -96,15 +95,13 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
     path = path.resolve()
     check_replaceable(path, marker=marker, where=where)
     make_folder(path.parent)
-    temporary = _temporary_beside(path)
-    temporary.mkdir()
-    try:
+    with _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
+        temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
-        _move_into_place(temporary, path)
+        with _moving:
+            _move_into_place(temporary, path)
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a replacement, `temporary` contains the old content
 
 
 def check_replaceable(path: Path, *, marker: str, where: str) -> None:
@@ -133,6 +130,8 @@ def check_output(
         is_folder: whether the output is a folder.
         marker: as for `check_replaceable`, which is called if the marker is not empty.
     """
+    if is_folder and str(path) == "-":
+        raise invalid(where, "output", "a folder", "'-', which stands for stdout", "choose another path")
     if marker:
         check_replaceable(path, marker=marker, where=where)
     if _is_stream(path) and not is_folder:
@@ -232,9 +231,35 @@ def _open_stream(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _temporary_beside(path: Path) -> Path:
+def remove_temporaries() -> None:
+    """Remove all temporary files and folders because the process is about to exit. They cannot be used after that."""
+    _moving.acquire(timeout=1)  # not released: what is removed must not get its final name
+    for temporary in list(_temporaries):
+        _remove(temporary)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A new random path beside `path`. Whatever is there is removed at the end of the block."""
+    temporary = _random_name_beside(path)
+    _temporaries.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _temporaries.discard(temporary)
+
+
+def _random_name_beside(path: Path) -> Path:
     """A new random path in the folder of `path`. The name has 41 characters, even if that of `path` is longer."""
     return path.with_name(f".{uuid.uuid4().hex}.partial")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -266,7 +291,7 @@ def _move_into_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(temporary, path):
-        old = _temporary_beside(path)
+        old = _random_name_beside(path)
         path.rename(old)
         try:
             temporary.rename(path)

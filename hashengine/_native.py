@@ -6,18 +6,19 @@ warning says why. HASHENGINE_REQUIRE_NATIVE=1 turns the warning into an ImportEr
 """
 
 import functools
+import hashlib
 import importlib
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 _RECORD = Path(__file__).with_name("_build.json")
+_TEXT_FIELDS = ("build", "reason", "python", "torch")  # the fields that every usable record has
 
 
 def load() -> None:
@@ -50,16 +51,19 @@ def build_config() -> dict[str, Any]:
     """How the native module was built; empty if it was never built.
 
     The keys are version (of hashengine), build ("none", "cpu" or "cuda"), reason, decision (the line that the build
-    printed), python, torch, torch_cuda, compiler, nvcc and arch_list. A loaded module adds its own entries.
+    printed), python, torch, torch_cuda, compiler, nvcc, arch_list, and the name, size in bytes and sha256 of the file
+    of the module. A loaded module adds its own entries.
     """
     native = module()
-    return _record() | (native.build_config() if native is not None else {})
+    return record() | (native.build_config() if native is not None else {})
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    import torch
+
     # The record is checked before the module is imported, because a C++ ABI mismatch may crash instead of raising.
-    if reason := mismatch(_record(), torch.__version__, torch.version.cuda):
+    if reason := mismatch(record(), torch.__version__, torch.version.cuda):
         return None, reason
     try:
         return importlib.import_module("hashengine._C"), None
@@ -70,19 +74,22 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def rebuild_command(build: str = "auto") -> str:
     """The shell command that builds the module for the running Python and torch."""
     force = "" if build == "auto" else f"HASHENGINE_BUILD={build} "
-    checkout = Path(__file__).parents[1]
+    checkout, python = Path(__file__).parents[1], shlex.quote(sys.executable)
     if (checkout / "setup.py").exists():
-        return f"cd {checkout} && {force}{sys.executable} setup.py build_ext --inplace"
-    return f"{force}{sys.executable} -m pip install --no-build-isolation --no-deps --force-reinstall <checkout>"
+        return f"cd {shlex.quote(str(checkout))} && {force}{python} setup.py build_ext --inplace"
+    return f"{force}{python} -m pip install --no-build-isolation --no-deps --force-reinstall CHECKOUT"
 
 
-def _record() -> dict[str, Any]:
-    """The record of the build that setup.py wrote; empty if it cannot be read."""
+def record() -> dict[str, Any]:
+    """The record of the build that setup.py wrote; empty if there is none, {"damaged": True} if it is unusable."""
     try:
-        record: dict[str, Any] = json.loads(_RECORD.read_text())
-    except (OSError, ValueError):
+        found = json.loads(_RECORD.read_bytes())
+    except FileNotFoundError:
         return {}
-    return record
+    except (OSError, ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+        return {"damaged": True}
+    is_usable = isinstance(found, dict) and all(isinstance(found.get(name), str) for name in _TEXT_FIELDS)
+    return found if is_usable else {"damaged": True}
 
 
 def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None) -> str | None:
@@ -93,6 +100,8 @@ def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None)
     """
     if not record:
         return "it was never built"
+    if "damaged" in record:
+        return f"the record of its build, {_RECORD}, is damaged"
     if record["build"] == "none":
         return f"it was not built, because {record['reason']}"
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -100,6 +109,24 @@ def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None)
         return f"it was built for Python {record['python']}, this is Python {here}"
     if record["torch"].split(".")[:2] != torch_version.split(".")[:2]:
         return f"it was built for torch {record['torch']}, this is torch {torch_version}"
-    if record["build"] == "cuda" and record["torch_cuda"].split(".")[0] != (torch_cuda or "no").split(".")[0]:
-        return f"it was built for CUDA {record['torch_cuda']}, this torch has {torch_cuda or 'no CUDA'}"
+    if record["build"] == "cuda" and str(record.get("torch_cuda")).split(".")[0] != (torch_cuda or "no").split(".")[0]:
+        return f"it was built for CUDA {record.get('torch_cuda')}, this torch has {torch_cuda or 'no CUDA'}"
+    module = _module_file(record)
+    if module is not None and module.stat().st_size != record.get("size"):
+        # Loading an incomplete file may end the process with SIGBUS.
+        return f"its file has {module.stat().st_size} bytes instead of {record.get('size')}"
     return None
+
+
+def damage(record: dict[str, Any]) -> str | None:
+    """How the file of the module differs from the one that was built, or None. This reads the whole file."""
+    module = _module_file(record)
+    if module is None or hashlib.sha256(module.read_bytes()).hexdigest() == record.get("sha256"):
+        return None
+    return f"the checksum of {module} is not that of the module that was built"
+
+
+def _module_file(record: dict[str, Any]) -> Path | None:
+    """The file that the record names; None if there is none. Then importing the module says what is missing."""
+    module = _RECORD.with_name(str(record.get("module")))
+    return module if module.is_file() else None

@@ -1,7 +1,10 @@
 """hashengine doctor: reports what was built, what this machine can run, what is missing and how to install it.
 
-Most checks are functions that return or yield a `Check`. No check changes anything.
+Most checks are functions that return or yield a `Check`. No check changes anything. Importing this module does not
+import torch.
 """
+
+from __future__ import annotations
 
 import importlib
 import os
@@ -9,23 +12,25 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
-
-import torch
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+from typing import Any, Literal
 
 from hashengine import _environment, _native, _toolchain
+from hashengine._threads import thread_pool
 from hashengine._version import __version__
-from hashengine.ops import pack_bits, unpack_bits
 
 OLDEST_TORCH = (2, 11)
 _LEVEL = "HASHENGINE_SIMD_LEVEL"
 _UNSET_LEVEL = f"unset {_LEVEL}"
-# The extra of hashengine that installs each module.
-EXTRAS = {"torchvision": "train", "sklearn": "train", "faiss": "bench", "h5py": "hdf5"}
+# For each optional module: the extra of hashengine that installs it, and the packages that may contain it.
+EXTRAS = {
+    "torchvision": ("train", ("torchvision",)),
+    "sklearn": ("train", ("scikit-learn",)),
+    "faiss": ("bench", ("faiss-cpu", "faiss-gpu", "faiss")),
+    "h5py": ("hdf5", ("h5py",)),
+}
 STYLES = {"ok": "green", "warn": "yellow", "missing": "yellow", "broken": "bold red"}
 
 
@@ -49,25 +54,34 @@ class Check:
 
 def examine() -> list[Check]:
     """Run every check."""
-    return [
-        Check("hashengine", "ok", f"{__version__} in {Path(__file__).parent}"),
-        Check("Python", "ok", f"{_environment.versions()['python']} ({sys.executable})"),
-        Check("processor", "ok", _environment.processor()),
-        _torch(),
-        *_onednn(),
-        _native_module(),
-        *_simd(),
-        *_threads(),
-        *_gpus(),
-        _compiler(),
-        *_nvcc(),
-        *(_extra(module, extra) for module, extra in EXTRAS.items()),
-    ]
+    _, cuda = _environment.torch_release()
+    with thread_pool() as pool:  # the compilers run while this thread imports torch
+        tools = [pool.submit(_compiler), pool.submit(_nvcc, cuda)]
+        return [
+            *_installation(),
+            *_onednn(),
+            _native_module(),
+            *_simd(),
+            *_threads(),
+            *_gpus(),
+            *(check for tool in tools for check in tool.result()),
+            *_extras(),
+        ]
 
 
-def print_report() -> bool:
-    """Print all checks as a table. Returns False if a part is broken."""
-    checks = examine()
+def examine_files() -> list[Check]:
+    """The checks that need only the files of the installation: nothing is run, and torch is not imported."""
+    gpu = "a device of the NVIDIA driver is present" if _has_gpu_device() else "none"
+    return [*_installation(), _recorded_module(), Check("GPU", "ok", gpu), *_extras()]
+
+
+def print_report(quick: bool = False) -> bool:
+    """Print all checks as a table, or with `quick` only those of `examine_files`. Returns False if a part is broken."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    checks = examine_files() if quick else examine()
     table = Table("part", "status", Column("found", overflow="fold"), show_edge=False)
     for check in checks:
         found = Text(check.found)
@@ -75,17 +89,33 @@ def print_report() -> bool:
             found.append(f"\nremedy: {check.remedy}", style="bold")
         table.add_row(check.name, Text(check.status, style=STYLES[check.status]), found)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if quick:
+        print("Nothing was run. Without --quick, doctor runs torch, the native module and the compilers.")
     return all(check.status != "broken" for check in checks)
 
 
+def _installation() -> list[Check]:
+    return [
+        Check("hashengine", "ok", f"{__version__} in {Path(__file__).parent}"),
+        Check("Python", "ok", f"{_environment.versions()['python']} ({sys.executable})"),
+        Check("processor", "ok", _environment.processor()),
+        _torch(),
+    ]
+
+
 def _torch() -> Check:
-    found = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        return Check("torch", "broken", found, 'pip install "torch>={}.{}"'.format(*OLDEST_TORCH))
-    return Check("torch", "ok", found)
+    found, cuda = _environment.torch_release()
+    remedy = 'pip install "torch>={}.{}"'.format(*OLDEST_TORCH)
+    if not found:
+        return Check("torch", "broken", "not installed", remedy)
+    is_old = tuple(map(int, found.split(".")[:2])) < OLDEST_TORCH
+    described = f"{found}, " + (f"CUDA {cuda}" if cuda else "no CUDA")
+    return Check("torch", "broken", described, remedy) if is_old else Check("torch", "ok", described)
 
 
 def _onednn() -> Iterator[Check]:
+    import torch
+
     if not torch.backends.mkldnn.is_available():
         return
     from hashengine.models.memory_format import known_problem
@@ -98,23 +128,52 @@ def _onednn() -> Iterator[Check]:
 
 
 def _native_module() -> Check:
-    name, record = "native module", _native.build_config()
+    record = _native.build_config()
     if not _native.available():
-        return Check(
-            name, "warn", f"not used, so the plain-torch references run: {_native.why_not()}", _native.rebuild_command()
-        )
-    parts = [record["build"].upper(), *record["arch_list"], f"for torch {record['torch']}, by {record['compiler']}"]
-    found = " ".join(parts) + (f" and nvcc {record['nvcc']}" if record["nvcc"] else "") + f"; {record['reason']}"
-    if record["version"] != __version__:
-        return Check(name, "warn", f"{found}; built from hashengine {record['version']}", _native.rebuild_command())
+        return _unused_module(_native.why_not())
+    found = _describe_build(record)
+    if problem := _native.damage(record):
+        return Check("native module", "broken", f"{found}; {problem}", _native.rebuild_command())
+    if record.get("version") != __version__:
+        return _outdated_module(record)
     if problem := _wrong_answer("cpu"):
         remedy = _UNSET_LEVEL if _LEVEL in problem else _native.rebuild_command()
-        return Check(name, "broken", f"{found}; {problem}", remedy)
-    return Check(name, "ok", found)
+        return Check("native module", "broken", f"{found}; {problem}", remedy)
+    return Check("native module", "ok", found)
+
+
+def _recorded_module() -> Check:
+    """What the record of the build says about the native module, which is not loaded."""
+    record, (torch_version, cuda) = _native.record(), _environment.torch_release()
+    if reason := _native.mismatch(record, torch_version, cuda) or _native.damage(record):
+        return _unused_module(reason)
+    if record.get("version") != __version__:
+        return _outdated_module(record)
+    return Check("native module", "ok", f"{_describe_build(record)}; not loaded")
+
+
+def _unused_module(reason: str | None) -> Check:
+    found = f"not used, so the plain-torch references run: {reason}"
+    return Check("native module", "warn", found, _native.rebuild_command())
+
+
+def _outdated_module(record: dict[str, Any]) -> Check:
+    found = f"{_describe_build(record)}; built from hashengine {record.get('version')}"
+    return Check("native module", "warn", found, _native.rebuild_command())
+
+
+def _describe_build(record: dict[str, Any]) -> str:
+    arches = record.get("arch_list") or []
+    parts = [record["build"].upper(), *map(str, arches), f"for torch {record['torch']}, by {record.get('compiler')}"]
+    return " ".join(parts) + (f" and nvcc {record['nvcc']}" if record.get("nvcc") else "") + f"; {record['reason']}"
 
 
 def _wrong_answer(device: str) -> str:
     """Run `pack_bits` on the device and describe the failure, or return "" if its answer is right."""
+    import torch
+
+    from hashengine.ops import pack_bits, unpack_bits
+
     activations = torch.linspace(-1, 1, 64 * 17, dtype=torch.float32, device=device).view(17, 64)
     try:
         bits = unpack_bits(pack_bits(activations))
@@ -141,6 +200,8 @@ def _simd() -> Iterator[Check]:
 
 
 def _threads() -> Iterator[Check]:
+    import torch
+
     processors = _environment.logical_cpus()
     yield Check("threads", "ok", f"torch uses {torch.get_num_threads()} threads on {processors} logical processors")
     runtimes = openmp_runtimes()
@@ -157,6 +218,8 @@ def openmp_runtimes() -> list[str]:
 
 
 def _gpus() -> Iterator[Check]:
+    import torch
+
     if not torch.cuda.is_available():
         yield _unavailable_gpu()
         return
@@ -181,6 +244,8 @@ def _gpus() -> Iterator[Check]:
 
 def _unavailable_gpu() -> Check:
     """The check of the GPU if torch finds none."""
+    import torch
+
     if not _has_gpu_device():
         return Check("GPU", "ok", "none; the CPU kernels are used")
     if not torch.version.cuda:
@@ -202,6 +267,8 @@ def _has_gpu_device() -> bool:
 
 def _cuda_error() -> str:
     """The first line of the error that torch raises when it initialises CUDA."""
+    import torch
+
     try:
         torch.cuda.init()
     except Exception as error:  # torch raises RuntimeError, AssertionError and others
@@ -209,33 +276,41 @@ def _cuda_error() -> str:
     return "torch reports no error"
 
 
-def _compiler() -> Check:
+def _compiler() -> list[Check]:
     compiler = _toolchain.find_compiler(os.environ)
     if isinstance(compiler, _toolchain.Missing):
-        return Check("C++ compiler", "missing", compiler.what, compiler.remedy)
-    return Check("C++ compiler", "ok", _toolchain.version(compiler))
+        return [Check("C++ compiler", "missing", compiler.what, compiler.remedy)]
+    return [Check("C++ compiler", "ok", _toolchain.version(compiler))]
 
 
-def _nvcc() -> Iterator[Check]:
-    if not torch.version.cuda:
-        return
-    nvcc = _toolchain.find_nvcc(os.environ, torch.version.cuda, _toolchain.wheel_homes(torch.version.cuda))
+def _nvcc(cuda: str | None) -> list[Check]:
+    if not cuda:
+        return []
+    nvcc = _toolchain.find_nvcc(os.environ, cuda, _toolchain.wheel_homes(cuda))
     if isinstance(nvcc, _toolchain.Missing):
-        yield Check("nvcc", "missing", nvcc.what, nvcc.remedy)
-    else:
-        yield Check("nvcc", "ok", f"{nvcc.release} in {nvcc.home}")
+        return [Check("nvcc", "missing", nvcc.what, nvcc.remedy)]
+    return [Check("nvcc", "ok", f"{nvcc.release} in {nvcc.home}")]
 
 
-def _extra(module: str, extra: str) -> Check:
-    try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module:
-            return Check(module, "missing", f"part of the extra {extra!r}", f'pip install "hashengine[{extra}]"')
-        return Check(module, "warn", f"importing it fails: {error}", f"pip install {error.name}")
-    except Exception as error:  # a library that was built for another torch or numpy may raise anything
-        found = f"importing it fails: {(str(error) or repr(error)).splitlines()[0]}"
-        return Check(
-            module, "warn", found, f"reinstall it from the package index that torch {torch.__version__} came from"
-        )
-    return Check(module, "ok", getattr(imported, "__version__", "installed"))
+def _extras() -> list[Check]:
+    return [_extra(module, extra, packages) for module, (extra, packages) in EXTRAS.items()]
+
+
+def _extra(module: str, extra: str, packages: tuple[str, ...]) -> Check:
+    """The check of an optional module, which is not imported: that would take seconds."""
+    if find_spec(module) is None:
+        return Check(module, "missing", f"part of the extra {extra!r}", f'pip install "hashengine[{extra}]"')
+    torch_version, _ = _environment.torch_release()
+    for package in packages:
+        try:
+            found, required = version(package), requires(package) or []
+        except PackageNotFoundError:
+            continue
+        for requirement in required:
+            pinned = re.match(r"torch\s*\(?==\s*([\d.]+)", requirement)
+            if pinned and torch_version.split("+")[0] != pinned[1]:
+                needs = f"{found}, which needs torch {pinned[1]}"
+                remedy = f"reinstall it from the package index that torch {torch_version} came from"
+                return Check(module, "warn", needs, remedy)
+        return Check(module, "ok", found)
+    return Check(module, "ok", "installed")

@@ -2,88 +2,239 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hashengine.errors import InputError, invalid
+from hashengine._defaults import IMAGE_SUFFIXES
+from hashengine._file_warnings import named_warnings
+from hashengine._pixels import to_8_bits
+from hashengine.errors import InputError, brief, invalid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+# Formats that Pillow identifies, but that contain no image of pixels. It would run another program to draw EPS.
+_WITHOUT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# Images that Pillow does not identify: their formats, and the bytes from a position on that mark them.
+_UNKNOWN_TO_PILLOW = (
+    *(("HEIC", 4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")),
+    *(("AVIF", 4, b"ftyp" + brand) for brand in (b"avif", b"avis")),
+    ("CR3", 4, b"ftypcrx "),
+    ("JPEG XL", 0, b"\xff\x0a"),
+    ("JPEG XL", 0, b"\0\0\0\x0cJXL "),
 )
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
-def list_images(folder: str | os.PathLike[str], where: str = "list_images") -> list[Path]:
-    """All image files under `folder`, at any depth, sorted by path. The suffix of a name decides, not the content.
+class Unopened(NamedTuple):
+    """A file or folder that cannot be read, with the reason."""
 
-    Files and folders whose names begin with a dot are skipped. Links to files are listed; links to folders are not
-    followed, because they can form a loop.
+    path: Path
+    reason: str
+
+
+class FoundImages(NamedTuple):
+    """What a folder contains, at any depth. Each list is sorted by path.
+
+    Attributes:
+        images: the image files. Reading one of them may still fail.
+        others: files that are no images, and links to folders.
+        unopened: files and folders that cannot be read, and what is never opened: pipes, sockets and devices.
+    """
+
+    images: list[Path]
+    others: list[Path]
+    unopened: list[Unopened]
+
+    def describe_others(self, folder: str | os.PathLike[str]) -> str:
+        """One line for a person: how many files in `folder` are no images."""
+        count = len(self.others)
+        files, are = ("file", "is no image") if count == 1 else ("files", "are no images")
+        return f"skipped: {count} {files} in {os.fspath(folder)} {are}"
+
+
+def find_images(folder: str | os.PathLike[str], where: str = "find_images") -> FoundImages:
+    """Find the image files under `folder`, at any depth.
+
+    A file whose name has one of `IMAGE_SUFFIXES` is taken for an image. The content of any other file decides whether
+    it is one. Files and folders whose names begin with a dot are skipped. Links to files are followed. Links to folders
+    are not followed, because they can form a loop.
 
     Raises:
         InputError: `folder` is missing, is not a folder, cannot be read, or holds no image; the error names `where`.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        problem = "which is a file" if folder.exists() else "which is missing"
+        problem = f"which is {_kind(folder) or 'a file'}" if folder.exists() else "which is missing"
         raise invalid(where, "folder", "a folder of images", f"{str(folder)!r}, {problem}")
+    found = FoundImages([], [], [])
+    folders = [folder]
+    while folders:
+        parent = folders.pop()
+        try:
+            with os.scandir(parent) as listed:
+                entries = [entry for entry in listed if not entry.name.startswith(".")]
+        except OSError as error:
+            if parent == folder:
+                raise invalid(where, "folder", "readable", f"{str(folder)!r}: {error.strerror}") from None
+            found.unopened.append(Unopened(parent, str(error.strerror)))
+            continue
+        for entry in entries:
+            path = Path(parent, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            else:
+                _classify(path, entry.is_file(follow_symlinks=False), found)
+    if not found.images:
+        actual = f"{str(folder)!r}, which holds none"
+        if found.others or found.unopened:
+            actual += f" among {len(found.others) + len(found.unopened)} files"
+        raise invalid(where, "folder", "a folder with images", actual)
+    return FoundImages(sorted(found.images), sorted(found.others), sorted(found.unopened))
 
-    def refuse(error: OSError) -> None:
-        raise invalid(where, "folder", "readable", f"{error.filename!r}: {error.strerror}")
 
-    images = []
-    for parent, subfolders, names in os.walk(folder, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    if not images:
-        expected = f"a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
-        raise invalid(where, "folder", expected, f"{str(folder)!r}, which holds none")
-    return sorted(images)
+def list_images(
+    folder: str | os.PathLike[str], where: str = "list_images", warn: Callable[[str], None] | None = None
+) -> list[Path]:
+    """The image files under `folder`, as `find_images` finds them, if everything there can be opened.
+
+    Args:
+        folder: the folder.
+        where: the function or command to name in an error.
+        warn: called with one line if there are files that are no images.
+
+    Raises:
+        InputError: a file or a folder cannot be opened, or for the reasons of `find_images`.
+    """
+    found = find_images(folder, where)
+    for path, reason in found.unopened:
+        raise InputError(f"{path}: the file must be readable, got {reason}")
+    if warn is not None and found.others:
+        warn(found.describe_others(folder))
+    return found.images
+
+
+def _classify(path: Path, is_regular: bool, found: FoundImages) -> None:
+    """Append a path to a list of `found`. `is_regular`: it is known to be a file, not a link or a pipe."""
+    try:
+        kind = "" if is_regular else _kind(path)
+        if kind == "a folder":  # behind a link
+            found.others.append(path)
+        elif kind:
+            found.unopened.append(Unopened(path, kind))
+        elif path.suffix.lower() in IMAGE_SUFFIXES or _is_image(path):
+            found.images.append(path)
+        else:
+            found.others.append(path)
+    except OSError as error:  # such as a missing permission, or a link to a missing file
+        found.unopened.append(Unopened(path, str(error.strerror)))
+
+
+def _kind(path: Path) -> str:
+    """What `path` is: "" for a file that can be opened without side effects, otherwise words such as "a socket"."""
+    return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "")
+
+
+def _is_image(path: Path) -> bool:
+    """Whether the content of a file is that of an image, even if only another program can decode it.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if _unknown_format(file.read(16)):
+            return True
+        with contextlib.suppress(Exception), named_warnings(str(path)) as warned, Image.open(file) as image:
+            warned.clear()  # reading the image issues these warnings again
+            return image.format not in _WITHOUT_PIXELS
+    return False
+
+
+def _unknown_format(start: bytes) -> str:
+    """The format of an image that Pillow may not know, by the first bytes of the file; "" for any other file."""
+    return next((name for name, position, mark in _UNKNOWN_TO_PILLOW if start[position:].startswith(mark)), "")
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open an image file. Any exception while it is opened and in the block becomes an `InputError` with its name."""
+    name = os.fspath(path)
+    with named_warnings(name) as warned:
+        try:
+            if kind := _kind(Path(path)):
+                raise InputError(f"{name}: the file must be a readable image, got {kind}")
+            with Image.open(path) as image:
+                if image.format in _WITHOUT_PIXELS:
+                    raise InputError(f"{name}: the file must be an image of pixels, got {image.format}")
+                yield image
+        except InputError:
+            raise
+        except UnidentifiedImageError:
+            with open(path, "rb") as file:
+                known = _unknown_format(file.read(16))
+            reason = "; ".join(warned) or (f"{known}, which this Pillow cannot decode" if known else "another content")
+            advice = "; convert it to JPEG or PNG" if known else ""
+            raise InputError(f"{name}: the file must be a readable image, got {reason}{advice}") from None
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise InputError(f"{name}: the file must be a readable image, got {brief(reason)}") from error
 
 
 def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
     """The image in the file `path`, decoded, turned upright by its EXIF orientation, in `mode` "RGB" or "L" (grey).
 
-    Transparent parts become white, 16-bit grey keeps its upper 8 bits, and an animation gives its first frame. Several
-    threads may call this function at the same time.
+    The colours are those of sRGB; `hashengine._pixels.to_8_bits` describes how each mode of Pillow is converted. An
+    animation gives its first frame. A warning of a decoder is issued with the name of the file. Several threads may
+    call this function at the same time.
 
     Raises:
-        InputError: `mode` is unknown; or the file is missing, truncated, not an image, or larger than Pillow's limit
-            against decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels. The message then names the file.
+        InputError: `mode` is unknown; or the file is missing, truncated, not an image, a pipe or a device, has pixels
+            out of range, or is larger than Pillow's limit against decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS`
+            pixels. The message then names the file.
     """
     if mode not in ("RGB", "L"):
         raise invalid("read_image", "mode", "'RGB' or 'L'", repr(mode))
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit grey: convert() clips it to white instead of scaling it
-                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return upright.convert(mode)
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"{os.fspath(path)}: the file must be a readable image, got {reason}") from error
+    with _opened(path) as image:
+        is_16_bit = image.format in ("PNG", "PPM")
+        return to_8_bits(ImageOps.exif_transpose(image), mode, os.fspath(path), is_16_bit=is_16_bit)
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int]]:
+    """Pillow's mode and the size (width, height) of an image file, without decoding the pixels.
+
+    Raises:
+        InputError: the file is not an image, as for `read_image`.
+    """
+    with _opened(path) as image:
+        return image.mode, image.size
 
 
 def image_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
     """A PIL image of any size and mode as uint8 [channels, size, size]: grey for 1 channel, RGB for 3.
 
-    An image of another size is scaled until its shorter side is `size` pixels, then cropped around its centre.
+    The mode is converted as by `read_image`. An image of another size is scaled until its shorter side is `size`
+    pixels, then cropped around its centre.
+
+    Raises:
+        InputError: a pixel is out of range.
     """
     import torch
 
-    image = image.convert("L" if channels == 1 else "RGB")
+    is_16_bit = image.format in ("PNG", "PPM")
+    image = to_8_bits(image, "L" if channels == 1 else "RGB", "preprocess", is_16_bit=is_16_bit)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     pixels = np.array(image).reshape(size, size, channels)

@@ -150,3 +150,26 @@ def test_a_lock_is_held_by_one_thread_and_belongs_to_the_folder_that_replaced_th
         order.append("first")
     thread.join()
     assert order == ["first", True] and (folder / "lock").is_file()
+
+
+def test_the_temporary_files_and_folders_of_running_writes_can_be_removed(tmp_path):
+    """As a command does that is interrupted, in a process that then ends."""
+    script = f"""
+from pathlib import Path
+from hashengine import _files
+folder = Path({str(tmp_path)!r})
+(folder / "old").write_text("old")
+replacing = _files.replace_folder(folder / "new", marker="a", where="test")
+writing = replacing.__enter__()
+(writing / "a").write_text("half")
+with _files.replace_file(folder / "old") as file:
+    file.write(b"half")
+    assert len(list(folder.glob(".*.partial"))) == 2
+    _files.remove_temporaries()
+    print(sorted(path.name for path in folder.iterdir()), flush=True)
+    import os
+    os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "['old']\n", done.stderr
+    assert (tmp_path / "old").read_text() == "old"

@@ -1,7 +1,11 @@
 """Image files: listing, reading, labels, and the conversion to tensors."""
 
+import os
+import socket
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 from PIL import Image
 
 from hashengine.errors import InputError
-from hashengine.images import image_tensor, label_of, list_images, read_image
+from hashengine.images import find_images, image_tensor, label_of, list_images, read_header, read_image
 
 
 def save(path: Path, pixels: np.ndarray, **options) -> Path:
@@ -42,6 +46,139 @@ def test_list_images_refuses_a_missing_folder_a_file_and_an_empty_folder(tmp_pat
         with pytest.raises(InputError, match=complaint) as caught:
             list_images(folder)
         assert folder.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_without_the_suffix_of_an_image_is_found_by_its_content(tmp_path, noise):
+    wanted = []
+    for name, kind in (("no_suffix", "png"), ("photo.txt", "jpeg"), ("picture.dat", "webp"), ("a.avif", "png")):
+        Image.fromarray(noise).save(tmp_path / name, kind)
+        wanted.append(tmp_path / name)
+    others = {
+        "notes.txt": b"no image",
+        "empty": b"",
+        "a.json": b"{}",
+        "a.xmp": b"<?xml version='1.0'?>",
+        "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+        "film.mp4": b"\0\0\0\x18ftypmp42" + bytes(100),
+        "drawing.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    found = find_images(tmp_path)
+    assert found.images == sorted(wanted) and found.unopened == []
+    assert [path.name for path in found.others] == sorted(others)
+    lines = []
+    assert list_images(tmp_path, warn=lines.append) == found.images
+    assert lines == [f"skipped: {len(others)} files in {tmp_path} are no images"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format"),
+    [
+        ("a.heic", b"\0\0\0\x18ftypheic" + bytes(100), "HEIC"),
+        ("IMG_1", b"\0\0\0\x18ftypmif1" + bytes(100), "HEIC"),
+        ("a.jxl", b"\xff\x0a" + bytes(100), "JPEG XL"),
+        ("b", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "JPEG XL"),
+        ("a.cr3", b"\0\0\0\x18ftypcrx " + bytes(100), "CR3"),
+    ],
+)
+def test_an_image_that_only_another_program_decodes_is_named_with_its_format(tmp_path, name, content, format):
+    (tmp_path / name).write_bytes(content)
+    assert find_images(tmp_path).images == [tmp_path / name]
+    expected = f"{name}: the file must be a readable image, got {format}, which this Pillow cannot decode; convert it"
+    for read in (read_image, read_header):
+        with pytest.raises(InputError, match=expected):
+            read(tmp_path / name)
+
+
+def test_an_avif_image_is_read(tmp_path):
+    try:
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.avif")
+    except (KeyError, ValueError, OSError):
+        pytest.skip("this Pillow has no AVIF")
+    assert find_images(tmp_path).images == [tmp_path / "a.avif"]
+    assert np.abs(np.asarray(read_image(tmp_path / "a.avif")).astype(int) - (200, 0, 0)).max() < 10
+
+
+def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path, noise, monkeypatch):
+    save(tmp_path / "a.png", noise)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.jpg")  # a short name, because the path of a socket is limited
+        found = find_images(tmp_path)
+        kinds = {"device": "a device", "pipe.png": "a named pipe", "socket.jpg": "a socket"}
+        assert found.images == [tmp_path / "a.png"]
+        assert {path.name: reason for path, reason in found.unopened} == kinds
+        for name, kind in kinds.items():
+            for read in (read_image, read_header):
+                with pytest.raises(InputError, match=f"{name}: the file must be a readable image, got {kind}"):
+                    read(tmp_path / name)
+    with pytest.raises(InputError, match="device: the file must be readable, got a device"):
+        list_images(tmp_path)
+    with pytest.raises(InputError, match="folder must be a folder of images, got .*, which is a named pipe"):
+        find_images(tmp_path / "pipe.png")
+
+
+def test_folders_and_links_that_cannot_be_read_are_named(tmp_path, noise, monkeypatch):
+    save(tmp_path / "a" / "1.png", noise)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "to_nothing.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "to_itself").symlink_to(tmp_path / "to_itself")
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name in ("b", "root"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_images(tmp_path)
+    assert found.images == [tmp_path / "a" / "1.png"] and found.others == [tmp_path / "c"]
+    assert [(path.name, reason) for path, reason in found.unopened] == [
+        ("b", "Permission denied"),
+        ("to_itself", "Too many levels of symbolic links"),
+        ("to_nothing.png", "No such file or directory"),
+    ]
+    (tmp_path / "root").mkdir()
+    with pytest.raises(InputError, match="^find_images: folder must be readable, got .*root': Permission denied"):
+        find_images(tmp_path / "root")
+
+
+def damaged_exif(path: Path, noise) -> Path:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0132, 2, 99, 9999)
+    return save(path, noise, exif=exif)
+
+
+def test_warnings_of_a_decoder_carry_the_name_of_the_file(tmp_path, noise, monkeypatch):
+    paths = [damaged_exif(tmp_path / f"{number}.jpg", noise) for number in range(20)]
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("default")
+        list(pool.map(read_image, paths))
+    messages = [str(warning.message) for warning in caught]
+    assert sorted({message.split(": ")[0] for message in messages}) == sorted(map(str, paths))
+    assert all(message.count(": ") == 1 for message in messages)
+    assert not any("\n" in message for message in messages)
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with pytest.warns(Image.DecompressionBombWarning, match="plain.png: Image size"):
+        read_image(save(tmp_path / "plain.png", noise))
+    with pytest.warns(Image.DecompressionBombWarning, match="plain.png: Image size"):
+        assert read_header(tmp_path / "plain.png") == ("RGB", (64, 64))
+
+
+def test_reading_leaves_the_filters_for_warnings_as_they_were(tmp_path, noise):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, show = list(warnings.filters), warnings.showwarning
+        read_image(damaged_exif(tmp_path / "a.jpg", noise))  # its warning is ignored
+        (tmp_path / "b.jpg").write_bytes(b"")
+        with pytest.raises(InputError):
+            read_image(tmp_path / "b.jpg")
+        assert warnings.filters == before and warnings.showwarning is show
 
 
 def test_read_image_applies_the_exif_orientation(tmp_path, noise):

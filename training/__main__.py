@@ -1,5 +1,13 @@
 """`python -m training` is the command `hashengine train`."""
 
-from hashengine.cli.train import app
+from hashengine._interrupt import run
 
-app(prog_name="python -m training")
+
+def start() -> None:
+    """Run the command line."""
+    from hashengine.cli.train import app
+
+    app(prog_name="python -m training")
+
+
+run(start)

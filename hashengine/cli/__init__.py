@@ -4,20 +4,42 @@ Results go to stdout: a table on a terminal, tab-separated lines in a pipe or a 
 Exit codes: 0 success; 1 a failure of the machine, such as a full disk, or a broken part that `doctor` found; 2 a
 mistake in the input, reported in one line on stderr; 130 interrupted.
 
-Importing this package does not import torch. Each command imports what it needs when it runs.
+Importing this package imports neither torch nor numpy, rich or pydantic. Each command imports what it needs when it
+runs. The help imports rich, and that of `train fit` and `train sweep` pydantic, whose fields are their options.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hashengine._version import __version__
-from hashengine.cli import demo, doctor, images, train
-from hashengine.cli._app import command_line
+from hashengine.cli import demo, doctor, images
+from hashengine.cli._app import Commands, command_line
 
 __all__ = ["app", "command_line"]
 
-app = command_line("Turn images into short binary codes and search them exactly.")
+app = command_line("Turn images into short binary codes and search them exactly.", add_completion=True)
+
+
+class TrainCommands(Commands):
+    """The group `train`, which imports its commands when they are looked up."""
+
+    _commands: dict[str, Any]
+
+    @property
+    def commands(self) -> Any:
+        """The commands by name."""
+        if not self._commands:
+            from hashengine.cli import train
+
+            group: Any = typer.main.get_command(train.app)
+            self._commands = group.commands
+        return self._commands
+
+    @commands.setter
+    def commands(self, none: Any) -> None:
+        """Called by the constructor, with the commands that were registered: none."""
+        self._commands = none
 
 
 def _print_version(is_given: bool) -> None:
@@ -37,4 +59,4 @@ def _options(
 
 for group in (images, demo, doctor):
     app.registered_commands += group.app.registered_commands
-app.add_typer(train.app, name="train")
+app.add_typer(command_line("Train hash networks."), name="train", cls=TrainCommands)

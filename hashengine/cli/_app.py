@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -17,27 +18,40 @@ from typer.core import TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine._validation import MOST_THREADS, check_integer
 from hashengine.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., None])
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
+STDOUT = Path("/dev/stdout")
 MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
 
 class Commands(TyperGroup):
-    """A group of commands that reports expected errors in one line; any other exception keeps its traceback."""
+    """A group of commands that reports expected errors and warnings in one line.
+
+    Any other exception keeps its traceback.
+    """
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the arguments of the group; a mistake in them is reported in one line."""
         if parent is None:  # before the arguments are parsed, so that both also apply to mistakes in them
             _escape_what_the_console_lacks()
             _progress.configure(log_json="--log-json" in args)
+            warnings.showwarning = _note_warning  # type: ignore[assignment]
         try:
             return super().make_context(info_name, args, parent, **extra)
         except UsageError as error:
             _report_usage(error)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters of the group."""
+        parameters: list[Any] = super().get_params(ctx)
+        for parameter in parameters:
+            # Typer's own flags, such as --help. For a value other than a bool, typer would import pydantic.
+            if getattr(parameter, "is_flag", False) and parameter.default is None:
+                parameter.default = False
+        return parameters
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that `ctx` names."""
@@ -58,6 +72,11 @@ def _escape_what_the_console_lacks() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _note_warning(message: Warning | str, *place: object) -> None:
+    """Replaces `warnings.showwarning`, which writes two lines, with the place in the source."""
+    _progress.note("warning: " + " ".join(str(message).split()))
 
 
 def _report(message: str, code: int) -> NoReturn:
@@ -104,10 +123,10 @@ def _is_mistake(error: Exception) -> bool:
     return bool(frames) and frames[-1].f_globals.get("__name__") == "torch._ops"
 
 
-def command_line(help: str) -> typer.Typer:
+def command_line(help: str, *, add_completion: bool = False) -> typer.Typer:
     """Make a command line without commands, which reports errors as described at `Commands`."""
     return typer.Typer(
-        cls=Commands, help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        cls=Commands, help=help, no_args_is_help=True, add_completion=add_completion, pretty_exceptions_enable=False
     )
 
 
@@ -160,6 +179,8 @@ def command(app: typer.Typer, before: Callable[[], None] | None = None, **settin
 def _apply(threads: int | None, quiet: bool, log_json: bool) -> None:
     _progress.configure(quiet=quiet, log_json=log_json)
     if threads is not None:
+        from hashengine._validation import MOST_THREADS, check_integer  # imports numpy
+
         check_integer("hashengine", "threads", threads, 1, MOST_THREADS)
         import torch
 
@@ -171,6 +192,11 @@ DeviceOption = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Images per call of the network.")]
 IndexFolder = Annotated[Path, typer.Argument(help="A folder written by 'hashengine index'.", show_default=False)]
+
+
+def stdout_for_dash(output: Path | None) -> Path | None:
+    """The path to write to: "-" stands for stdout."""
+    return STDOUT if output == Path("-") else output
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[object, ...]], title: str | None = None) -> None:

@@ -83,6 +83,7 @@ def _annotation(name: str, field: FieldInfo) -> Any:
     default = "" if field.is_required() or field.default is None else _text(field.default)
     option = typer.Option(
         f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
+        *(["-o"] if name == "output" else []),  # as for the other commands
         help=(field.description or "")[:1].upper() + (field.description or "")[1:] + ".",
         show_default=default or False,
         metavar=_metavar(kind),

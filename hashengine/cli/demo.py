@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hashengine import training
-from hashengine._defaults import DATA_SETS
+from hashengine._defaults import BITS, DATA_SETS
 from hashengine._text import printable
 from hashengine.cli._app import command, command_line
-from hashengine.models.config import DEFAULT_BITS
 
 if TYPE_CHECKING:
     from hashengine.evaluation.report import Report
@@ -26,7 +25,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the demo makes.")] = Path(
         "demo"
     ),
-    bits: Annotated[int, typer.Option(help="Length of a code.")] = DEFAULT_BITS,
+    bits: Annotated[int, typer.Option(help="Length of a code.")] = BITS,
 ) -> None:
     """Train, encode, index, search, evaluate and report on real images, and print the command of each step."""
     from hashengine.evaluation import run_demo

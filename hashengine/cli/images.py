@@ -8,11 +8,19 @@ from typing import Annotated
 import typer
 
 from hashengine import _progress
-from hashengine._defaults import BATCH_SIZE, NEIGHBOURS, RADIUS, REPORT_ROWS, SEED
+from hashengine._defaults import BATCH_SIZE, IMAGE_SUFFIXES, NEIGHBOURS, RADIUS, REPORT_ROWS, SEED
 from hashengine._files import check_output
-from hashengine.cli._app import BatchSize, DeviceOption, IndexFolder, command, command_line, print_table
+from hashengine.cli._app import (
+    STDOUT,
+    BatchSize,
+    DeviceOption,
+    IndexFolder,
+    command,
+    command_line,
+    print_table,
+    stdout_for_dash,
+)
 from hashengine.errors import invalid
-from hashengine.images import IMAGE_SUFFIXES
 
 app = command_line("Search images by their codes.")
 
@@ -25,7 +33,7 @@ def encode(
     batch_size: BatchSize = BATCH_SIZE,
     device: DeviceOption = "auto",
 ) -> None:
-    """Encode every image under FOLDER to a binary code; unreadable images are skipped and recorded."""
+    """Encode every image under FOLDER to a binary code; other files and unreadable images are skipped and recorded."""
     # `check_output` comes before the import, which takes seconds.
     check_output("encode", output, outside=(model,), keeps=(folder, model), is_folder=True, marker="encode.json")
     from hashengine import evaluation
@@ -61,11 +69,14 @@ def search(
         typer.Option("-k", help="Number of neighbours per query.", show_default=f"{NEIGHBOURS}, or all if fewer"),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="The model for query images.", show_default="the index's")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the results here, as JSON; - is stdout.")
+    ] = None,
     batch_size: BatchSize = BATCH_SIZE,
     device: DeviceOption = "auto",
 ) -> None:
     """Find the K nearest images in INDEX. Results of one image are printed; those of a folder need --output."""
+    output = stdout_for_dash(output)
     if query.is_dir() and output is None:
         raise invalid("search", "output", "a file if the query is a folder", "none", "pass --output FILE")
     if output is not None:
@@ -77,7 +88,7 @@ def search(
     if output is not None:
         results.write(output)
         _progress.note(f"wrote {output}")
-    if query.is_file():
+    if query.is_file() and output != STDOUT:
         hits = results.queries[0].hits
         rows: list[tuple[object, ...]] = [(hit.rank, hit.distance, shortened(hit.path), hit.label) for hit in hits]
         print_table(("rank", "distance", "path", "label"), rows)
@@ -88,7 +99,9 @@ def search(
 def evaluate(
     index: IndexFolder,
     queries: Annotated[Path, typer.Argument(help="A codes folder of labelled queries.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures here, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the figures here, as JSON; - is stdout.")
+    ] = None,
     at: Annotated[int | None, typer.Option(help="Number of ranked images in the mAP.", show_default="all")] = None,
     radius: Annotated[int, typer.Option(help="Radius in bits for the precision within a radius.")] = RADIUS,
 ) -> None:
@@ -97,6 +110,7 @@ def evaluate(
     Images at equal distances can be ranked in any order. A figure that depends on the order is shown as its
     mean over all orders, followed by its values for the worst and the best order.
     """
+    output = stdout_for_dash(output)
     if output is not None:
         check_output("evaluate", output, outside=(index, queries))
     from hashengine import evaluation
@@ -106,6 +120,8 @@ def evaluate(
         found.write(output)
     if found.without_relevant:
         _progress.note(f"{found.without_relevant} of {found.queries} queries have no relevant image and count as 0")
+    if output == STDOUT:
+        return
     header, rows = found.cells()
     print_table(tuple(header), [tuple(row) for row in rows])
 

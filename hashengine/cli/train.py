@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hashengine import _progress, training
+from hashengine import _interrupt, _progress, training
 from hashengine._defaults import DATA_SETS, SEED
 from hashengine.cli._app import command, command_line, print_table
 from hashengine.cli._options import given, options_of, parse, unknown_options, with_options
@@ -75,6 +75,7 @@ def sweep(
     Complete runs are kept; therefore the same command continues an interrupted sweep. The options of 'train fit' apply
     to every run.
     """
+    _interrupt.keeps("the complete runs are kept, and the same command continues the sweep")
     from_file = {} if config is None else read_yaml(config, "train sweep")
     varied = dict(_axis(axis) for axis in grid or [])
     of_method = unknown_options("train sweep", context.args)

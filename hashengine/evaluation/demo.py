@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hashengine import _progress
-from hashengine._files import check_replaceable, make_folder, write_file
+from hashengine._files import check_output, make_folder, write_file
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder
 from hashengine.evaluation.evaluate import evaluate
@@ -70,7 +70,7 @@ def start_over(output: Path, data: str) -> None:
         raise invalid(
             "demo", "output", "a folder that does not contain the data", f"{str(output)!r}, which is emptied first"
         )
-    check_replaceable(output, marker=MARKER, where="demo")
+    check_output("demo", output, is_folder=True, marker=MARKER)
     if output.exists():
         shutil.rmtree(output)
     make_folder(output)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,11 @@ import torch
 from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE
 from hashengine._files import replace_folder
+from hashengine._threads import thread_pool
 from hashengine._validation import DeviceName, check_device, check_integer, check_path
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import EncodeRecord, Item, Unreadable, read_items, write_items
-from hashengine.images import label_of, list_images, read_image
+from hashengine.images import FoundImages, find_images, label_of, read_image
 from hashengine.models import HashNet
 from hashengine.models.checkpoint import WEIGHTS_FILE
 
@@ -72,7 +72,7 @@ class CodesFolder:
         path = folder / "codes.npy"
         try:
             codes = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:  # a damaged shape may be huge
             raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
         shape = (len(items), record.bits // 8)
         if codes.dtype != np.uint8 or codes.shape != shape:
@@ -109,14 +109,16 @@ def encode_folder(
 ) -> CodesFolder:
     """Encode all images under `folder`, at any depth, in the order of their paths.
 
+    `hashengine.images.find_images` describes which files are images.
+
     Args:
         folder: a folder of images, or an image file. The label of an image is the name of the first folder below
             `folder` on the image's path, or "" if there is none.
         model: a folder written by `HashNet.save_pretrained`.
         batch_size: images per call of the network.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        warn: called with one line for each image that cannot be read. Such an image is skipped and recorded. By default
-            the line is written to stderr.
+        warn: called with one line for each image, file or folder that cannot be read, and one line for all files that
+            are no images. All of these are skipped and recorded. By default the line is written to stderr.
 
     Raises:
         InputError: there is no such folder, model or device, `batch_size` is below 1, or no image can be read.
@@ -125,7 +127,7 @@ def encode_folder(
     batch_size = min(check_integer("encode", "batch_size", batch_size, 1), 1 << 31)
     folder = Path(folder).absolute()
     is_single = folder.is_file()
-    paths = [folder] if is_single else list_images(folder, "encode")
+    found = FoundImages([folder], [], []) if is_single else find_images(folder, "encode")
     chosen, identity = check_device("encode", device, auto=True), fingerprint(model, "encode")
     network = HashNet.from_pretrained(model).to(chosen).eval()
 
@@ -133,7 +135,12 @@ def encode_folder(
     codes: list[np.ndarray] = []
     items: list[Item] = []
     errors: list[Unreadable] = []
-    for batch_paths, images in _batches(network, paths, batch_size):
+    if found.others:
+        warn(found.describe_others(folder))
+    for path, reason in found.unopened:
+        warn(f"skipped: {path}: {reason}")
+        errors.append(Unreadable(path=str(path), reason=reason))
+    for batch_paths, images in _batches(network, found.images, batch_size):
         readable = []
         for path, image in zip(batch_paths, images, strict=True):
             if isinstance(image, InputError):
@@ -160,6 +167,7 @@ def encode_folder(
         device=str(chosen),
         seconds=time.perf_counter() - start,
         errors=errors,
+        no_images=[str(path) for path in found.others],
     )
     return CodesFolder(rows, items, record)
 
@@ -170,7 +178,7 @@ def _batches(
     """Yield batches of paths, and for each path the preprocessed image or the error that reading it raised.
 
     The images are decoded in threads, because Pillow releases the interpreter's lock. The next batch is decoded while
-    the network encodes the current one.
+    the network encodes the current one. An exception, such as that of Ctrl-C, cancels what is not decoded yet.
     """
 
     def load(path: Path) -> torch.Tensor | InputError:
@@ -180,7 +188,7 @@ def _batches(
             return error
 
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
-    with ThreadPoolExecutor() as pool, _progress.task("encoding", len(paths), "img") as progress:
+    with thread_pool() as pool, _progress.task("encoding", len(paths), "img") as progress:
         ahead = pool.map(load, batches[0])  # starts to decode the first batch
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
             images, ahead = ahead, pool.map(load, following)

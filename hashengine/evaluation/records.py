@@ -29,9 +29,9 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from typing_extensions import Self
 
 from hashengine._files import make_folder, write_file
@@ -47,7 +47,13 @@ class Item(NamedTuple):
     label: str
 
 
-class Record(BaseModel):
+class Part(BaseModel):
+    """Fixed fields, whose numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class Record(Part):
     """A JSON file with fixed fields."""
 
     def write(self, path: Path) -> None:
@@ -82,8 +88,8 @@ class Record(BaseModel):
             raise invalid(where, argument, expected, f"{str(path)!r}, which is no JSON ({error})") from None
 
 
-class Unreadable(BaseModel):
-    """An image that was skipped, with the reason."""
+class Unreadable(Part):
+    """An image, another file or a folder that was skipped because it cannot be read, with the reason."""
 
     path: str
     reason: str
@@ -96,6 +102,8 @@ class EncodeRecord(Record):
         fingerprint: SHA-256 of the model's weights; only codes with the same one are comparable.
         codes_sha256: SHA-256 of the codes; "" in files of older versions.
         seconds: the time to read and decode the images, run the network and pack the codes.
+        errors: what could not be read.
+        no_images: the paths of files that are no images, and of links to folders.
     """
 
     bits: int
@@ -106,8 +114,9 @@ class EncodeRecord(Record):
     fingerprint: str
     codes_sha256: str = ""
     device: str
-    seconds: float
+    seconds: PositiveFloat
     errors: list[Unreadable] = []
+    no_images: list[str] = []
 
     def summary(self) -> str:
         """The counts and the rate in one line."""
@@ -140,7 +149,7 @@ class IndexRecord(Record):
         return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 
-class Hit(BaseModel):
+class Hit(Part):
     """A neighbour: `rank` counts from 1, `distance` is the number of differing bits, `id` is the row in items.csv."""
 
     rank: int
@@ -150,7 +159,7 @@ class Hit(BaseModel):
     label: str
 
 
-class QueryResult(BaseModel):
+class QueryResult(Part):
     """A query image and its nearest images, ordered by distance, then by id."""
 
     path: str
@@ -175,7 +184,7 @@ class SearchResults(Record):
     seconds: float
     queries_per_second: float
     encode: EncodeRecord
-    queries: list[QueryResult]
+    queries: Annotated[list[QueryResult], Field(min_length=1)]
 
     def summary(self) -> str:
         """The counts and the rate in one line."""
@@ -185,7 +194,7 @@ class SearchResults(Record):
         return f"{count} among {self.database:,} codes of {self.bits} bits, k = {self.k}, in {time}"
 
 
-class Band(BaseModel):
+class Band(Part):
     """A measure that depends on the order of images at equal distances: its mean over all orders, and its range."""
 
     expected: float
@@ -193,7 +202,7 @@ class Band(BaseModel):
     maximum: float
 
 
-class Curve(BaseModel):
+class Curve(Part):
     """Precision and recall of retrieving all items within a radius, for each radius, averaged over the queries.
 
     `empty` is the share of queries with no item within the radius; their precision counts as 0.
@@ -203,6 +212,12 @@ class Curve(BaseModel):
     precision: list[float]
     recall: list[float]
     empty: list[float]
+
+    @model_validator(mode="after")
+    def _has_equal_lengths(self) -> Self:
+        if len({len(values) for values in (self.radius, self.precision, self.recall, self.empty)}) > 1:
+            raise ValueError("must be lists of one length")
+        return self
 
 
 class Evaluation(Record):

@@ -13,15 +13,18 @@ import math
 import mmap
 import os
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hashengine.errors import invalid
 from hashengine.index.devices import CPU, copy_into, to_device
 
 SHARD_BLOCK_ROWS = 1 << 12  # consecutive rows on one device before the next device's turn; a multiple of 8
@@ -85,6 +88,29 @@ def device_shards(count: int) -> tuple[BlockCyclicShard, ...]:
     return tuple(BlockCyclicShard(index, count, SHARD_BLOCK_ROWS) for index in range(count))
 
 
+class MappedFile:
+    """An open file of which the first bytes are mapped.
+
+    Reading a mapped page after the end of its file ends the process with SIGBUS. Nothing in Python can prevent that
+    while codes are read; `check` does before.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._path, self._size, self._descriptor = file.name, size, os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def check(self, where: str) -> None:
+        """Require that the file still has the bytes that are mapped.
+
+        Raises:
+            InputError: another program has made the file shorter; the error names `where`.
+        """
+        size = os.fstat(self._descriptor).st_size
+        if size < self._size:
+            expected = f"as long as when it was mapped, {self._size} bytes"
+            raise invalid(where, f"the file {self._path}", expected, f"{size} bytes", "restore the file")
+
+
 @dataclass(frozen=True)
 class Replacement:
     """New codes for some rows of a shard, on the device of the shard."""
@@ -103,6 +129,7 @@ class ShardedCodes:
     """
 
     parts: tuple[Tensor, ...]  # the codes of each shard
+    file: MappedFile | None = None  # from which the first codes are mapped
 
     @cached_property
     def shards(self) -> tuple[BlockCyclicShard, ...]:
@@ -218,9 +245,9 @@ class GrowingRows:
     The caller keeps the number of rows in use. The memory after these rows is free.
     """
 
-    def __init__(self, memory: Tensor, is_mapped: bool = False) -> None:
+    def __init__(self, memory: Tensor, file: MappedFile | None = None) -> None:
         self._memory = memory
-        self.is_mapped = is_mapped
+        self.file = file
 
     def first(self, count: int) -> Tensor:
         """A view of the first `count` rows. On the CPU, its pickle does not contain the free memory."""
@@ -288,17 +315,19 @@ class GrowingCodes:
     @classmethod
     def from_file(cls, file: Path, count: int, bytes_per_code: int) -> GrowingCodes:
         """Map `count` codes of a file, as `map_rows` does."""
-        return cls([GrowingRows(map_rows(file, count, bytes_per_code), is_mapped=True)])
+        with open(file, "rb") as opened:
+            rows = map_rows(opened, count, bytes_per_code)
+            return cls([GrowingRows(rows, MappedFile(opened, count * bytes_per_code))])
 
     @property
     def is_mapped(self) -> bool:
         """Whether the first codes are mapped from a file."""
-        return self._parts[0].is_mapped
+        return self._parts[0].file is not None
 
     def first(self, count: int) -> ShardedCodes:
         """A view of the first `count` codes."""
         shards = zip(self._parts, device_shards(len(self._parts)), strict=True)
-        return ShardedCodes(tuple(part.first(shard.size(count)) for part, shard in shards))
+        return ShardedCodes(tuple(part.first(shard.size(count)) for part, shard in shards), self._parts[0].file)
 
     def append_rows(self, count: int, codes: Tensor) -> GrowingCodes:
         """Memory of the first `count` codes followed by `codes`, uint8 [rows, bits / 8] on any device."""
@@ -350,8 +379,8 @@ class RowMemory:
         return RowMemory(grown_codes, grown_ids, self.device_ids.append_rows(count, ids))
 
 
-def map_rows(file: Path, count: int, bytes_per_row: int) -> Tensor:
-    """Map `count` rows of a file instead of reading them. Returns uint8 [count or more, bytes_per_row].
+def map_rows(file: BinaryIO, count: int, bytes_per_row: int) -> Tensor:
+    """Map `count` rows of an open file instead of reading them. Returns uint8 [count or more, bytes_per_row].
 
     The pages of the file are read when they are used. Writes stay in memory and never reach the file. On Linux, further
     rows follow those of the file; they take memory only when they are written. On other systems, or if there is too
@@ -364,12 +393,11 @@ def map_rows(file: Path, count: int, bytes_per_row: int) -> Tensor:
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-    with open(file, "rb") as source:
-        # This replaces the first pages of `rows`. When `rows` is freed, it unmaps them with its other pages.
-        mapped = libc.mmap(rows.ctypes.data, count * bytes_per_row, protection, flags, source.fileno(), 0)
+    # This replaces the first pages of `rows`. When `rows` is freed, it unmaps them with its other pages.
+    mapped = libc.mmap(rows.ctypes.data, count * bytes_per_row, protection, flags, file.fileno(), 0)
     if mapped == _MAP_FAILED:
         error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), str(file))
+        raise OSError(error, os.strerror(error), file.name)
     return torch.from_numpy(rows)
 
 

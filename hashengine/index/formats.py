@@ -84,6 +84,7 @@ def read_codes(path: str | os.PathLike[str], *, bit_order: str, mmap: bool = Fal
             little-endian uint32, then the rows.
         bit_order: "msb_first" or "lsb_first": the bit order of the file. The file itself does not record it.
         mmap: map the codes instead of reading them, for "msb_first" only. Writes to the result never reach the file.
+            While the result is in use, no other program may shorten the file: reading a lost page ends the process.
 
     Returns:
         uint8 [N, bits / 8], "msb_first".
@@ -292,7 +293,7 @@ def to_faiss(index: HammingIndex, *, bit_order: str) -> faiss.IndexBinaryFlat | 
     """
     faiss = _import_faiss("to_faiss")
     flat = faiss.IndexBinaryFlat(index.bits)
-    with index._reading() as snapshot:
+    with index._reading("to_faiss") as snapshot:
         ids = snapshot.live_ids().numpy()
         codes = np.ascontiguousarray(_convert("to_faiss", snapshot.live_codes().cpu().numpy(), bit_order))
         if np.array_equal(ids, np.arange(len(ids))):

@@ -134,7 +134,7 @@ class HammingIndex:
 
         They are on the device that stores them, or on the CPU if they are streamed or stored on several devices.
         """
-        return self._snapshot.live_codes()
+        return self._current("codes").live_codes()
 
     @property
     def ids(self) -> Tensor:
@@ -183,7 +183,7 @@ class HammingIndex:
             if answer is not None:
                 return answer
         query_codes = check_codes("search", "queries", queries, self.bits)
-        with self._reading() as snapshot:
+        with self._reading("search") as snapshot:
             if snapshot.count == 0:
                 raise invalid("search", "the index", "one that holds codes", "an empty one", "add codes first")
             k = check_integer("search", "k", k, 1, snapshot.count, "the number of codes")
@@ -226,7 +226,7 @@ class HammingIndex:
         radius = check_integer("range_search", "radius", radius, 0, self.bits, "the number of bits")
         if max_results is not None:
             max_results = check_integer("range_search", "max_results", max_results, 1)
-        with self._reading() as snapshot:
+        with self._reading("range_search") as snapshot:
             if max_results is not None:
                 max_results = min(max_results, max(snapshot.count, 1))  # the op takes no more than 63 bits
             code_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
@@ -263,7 +263,7 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or multi-hot labels that are not zeros and ones.
         """
         query_codes = check_codes("count", "queries", queries, self.bits)
-        with self._reading() as snapshot:
+        with self._reading("count") as snapshot:
             code_filter, threads = self._check_options("count", snapshot, len(query_codes), filter, num_threads)
             row_labels: tuple[Tensor, Tensor] | None = None
             if labels is not None:
@@ -293,7 +293,7 @@ class HammingIndex:
         queries = check_query_vectors("rerank", "query_activations", query_activations, self.bits)
         wanted = check_candidates("rerank", ids, len(queries))
         rows = torch.full_like(wanted, -1)
-        with self._reading() as snapshot:
+        with self._reading("rerank") as snapshot:
             rows[wanted >= 0] = snapshot.rows_of(wanted[wanted >= 0], "rerank")
 
             def signs_of(rows: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or an id that is not in the index.
         """
         wanted = check_ids("reconstruct", ids, unique=False)
-        with self._reading() as snapshot:
+        with self._reading("reconstruct") as snapshot:
             record_streams(snapshot.codes.parts)
             codes = snapshot.codes.gather(snapshot.rows_of(wanted, "reconstruct"))
         return to_callers_type(ids, codes)[0]
@@ -335,7 +335,7 @@ class HammingIndex:
         if len(new_codes) == 0:
             return
         with self._writer:
-            snapshot = self._snapshot
+            snapshot = self._current("add")
             total = len(snapshot.codes) + len(new_codes)
             new_ids, next_id = snapshot.allocate_ids(len(new_codes), new_ids)
             with self._explain_out_of_memory("add", self._bytes_per_device(total)):
@@ -374,7 +374,7 @@ class HammingIndex:
         new_codes = check_codes("update", "codes", codes, self.bits)
         wanted = check_ids("update", ids, len(new_codes))
         with self._writer:
-            stored = self._snapshot.codes
+            stored = self._current("update").codes
             rows = self._snapshot.rows_of(wanted, "update")
             if len(rows):
                 self._last_saved = None  # the next save must write these rows again
@@ -388,7 +388,7 @@ class HammingIndex:
     def compact(self) -> None:
         """Free the memory of removed codes; the next save frees it in the folder. Ids do not change."""
         with self._writer:
-            snapshot = self._snapshot
+            snapshot = self._current("compact")
             if snapshot.live is not None:
                 with self._explain_out_of_memory("compact", self._bytes_per_device(snapshot.count)):
                     blocks = snapshot.codes.blocks(snapshot.live_rows())
@@ -411,7 +411,7 @@ class HammingIndex:
             OSError: the disk is full or fails.
         """
         with self._writer:
-            snapshot = self._snapshot
+            snapshot = self._current("save")
             ids = None if snapshot.ids is None else snapshot.ids.numpy()
             contents = folder.Contents(self.bits, snapshot.next_id, snapshot.codes, ids, snapshot.live)
             self._last_saved = folder.save(check_path("save", "path", path), contents, self._last_saved)
@@ -429,8 +429,9 @@ class HammingIndex:
         Args:
             path: the folder.
             mmap: map the codes instead of reading them. Sizes, and all checksums except that of the codes, are checked.
-                No other program may shorten or change the file: a search would then end the process with SIGBUS, or
-                read changed codes. Saves of hashengine do neither.
+                No other program may shorten or change the file; saves of hashengine do neither. A search and any other
+                method that reads codes raises `InputError` if the file has become shorter. If it becomes shorter during
+                a search, the process ends with SIGBUS. Changed codes are not noticed.
                 Changes stay in memory until they are saved; the map never writes to the file. On Linux, added codes are
                 stored behind the map, without copying it, until they take three times its size or 64 MiB, whichever is
                 more. Beyond that, and on other systems, `add` copies all codes to memory. `compact` copies the
@@ -490,7 +491,7 @@ class HammingIndex:
             return self
         with self._writer:
             index = self._new_copy(devices, streamed)
-            index._copy_rows(self._snapshot, "to")
+            index._copy_rows(self._current("to"), "to")
         return index
 
     def __copy__(self) -> Self:
@@ -500,7 +501,7 @@ class HammingIndex:
         since they were saved, or if a later save has removed the file.
         """
         with self._writer:
-            snapshot, stored = self._snapshot, self._mapped_folder()
+            snapshot, stored = self._current("copy"), self._mapped_folder()
             index = self._new_copy(self._devices, self._streamed)
             if stored is None:
                 index._copy_rows(snapshot, "copy")
@@ -524,7 +525,7 @@ class HammingIndex:
         folder are included. The receiver maps the file of the others.
         """
         with self._writer:
-            snapshot, stored = self._snapshot, self._mapped_folder()
+            snapshot, stored = self._current("pickle"), self._mapped_folder()
             added = slice(0 if stored is None else stored.rows, None)
             return {
                 "bits": self.bits,
@@ -614,17 +615,24 @@ class HammingIndex:
         if not self._is_on_host or type(array) is not np.ndarray or type(k) is not int:
             return None
         with self._rows_lock:
-            answer = execution.topk_in_one_call(self._snapshot, array, k, threads)
+            answer = execution.topk_in_one_call(self._current("search"), array, k, threads)
         if answer is None or array is queries:
             return answer
         distances, ids = answer
         return torch.from_numpy(distances), torch.from_numpy(ids)
 
+    def _current(self, where: str) -> Snapshot:
+        """The current snapshot, whose codes can be read: if they are mapped, their file has not become shorter."""
+        snapshot = self._snapshot
+        if snapshot.codes.file is not None:
+            snapshot.codes.file.check(where)
+        return snapshot
+
     @contextmanager
-    def _reading(self) -> Iterator[Snapshot]:
+    def _reading(self, where: str) -> Iterator[Snapshot]:
         """Yield the current snapshot. No update overwrites its codes until the block ends."""
         with self._rows_lock:
-            yield self._snapshot
+            yield self._current(where)
 
     def _check_options(
         self, where: str, snapshot: Snapshot, queries: int, filter: Array | None, num_threads: int | None

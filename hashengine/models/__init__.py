@@ -8,11 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hashengine._lazy import lazy_imports
-from hashengine.models.config import HashNetConfig
 
 if TYPE_CHECKING:
+    from hashengine.models.config import HashNetConfig
     from hashengine.models.hashnet import HashNet, HashOutput
 else:
-    __getattr__, __dir__ = lazy_imports(__name__, dict.fromkeys(("HashNet", "HashOutput"), "hashengine.models.hashnet"))
+    __getattr__, __dir__ = lazy_imports(
+        __name__,
+        {
+            "HashNet": "hashengine.models.hashnet",
+            "HashNetConfig": "hashengine.models.config",
+            "HashOutput": "hashengine.models.hashnet",
+        },
+    )
 
 __all__ = ["HashNet", "HashNetConfig", "HashOutput"]

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from hashengine._config import Config, Integer, Number
+from hashengine._defaults import BITS
 from hashengine._validation import MAX_BITS
 
 
@@ -32,7 +33,6 @@ Widths = Annotated[
 ]
 StemStride = Literal[1, 2]
 
-DEFAULT_BITS: Bits = 32
 DEFAULT_ATTENTION: Attention = "simam"
 DEFAULT_WIDTHS: Widths = (32, 64, 128)
 
@@ -55,7 +55,7 @@ class HashNetConfig(Config):
             divides by it after the subtraction.
     """
 
-    bits: Bits = DEFAULT_BITS
+    bits: Bits = BITS
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     channels: Literal[1, 3] = 3
     image_size: ImageSize = 32

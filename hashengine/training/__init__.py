@@ -1,7 +1,8 @@
 """Training of hash networks: prepare a data set, fit a network, sweep over options, report on the runs.
 
-Each of these four steps is also a command, `hashengine train prepare|fit|sweep|report`. Importing this package does
-not import torch. The first use of `fit`, `prepare` or `sweep` does, and so does the creation of a `FitConfig`.
+Each of these four steps is also a command, `hashengine train prepare|fit|sweep|report`. Importing this package imports
+neither torch nor pydantic. The first use of `fit`, `prepare` or `sweep` does, and so does the creation of a
+`FitConfig`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import os
 from typing import TYPE_CHECKING
 
 from hashengine._lazy import lazy_imports
-from hashengine.training.config import FitConfig, SweepConfig
 
 if TYPE_CHECKING:
+    from hashengine.training.config import FitConfig, SweepConfig
     from hashengine.training.datasets import prepare
     from hashengine.training.loop import fit
     from hashengine.training.runs import Run, RunTable, report
@@ -34,8 +35,10 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_imports(
         __name__,
         {
+            "FitConfig": "hashengine.training.config",
             "Run": "hashengine.training.runs",
             "RunTable": "hashengine.training.runs",
+            "SweepConfig": "hashengine.training.config",
             "fit": "hashengine.training.loop",
             "prepare": "hashengine.training.datasets",
             "report": "hashengine.training.runs",

@@ -16,12 +16,11 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hashengine import methods
 from hashengine._config import Config, Integer, Number, Seed
-from hashengine._defaults import SEED
+from hashengine._defaults import BITS, SEED
 from hashengine._validation import check_device_name
 from hashengine.errors import brief, invalid
 from hashengine.models.config import (
     DEFAULT_ATTENTION,
-    DEFAULT_BITS,
     DEFAULT_WIDTHS,
     Attention,
     Bits,
@@ -48,7 +47,7 @@ class FitConfig(Config):
     method: Annotated[
         str, Field(description="hashing method; 'hashengine train methods' lists them and their options")
     ] = methods.DEFAULT
-    bits: Bits = DEFAULT_BITS
+    bits: Bits = BITS
     attention: Attention = DEFAULT_ATTENTION
     epochs: Annotated[
         Annotated[Integer, Field(gt=0, le=1_000_000)] | None,

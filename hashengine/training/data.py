@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hashengine import _progress
+from hashengine._threads import thread_pool
 from hashengine.errors import invalid
-from hashengine.images import image_tensor, label_of, list_images, read_image
+from hashengine.images import image_tensor, label_of, list_images, read_header, read_image
 
 LARGEST_AUTOMATIC_SIZE = 64
 
@@ -54,7 +53,7 @@ def list_classes(folder: Path, where: str = "fit") -> dict[str, list[Path]]:
             class folders.
     """
     images: dict[str, list[Path]] = {}
-    for path in list_images(folder, where):
+    for path in list_images(folder, where, _progress.note):
         images.setdefault(label_of(path, folder), []).append(path)
     if "" in images:
         raise invalid(where, "every image", "in a class folder", repr(str(images[""][0])), "move it to one")
@@ -83,8 +82,8 @@ def load(folder: Path, image_size: int | None = None, where: str = "fit") -> Lab
     """
     by_class = list_classes(folder, where)
     first = [read_header(paths[0]) for paths in by_class.values()]
-    # Pillow's modes of grey images: "1" (black and white), "L", "I", "I;16" and variants of it.
-    channels = 1 if all(mode in ("1", "L") or mode.startswith("I") for mode, _ in first) else 3
+    # Pillow's modes of grey images: "1" (black and white), "L", with alpha "LA" and "La", "F", "I", "I;16" and others.
+    channels = 1 if all(mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") for mode, _ in first) else 3
     size = image_size or min(LARGEST_AUTOMATIC_SIZE, max(8, *(min(size) for _, size in first)))
     return read_into_memory(by_class, channels, size)
 
@@ -98,20 +97,10 @@ def read_into_memory(by_class: dict[str, list[Path]], channels: int, size: int) 
     def read(index: int) -> None:
         images[index] = image_tensor(read_image(paths[index], "L" if channels == 1 else "RGB"), size, channels)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because decoding releases the interpreter's lock
+    with thread_pool(os.cpu_count()) as pool:  # threads help, because decoding releases the interpreter's lock
         for _ in _progress.track(pool.map(read, range(len(paths))), "reading images", len(paths), "img"):
             pass
     return LabelledImages(images, labels, tuple(by_class))
-
-
-def read_header(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and size (width, height) of an image file, without decoding the pixels."""
-    try:
-        with Image.open(path) as image:
-            return image.mode, image.size
-    except Exception:
-        read_image(path)  # raises an InputError that describes the problem
-        raise
 
 
 class TrainingBatch(NamedTuple):

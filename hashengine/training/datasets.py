@@ -83,10 +83,11 @@ def prepare(
     seed = check_integer(WHERE, "seed", seed, 0)
     queries = None if queries is None else check_integer(WHERE, "queries", queries, 1)
     request: dict[str, Any] = {"version": 1, "source": source, "seed": seed, "queries_asked": queries}
-    if source not in SOURCES and Path(source).is_dir():
+    is_folder = source not in SOURCES and Path(source).is_dir()
+    check_output(WHERE, output, outside=(source,) if is_folder else (), is_folder=True)
+    if is_folder:
         files = [f"{path.relative_to(source)} {path.stat().st_size}" for path in list_images(source, WHERE)]
         request |= {"source": str(Path(source).resolve()), "files_sha256": _digest("\n".join(files))}
-        check_output(WHERE, output, outside=(source,), is_folder=True)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _same_split(output, request)
     if source in SOURCES:
@@ -117,7 +118,11 @@ def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     try:
         record = json.loads((output / SPLIT_FILE).read_text())
         is_same = all(record[key] == value for key, value in request.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        # These expressions raise if the rest of the record has another form.
+        int(record["queries_identical_to_a_database_image"])
+        for side in (record["database"], record["query"]):
+            is_same &= side["images"] == sum(side["classes"].values()) and isinstance(side["sha256"], str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_same = False
     if not is_same:
         raise invalid(WHERE, "output", "a new folder, or one with this very split", repr(str(output)), "remove it")

@@ -38,9 +38,9 @@ def fit(config: FitConfig) -> Run:
         InputError: an option, the folder of images or an image is unusable, or the loss became infinite or NaN.
     """
     device = check_device("fit", config.device, auto=True)
+    check_output("fit", config.output, outside=(config.images,), is_folder=True)
     images = data.load(config.images, config.image_size)
     image_size = images.images.shape[-1]
-    check_output("fit", config.output, outside=(config.images,), is_folder=True)
     make_folder(config.output)  # an unwritable folder is reported before training
     epochs, shift = config.epochs_for(len(images.labels)), config.shift_for(image_size)
     network, method = build(config, images)

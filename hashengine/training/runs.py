@@ -49,11 +49,13 @@ class Run:
         path = Path(folder, RECORD_FILE)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            record["options"], record["epochs"][-1], record["seconds"]  # noqa: B018 - raises if one is missing
+            # These expressions raise if the record has another form.
+            figures = [value for name, value in record["epochs"][-1].items() if name != "epoch"]
+            math.fsum([record["seconds"], int(dict(record["options"]).get("seed", 0)), *figures])
         except OSError as error:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise invalid(
                 str(path), "the file", "the record of a training run", f"a damaged one: {type(error).__name__}: {error}"
             ) from None
@@ -96,7 +98,7 @@ class Run:
             try:
                 found = json.loads(evaluation.read_text(encoding="utf-8"))["mean_average_precision"]["expected"]
                 figures["mAP"] = float(found)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 actual = f"a damaged one: {type(error).__name__}: {error}"
                 raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
         last = self.record["epochs"][-1]

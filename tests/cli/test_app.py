@@ -1,8 +1,10 @@
 """What all commands share: help that imports no torch, the common options, and the policy for errors."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hashengine.cli._options import given, options_of, unknown_options
 from hashengine.errors import InputError
 from hashengine.training import FitConfig, SweepConfig
 from tests.helpers.commands import invoke, refuse, succeed
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_images import make_images, make_model
 
 COMMANDS = [
@@ -38,25 +41,88 @@ def test_every_command_has_help_and_the_common_options(name):
     assert all(option in text for option in ("--threads", "--quiet", "--log-json"))
 
 
-def test_the_command_line_and_its_help_import_no_torch():
-    script = f"""
-import sys
-from typer.testing import CliRunner
-from hashengine.cli import app
-for arguments in [[], *{[list(name) for name in COMMANDS]}]:
-    assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 0, arguments
-assert "torch" not in sys.modules, "torch was imported"
+# The packages that take long to import.
+SLOW = {"torch", "numpy", "PIL", "pydantic", "yaml", "tqdm", "rich"}
+
+
+def imported(*arguments: str, environment: dict[str, str] | None = None) -> set[str]:
+    """Those of `SLOW` that `hashengine arguments` has imported, in a new process."""
+    script = """
+import atexit, sys
+from hashengine.__main__ import main
+atexit.register(lambda: print("\\nimported", *{name.partition(".")[0] for name in sys.modules}))
+main()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+    )
+    assert "Traceback" not in done.stderr
+    return SLOW & set(done.stdout.splitlines()[-1].split())
 
 
-def test_the_version_is_printed_without_torch():
-    script = "import sys; from hashengine.cli import app; app(['--version'], standalone_mode=False)"
-    script += "; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"hashengine {hashengine.__version__}\n"), done.stderr
+def completion(words: str) -> dict[str, str]:
+    """The environment in which bash asks for the completions of the last one of `words`."""
+    return {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_HASHENGINE_COMPLETE": "complete_bash"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["--version"], {}, set()),
+        (["--colour"], {}, set()),
+        (["find"], {}, set()),
+        (["encode", "x", "--sise", "3"], {}, set()),
+        (["search"], {}, {"pydantic"}),  # typer checks the arguments that are given
+        ([], completion("hashengine en"), set()),
+        ([], {}, {"rich"}),
+        (["--help"], {}, {"rich"}),
+        *(([*name, "--help"], {}, {"rich"}) for name in COMMANDS if name[0] != "train"),
+        # The options of these commands are fields of pydantic.
+        *(([*name, "--help"], {}, {"rich", "pydantic", "numpy", "yaml"}) for name in COMMANDS[-2:]),
+        ([], completion("hashengine train f"), {"pydantic", "numpy", "yaml"}),
+    ],
+)
+def test_what_needs_no_work_imports_only_what_it_needs(arguments, environment, expected):
+    assert imported(*arguments, environment=environment) <= expected
+
+
+def test_completion_offers_commands_and_options():
+    for words, offered in (("hashengine en", "encode"), ("hashengine search --mo", "--model")):
+        environment = os.environ | completion(words)
+        command = [sys.executable, "-m", "hashengine"]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.split()) == (0, [offered]), done.stderr
+
+
+def test_the_version_is_printed():
+    assert succeed("--version").stdout == f"hashengine {hashengine.__version__}\n"
     assert "--version" in succeed("--help").stdout
+
+
+def test_a_warning_is_a_note_in_one_line(tmp_path):
+    app = command_line("A program that warns.")
+
+    @command(app)
+    def warn() -> None:
+        """Warn."""
+        warnings.warn("first line\nsecond line", UserWarning, stacklevel=1)
+
+    @command(app)
+    def other() -> None:
+        """Exists because typer gives the only command of a program no name."""
+
+    def note(*options: str) -> str:
+        return CliRunner().invoke(app, ["warn", *options]).stderr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert note() == "warning: first line second line\n"
+        assert note("--quiet") == ""
+        assert json.loads(note("--log-json"))["message"] == "warning: first line second line"
 
 
 def test_the_option_threads_sets_the_number_of_threads_of_torch(tmp_path):

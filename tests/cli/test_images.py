@@ -2,19 +2,20 @@
 
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from hashengine.cli import app
 from hashengine.evaluation.records import read_items
 from tests.helpers.commands import invoke, refuse, succeed
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_images import make_images, make_model
 
 
@@ -319,6 +320,35 @@ def test_an_error_shows_at_most_a_line_of_a_long_damaged_file(folder, tmp_path, 
     assert len(line) < 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("results.json", "queries", []),
+        ("results.json", "seconds", float("nan")),
+        ("results.json", "encode.seconds", 0),
+        ("evaluation.json", "precision_recall_curve.recall", []),
+        ("evaluation.json", "mean_average_precision.expected", float("inf")),
+        ("index/index.json", "sources.0.seconds", 0),
+        ("index/index.json", "sources.0.seconds", -1),
+        ("index/index.json", "seconds", float("nan")),
+    ],
+)
+def test_a_record_with_a_value_that_no_command_writes_is_refused(folder, tmp_path, name, path, value):
+    shutil.copytree(folder / "index", tmp_path / "index")
+    for file in ("results.json", "evaluation.json"):
+        shutil.copyfile(folder / file, tmp_path / file)
+    record = json.loads((tmp_path / name).read_text())
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    place = record
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    (tmp_path / name).write_text(json.dumps(record))
+    report = ("report", "--index", tmp_path / "index", "--results", tmp_path / "results.json")
+    line = refuse(*report, "--evaluation", tmp_path / "evaluation.json", "--output", tmp_path / "report.html")
+    assert "got another one" in line and not (tmp_path / "report.html").exists()
+
+
 def test_mistakes_in_evaluate_and_report_are_refused(folder, tmp_path):
     assert "evaluate: queries must be a codes folder" in refuse("evaluate", folder / "index", folder / "images")
     report = ("report", "--index", folder / "index", "--output", tmp_path / "report.html", "--results")
@@ -340,30 +370,74 @@ def test_python_m_hashengine_runs_the_command_line(folder):
     assert "Traceback" not in result.stderr
 
 
-def test_an_interrupt_ends_the_command_with_status_130_and_no_traceback(folder, tmp_path):
-    # The only image is a pipe. The command blocks while it reads, until the test closes the pipe.
-    images = tmp_path / "images"
-    images.mkdir()
-    os.mkfifo(images / "a.png")
-    command = [
-        sys.executable,
-        "-m",
-        "hashengine",
-        "encode",
-        images,
-        "--model",
-        folder / "model",
-        "--output",
-        tmp_path / "c",
-    ]
-    # A shell starts background jobs with SIGINT ignored, and their children inherit that: undo it for this child.
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    )
-    with open(images / "a.png", "wb"):  # returns when the command has opened the other end
-        process.send_signal(signal.SIGINT)
-        time.sleep(2)  # closing the pipe makes the image unreadable, which must happen after the signal
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert not (tmp_path / "c").exists()
+def run(*arguments):
+    """Run a command in a new process, which must succeed; returns what it writes to stdout."""
+    command = [sys.executable, "-m", "hashengine", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_a_dash_as_output_is_stdout(folder, tmp_path):
+    image = folder / "images" / "query" / "bars" / "0.png"
+    for query in (image, folder / "query"):
+        assert json.loads(run("search", folder / "index", query, "-k", 2, "--output", "-"))["k"] == 2
+    assert json.loads(run("evaluate", folder / "index", folder / "query", "--output", "-"))["queries"] == 6
+    assert not (ROOT / "-").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("encode images/query --model model", "encode: output must be a folder, got '-', which stands for stdout"),
+        ("index query", "index: output must be a folder, got '-', which stands for stdout"),
+        ("index query --append", "index: output must be a folder, got '-', which stands for stdout"),
+        ("train prepare images/query", "train prepare: output must be a folder, got '-'"),
+        ("train prepare digits", "train prepare: output must be a folder, got '-'"),
+        ("train fit --images images/query", "fit: output must be a folder, got '-'"),
+        ("train sweep --images images/query", "train sweep: output must be a folder, got '-'"),
+        ("demo", "demo: output must be a folder, got '-'"),
+        ("train report model", "train report: output must be a name that ends in .md or .json, got '-'"),
+        ("report --index index --results results.json", "report: output must be a name that ends in .html, got '-'"),
+    ],
+)
+def test_a_dash_is_refused_where_the_output_is_no_single_file(folder, monkeypatch, command, complaint):
+    monkeypatch.chdir(folder)
+    assert refuse(*command.split(), "--output", "-").startswith(f"error: {complaint}")
+    assert not Path("-").exists()
+
+
+def test_files_that_are_no_images_are_counted_and_named_in_the_record(folder, tmp_path):
+    images = make_images(tmp_path / "images", per_class=1)
+    (images / "bars" / "0.png").rename(images / "bars" / "photo")
+    for name in ("bars/notes.txt", "bars/photo.xmp", "Thumbs.db"):
+        (images / name).write_bytes(b"no image")
+    os.mkfifo(images / "dots" / "pipe.png")
+    (images / "dots" / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    result = succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
+    lines = result.stderr.splitlines()
+    assert f"skipped: 3 files in {images} are no images" in lines
+    assert f"skipped: {images / 'dots' / 'pipe.png'}: a named pipe" in lines
+    assert any("IMG_1.heic: the file must be a readable image, got HEIC" in line for line in lines)
+    assert "3 images, 2 skipped" in lines[-1]
+    record = json.loads((tmp_path / "codes" / "encode.json").read_text())
+    assert [Path(path).name for path in record["no_images"]] == ["Thumbs.db", "notes.txt", "photo.xmp"]
+    assert [Path(error["path"]).name for error in record["errors"]] == ["pipe.png", "IMG_1.heic"]
+    items = read_items(tmp_path / "codes" / "items.csv", "test", "items")
+    assert [Path(item.path).name for item in items] == ["photo", "0.png", "0.png"]
+
+
+def test_a_single_file_that_is_never_opened_is_refused(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    complaint = "folder must be a folder of images, got .*pipe.png', which is a named pipe"
+    result = invoke("search", folder / "index", tmp_path / "pipe.png")
+    assert result.exit_code == 2 and re.search(complaint, result.stderr)
+
+
+def test_a_warning_of_a_decoder_is_one_line_with_the_name_of_the_image(folder, tmp_path):
+    images = make_images(tmp_path / "images", per_class=1)
+    for name in ("bars", "dots"):
+        Image.open(images / name / "0.png").save(images / name / "0.tiff", icc_profile=b"damaged")
+    result = succeed("encode", images, "--model", folder / "model", "--output", tmp_path / "codes")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    names = [images / name / "0.tiff" for name in ("bars", "dots")]
+    expected = "the colour profile is ignored: cannot open profile from string"
+    assert sorted(lines) == [f"warning: {name}: {expected}" for name in names]

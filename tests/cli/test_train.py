@@ -121,8 +121,10 @@ def test_bad_input_gives_one_line_with_the_error_and_exit_status_2(tmp_path, mon
 
 
 def test_python_m_training_is_the_same_command(tmp_path):
+    (tmp_path / "images").mkdir()
+    images, model = str(tmp_path / "images"), str(tmp_path / "model")
     done = subprocess.run(
-        [sys.executable, "-m", "training", "fit", "--images", str(tmp_path), "--output", str(tmp_path / "model")],
+        [sys.executable, "-m", "training", "fit", "--images", images, "--output", model],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -95,6 +95,17 @@ def test_a_folder_with_other_files_is_not_replaced(codes, tmp_path):
     assert (tmp_path / "precious" / "novel.txt").read_text() == "call me"
 
 
+@pytest.mark.parametrize("shape", ["(10000000000000, 1)", "(-1, 1)", f"({10**30}, 1)", "()"])
+def test_codes_whose_header_has_another_shape_give_an_error_of_one_line(codes, tmp_path, shape):
+    codes.save(tmp_path / "codes")
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + codes.codes.tobytes()
+    (tmp_path / "codes" / "codes.npy").write_bytes(content)
+    with pytest.raises(InputError, match="^CodesFolder.load: codes must be ") as error:
+        CodesFolder.load(tmp_path / "codes")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "shape", "csv", "json", "missing"])
 def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
     folder = tmp_path / "codes"

@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import os
 import pickle
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -200,3 +201,53 @@ def test_a_pickle_of_a_mapped_index_loads_after_codes_were_appended_to_its_folde
     index.add(codes_of(5, seed=1))
     index.save(tmp_path)
     assert_same_index(pickle.loads(pickled), index_of())
+
+
+READS = {
+    "search": lambda index: index.search(codes_of(1), 1),
+    "range_search": lambda index: index.range_search(codes_of(1), 3),
+    "count": lambda index: index.count(codes_of(1)),
+    "rerank": lambda index: index.rerank(np.ones((1, 64), np.float32), np.zeros((1, 1), np.int64)),
+    "reconstruct": lambda index: index.reconstruct(np.zeros(1, np.int64)),
+    "update": lambda index: index.update(np.zeros(1, np.int64), codes_of(1)),
+    "codes": lambda index: index.codes,
+    "copy": copy.copy,
+    "pickle": pickle.dumps,
+    "to": lambda index: index.to(streamed=True),
+}
+
+
+@pytest.mark.parametrize("where", READS)
+def test_a_mapped_file_that_another_program_has_shortened_is_refused(tmp_path, where):
+    """Reading a page that the file has lost would end this process with SIGBUS."""
+    index_of(20_000).save(tmp_path)
+    index = HammingIndex.load(tmp_path, mmap=True)
+    READS[where](index)
+    (file,) = tmp_path.glob("codes-*.bin")
+    os.truncate(file, 100)
+    with pytest.raises(
+        InputError, match=f"^{where}: the file .*bin must be as long as when it was mapped, .*, got 100"
+    ):
+        READS[where](index)
+
+
+def test_a_mapped_file_that_is_removed_or_has_grown_is_still_searched(tmp_path):
+    index_of(20_000).save(tmp_path)
+    index = HammingIndex.load(tmp_path, mmap=True)
+    before, _ = index.search(codes_of(3), 1)
+    index.add(codes_of(10))
+    index.save(tmp_path)  # appends to the file
+    (file,) = tmp_path.glob("codes-*.bin")
+    file.unlink()
+    assert np.array_equal(index.search(codes_of(3), 1)[0], before)
+
+
+def test_the_descriptor_of_a_mapped_file_is_closed_with_the_index(tmp_path):
+    index_of(100).save(tmp_path)
+    gc.collect()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    index = HammingIndex.load(tmp_path, mmap=True)
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+    del index
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -1,13 +1,17 @@
 """`hashengine doctor` checks every part of an installation, and reports each problem with its remedy."""
 
+import hashlib
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from hashengine import _native, _toolchain, cli, doctor
+from hashengine import _environment, _native, _toolchain, cli, doctor
+from tests.helpers.paths import ROOT
 
 needs_native = pytest.mark.skipif(not _native.available(), reason="the native module was not built")
 
@@ -84,7 +88,9 @@ def test_a_module_of_another_version_must_be_rebuilt(monkeypatch: pytest.MonkeyP
 
 @needs_native
 def test_a_module_that_packs_wrong_codes_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "pack_bits", lambda u: torch.zeros(u.shape[0], u.shape[1] // 8, dtype=torch.uint8))
+    monkeypatch.setattr(
+        "hashengine.ops.pack_bits", lambda u: torch.zeros(u.shape[0], u.shape[1] // 8, dtype=torch.uint8)
+    )
     assert check("native module").status == "broken"
     assert "gives wrong codes on cpu" in check("native module").found
 
@@ -95,7 +101,7 @@ def test_a_module_that_raises_is_broken(monkeypatch: pytest.MonkeyPatch, error: 
     def fail(u: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(doctor, "pack_bits", fail)
+    monkeypatch.setattr("hashengine.ops.pack_bits", fail)
     found = check("native module")
     assert (found.status, found.remedy) == ("broken", _native.rebuild_command())
     assert "pack_bits fails on cpu: " in found.found and "\n" not in found.found
@@ -119,7 +125,65 @@ def test_the_simd_level_is_reported_and_an_unknown_one_is_broken(monkeypatch: py
 def test_the_remedy_for_a_missing_extra_is_its_install_command(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     found = check(module)
-    assert (found.status, found.remedy) == ("missing", f'pip install "hashengine[{doctor.EXTRAS[module]}]"')
+    assert (found.status, found.remedy) == ("missing", f'pip install "hashengine[{doctor.EXTRAS[module][0]}]"')
+
+
+@pytest.mark.parametrize("requirement", ["torch==2.1.0", "torch (==2.1.0)"])
+def test_an_extra_for_another_torch_is_reported(monkeypatch: pytest.MonkeyPatch, requirement: str) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda module: module)
+    monkeypatch.setattr(doctor, "version", lambda package: "0.16.0")
+    monkeypatch.setattr(doctor, "requires", lambda package: ["numpy", requirement])
+    found = check("torchvision")
+    assert (found.status, found.found) == ("warn", "0.16.0, which needs torch 2.1.0")
+
+
+@needs_native
+def test_a_module_with_another_checksum_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    (module,) = Path(_native.__file__).parent.glob("_C.*so")
+    record = _native.build_config() | {"module": module.name, "sha256": hashlib.sha256(module.read_bytes()).hexdigest()}
+    monkeypatch.setattr(_native, "build_config", lambda: record)
+    assert check("native module").status == "ok"
+    record["sha256"] = "0" * 64
+    assert check("native module").status == "broken"
+    assert "is not that of the module that was built" in check("native module").found
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """The packages that a doctor in a new process has imported."""
+    script = f"""
+import sys
+from hashengine.cli import app
+app({list(arguments)!r}, standalone_mode=False)
+print("imported", *sorted({{name.partition(".")[0] for name in sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_doctor_imports_torch_but_no_optional_package() -> None:
+    imported = modules_after("doctor")
+    assert "torch" in imported and not imported & {*doctor.EXTRAS, "scipy", "sklearn"}
+
+
+def test_the_quick_doctor_runs_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not modules_after("doctor", "--quick") & {"torch", "numpy", *doctor.EXTRAS}
+    monkeypatch.setattr(_toolchain, "run", lambda *arguments: pytest.fail("a program was run"))
+    result = CliRunner().invoke(cli.app, ["doctor", "--quick"])
+    assert result.exit_code == 0 and "Nothing was run." in result.output
+    names = {check.name for check in doctor.examine_files()}
+    assert {"hashengine", "Python", "torch", "native module", "faiss"} <= names
+
+
+def test_the_release_of_torch_is_found_with_and_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = _environment.torch_release()
+    assert imported == (torch.__version__, torch.version.cuda)
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "torch")
+        assert _environment.torch_release() == imported
+    monkeypatch.setattr(_environment, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert _environment.torch_release() == ("", None)
 
 
 def test_missing_tools_are_reported_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

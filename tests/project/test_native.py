@@ -1,6 +1,8 @@
 """Loading the native module: the checks before it is loaded, and the warnings and errors if it cannot be used."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -87,7 +89,7 @@ def test_a_loading_failure_is_reported_with_the_message_of_the_loader(
     never_built: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = RECORD | {"build": "cpu", "torch": torch.__version__}
-    monkeypatch.setattr(_native, "_record", lambda: record)
+    monkeypatch.setattr(_native, "record", lambda: record)
 
     def fail(name: str) -> None:
         raise ImportError("_C.so: undefined symbol: _ZN3c10\nsecond line")
@@ -96,11 +98,64 @@ def test_a_loading_failure_is_reported_with_the_message_of_the_loader(
     assert _native.why_not() == "it does not load (_C.so: undefined symbol: _ZN3c10)"
 
 
-def test_a_damaged_record_counts_as_missing(never_built: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"version": ',
+        b'{"torch": 3}',
+        b"[1, 2]",
+        b'"cpu"',
+        b"null",
+        b"\xff\xfe\0",
+        b"",
+        b"[" * 100_000,
+        json.dumps({name: RECORD[name] for name in ("build", "torch")}).encode(),
+        json.dumps(RECORD | {"python": 3.11}).encode(),
+    ],
+)
+def test_a_damaged_record_gives_one_warning_and_plain_torch(
+    never_built: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
     path = tmp_path / "_build.json"
-    path.write_text('{"version": ')
+    path.write_bytes(content)
     monkeypatch.setattr(_native, "_RECORD", path)
-    assert _native.why_not() == "it was never built"
+    with pytest.warns(RuntimeWarning) as caught:
+        _native.load()
+    [warning] = caught
+    assert f"the record of its build, {path}, is damaged" in str(warning.message)
+    assert not _native.available() and "\n" not in str(warning.message)
+
+
+@pytest.mark.parametrize("fields", [{}, {"torch_cuda": None}, {"torch_cuda": 13}, {"torch_cuda": []}])
+def test_a_cuda_record_without_the_release_of_cuda_does_not_match(fields: dict) -> None:
+    record = {name: value for name, value in RECORD.items() if name != "torch_cuda"} | fields
+    assert "it was built for CUDA" in (_native.mismatch(record, "2.13.0", "12.6") or "")
+
+
+@pytest.mark.parametrize("size", [0, 999, 1001])
+def test_an_incomplete_module_is_not_loaded(
+    never_built: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
+) -> None:
+    record = RECORD | {"build": "cpu", "torch": torch.__version__, "module": "_C.so", "size": 1000}
+    monkeypatch.setattr(_native, "_RECORD", tmp_path / "_build.json")
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    (tmp_path / "_C.so").write_bytes(bytes(size))
+    monkeypatch.setattr(_native.importlib, "import_module", lambda name: pytest.fail("it was loaded"))
+    assert _native.why_not() == f"its file has {size} bytes instead of 1000"
+
+
+@pytest.mark.parametrize("folder", ["it's a dir", "a b", "$HOME; ls", "plain"])
+def test_the_printed_command_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
+    checkout = tmp_path / folder
+    (checkout / "hashengine").mkdir(parents=True)
+    (checkout / "setup.py").touch()
+    monkeypatch.setattr(_native, "__file__", str(checkout / "hashengine" / "_native.py"))
+    monkeypatch.setattr(sys, "executable", f"/opt/{folder}/python")
+    words = shlex.split(_native.rebuild_command("cuda"))
+    assert words[:5] == ["cd", str(checkout), "&&", "HASHENGINE_BUILD=cuda", f"/opt/{folder}/python"]
+    assert words[5:] == ["setup.py", "build_ext", "--inplace"]
+    (checkout / "setup.py").unlink()
+    assert shlex.split(_native.rebuild_command())[0] == f"/opt/{folder}/python"
 
 
 @pytest.mark.skipif(not _native.available(), reason="the native module was not built")

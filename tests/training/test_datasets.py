@@ -1,6 +1,7 @@
 """`prepare` divides a data set into the folders `database` and `query`, each with one folder per class."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -112,3 +113,39 @@ def test_invalid_arguments_are_refused(tmp_path, arguments, complaint):
     with pytest.raises(InputError, match=f"^train prepare: {complaint}$"):
         prepare(**({"source": "digits", "output": tmp_path / "out"} | arguments))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("database", None),
+        ("query", []),
+        ("database.images", "many"),
+        ("query.classes", [1]),
+        ("query.sha256", 3),
+        ("queries_identical_to_a_database_image", "x"),
+    ],
+)
+def test_a_split_with_a_damaged_record_is_not_kept(tmp_path, path, value):
+    images = write_noise(tmp_path / "images", {"a": 12, "b": 12})
+    prepare(images, tmp_path / "split")
+    record = json.loads((tmp_path / "split" / "split.json").read_text())
+    *parents, last = path.split(".")
+    (record if not parents else record[parents[0]])[last] = value
+    (tmp_path / "split" / "split.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="^train prepare: output must be a new folder, or one with this very split"):
+        prepare(images, tmp_path / "split")
+
+
+def test_files_that_are_no_images_are_left_out_and_unreadable_ones_are_refused(tmp_path, monkeypatch):
+    images = write_noise(tmp_path / "images", {"a": 12, "b": 12})
+    (images / "a" / "0.png").rename(images / "a" / "photo")
+    (images / "a" / "notes.txt").write_text("no image")
+    notes = []
+    monkeypatch.setattr("hashengine._progress.note", notes.append)
+    record = prepare(images, tmp_path / "split")
+    assert record["database"]["images"] + record["query"]["images"] == 24
+    assert notes == [f"skipped: 1 file in {images} is no image"]
+    os.mkfifo(images / "a" / "pipe.png")
+    with pytest.raises(InputError, match="pipe.png: the file must be readable, got a named pipe"):
+        prepare(images, tmp_path / "other")

@@ -145,8 +145,21 @@ def test_a_damaged_or_missing_run_is_refused(tmp_path):
         report([tmp_path])
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff" * 100_000, b'{"epochs": []}', b"[1]"])
-@pytest.mark.parametrize("name", ["training.json", "evaluation.json"])
+DAMAGED = [b"{", b"\xff" * 100_000, b'{"epochs": []}', b"[1]", b"[" * 100_000]
+DAMAGED_RUNS = [
+    b'{"options": {}, "epochs": [1], "seconds": 1}',
+    b'{"options": [], "epochs": [{"loss": "a"}], "seconds": 1}',
+    b'{"options": "a", "epochs": [{"loss": 1}], "seconds": 1}',
+    b'{"options": {"seed": "a"}, "epochs": [{"loss": 1}], "seconds": 1}',
+    b'{"options": {}, "epochs": [{"loss": 1}], "seconds": null}',
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name in ("training.json", "evaluation.json") for content in DAMAGED]
+    + [("training.json", content) for content in DAMAGED_RUNS],
+)
 def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content):
     run = hand_made(tmp_path, 0, 8, 0.5)
     (tmp_path / "training.json").write_text(json.dumps(run.record))

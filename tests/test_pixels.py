@@ -1,0 +1,205 @@
+"""Images of every mode of Pillow: their pixels as 8-bit sRGB or grey, their transparency and their colour profiles."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from hashengine.errors import InputError
+from hashengine.images import image_tensor, read_image
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
+    return np.asarray(image if image.mode == mode else image.convert(mode)).astype(int)
+
+
+def read(path, mode="RGB") -> np.ndarray:
+    return pixels(read_image(path, mode), mode)
+
+
+@pytest.mark.parametrize(
+    ("array", "levels"),
+    [
+        pytest.param(GREY.astype(np.float32) / 255, GREY, id="floats from 0 to 1"),
+        pytest.param(np.full((4, 4), 0.5, np.float32), np.full((4, 4), 128), id="a constant image"),
+        pytest.param(np.zeros((4, 4), np.float32), np.zeros((4, 4)), id="a black image"),
+        pytest.param(GREY.astype(np.int32), GREY, id="32-bit integers from 0 to 255"),
+        pytest.param(GREY.astype(np.uint16) * 257, GREY, id="16 bits"),
+        pytest.param(GREY < 100, 255 * (GREY < 100), id="black and white"),
+    ],
+)
+def test_grey_images_of_every_depth_keep_their_levels(tmp_path, array, levels):
+    Image.fromarray(array).save(tmp_path / "a.tiff")
+    assert np.array_equal(read(tmp_path / "a.tiff", "L"), levels)
+    assert np.array_equal(read(tmp_path / "a.tiff")[..., 1], levels)
+    opened = Image.open(tmp_path / "a.tiff")
+    if opened.size == (16, 16):
+        assert np.array_equal(image_tensor(opened, 16, 1)[0].numpy(), levels)
+
+
+@pytest.mark.parametrize(
+    ("array", "complaint"),
+    [
+        (np.float32([[0.0, 255.0]]), "floating-point pixels must be 0 .black. to 1 .white., got 0 to 255; scale them"),
+        (np.float32([[-0.5, 0.5]]), "floating-point pixels must be .*, got -0.5 to 0.5"),
+        (np.float32([[0.5, np.nan]]), "floating-point pixels must be .*, got NaN"),
+        (np.float32([[0.5, np.inf]]), "floating-point pixels must be .*, got 0.5 to inf"),
+        (np.int32([[0, 2**31 - 1]]), "32-bit integer pixels must be 0 .black. to 255 .white., got 0 to 2.14748e.09"),
+        (np.int32([[-1, 5]]), "32-bit integer pixels must be .*, got -1 to 5"),
+        (np.int32([[0, 4095]]), "32-bit integer pixels must be .*, got 0 to 4095"),
+    ],
+)
+def test_an_image_with_pixels_out_of_range_is_refused(tmp_path, array, complaint):
+    Image.fromarray(array).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=f"a.tiff: {complaint}"):
+        read_image(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=f"^preprocess: {complaint}"):
+        image_tensor(Image.open(tmp_path / "a.tiff"), 8, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "pgm"])
+def test_16_bit_grey_of_a_format_that_pillow_opens_with_mode_i_keeps_its_upper_8_bits(tmp_path, suffix):
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(read(tmp_path / f"a.{suffix}", "L"), GREY)
+
+
+def test_transparent_pixels_of_16_bits_become_white(tmp_path):
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "a.png", transparency=3 * 257)
+    expected = np.where(GREY == 3, 255, GREY)
+    assert np.array_equal(read(tmp_path / "a.png", "L"), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_opaque_colours_of_every_mode_are_kept(mode):
+    image = Image.fromarray(COLOURS // 2 + 64)  # colours that each mode has
+    converted = image_tensor(image.convert(mode), 16, 3).permute(1, 2, 0).numpy().astype(int)
+    expected = image.convert({"1": "1", "L": "L", "P": "P"}.get(mode, "RGB"))
+    tolerance = {"YCbCr": 4, "HSV": 6, "LAB": 6}.get(mode, 0)  # their pixels have 8 bits too
+    assert np.abs(converted - pixels(expected)).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+def test_transparent_parts_of_every_mode_become_white(mode):
+    alpha = np.zeros((16, 16, 1), np.uint8)
+    alpha[:8] = 255
+    image = Image.fromarray(np.concatenate([COLOURS, alpha], 2))
+    image = image.convert("LA") if mode in ("LA", "La") else image
+    image = image.convert("RGB").quantize(256) if mode == "PA" else image
+    if mode == "PA":
+        image = image.convert("PA")
+        image.putalpha(Image.fromarray(alpha[..., 0]))
+    image = image.convert(mode)
+    found = image_tensor(image, 16, 3).permute(1, 2, 0).numpy()
+    expected = pixels(Image.fromarray(COLOURS).convert("L") if mode[0] == "L" else Image.fromarray(COLOURS))
+    if mode == "PA":
+        expected = pixels(Image.fromarray(COLOURS).quantize(256))
+    assert (found[8:] == 255).all() and np.array_equal(found[:8], expected[:8])
+
+
+def icc(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", connection: bytes = b"XYZ ") -> bytes:
+    """A profile of version 2, written by hand."""
+    header = bytearray(128)
+    header[8:12] = bytes([2, 0x40, 0, 0])
+    header[12:24] = kind + space + connection
+    header[36:40] = b"acsp"
+    header[68:80] = xyz(0.9642, 1.0, 0.8249)[8:]
+    table, data, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + (start + len(data)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        data += content + b"\0" * (-len(content) % 4)
+    whole = header + len(tags).to_bytes(4, "big") + table + data
+    whole[0:4] = len(whole).to_bytes(4, "big")
+    return bytes(whole)
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+
+def gamma(value: float) -> bytes:
+    return b"curv\0\0\0\0" + (1).to_bytes(4, "big") + round(value * 256).to_bytes(2, "big")
+
+
+WHITE = {b"wtpt": xyz(0.9642, 1.0, 0.8249)}
+GAMMA_GREY = icc(b"GRAY", WHITE | {b"kTRC": gamma(1.0)})
+# The primaries of Adobe RGB (1998), adapted to D50.
+WIDE = {
+    b"rXYZ": xyz(0.60974, 0.31111, 0.01947),
+    b"gXYZ": xyz(0.20528, 0.62567, 0.06087),
+    b"bXYZ": xyz(0.14919, 0.06322, 0.74457),
+}
+_IDENTITY = (np.eye(3) * 65536).astype(">i4").tobytes()
+_LEVELS = bytes(range(256))
+# A table of 2 x 2 x 2 x 2 colours in CIE L*a*b*: white without ink, black with any ink.
+_TABLE = bytes([255, 128, 128]) + bytes([0, 128, 128]) * 15
+_LUT = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + _IDENTITY + _LEVELS * 4 + _TABLE + _LEVELS * 3
+BLACK_INKS = icc(b"CMYK", WHITE | {b"A2B0": _LUT}, b"prtr", b"Lab ")
+WIDE_RGB = icc(b"RGB ", WHITE | WIDE | {curve: gamma(2.2) for curve in (b"rTRC", b"gTRC", b"bTRC")})
+
+
+def test_a_wide_gamut_profile_is_converted_to_srgb(tmp_path):
+    green = np.full((4, 4, 3), (60, 200, 60), np.uint8)
+    for suffix in ("png", "tiff", "jpg", "webp"):
+        options = {"quality": 100} if suffix in ("jpg", "webp") else {}
+        Image.fromarray(green).save(tmp_path / f"a.{suffix}", icc_profile=WIDE_RGB, **options)
+        found = read(tmp_path / f"a.{suffix}")
+        assert found[0, 0, 0] < 25 and abs(found[0, 0, 1] - 201) < 6  # Adobe RGB's green is outside of sRGB
+        assert "icc_profile" not in read_image(tmp_path / f"a.{suffix}").info
+    assert np.array_equal(image_tensor(Image.open(tmp_path / "a.png"), 4, 3).permute(1, 2, 0), read(tmp_path / "a.png"))
+
+
+def test_a_grey_profile_is_converted_and_transparency_stays(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png", icc_profile=GAMMA_GREY)
+    linear = np.rint(255 * np.clip(1.055 * (GREY / 255) ** (1 / 2.4) - 0.055, 0, 1))
+    assert np.abs(read(tmp_path / "a.png", "L") - linear)[GREY > 8].max() <= 1  # LittleCMS is less exact near black
+    half = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(np.where(GREY < 128, 255, 0).astype(np.uint8))))
+    half.save(tmp_path / "half.png", icc_profile=GAMMA_GREY)
+    found = read(tmp_path / "half.png", "L")
+    assert np.abs(found - linear)[(GREY > 8) & (GREY < 128)].max() <= 1 and (found[GREY >= 128] == 255).all()
+
+
+def test_an_srgb_profile_changes_nothing(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, image in {"rgb": Image.fromarray(COLOURS), "grey": Image.fromarray(GREY)}.items():
+        image.save(tmp_path / f"{name}.png", icc_profile=srgb)
+        assert np.array_equal(read(tmp_path / f"{name}.png"), pixels(image))
+
+
+def test_a_lab_image_with_a_lab_profile_is_converted(tmp_path):
+    lab = Image.fromarray(np.full((4, 4, 3), (128, 60, 100), np.uint8)).convert("LAB")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    lab.save(tmp_path / "lab.tiff", icc_profile=profile)
+    lab.save(tmp_path / "plain.tiff")
+    for name in ("lab", "plain"):
+        assert np.abs(read(tmp_path / f"{name}.tiff")[0, 0] - (128, 60, 100)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("profile", "mode", "reason"),
+    [
+        (b"not a profile", "RGB", "cannot open profile from string"),
+        (WIDE_RGB[:200], "RGB", "cannot"),
+        (WIDE_RGB, "CMYK", "it is for RGB, and the image is CMYK"),
+        (GAMMA_GREY, "RGB", "it is for GRAY, and the image is RGB"),
+    ],
+)
+def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_with_a_warning(tmp_path, profile, mode, reason):
+    image = Image.fromarray(COLOURS).convert(mode)
+    for name in "ab":  # equal warnings about two files
+        image.save(tmp_path / f"{name}.tiff", icc_profile=profile)
+        with pytest.warns(UserWarning, match=f"{name}.tiff: the colour profile is ignored: {reason}"):
+            found = read(tmp_path / f"{name}.tiff")
+        assert np.array_equal(found, pixels(image))
+
+
+def test_a_cmyk_profile_is_used(tmp_path):
+    cyan = Image.new("CMYK", (4, 4), (255, 0, 0, 0))
+    for name in ("a.tiff", "a.jpg"):
+        cyan.save(tmp_path / name)
+        assert np.abs(read(tmp_path / name)[0, 0] - (0, 255, 255)).max() <= 2  # Pillow's formula
+        cyan.save(tmp_path / name, icc_profile=BLACK_INKS)
+        assert read(tmp_path / name).max() <= 2
+    Image.new("CMYK", (4, 4), (0, 0, 0, 0)).save(tmp_path / "white.tiff", icc_profile=BLACK_INKS)
+    assert read(tmp_path / "white.tiff").min() >= 253
