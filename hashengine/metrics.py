@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 Denominator = Literal["retrieved", "relevant"]
+"""What average precision divides by; see `DistanceCounts.mean_average_precision`."""
 
 _BLOCK_VALUES = 2**18  # float64 values per block of queries: 2 MB, which may fit into the cache of a CPU core
 
