@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._decomp import register_decomposition
 
 from hashengine.errors import invalid
 
@@ -17,6 +18,7 @@ def define_op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    decomposition: Callable[..., Any] | None = None,
     no_gradient: str = "it has no derivative (double backward is not supported)",
 ) -> Callable[..., Any]:
     """Define `hashengine::<op>` and return the callable op.
@@ -30,6 +32,8 @@ def define_op(
         backward: the autograd formula, as for `torch.library.register_autograd`. If it is None, a backward through the
             op raises `InputError`. It is ignored if the schema mutates an argument ("Tensor(a!)"), because torch allows
             no autograd formula for such an op.
+        decomposition: the op in plain torch for programs that replace unknown ops by known ones, such as the exporter
+            to ONNX. Unlike a reference, it must not read values. If it is None, these programs do not know the op.
         no_gradient: the end of the message of that `InputError`.
     """
     name, signature = schema.split("(", 1)
@@ -40,7 +44,12 @@ def define_op(
     if "!" not in signature:
         formula = backward or _refuse_gradient(name, no_gradient)
         torch.library.register_autograd(qualified_name, formula, setup_context=setup_context or _save_nothing)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    if decomposition is not None:
+        # With the fake in the table of meta functions, torch does not run the decomposition instead of the fake.
+        register_decomposition(op, type="meta")(fake)
+        register_decomposition(op)(decomposition)
+    return op
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -22,7 +22,7 @@ from hashengine.ops._check import (
     wide_dtype,
 )
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced
 from hashengine.ops.triplet_gate import mean_gate
 
 
@@ -135,7 +135,8 @@ def _forward(
         indices.append(index.int().flatten())
         responses.append(response.flatten())
     y = in_dtype_and_layout_of(x, x * mean_gate(gates))
-    return y, torch.stack(means), torch.stack(variances), torch.cat(pools), torch.cat(indices), torch.cat(responses)
+    statistics = [torch.stack(values).detach() for values in (means, variances)]
+    return y, *statistics, torch.cat(pools), torch.cat(indices), torch.cat(responses)
 
 
 def _inference_reference(
@@ -198,6 +199,7 @@ def _maps_numel(x: Tensor, conv_weight: list[Tensor]) -> int:
     return sum(map_numel(x, branch) for _, branch in _branches(conv_weight))
 
 
+@untraced
 def _check_forward(
     where: str,
     x: Tensor,
@@ -382,6 +384,7 @@ _triplet_attention_backward = define_op(
     " -> (Tensor grad_x, Tensor grad_conv_weight, Tensor grad_bn_weight, Tensor grad_bn_bias)",
     reference=_backward_reference,
     fake=_backward_fake,
+    decomposition=_backward_reference,
 )
 _triplet_attention = define_op(
     "triplet_attention(Tensor x, Tensor[] conv_weight, Tensor[] bn_weight, Tensor[] bn_bias, Tensor[] running_mean, "
@@ -389,6 +392,7 @@ _triplet_attention = define_op(
     " -> (Tensor y, Tensor mean, Tensor var, Tensor pooled, Tensor index, Tensor response)",
     reference=_reference,
     fake=_fake,
+    decomposition=_reference,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -397,5 +401,6 @@ _triplet_attention_inference = define_op(
     "Tensor[] running_mean, Tensor[] running_var, float eps) -> Tensor",
     reference=_inference_reference,
     fake=_inference_fake,
+    decomposition=_inference_reference,
     no_gradient="call triplet_attention for a gradient",
 )
