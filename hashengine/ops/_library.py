@@ -7,6 +7,7 @@ import torch
 from torch._decomp import register_decomposition
 
 from hashengine.errors import invalid
+from hashengine.ops._flops import register_flops
 
 NAMESPACE = "hashengine"
 
@@ -19,6 +20,7 @@ def define_op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     decomposition: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
     no_gradient: str = "it has no derivative (double backward is not supported)",
 ) -> Callable[..., Any]:
     """Define `hashengine::<op>` and return the callable op.
@@ -34,6 +36,8 @@ def define_op(
             no autograd formula for such an op.
         decomposition: the op in plain torch for programs that replace unknown ops by known ones, such as the exporter
             to ONNX. Unlike a reference, it must not read values. If it is None, these programs do not know the op.
+        flops: the number of floating-point operations, for torch's `FlopCounterMode`: a function of the op's arguments
+            and of `out_val`, its result. If it is None, the counter counts 0.
         no_gradient: the end of the message of that `InputError`.
     """
     name, signature = schema.split("(", 1)
@@ -49,6 +53,8 @@ def define_op(
         # With the fake in the table of meta functions, torch does not run the decomposition instead of the fake.
         register_decomposition(op, type="meta")(fake)
         register_decomposition(op)(decomposition)
+    if flops is not None:
+        register_flops(op, flops)
     return op
 
 

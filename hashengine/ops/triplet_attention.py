@@ -199,6 +199,16 @@ def _maps_numel(x: Tensor, conv_weight: list[Tensor]) -> int:
     return sum(map_numel(x, branch) for _, branch in _branches(conv_weight))
 
 
+def _flops(x: Tensor, conv_weight: list[Tensor], *_: Any, out_val: Any) -> int:
+    """The operations of the convolutions alone: torch's counter ignores pooling, BatchNorm and gate."""
+    return 2 * conv_weight[0].numel() * _maps_numel(x, conv_weight)
+
+
+def _backward_flops(grad_y: Tensor, x: Tensor, conv_weight: list[Tensor], *_: Any, out_val: Any) -> int:
+    """The gradients of a convolution take one such convolution for its input and one for its weight."""
+    return 2 * _flops(x, conv_weight, out_val=out_val)
+
+
 @untraced
 def _check_forward(
     where: str,
@@ -385,6 +395,7 @@ _triplet_attention_backward = define_op(
     reference=_backward_reference,
     fake=_backward_fake,
     decomposition=_backward_reference,
+    flops=_backward_flops,
 )
 _triplet_attention = define_op(
     "triplet_attention(Tensor x, Tensor[] conv_weight, Tensor[] bn_weight, Tensor[] bn_bias, Tensor[] running_mean, "
@@ -393,6 +404,7 @@ _triplet_attention = define_op(
     reference=_reference,
     fake=_fake,
     decomposition=_reference,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -402,5 +414,6 @@ _triplet_attention_inference = define_op(
     reference=_inference_reference,
     fake=_inference_fake,
     decomposition=_inference_reference,
+    flops=_flops,
     no_gradient="call triplet_attention for a gradient",
 )
