@@ -1,13 +1,14 @@
 """SimAM as a layer."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hashengine._validation import check_number
+from hashengine.nn._layer import Layer
 from hashengine.ops import simam
 
 
-class SimAM(nn.Module):
+class SimAM(Layer):
     """Parameter-free attention, `hashengine.ops.simam`: [N, C, H, W] to the same shape and dtype.
 
     Its authors put it between the second convolution of a residual block and the BatchNorm that follows.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hashengine._validation import check_integer
 from hashengine.errors import invalid
+from hashengine.nn._layer import Layer
 from hashengine.ops._plain import needs_plain_torch
 from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
 from hashengine.ops.triplet_attention_update import triplet_attention_update
@@ -36,7 +37,7 @@ class _Gate(nn.Module):
         )
 
 
-class TripletAttention(nn.Module):
+class TripletAttention(Layer):
     """Cross-dimension attention, `hashengine.ops.triplet_attention`: [N, C, H, W] to the same shape and dtype.
 
     In Misra et al., "Rotate to Attend", WACV 2021, it is the last op of a residual branch, before the addition. With
