@@ -9,6 +9,7 @@ a transform or a trace is active. The results are the same up to rounding errors
 decomposition.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,14 @@ def untraced(check: Callable[..., None]) -> Callable[..., None]:
             torch_c._set_tracing_state(state)
 
     return run
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which operations on the device of `x` keep their dtype."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def in_dtype_and_layout_of(x: Tensor, value: Tensor) -> Tensor:

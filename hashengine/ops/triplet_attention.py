@@ -22,7 +22,7 @@ from hashengine.ops._check import (
     wide_dtype,
 )
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced, without_autocast
 from hashengine.ops.triplet_gate import mean_gate
 
 
@@ -124,7 +124,8 @@ def _forward(
     gates, means, variances, pools, indices, responses = [], [], [], [], [], []
     for i, branch in _branches(conv_weight):
         pool, index = max_and_mean(x_wide, branch)
-        response = F.conv2d(pool, conv_weight[i].to(wide), padding=conv_weight[i].shape[-1] // 2).squeeze(1)
+        with without_autocast(x):
+            response = F.conv2d(pool, conv_weight[i].to(wide), padding=conv_weight[i].shape[-1] // 2).squeeze(1)
         mean = response.mean() if training else running_mean[i].to(wide).squeeze()
         var = response.var(correction=0) if training else running_var[i].to(wide).squeeze()
         normal = (response - mean) * torch.rsqrt(var + eps)

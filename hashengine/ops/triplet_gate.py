@@ -104,8 +104,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) 
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, grad_hw = _triplet_gate_backward(grad_y, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[3] is None else grad_hw
+    x, map_cw, map_hc, map_hw = ctx.saved_tensors  # activation checkpointing allows only one look at them
+    *grads, grad_hw = _triplet_gate_backward(grad_y, x, map_cw, map_hc, map_hw)
+    return *grads, None if map_hw is None else grad_hw
 
 
 _triplet_gate_backward = define_op(
