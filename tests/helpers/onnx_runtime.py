@@ -11,21 +11,22 @@ from torch import Tensor, nn
 
 
 class OnnxModel:
-    """`model`, exported for the example `x` by `torch.onnx.export`, as a function in onnxruntime.
+    """`model`, exported for example inputs by `torch.onnx.export`, as a function in onnxruntime.
 
     Attributes:
         nodes: the operators of the graph, such as ("Conv", "Sigmoid").
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, **options: Any):
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], **options: Any):
         onnx = pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
         file = io.BytesIO()
-        torch.onnx.export(model, (x,), file, **options)
+        torch.onnx.export(model, inputs, file, verbose=False, **options)
         self.nodes = tuple(node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node)
         self.session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        (name,) = (argument.name for argument in self.session.get_inputs())
-        return [torch.from_numpy(y) for y in self.session.run(None, {name: x.numpy()})]
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        names = [argument.name for argument in self.session.get_inputs()]
+        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(y) for y in self.session.run(None, feed)]

@@ -124,6 +124,21 @@ def test_scripts_are_refused_in_one_line(build):
 
 
 @everywhere
+@pytest.mark.filterwarnings("ignore")
+def test_attention_is_attached_after_the_conversion_for_quantisation_aware_training(network, layer):
+    def converted(model: nn.Module) -> nn.Module:
+        model.train().qconfig = torch.ao.quantization.get_default_qat_qconfig()
+        return torch.ao.quantization.prepare_qat(model)
+
+    model = converted(NETWORKS[network]())
+    assert he.nn.attach(model, layer).insertions
+    assert all(gradient.isfinite().all() for gradient in train_step(model, images()).values())
+    if layer == "simam":  # its host is a convolution, which the conversion replaces
+        with pytest.raises(he.InputError, match="must be the module itself, got a Conv2d that .*; attach after that"):
+            converted(with_attention(network, layer))(images())
+
+
+@everywhere
 def test_conversion_to_sync_batch_norm_does_not_change_results(network, layer):
     """In one process, SyncBatchNorm computes the same as BatchNorm.
 

@@ -68,7 +68,7 @@ def compare(exported: OnnxModel, official: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_exported_layers_are_as_accurate_as_the_official_ones(pair, dynamo):
     ours, official = twins(pair)
-    compare(OnnxModel(ours, images(), dynamo=dynamo), official, images(seed=1))
+    compare(OnnxModel(ours, (images(),), dynamo=dynamo), official, images(seed=1))
 
 
 @pytest.mark.parametrize("official", [OfficialSimAM, OfficialTriplet])
@@ -78,7 +78,7 @@ def test_a_fused_network_can_be_exported(official, dynamo):
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), official())).eval()
     fused = copy.deepcopy(model)
     assert he.nn.fuse(fused).fused == ("1",)
-    compare(OnnxModel(fused, images(), dynamo=dynamo), model, images(seed=1))
+    compare(OnnxModel(fused, (images(),), dynamo=dynamo), model, images(seed=1))
 
 
 @pytest.mark.parametrize("layer", [SimAM, TripletAttention])
@@ -86,7 +86,7 @@ def test_sizes_that_are_dynamic_in_the_export_are_dynamic_in_onnxruntime(layer):
     """Also for planes of 1 x 1, where the divisor of SimAM's variance is 1 instead of 0."""
     model = randomise(layer()).eval()
     names = {axis: torch.export.Dim(name) for axis, name in enumerate("nchw")}
-    exported = OnnxModel(model, images(), dynamo=True, dynamic_shapes={"x": names})
+    exported = OnnxModel(model, (images(),), dynamo=True, dynamic_shapes={"x": names})
     for shape in ((2, 3, 16, 16), (5, 4, 3, 7), (1, 2, 1, 1)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         compare(exported, model, x)
@@ -108,7 +108,7 @@ def test_a_hash_network_can_be_exported_up_to_its_packed_codes(attention, dynamo
     torch.manual_seed(0)
     model = randomise(Encoder()).eval()
     x = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    exported = OnnxModel(model, x, dynamo=dynamo)
+    exported = OnnxModel(model, (x,), dynamo=dynamo)
     u, codes = exported(x)
     exact = copy.deepcopy(model).double().network(x).activations
     assert_as_accurate_as_eager(u, model(x)[0].detach(), exact.detach())
@@ -118,7 +118,7 @@ def test_a_hash_network_can_be_exported_up_to_its_packed_codes(attention, dynamo
 def test_a_network_in_training_mode_can_be_exported():
     """The official module can be; the exported graph normalises by the statistics of the batch."""
     ours, official = twins(PAIRS["TripletAttention"])
-    exported = OnnxModel(ours.train(), images(), dynamo=True)
+    exported = OnnxModel(ours.train(), (images(),), dynamo=True)
     compare(exported, official.train(), images(seed=1))
 
 
@@ -128,7 +128,7 @@ def test_bits_survive_packing_in_onnxruntime():
             return ops.unpack_bits(ops.pack_bits(u))
 
     u = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(OnnxModel(PackAndUnpack(), u, dynamo=True)(u)[0], u >= 0)
+    assert torch.equal(OnnxModel(PackAndUnpack(), (u,), dynamo=True)(u)[0], u >= 0)
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_resnet18_with_attention_can_be_exported(layer):
     torch.manual_seed(0)
     model = pytest.importorskip("torchvision").models.resnet18()
     he.nn.attach(model, layer)
-    compare(OnnxModel(randomise(model).eval(), images(64), dynamo=True), model, images(64, seed=1))
+    compare(OnnxModel(randomise(model).eval(), (images(64),), dynamo=True), model, images(64, seed=1))
 
 
 @every_exporter
@@ -145,4 +145,4 @@ def test_resnet18_with_attention_can_be_exported(layer):
 def test_a_network_with_attached_attention_can_be_exported(layer, dynamo):
     model = small_resnet(depth=1)
     he.nn.attach(model, layer)
-    compare(OnnxModel(randomise(model, seed=1).eval(), images(), dynamo=dynamo), model, images(seed=1))
+    compare(OnnxModel(randomise(model, seed=1).eval(), (images(),), dynamo=dynamo), model, images(seed=1))
