@@ -101,7 +101,8 @@ def attached() -> nn.Module:
 
 
 def fused() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), OfficialSimAM(), OfficialTriplet(kernel_size=3), nn.Flatten())
+    attention = (OfficialSimAM(), OfficialTriplet(kernel_size=3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *attention, nn.AdaptiveAvgPool2d(1))
     assert len(he.nn.fuse(model).fused) == 2
     return model
 
@@ -133,10 +134,10 @@ def build(subject: str) -> nn.Module:
 
 
 def example(subject: str, seed: int = 0) -> Tensor:
-    """An input: images for a network, otherwise a feature map [2, 3, 4, 6], float32."""
+    """An input: images for a network, otherwise a feature map [2, 3, 2, 4], float32."""
     if subject in NETWORKS:
         return images(8, seed=seed)
-    return torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+    return torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
 
 
 def with_convolution(subject: str) -> nn.Module:
