@@ -20,6 +20,7 @@ from hashengine.images import image_tensor
 from hashengine.models import checkpoint, memory_format
 from hashengine.models.config import HashNetConfig
 from hashengine.models.resnet import SmallResNet
+from hashengine.ops._plain import untraced
 
 MakeHead = Callable[[int, int], nn.Module]
 
@@ -181,6 +182,7 @@ class HashNet(nn.Module):
         layout = torch.contiguous_format if torch.is_grad_enabled() else torch.channels_last
         return x.to(memory_format=layout)
 
+    @untraced
     def _check_images(self, where: str, images: Any) -> None:
         shape = (self.config.channels, self.config.image_size, self.config.image_size)
         if not isinstance(images, Tensor):

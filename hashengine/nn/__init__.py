@@ -1,7 +1,7 @@
 """The layers, built on `hashengine.ops`, and functions that put them into existing networks."""
 
 from hashengine.nn.attach import AttachReport, attach, detach
-from hashengine.nn.fuse import FuseReport, fuse
+from hashengine.nn.fuse import FuseReport, fuse, unfuse
 from hashengine.nn.greedy_hash import GreedyHash
 from hashengine.nn.plain import PlainSimAM, PlainTripletAttention
 from hashengine.nn.recalibrate import recalibrate
@@ -20,4 +20,5 @@ __all__ = [
     "detach",
     "fuse",
     "recalibrate",
+    "unfuse",
 ]

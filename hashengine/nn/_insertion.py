@@ -132,4 +132,8 @@ def remove(host: nn.Module) -> str:
 
 
 def _run_attention(host: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
-    return host.attention(output)
+    attention = host._modules.get("attention")
+    if attention is None:  # torch.ao.quantization, for example, replaces a host and copies its hooks, but no children
+        actual = f"a {type(host).__name__} that was put in its place"
+        raise invalid("attach", "the host of an attention", "the module itself", actual, "attach after that conversion")
+    return attention(output)

@@ -1,12 +1,17 @@
-"""`fuse` makes the official attention modules in a network run the fused ops."""
+"""`fuse` makes the official attention modules in a network run the fused ops; `unfuse` undoes it."""
+
+from __future__ import annotations
 
 import copy
+import importlib
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hashengine.errors import invalid
 from hashengine.nn._insertion import check_model
 from hashengine.nn.simam import SimAM
 from hashengine.nn.triplet_attention import TripletAttention
@@ -14,6 +19,8 @@ from hashengine.nn.triplet_attention import TripletAttention
 # For each of the two official triplet modules: the names of its three gates, and the name of the submodule of a gate
 # that contains convolution and BatchNorm.
 _NAMINGS = ((("cw", "hc", "hw"), "conv"), (("ChannelGateH", "ChannelGateW", "SpatialGate"), "spatial"))
+
+_MARK = "_official_class"  # the attribute of a module whose class `fuse` has changed
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -33,8 +40,47 @@ class FusedTripletAttention(TripletAttention):
     """An official triplet attention that runs the fused op on its own parameters, whose names do not change."""
 
     @property
+    def no_spatial(self) -> bool:  # type: ignore[override]
+        """Whether the branch over (H, W) is missing."""
+        return len(self._gates) == 2
+
+    @property
     def _gates(self) -> list[nn.Sequential]:
         return _official_gates(self)
+
+
+@dataclass(frozen=True)
+class _OfficialClass:
+    """The class that a fused module had. A pickle contains its name, so that it can be read without the official code.
+
+    Attributes:
+        module: the Python module that defines the class.
+        name: the qualified name of the class in `module`.
+        value: the class; None in an unpickled object if the class could not be imported.
+    """
+
+    module: str
+    name: str
+    value: type[nn.Module] | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _OfficialClass:
+        value = type(module)
+        return cls(value.__module__, value.__qualname__, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OfficialClass:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find_class, (self.module, self.name)
+
+
+def _find_class(module: str, name: str) -> _OfficialClass:
+    try:
+        value = operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        value = None
+    return _OfficialClass(module, name, value)
 
 
 @dataclass(frozen=True)
@@ -69,6 +115,8 @@ def fuse(model: nn.Module) -> FuseReport:
     device and dtype stay the same. Results differ by rounding only, except for planes of 1 x 1, on which the official
     SimAM divides by zero.
 
+    `unfuse` gives the modules their official classes back.
+
     Args:
         model: changed in place. Call `fuse` before `torch.compile` and before DDP wraps the model.
 
@@ -91,6 +139,36 @@ def fuse(model: nn.Module) -> FuseReport:
             _change_class(module)
             fused.append(name)
     return FuseReport(tuple(fused), left)
+
+
+def unfuse(model: nn.Module) -> tuple[str, ...]:
+    """Undo `fuse`: give every fused module inside `model` its official class back.
+
+    As with `fuse`, the objects, their parameters, state dict, hooks, mode, device and dtype stay the same.
+
+    Args:
+        model: changed in place. Call `unfuse` before `torch.compile` and before DDP wraps the model.
+
+    Returns:
+        The qualified names of the modules that ran the fused ops.
+
+    Raises:
+        InputError: `model` is not a module, contains no fused module, or is compiled or wrapped; or it was pickled, and
+            the official class of a module cannot be imported. The model is then unchanged.
+    """
+    check_model("unfuse", model)
+    marked = [(name, module, vars(module)[_MARK]) for name, module in model.named_modules() if _MARK in vars(module)]
+    if not marked:
+        raise invalid("unfuse", "model", "a network with fused modules", f"a {type(model).__name__} with none")
+    for name, _, official in marked:
+        if official.value is None:
+            actual = f"{official.module}.{official.name}"
+            raise invalid("unfuse", name or "model", "of an official class that can be imported", actual)
+    fused = tuple(name for name, module, _ in marked if isinstance(module, (FusedSimAM, FusedTripletAttention)))
+    for _, module, official in marked:
+        module.__class__ = official.value
+        delattr(module, _MARK)
+    return fused
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -150,15 +228,16 @@ def _gate_difference(gate: nn.Module | None) -> str | None:
     return None
 
 
-def _change_class(module: Any) -> None:
+def _change_class(module: nn.Module) -> None:
     gates = _official_gates(module)
-    if not gates:
-        module.__class__ = FusedSimAM
-        return
     for gate in gates:
-        gate.__class__ = nn.Sequential  # its children are conv and bn, as _gate_difference has checked
-    module.no_spatial = len(gates) == 2
-    module.__class__ = FusedTripletAttention
+        _mark_and_change_class(gate, nn.Sequential)  # its children are conv and bn, as _gate_difference has checked
+    _mark_and_change_class(module, FusedTripletAttention if gates else FusedSimAM)
+
+
+def _mark_and_change_class(module: Any, to: type[nn.Module]) -> None:
+    setattr(module, _MARK, _OfficialClass.of(module))
+    module.__class__ = to
 
 
 def _numerical_difference(module: nn.Module) -> str | None:

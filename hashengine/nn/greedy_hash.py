@@ -1,12 +1,13 @@
 """Greedy hash as a layer."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hashengine._validation import check_number
+from hashengine.nn._layer import Layer
 from hashengine.ops import greedy_sign
 
 
-class GreedyHash(nn.Module):
+class GreedyHash(Layer):
     """`hashengine.ops.greedy_sign` with a fixed weight of the penalty.
 
     Maps activations [..., bits] to `(b, penalty)`: the signs, +1 or -1, and the penalty to add to the loss.

@@ -3,8 +3,8 @@
 A gate below 1 does no harm in a residual block, because the block adds its input to the attention's output. It does no
 harm before a BatchNorm either, because the BatchNorm rescales its input. In a plain network, the gates of all layers
 multiply. With one attention for each of VGG's five stages, triplet attentions with a gate of 1/2 leave 1/32 of the
-signal, and SimAMs with a gate of 0.65 leave about 1/9. The two layers here multiply their result by a constant, in
-place. Thereby the lowest gate of SimAM and the initial gates of triplet attention are 1.
+signal, and SimAMs with a gate of 0.65 leave about 1/9. The two layers here multiply their result by a constant.
+Thereby the lowest gate of SimAM and the initial gates of triplet attention are 1.
 """
 
 import math
@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from hashengine.nn.simam import SimAM
 from hashengine.nn.triplet_attention import TripletAttention
+from hashengine.ops._plain import needs_plain_torch
+
+
+def _scale(y: Tensor, factor: float) -> Tensor:
+    """`y` times `factor`, in place unless a transform is active: `torch.func.linearize` refuses such an operation."""
+    return y * factor if needs_plain_torch() else y.mul_(factor)
 
 
 class PlainSimAM(SimAM):
@@ -26,7 +32,7 @@ class PlainSimAM(SimAM):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
-        return super().forward(x).mul_(self._SCALE)
+        return _scale(super().forward(x), self._SCALE)
 
 
 class PlainTripletAttention(TripletAttention):
@@ -47,4 +53,4 @@ class PlainTripletAttention(TripletAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to `x` [N, C, H, W]; the result has the same shape and dtype."""
-        return super().forward(x).mul_(2)
+        return _scale(super().forward(x), 2)

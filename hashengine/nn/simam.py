@@ -1,14 +1,15 @@
 """SimAM as a layer."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hashengine._validation import check_number
 from hashengine.nn._arguments import check_channels, check_factory_arguments
+from hashengine.nn._layer import Layer
 from hashengine.ops.simam import LEAST_LAM, simam
 
 
-class SimAM(nn.Module):
+class SimAM(Layer):
     """Parameter-free attention, `hashengine.ops.simam`: [N, C, H, W] to the same shape and dtype.
 
     Its authors put it between the second convolution of a residual block and the BatchNorm that follows.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hashengine._validation import check_flag, check_integer
 from hashengine.errors import invalid
 from hashengine.nn._arguments import check_channels, check_factory_arguments
+from hashengine.nn._layer import Layer
 from hashengine.ops._branches import BRANCHES, add, max_and_mean
 from hashengine.ops._check import wide_dtype
 from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
@@ -53,7 +54,7 @@ class _Gate(nn.Module):
         return x * torch.sigmoid(self.conv(pool.to(x.dtype)))
 
 
-class TripletAttention(nn.Module):
+class TripletAttention(Layer):
     """Cross-dimension attention, `hashengine.ops.triplet_attention`: [N, C, H, W] to the same shape and dtype.
 
     In Misra et al., "Rotate to Attend", WACV 2021, it is the last op of a residual branch, before the addition. With

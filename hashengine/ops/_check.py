@@ -13,6 +13,7 @@ from torch import Tensor
 from hashengine import _validation
 from hashengine._validation import dtype_name, nan_error, number_form
 from hashengine.errors import invalid
+from hashengine.ops._plain import untraced
 
 FLOATING: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _validation.FLOATING)
 
@@ -27,6 +28,7 @@ def check_floating(where: str, name: str, tensor: Tensor) -> None:
         raise invalid(where, name, "float64, float32, float16 or bfloat16", dtype_name(tensor))
 
 
+@untraced
 def check_feature_map(where: str, x: Tensor, *, not_empty: bool = False) -> None:
     """Check that `x` is a floating-point tensor [N, C, H, W]; with `not_empty`, only N may be 0."""
     check_floating(where, "x", x)

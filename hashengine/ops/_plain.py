@@ -9,6 +9,11 @@ a transform or a trace is active. The results are the same up to rounding errors
 decomposition.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,11 +32,39 @@ def needs_plain_torch() -> bool:
     return _innermost_transform() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 
+def untraced(check: Callable[..., None]) -> Callable[..., None]:
+    """`check`, which only compares sizes and raises errors, without the warnings of a trace about comparisons."""
+
+    @functools.wraps(check)
+    def run(*arguments: Any, **options: Any) -> None:
+        if not torch._C._is_tracing():
+            return check(*arguments, **options)
+        torch_c: Any = torch._C  # its stubs lack the setter
+        state = torch_c._get_tracing_state()
+        torch_c._set_tracing_state(None)
+        try:
+            return check(*arguments, **options)
+        finally:
+            torch_c._set_tracing_state(state)
+
+    return run
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which operations on the device of `x` keep their dtype."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def in_dtype_and_layout_of(x: Tensor, value: Tensor) -> Tensor:
-    """`value`, which has the shape of `x`, in the dtype and layout of `x`.
+    """`value`, which has the shape of `x`, in the dtype and layout of `x`; without an operation in place.
 
     Under a transform, the layout is left as it is: a tensor with the layout of `x` could not take a batch of values.
     """
+    value = value.to(x.dtype)
     if needs_plain_torch():
-        return value.to(x.dtype)
-    return torch.empty_like(x).copy_(value)
+        return value
+    result = torch.empty_like(x)
+    return value if value.stride() == result.stride() else torch.ops.aten.copy(result, value)

@@ -83,10 +83,14 @@ def _plain(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return _StraightThrough.apply(u), _penalty(u, alpha)
 
 
+def _formula(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    return _signs(u), _penalty(u, alpha)
+
+
 def _reference(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check("greedy_sign", u, alpha)
     check_no_nan("greedy_sign", "u", u)
-    return _signs(u), _penalty(u, alpha)
+    return _formula(u, alpha)
 
 
 def _fake(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,7 @@ def _backward_reference(grad_b: Tensor | None, grad_penalty: Tensor | None, u: T
     if grad_penalty is not None:
         excess = wide.abs() - 1
         grad_u = grad_u + grad_penalty * (alpha * 3 / u.numel()) * excess * excess.abs() * wide.sign()
-    return torch.empty_like(u).copy_(grad_u)
+    return torch.ops.aten.copy(torch.empty_like(u), grad_u)  # never grad_b itself
 
 
 def _backward_fake(grad_b: Tensor | None, grad_penalty: Tensor | None, u: Tensor, alpha: float) -> Tensor:
@@ -139,11 +143,13 @@ _greedy_sign_backward = define_op(
     "greedy_sign_backward(Tensor? grad_b, Tensor? grad_penalty, Tensor u, float alpha) -> Tensor",
     reference=_backward_reference,
     fake=_backward_fake,
+    decomposition=_backward_reference,
 )
 _greedy_sign = define_op(
     "greedy_sign(Tensor u, float alpha) -> (Tensor b, Tensor penalty)",
     reference=_reference,
     fake=_fake,
+    decomposition=_formula,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -7,6 +7,7 @@ from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._check import FLOATING, check_no_nan
 from hashengine.ops._library import define_op
+from hashengine.ops._plain import needs_plain_torch, untraced
 
 
 def pack_bits(u: Tensor) -> Tensor:
@@ -22,10 +23,10 @@ def pack_bits(u: Tensor) -> Tensor:
         Codes, uint8 [..., bits / 8], contiguous, the first bit in the most significant place.
 
     Raises:
-        ValueError: `u` has another dtype, is a scalar or contains a NaN (checked on the CPU only), or the size of its
-            last axis is not a multiple of 8.
+        ValueError: `u` has another dtype, is a scalar or contains a NaN (checked on the CPU only, and not under a
+            transform of `torch.func`), or the size of its last axis is not a multiple of 8.
     """
-    return _pack_bits(u)
+    return _pack_plain(u) if needs_plain_torch() else _pack_bits(u)
 
 
 def unpack_bits(codes: Tensor) -> Tensor:
@@ -40,9 +41,10 @@ def unpack_bits(codes: Tensor) -> Tensor:
     Raises:
         ValueError: `codes` is not uint8, or is a scalar.
     """
-    return _unpack_bits(codes)
+    return (_unpack_reference if needs_plain_torch() else _unpack_bits)(codes)
 
 
+@untraced
 def _check_pack(u: Tensor) -> None:
     if u.dtype not in (*FLOATING, torch.bool):
         raise invalid("pack_bits", "u", "float64, float32, float16, bfloat16 or bool", dtype_name(u))
@@ -61,9 +63,22 @@ def _check_unpack(codes: Tensor) -> None:
 def _pack_reference(u: Tensor) -> Tensor:
     _check_pack(u)
     check_no_nan("pack_bits", "u", u)
+    return _pack_formula(u)
+
+
+def _pack_plain(u: Tensor) -> Tensor:
+    _check_pack(u)
+    return _pack_formula(u)
+
+
+def _pack_formula(u: Tensor) -> Tensor:
     bits = u if u.dtype == torch.bool else u >= 0
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=u.device)
-    return (bits.unflatten(-1, (u.shape[-1] // 8, 8)) * weights).sum(-1, dtype=torch.uint8).contiguous()
+    return (bits.unflatten(-1, (u.shape[-1] // 8, 8)) * _place_values(u)).sum(-1).to(torch.uint8).contiguous()
+
+
+def _place_values(like: Tensor) -> Tensor:
+    """128, 64, ... 1, the values of the bits of a byte, in float32, because ONNX has no sum of uint8."""
+    return 2 ** torch.arange(7, -1, -1, dtype=torch.float32, device=like.device)
 
 
 def _pack_fake(u: Tensor) -> Tensor:
@@ -73,8 +88,7 @@ def _pack_fake(u: Tensor) -> Tensor:
 
 def _unpack_reference(codes: Tensor) -> Tensor:
     _check_unpack(codes)
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
-    return ((codes.unsqueeze(-1) >> places) & 1).flatten(-2).to(torch.bool).contiguous()
+    return ((codes.unsqueeze(-1) & _place_values(codes).to(torch.uint8)) != 0).flatten(-2).contiguous()
 
 
 def _unpack_fake(codes: Tensor) -> Tensor:
@@ -82,7 +96,16 @@ def _unpack_fake(codes: Tensor) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8), dtype=torch.bool)
 
 
-_pack_bits = define_op("pack_bits(Tensor u) -> Tensor", reference=_pack_reference, fake=_pack_fake)
+_pack_bits = define_op(
+    "pack_bits(Tensor u) -> Tensor",
+    reference=_pack_reference,
+    fake=_pack_fake,
+    decomposition=_pack_formula,
+)
 _unpack_bits = define_op(
-    "unpack_bits(Tensor codes) -> Tensor", reference=_unpack_reference, fake=_unpack_fake, no_gradient=None
+    "unpack_bits(Tensor codes) -> Tensor",
+    reference=_unpack_reference,
+    fake=_unpack_fake,
+    decomposition=_unpack_reference,
+    no_gradient=None,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hashengine.ops._check import check_feature_map, check_gradient, check_like, check_number, wide_dtype
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced
 
 LEAST_LAM = 1e-18  # the gradient divides by its square, which must not round to 0 in float32
 
@@ -51,14 +51,16 @@ def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
     return (_energy_reference if needs_plain_torch() else _simam_energy)(x, lam)
 
 
+@untraced
 def _check(where: str, x: Tensor, lam: float) -> None:
     check_feature_map(where, x)
     check_number(where, "lam", lam, least=LEAST_LAM)
 
 
-def _divisor(x: Tensor) -> int:
-    """The divisor n of the variance."""
-    return max(x.shape[2] * x.shape[3] - 1, 1)
+def _divisor(x: Tensor) -> Any:
+    """The divisor n of the variance. It follows the size of `x` in an exported graph and, as a tensor, in a trace."""
+    n: Any = x.shape[2] * x.shape[3] - 1
+    return n.clamp(min=1) if isinstance(n, Tensor) else torch.sym_max(n, 1)
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +88,7 @@ def _energy_reference(x: Tensor, lam: float) -> Tensor:
     return in_dtype_and_layout_of(x, _importance(d, variance, lam))
 
 
-def _grad_through_importance(grad: Tensor, d: Tensor, variance: Tensor, n: int, lam: float) -> Tensor:
+def _grad_through_importance(grad: Tensor, d: Tensor, variance: Tensor, n: Any, lam: float) -> Tensor:
     """The gradient with respect to x, given the gradient `grad` with respect to the importance.
 
     With d = x - m and V = v + lam (`shifted` in the code), the result is
@@ -174,11 +176,13 @@ _simam_energy_backward = define_op(
     "simam_energy_backward(Tensor grad_energy, Tensor x, float lam) -> Tensor",
     reference=_energy_backward_reference,
     fake=_energy_backward_fake,
+    decomposition=_energy_backward_reference,
 )
 _simam_energy = define_op(
     "simam_energy(Tensor x, float lam) -> Tensor",
     reference=_energy_reference,
     fake=_energy_fake,
+    decomposition=_energy_reference,
     setup_context=_energy_setup_context,
     backward=_energy_backward,
 )
@@ -186,11 +190,13 @@ _simam_backward = define_op(
     "simam_backward(Tensor grad_y, Tensor x, Tensor stats, float lam) -> Tensor",
     reference=_backward_reference,
     fake=_backward_fake,
+    decomposition=_backward_reference,
 )
 _simam = define_op(
     "simam(Tensor x, float lam) -> (Tensor y, Tensor stats)",  # stats [N, C, 2]: mean and variance of each plane
     reference=_reference,
     fake=_fake,
+    decomposition=_reference,
     setup_context=_setup_context,
     backward=_backward,
 )

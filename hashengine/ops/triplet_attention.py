@@ -23,7 +23,7 @@ from hashengine.ops._check import (
     wide_dtype,
 )
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced, without_autocast
 from hashengine.ops.triplet_gate import mean_gate
 
 
@@ -125,7 +125,8 @@ def _forward(
     gates, means, variances, pools, indices, responses = [], [], [], [], [], []
     for i, branch in _branches(conv_weight):
         pool, index = max_and_mean(x_wide, branch)
-        response = F.conv2d(pool, conv_weight[i].to(wide), padding=conv_weight[i].shape[-1] // 2).squeeze(1)
+        with without_autocast(x):
+            response = F.conv2d(pool, conv_weight[i].to(wide), padding=conv_weight[i].shape[-1] // 2).squeeze(1)
         mean = response.mean() if training else running_mean[i].to(wide).squeeze()
         var = response.var(correction=0) if training else running_var[i].to(wide).squeeze()
         normal = (response - mean) * torch.rsqrt(var + eps)
@@ -136,7 +137,8 @@ def _forward(
         indices.append(index.int().flatten())
         responses.append(response.flatten())
     y = in_dtype_and_layout_of(x, x * mean_gate(gates))
-    return y, torch.stack(means), torch.stack(variances), torch.cat(pools), torch.cat(indices), torch.cat(responses)
+    statistics = [torch.stack(values).detach() for values in (means, variances)]
+    return y, *statistics, torch.cat(pools), torch.cat(indices), torch.cat(responses)
 
 
 def _inference_reference(
@@ -199,6 +201,17 @@ def _maps_numel(x: Tensor, conv_weight: list[Tensor]) -> int:
     return sum(map_numel(x, branch) for _, branch in _branches(conv_weight))
 
 
+def _flops(x: Tensor, conv_weight: list[Tensor], *_: Any, out_val: Any) -> int:
+    """The operations of the convolutions alone: torch's counter ignores pooling, BatchNorm and gate."""
+    return 2 * conv_weight[0].numel() * _maps_numel(x, conv_weight)
+
+
+def _backward_flops(grad_y: Tensor, x: Tensor, conv_weight: list[Tensor], *_: Any, out_val: Any) -> int:
+    """The gradients of a convolution take one such convolution for its input and one for its weight."""
+    return 2 * _flops(x, conv_weight, out_val=out_val)
+
+
+@untraced
 def _check_forward(
     where: str,
     x: Tensor,
@@ -395,6 +408,8 @@ _triplet_attention_backward = define_op(
     " -> (Tensor grad_x, Tensor grad_conv_weight, Tensor grad_bn_weight, Tensor grad_bn_bias)",
     reference=_backward_reference,
     fake=_backward_fake,
+    decomposition=_backward_reference,
+    flops=_backward_flops,
 )
 _triplet_attention = define_op(
     "triplet_attention(Tensor x, Tensor[] conv_weight, Tensor[] bn_weight, Tensor[] bn_bias, Tensor[] running_mean, "
@@ -402,6 +417,8 @@ _triplet_attention = define_op(
     " -> (Tensor y, Tensor mean, Tensor var, Tensor pooled, Tensor index, Tensor response)",
     reference=_reference,
     fake=_fake,
+    decomposition=_reference,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -410,5 +427,7 @@ _triplet_attention_inference = define_op(
     "Tensor[] running_mean, Tensor[] running_var, float eps) -> Tensor",
     reference=_inference_reference,
     fake=_inference_fake,
+    decomposition=_inference_reference,
+    flops=_flops,
     no_gradient="call triplet_attention for a gradient",
 )

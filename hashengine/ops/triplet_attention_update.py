@@ -1,12 +1,13 @@
 """The update of the running statistics of triplet attention's BatchNorms, in one call for all branches."""
 
+import torch
 from torch import Tensor
 
 from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._check import check_like, check_number, wide_dtype
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import needs_plain_torch
+from hashengine.ops._plain import needs_plain_torch, untraced
 
 
 def triplet_attention_update(
@@ -37,7 +38,8 @@ def triplet_attention_update(
             tensor in a list does not hold one value on the device of `mean`, a count is below 2, or the momentum is
             out of range.
     """
-    op = _reference if needs_plain_torch() else _update
+    # torch.export keeps no decomposition of an op that mutates its arguments, so an exporter to ONNX would not know it.
+    op = _reference if needs_plain_torch() or torch.compiler.is_exporting() else _update
     op(mean, var, running_mean, running_var, num_batches_tracked, counts, momentum)
 
 
@@ -59,6 +61,7 @@ def _reference(
             running.copy_(running + weight * (value - running))
 
 
+@untraced
 def _check(
     mean: Tensor,
     var: Tensor,

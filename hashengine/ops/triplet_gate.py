@@ -9,7 +9,7 @@ from hashengine.errors import invalid
 from hashengine.ops._branches import BRANCHES, add, map_shape, spread, sum_over
 from hashengine.ops._check import check_feature_map, check_floating, check_gradient, check_same_device, wide_dtype
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced
 
 
 def triplet_gate(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | None = None) -> Tensor:
@@ -47,6 +47,7 @@ def _fake(x: Tensor, map_cw: Tensor, map_hc: Tensor, map_hw: Tensor | None) -> T
     return torch.empty_like(x)
 
 
+@untraced
 def _check(where: str, x: Tensor, *maps: Tensor | None) -> None:
     check_feature_map(where, x)
     for branch, branch_map in zip(BRANCHES, maps, strict=True):
@@ -103,8 +104,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) 
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, grad_hw = _triplet_gate_backward(grad_y, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[3] is None else grad_hw
+    x, map_cw, map_hc, map_hw = ctx.saved_tensors  # activation checkpointing allows only one look at them
+    *grads, grad_hw = _triplet_gate_backward(grad_y, x, map_cw, map_hc, map_hw)
+    return *grads, None if map_hw is None else grad_hw
 
 
 _triplet_gate_backward = define_op(
@@ -112,11 +114,13 @@ _triplet_gate_backward = define_op(
     " -> (Tensor grad_x, Tensor grad_cw, Tensor grad_hc, Tensor grad_hw)",
     reference=_backward_reference,
     fake=_backward_fake,
+    decomposition=_backward_reference,
 )
 _triplet_gate = define_op(
     "triplet_gate(Tensor x, Tensor map_cw, Tensor map_hc, Tensor? map_hw) -> Tensor",
     reference=_reference,
     fake=_fake,
+    decomposition=_reference,
     setup_context=_setup_context,
     backward=_backward,
 )

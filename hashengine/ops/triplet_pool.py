@@ -85,12 +85,14 @@ _triplet_pool_backward = define_op(
     "triplet_pool_backward(Tensor[] grads, Tensor[] indices, Tensor x) -> Tensor",
     reference=_backward_reference,
     fake=_backward_fake,
+    decomposition=_backward_reference,
 )
 _triplet_pool = define_op(
     "triplet_pool(Tensor x) -> (Tensor pool_cw, Tensor pool_hc, Tensor pool_hw, "
     "Tensor index_cw, Tensor index_hc, Tensor index_hw)",
     reference=_reference,
     fake=_fake,
+    decomposition=_reference,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from functools import partial
 
 import pytest
@@ -76,6 +77,65 @@ def test_networks_can_be_exported(network, layer):
     assert set(exported.state_dict) <= set(model.state_dict())
     other = torch.cat((x, images(seed=1)))
     torch.testing.assert_close(exported.module()(other), model(other))
+
+
+def fused(build) -> nn.Module:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), build()))
+    assert he.nn.fuse(model).fused == ("1",)
+    return model
+
+
+TRACEABLE = {
+    "attached simam": partial(with_attention, "torchvision", "simam"),
+    "attached triplet": partial(with_attention, "torchvision", "triplet"),
+    "fused simam": partial(fused, OfficialSimAM),
+    "fused triplet": partial(fused, OfficialTriplet),
+    "simam": SimAM,
+    "triplet": TripletAttention,
+    "plain triplet": he.nn.PlainTripletAttention,
+    "greedy hash": he.nn.GreedyHash,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", TRACEABLE.values(), ids=TRACEABLE)
+def test_networks_can_be_traced(build, training):
+    """The trace computes the same for other sizes, too, and updates the running statistics in the same way."""
+    model = build().double().train(training)
+    state = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(model, images(dtype=torch.float64))
+    assert not [warning for warning in caught if "hashengine" in warning.filename]
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+    for size in (16, 7, 1):
+        x = images(size, torch.float64, seed=size)
+        results = []
+        for module in (traced, model):
+            module.load_state_dict(state)
+            results.append((module(x), dict(copy.deepcopy(model).named_buffers())))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("build", TRACEABLE.values(), ids=TRACEABLE)
+def test_scripts_are_refused_in_one_line(build):
+    with pytest.raises(he.InputError, match=r"^torch.jit.script: obj must be without layers of .* use torch.jit.trace"):
+        torch.jit.script(build())
+
+
+@everywhere
+@pytest.mark.filterwarnings("ignore")
+def test_attention_is_attached_after_the_conversion_for_quantisation_aware_training(network, layer):
+    def converted(model: nn.Module) -> nn.Module:
+        model.train().qconfig = torch.ao.quantization.get_default_qat_qconfig()
+        return torch.ao.quantization.prepare_qat(model)
+
+    model = converted(NETWORKS[network]())
+    assert he.nn.attach(model, layer).insertions
+    assert all(gradient.isfinite().all() for gradient in train_step(model, images()).values())
+    if layer == "simam":  # its host is a convolution, which the conversion replaces
+        with pytest.raises(he.InputError, match="must be the module itself, got a Conv2d that .*; attach after that"):
+            converted(with_attention(network, layer))(images())
 
 
 @everywhere

@@ -1,8 +1,13 @@
-"""`fuse` finds the official modules by their structure, checks what they compute, and makes them run the fused ops."""
+"""`fuse` finds the official modules by their structure, checks what they compute, and makes them run the fused ops.
+
+`unfuse` undoes it.
+"""
 
 import copy
 import pickle
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -194,5 +199,73 @@ def test_own_layers_and_other_modules_are_not_in_the_report():
 
 
 def test_wrong_models_are_refused():
-    with pytest.raises(he.InputError, match="fuse: model must be an nn.Module, got str"):
+    with pytest.raises(he.InputError, match="^fuse: model must be an nn.Module, got str"):
         he.nn.fuse("resnet18")
+    with pytest.raises(he.InputError, match="^unfuse: model must be an nn.Module, got str"):
+        he.nn.unfuse("resnet18")
+
+
+def snapshot(model: nn.Module) -> list[tuple]:
+    """The class and the attributes of each module; of tensors and modules, which objects they are."""
+    return [(type(module), {**vars(module), "_modules": dict(module._modules)}) for module in model.modules()]
+
+
+@official
+def test_unfuse_restores_the_official_modules(build):
+    model = randomise(nn.Sequential(build(), nn.Conv2d(4, 4, 1), nn.Sequential(build()))).eval()
+    before, state = snapshot(model), dict(model.state_dict(keep_vars=True))
+    x = feature_map("contiguous")
+    expected = model(x)
+    assert he.nn.fuse(model).fused == ("0", "2.0")
+    assert he.nn.unfuse(model) == ("0", "2.0")
+    assert snapshot(model) == before
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state) and all(after[key] is tensor for key, tensor in state.items())
+    assert torch.equal(model(x), expected)
+    assert he.nn.fuse(model).fused == ("0", "2.0")
+
+
+@official
+def test_copies_and_pickles_can_be_unfused(build):
+    model = nn.Sequential(build())
+    classes = [type(module) for module in model.modules()]
+    he.nn.fuse(model)
+    for other in (copy.deepcopy(model), copy.copy(model[0]), pickle.loads(pickle.dumps(model))):
+        he.nn.unfuse(other)
+        assert [type(module) for module in other.modules()] == classes[-len(list(other.modules())) :]
+
+
+def test_a_network_without_fused_modules_cannot_be_unfused():
+    expected = "unfuse: model must be a network with fused modules, got a Sequential with none"
+    for model in (nn.Sequential(nn.Conv2d(2, 2, 1), SimAM()), nn.Sequential(OfficialSimAM())):
+        with pytest.raises(he.InputError, match=expected):
+            he.nn.unfuse(model)
+    he.nn.fuse(model)
+    he.nn.unfuse(model)
+    with pytest.raises(he.InputError, match=expected):
+        he.nn.unfuse(model)
+    he.nn.fuse(model)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(he.InputError, match="unfuse: model must be uncompiled, got a compiled model"):
+        he.nn.unfuse(compiled)
+
+
+def test_a_pickle_can_be_read_without_the_official_code(monkeypatch):
+    """The fused modules run; only `unfuse` needs the official classes."""
+    module = types.ModuleType("official_code")
+    module.Official = type("Official", (OfficialSimAM,), {"__module__": "official_code", "__qualname__": "Official"})
+    monkeypatch.setitem(sys.modules, "official_code", module)
+    model = nn.Sequential(OfficialTriplet(), module.Official())
+    he.nn.fuse(model)
+    pickled = pickle.dumps(model)
+    monkeypatch.delitem(sys.modules, "official_code")
+    read = pickle.loads(pickled)
+    x = feature_map("contiguous")
+    torch.testing.assert_close(read.eval()(x), model.eval()(x))
+    classes = [type(part) for part in read.modules()]
+    with pytest.raises(
+        he.InputError, match="1 must be of an official class that can be imported, got official_code.Of"
+    ):
+        he.nn.unfuse(read)
+    assert [type(part) for part in read.modules()] == classes
+    assert he.nn.unfuse(model) == ("0", "1")

@@ -136,3 +136,13 @@ def test_results_keep_their_dtype_under_a_transform(dtype):
     ):
         plain, native = ([y.dtype for y in ([y] if isinstance(y, Tensor) else y)] for y in (vmap(op)(x[None]), op(x)))
         assert plain == native
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_does_not_round_the_convolutions_under_a_transform(training):
+    """As outside of a transform, they are computed in float32 for bfloat16."""
+    x = normal(0).bfloat16()
+    parameters = [[tensor.float() for tensor in tensors] for tensors in PARAMETERS]
+    alone = vmap(lambda x: ops.triplet_attention(x, *parameters, training)[0])(x[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vmap(lambda x: ops.triplet_attention(x, *parameters, training)[0])(x[None]), alone)

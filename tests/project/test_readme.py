@@ -29,6 +29,7 @@ NEEDED = {  # text: package. A README block or a guide that contains the text is
     "hashengine train": "sklearn",
     "benchmarks": "faiss",
     "import faiss": "faiss",
+    "torch.onnx": "onnxscript",
 }
 
 
