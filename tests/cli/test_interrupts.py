@@ -39,7 +39,7 @@ SWEEP = "train sweep --images images --epochs 1 --widths 8 --queries images --ou
         ("hashengine.models.hashnet", "HashNet.forward", ENCODE),
         ("numpy", "save", ENCODE),
         ("hashengine.index.folder", "sync_file", "index codes --output {}"),
-        ("hashengine.index.execution", "hamming_topk", "search index images --output {}"),
+        ("hashengine.index.execution", "topk_in_one_call", "search index images --output {}"),
         ("hashengine.metrics", "distance_counts", "evaluate index codes --output {}"),
         ("hashengine.evaluation.report", "read_image", "report --index index --results results.json --output {}.html"),
         ("hashengine.training.data", "read_image", FIT),
