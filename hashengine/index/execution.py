@@ -251,7 +251,7 @@ def topk_in_one_call(
         module is not in use.
     """
     native = _native.module()
-    if native is None or queries.ndim != 2 or k > snapshot.count:
+    if native is None or queries.ndim != 2 or not 0 < k <= snapshot.count:
         return None
     if len(queries) * snapshot.count > MAX_PAIRS_IN_ONE_CALL or len(queries) * k > MAX_RESULTS_IN_ONE_CALL:
         return None

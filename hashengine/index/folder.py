@@ -20,6 +20,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -290,7 +291,11 @@ def _file_of(path: Path, entry: FileEntry) -> Path:
 
 def _holds(file: Path, size: int) -> bool:
     """Whether there is a file with at least `size` bytes."""
-    return file.is_file() and file.stat().st_size >= size
+    try:
+        found = file.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size >= size
 
 
 def _damaged(what: str, expected: str, actual: object) -> InputError:

@@ -293,7 +293,8 @@ def to_faiss(index: HammingIndex, *, bit_order: str) -> faiss.IndexBinaryFlat | 
     """
     faiss = _import_faiss("to_faiss")
     flat = faiss.IndexBinaryFlat(index.bits)
-    with index._reading("to_faiss") as snapshot:
+    with index._rows_lock.reader():
+        snapshot = index._current("to_faiss")
         ids = snapshot.live_ids().numpy()
         codes = np.ascontiguousarray(_convert("to_faiss", snapshot.live_codes().cpu().numpy(), bit_order))
         if np.array_equal(ids, np.arange(len(ids))):

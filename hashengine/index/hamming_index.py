@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import weakref
+from contextlib import AbstractContextManager
 from inspect import ismemberdescriptor
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ from hashengine.index.lock import ReadersWriterLock
 from hashengine.index.rerank import check_candidates, check_query_vectors, rank_candidates
 from hashengine.index.snapshot import Snapshot
 from hashengine.ops import unpack_bits
+from hashengine.ops._plain import can_be_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +65,8 @@ _RESULT_BYTES = 12  # an int32 distance and an int64 id
 _OWN_ATTRIBUTES = {
     "bits", "_devices", "_streamed", "_is_on_host", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot",
 }  # fmt: skip
+
+_living: weakref.WeakValueDictionary[int, HammingIndex] = weakref.WeakValueDictionary()  # every index, by its id()
 
 
 class HammingIndex:
@@ -114,9 +117,13 @@ class HammingIndex:
         self._streamed = streamed
         self._is_on_host = devices == (CPU,) and not streamed
         self._last_saved: folder.SavePoint | None = None
+        self._make_locks()
+        self._publish_codes(GrowingCodes.from_blocks([], 0, self.bits // 8, self._code_devices), 0)
+
+    def _make_locks(self) -> None:
         self._writer = threading.Lock()  # held by add, remove, update, compact, save and to
         self._rows_lock = ReadersWriterLock()  # a search is a reader; an update, which overwrites rows, is a writer
-        self._publish_codes(GrowingCodes.from_blocks([], 0, self.bits // 8, self._code_devices), 0)
+        _living[id(self)] = self
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -183,7 +190,8 @@ class HammingIndex:
             if answer is not None:
                 return answer
         query_codes = check_codes("search", "queries", queries, self.bits)
-        with self._reading("search") as snapshot:
+        with self._rows_lock.reader():
+            snapshot = self._current("search")
             if snapshot.count == 0:
                 raise invalid("search", "the index", "one that holds codes", "an empty one", "add codes first")
             k = check_integer("search", "k", k, 1, snapshot.count, "the number of codes")
@@ -226,7 +234,8 @@ class HammingIndex:
         radius = check_integer("range_search", "radius", radius, 0, self.bits, "the number of bits")
         if max_results is not None:
             max_results = check_integer("range_search", "max_results", max_results, 1)
-        with self._reading("range_search") as snapshot:
+        with self._rows_lock.reader():
+            snapshot = self._current("range_search")
             if max_results is not None:
                 max_results = min(max_results, max(snapshot.count, 1))  # the op takes no more than 63 bits
             code_filter, threads = self._check_options("range_search", snapshot, len(query_codes), filter, num_threads)
@@ -263,7 +272,8 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or multi-hot labels that are not zeros and ones.
         """
         query_codes = check_codes("count", "queries", queries, self.bits)
-        with self._reading("count") as snapshot:
+        with self._rows_lock.reader():
+            snapshot = self._current("count")
             code_filter, threads = self._check_options("count", snapshot, len(query_codes), filter, num_threads)
             row_labels: tuple[Tensor, Tensor] | None = None
             if labels is not None:
@@ -293,7 +303,8 @@ class HammingIndex:
         queries = check_query_vectors("rerank", "query_activations", query_activations, self.bits)
         wanted = check_candidates("rerank", ids, len(queries))
         rows = torch.full_like(wanted, -1)
-        with self._reading("rerank") as snapshot:
+        with self._rows_lock.reader():
+            snapshot = self._current("rerank")
             rows[wanted >= 0] = snapshot.rows_of(wanted[wanted >= 0], "rerank")
 
             def signs_of(rows: Tensor) -> Tensor:
@@ -312,7 +323,8 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or an id that is not in the index.
         """
         wanted = check_ids("reconstruct", ids, unique=False)
-        with self._reading("reconstruct") as snapshot:
+        with self._rows_lock.reader():
+            snapshot = self._current("reconstruct")
             record_streams(snapshot.codes.parts)
             codes = snapshot.codes.gather(snapshot.rows_of(wanted, "reconstruct"))
         return to_callers_type(ids, codes)[0]
@@ -369,8 +381,12 @@ class HammingIndex:
             codes: uint8 [M, bits / 8].
 
         Raises:
-            InputError: a wrong dtype or shape, or an id that repeats or is not in the index; then nothing changes.
+            InputError: a wrong dtype or shape, an id that repeats or is not in the index, or a call from the `progress`
+                of a search, which would wait for itself; then nothing changes.
         """
+        if self._rows_lock.is_read_here():
+            actual = "one that this thread is searching, in the call of progress"
+            raise invalid("update", "the index", "one that no search of this thread uses", actual, "update it later")
         new_codes = check_codes("update", "codes", codes, self.bits)
         wanted = check_ids("update", ids, len(new_codes))
         with self._writer:
@@ -380,10 +396,13 @@ class HammingIndex:
                 self._last_saved = None  # the next save must write these rows again
                 with self._explain_out_of_memory("update", new_codes.nbytes):
                     replacements = stored.scatter(rows, new_codes)
-                with self._rows_lock.writing():
+
+                def overwrite() -> None:
                     synchronize_devices(self._code_devices)  # a search may return before its kernels end
                     stored.overwrite(replacements)
                     synchronize_streams(self._code_devices)
+
+                self._rows_lock.write(overwrite)
 
     def compact(self) -> None:
         """Free the memory of removed codes; the next save frees it in the folder. Ids do not change."""
@@ -507,7 +526,10 @@ class HammingIndex:
                 index._copy_rows(snapshot, "copy")
             else:
                 added = snapshot.codes.host_rows(slice(stored.rows, None))
-                index._publish_map(stored, added, snapshot.ids, snapshot.live, snapshot.next_id)
+                try:
+                    index._publish_map(stored, added, snapshot.ids, snapshot.live, snapshot.next_id)
+                except (InputError, FileNotFoundError):  # another save has just removed the file
+                    index._copy_rows(snapshot, "copy")
         return index
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -610,11 +632,11 @@ class HammingIndex:
         It is None for other searches and for wrong arguments.
         """
         array, threads = queries, check_threads("search", num_threads)
-        if type(queries) is Tensor and queries.dtype == torch.uint8 and queries.is_cpu:
-            array = queries.numpy() if queries.layout == torch.strided else None
+        if type(queries) is Tensor and queries.dtype == torch.uint8 and can_be_array(queries):
+            array = queries.numpy()
         if not self._is_on_host or type(array) is not np.ndarray or type(k) is not int:
             return None
-        with self._rows_lock:
+        with self._rows_lock.reader():
             answer = execution.topk_in_one_call(self._current("search"), array, k, threads)
         if answer is None or array is queries:
             return answer
@@ -627,12 +649,6 @@ class HammingIndex:
         if snapshot.codes.file is not None:
             snapshot.codes.file.check(where)
         return snapshot
-
-    @contextmanager
-    def _reading(self, where: str) -> Iterator[Snapshot]:
-        """Yield the current snapshot. No update overwrites its codes until the block ends."""
-        with self._rows_lock:
-            yield self._current(where)
 
     def _check_options(
         self, where: str, snapshot: Snapshot, queries: int, filter: Array | None, num_threads: int | None
@@ -686,3 +702,12 @@ class HammingIndex:
             blocks = snapshot.codes.blocks()
             codes = GrowingCodes.from_blocks(blocks, rows, self.bits // 8, self._code_devices)
             self._publish_codes(codes, rows, snapshot.ids, snapshot.live, snapshot.next_id)
+
+
+def _renew_locks() -> None:
+    """In a forked process: replace the locks, which threads that were not forked may hold."""
+    for index in list(_living.values()):
+        index._make_locks()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

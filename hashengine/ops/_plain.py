@@ -32,6 +32,17 @@ def needs_plain_torch() -> bool:
     return _innermost_transform() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 
+def can_be_array(tensor: Tensor) -> bool:
+    """Whether `tensor.numpy()` gives its values and is seen by nobody: no transform, trace, mode or compiler.
+
+    Any of these records or replaces the operations on tensors, and would take an answer that was computed from an array
+    for a constant.
+    """
+    if _is_compiling() or needs_plain_torch() or torch._C._len_torch_dispatch_stack():
+        return False
+    return tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_nested
+
+
 def untraced(check: Callable[..., None]) -> Callable[..., None]:
     """`check`, which only compares sizes and raises errors, without the warnings of a trace about comparisons."""
 

@@ -10,6 +10,7 @@ import torch
 
 from hashengine import HammingIndex, InputError
 from hashengine.index import Searcher
+from hashengine.index.code_memory import GrowingCodes
 from tests.helpers.indexes import assert_same_index, codes_of, index_of
 
 
@@ -336,3 +337,15 @@ def test_devices_ids_and_codes_are_properties():
     index = index_of(3)
     assert index.devices == (torch.device("cpu"),)
     assert index.ids.tolist() == [0, 1, 2] and index.codes.shape == (3, 8)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), InputError("load: the size of codes.bin ...")])
+def test_a_copy_of_a_mapped_index_is_in_memory_if_a_save_removes_the_file(tmp_path, monkeypatch, error):
+    index_of(50).save(tmp_path)
+    mapped = HammingIndex.load(tmp_path, mmap=True)
+
+    def gone(*args):
+        raise error
+
+    monkeypatch.setattr(GrowingCodes, "from_file", gone)
+    assert_same_index(copy.copy(mapped), mapped)

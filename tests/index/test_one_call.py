@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hashengine import HammingIndex, InputError, _native
 from hashengine.index import execution
@@ -84,6 +85,7 @@ def test_a_mapped_index_and_an_updated_index_are_searched_in_one_call(tmp_path, 
         codes_of(4).tolist(),
         torch.from_numpy(codes_of(4)).to_sparse(),
         torch.from_numpy(codes_of(4)).float(),
+        torch.nested.nested_tensor([torch.from_numpy(codes_of(1)[0])]),
     ],
 )
 def test_other_queries_are_answered_or_refused_as_on_the_other_path(queries):
@@ -91,7 +93,7 @@ def test_other_queries_are_answered_or_refused_as_on_the_other_path(queries):
     assert_same_outcome(lambda: index.search(queries, 3), lambda: search_in_many_steps(index, queries, 3))
 
 
-@pytest.mark.parametrize("k", [0, -1, 51, 2**70, True, 3.0, "3", None, np.int64(3), torch.tensor(3)])
+@pytest.mark.parametrize("k", [0, -1, 51, 2**70, -(2**70), True, 3.0, "3", None, np.int64(3), torch.tensor(3)])
 def test_every_k_is_answered_or_refused_as_on_the_other_path(k):
     index, queries = index_of(50), codes_of(2, seed=1)
     assert_same_outcome(lambda: index.search(queries, k), lambda: search_in_many_steps(index, queries, k))
@@ -104,6 +106,24 @@ def test_every_number_of_threads_is_answered_or_refused_as_on_the_other_path(thr
         lambda: index.search(queries, 3, num_threads=threads),
         lambda: search_in_many_steps(index, queries, 3, num_threads=threads),
     )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("record", [lambda f, x: torch.jit.trace(f, (x,)), lambda f, x: make_fx(f)(x)])
+def test_a_recorded_search_follows_its_queries(record):
+    index, queries = index_of(50), torch.from_numpy(codes_of(6, seed=1))
+
+    def search(queries: torch.Tensor) -> torch.Tensor:
+        return index.search(queries, 4)[1]
+
+    recorded = record(search, queries[:3])
+    assert torch.equal(recorded(queries[3:]), search(queries[3:]))
+
+
+def test_vmap_over_a_search_computes_each_query():
+    index, queries = index_of(50), torch.from_numpy(codes_of(3, seed=1))
+    found = torch.func.vmap(lambda query: index.search(query[None], 5)[1][0])(queries)
+    assert torch.equal(found, index.search(queries, 5)[1])
 
 
 def test_an_empty_index_is_refused():

@@ -1,0 +1,142 @@
+"""The lock of an index: readers, writers, interrupts, calls from `progress`, and forks."""
+
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from hashengine import InputError
+from hashengine.index.lock import ReadersWriterLock
+from tests.helpers.indexes import codes_of, index_of
+
+
+def in_thread(call) -> threading.Thread:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_writer_waits_for_readers_and_later_readers_wait_for_the_writer():
+    lock, order = ReadersWriterLock(), []
+    entered, leave, blocked = threading.Event(), threading.Event(), threading.Event()
+
+    def first_reader():
+        with lock.reader():
+            entered.set()
+            leave.wait()
+            order.append("first reader")
+
+    def writer():
+        lock.write(lambda: order.append("writer"))
+
+    def second_reader():
+        blocked.set()
+        with lock.reader():
+            order.append("second reader")
+
+    threads = [in_thread(first_reader)]
+    entered.wait()
+    threads.append(in_thread(writer))
+    while not lock._turnstile.locked():  # until the writer waits
+        pass
+    threads.append(in_thread(second_reader))
+    blocked.wait()
+    assert order == []
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first reader", "writer", "second reader"]
+
+
+def test_a_reader_may_read_again_while_a_writer_waits():
+    lock = ReadersWriterLock()
+    with lock.reader():
+        writer = in_thread(lambda: lock.write(lambda: None))
+        while not lock._turnstile.locked():
+            pass
+        with lock.reader():
+            assert lock.is_read_here()
+    writer.join()
+    assert not lock.is_read_here()
+
+
+def test_the_locks_of_ended_threads_are_not_kept():
+    lock = ReadersWriterLock()
+
+    def read():
+        with lock.reader():
+            pass
+
+    for _ in range(5):
+        in_thread(read).join()
+    assert len(lock._locks) == 0
+
+
+def test_interrupted_calls_leave_no_lock():
+    index, query = index_of(100), codes_of(1, seed=1)
+    calls = [
+        lambda: index.search(query, 5),
+        lambda: index.range_search(query, 20),
+        lambda: index.count(query),
+        lambda: index.reconstruct(np.array([1])),
+        lambda: index.update(np.array([0]), query),
+    ]
+    rng, handler = random.Random(0), signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupts = 0
+    try:
+        while interrupts < 500:
+            call = calls[interrupts % len(calls)]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0001, 0.002))
+                while True:
+                    call()
+            except KeyboardInterrupt:
+                interrupts += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    writer = in_thread(lambda: index.update(np.array([0]), query))
+    writer.join(60)
+    assert not writer.is_alive()
+
+
+def test_progress_may_search_but_not_update():
+    index, queries, found = index_of(100), codes_of(3, seed=1), []
+
+    def search_again(done: int, total: int) -> None:
+        found.append(index.search(queries, 1)[1][:, 0].tolist())
+        with pytest.raises(InputError, match="^update: the index must be one that no search of this thread uses, got "):
+            index.update(np.array([0]), queries[:1])
+
+    _, ids = index.search(queries, 1, progress=search_again)
+    assert found and all(again == ids[:, 0].tolist() for again in found)
+    index.update(np.array([0]), queries[:1])
+    assert index.search(queries[:1], 1)[0][0, 0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_can_use_an_index_that_other_threads_were_using():
+    index, query = index_of(100, ids=True), codes_of(1, seed=1)
+    holding, end = threading.Event(), threading.Event()
+
+    def hold_every_lock():
+        with index._writer, index._rows_lock.reader(), index._rows_lock._turnstile:
+            holding.set()
+            end.wait()
+
+    thread = in_thread(hold_every_lock)
+    holding.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that waits for a lock
+        index.search(query, 3)
+        index.update(np.array([0]), query)
+        index.add(query, np.array([7]))
+        os._exit(0 if index.search(query, 1)[0][0, 0] == 0 else 1)
+    _, status = os.waitpid(child, 0)
+    end.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
