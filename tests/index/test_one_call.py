@@ -85,12 +85,17 @@ def test_a_mapped_index_and_an_updated_index_are_searched_in_one_call(tmp_path, 
         codes_of(4).tolist(),
         torch.from_numpy(codes_of(4)).to_sparse(),
         torch.from_numpy(codes_of(4)).float(),
-        torch.nested.nested_tensor([torch.from_numpy(codes_of(1)[0])]),
     ],
 )
 def test_other_queries_are_answered_or_refused_as_on_the_other_path(queries):
     index = index_of(50)
     assert_same_outcome(lambda: index.search(queries, 3), lambda: search_in_many_steps(index, queries, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_queries_are_refused():
+    with pytest.raises(InputError, match="^search: queries must be a dense tensor, got a nested one"):
+        index_of(50).search(torch.nested.nested_tensor([torch.from_numpy(codes_of(1)[0])]), 3)
 
 
 @pytest.mark.parametrize("k", [0, -1, 51, 2**70, -(2**70), True, 3.0, "3", None, np.int64(3), torch.tensor(3)])
