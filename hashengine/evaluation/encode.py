@@ -129,12 +129,13 @@ def encode_folder(
     """
     # A tensor cannot be split into parts of a size beyond 63 bits.
     batch_size = min(check_integer("encode", "batch_size", batch_size, 1), 1 << 31)
-    folder = Path(folder).absolute()
+    folder = check_path("encode", "folder", folder).absolute()
+    model = check_path("encode", "model", model)
     is_single = folder.is_file()
     found = FoundImages([folder], [], []) if is_single else find_images(folder, "encode")
     chosen = check_device("encode", device, auto=True)
     identity, network = read_unchanged(
-        [Path(model, CONFIG_FILE), Path(model, WEIGHTS_FILE)],
+        [model / CONFIG_FILE, model / WEIGHTS_FILE],
         lambda: (fingerprint(model, "encode"), HashNet.from_pretrained(model)),
     )
     network = network.to(chosen).eval()
@@ -169,7 +170,7 @@ def encode_folder(
         bits=network.config.bits,
         count=len(items),
         source=str(folder),
-        model=str(Path(model).absolute()),
+        model=str(model.absolute()),
         fingerprint=identity,
         codes_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
         device=str(chosen),

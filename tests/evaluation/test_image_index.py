@@ -6,15 +6,25 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hashengine import InputError, _progress
-from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder
+from hashengine.evaluation import (
+    CodesFolder,
+    ImageIndex,
+    encode_folder,
+    index_codes,
+    run_demo,
+    search_images,
+    write_report,
+)
 from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation import image_index as image_index_module
 from hashengine.models import HashNet
+from hashengine.training import report
 from tests.helpers.tiny_images import CLASSES, make_model
 
 
@@ -107,6 +117,15 @@ def test_an_empty_path_is_refused(codes, model, tmp_path, monkeypatch):
         lambda: ImageIndex.build(codes, ""),
         lambda: ImageIndex.load(""),
         lambda: HashNet.from_pretrained(model).save_pretrained(""),
+        lambda: encode_folder("", model),
+        lambda: encode_folder("images", ""),
+        lambda: index_codes("codes", ""),
+        lambda: search_images("index", ""),
+        lambda: write_report("", "index", "results.json"),
+        lambda: run_demo("", Path("demo"), 32),
+        lambda: run_demo("images", "", 32),
+        lambda: report([""]),
+        lambda: report(["runs"], output=""),
     ):
         with pytest.raises(InputError, match=r" must be a path, got an empty string; '\.' is the working folder"):
             call()
