@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from typing_extensions import Self
 
@@ -18,9 +20,26 @@ def _check_integer(value: Any) -> int:
     return number
 
 
+def _check_choice(value: Any) -> Any:
+    """Refuse a value such as True or 1.0, which pydantic takes for the choice 1. It refuses all strings itself."""
+    return value if isinstance(value, str) else _check_integer(value)
+
+
 def _check_number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a valid number")
+    return value
+
+
+def _check_flag(value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError("must be true or false")
+    return bool(value)
+
+
+def _check_path(value: Any) -> Any:
+    if value == "":
+        raise ValueError("must be a path ('.' is the working folder)")
     return value
 
 
@@ -30,11 +49,14 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-# The types of numeric options. Pydantic alone would take True and 8.0 for integers, and True for a number. A number may
-# also be a string, because YAML reads 4e-3 as one.
+# The types of options. Pydantic alone would take True and 8.0 for integers, True for a number, 1 and "yes" for a flag,
+# and an empty string for the path of the working folder. A number may also be a string, because YAML reads 4e-3 as one.
 Integer = Annotated[int, BeforeValidator(_check_integer)]
+IntegerChoice = BeforeValidator(_check_choice)  # annotates a Literal of integers
 Seed = Annotated[Integer, AfterValidator(_check_seed)]
 Number = Annotated[float, BeforeValidator(_check_number)]
+Flag = Annotated[bool, BeforeValidator(_check_flag)]
+GivenPath = Annotated[Path, BeforeValidator(_check_path)]
 
 
 class Config(BaseModel):

@@ -5,7 +5,8 @@ contains the new name is made durable, too. Therefore a crash, a kill or a full 
 content or the complete new content. There are two exceptions: `write_files` replaces several files one after the other,
 and `replace_folder` needs two steps if the system cannot exchange two names.
 
-`check_output` refuses an output before the work that makes it begins.
+`check_output` refuses an output before the work that makes it begins. `read_unchanged` reads several files of one
+state.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from hashengine.errors import invalid
+from hashengine.errors import InputError, invalid
+
+T = TypeVar("T")
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -185,6 +188,38 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def read_unchanged(files: Iterable[Path], read: Callable[[], T]) -> T:
+    """The result of `read`, which reads several files that another process or thread may replace at any time.
+
+    `read` is called again if one of `files` was replaced, created or removed during the call. After such a call, its
+    error is ignored, too.
+
+    Args:
+        files: files of which every change that `read` must notice replaces at least one.
+        read: called without arguments.
+    """
+    files = tuple(files)
+    while True:
+        before = [_version(file) for file in files]
+        try:
+            result = read()
+        except (InputError, OSError):
+            if [_version(file) for file in files] == before:
+                raise
+            continue
+        if [_version(file) for file in files] == before:
+            return result
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What distinguishes the file from one that replaces it; None if there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def make_folder(path: Path) -> None:

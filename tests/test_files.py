@@ -40,6 +40,41 @@ def test_files_are_made_durable_by_one_fsync_each_or_by_one_flush(
     assert (tmp_path / "out" / "sub" / "c").read_text() == "sub/c"
 
 
+def test_files_that_do_not_change_are_read_once_and_their_error_is_raised(tmp_path):
+    calls = []
+
+    def damaged():
+        calls.append("read")
+        raise InputError("damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        _files.read_unchanged([tmp_path / "missing"], damaged)
+    with pytest.raises(FileNotFoundError):
+        _files.read_unchanged([tmp_path / "missing"], (tmp_path / "missing").read_text)
+    assert calls == ["read"]
+
+
+@pytest.mark.parametrize("change", ["replace", "remove", "create"])
+def test_files_are_read_again_after_a_change(tmp_path, change):
+    file = tmp_path / "file"
+    if change != "create":
+        file.write_text("old")
+    calls = []
+
+    def read():
+        calls.append("read")
+        if len(calls) == 1:
+            if change == "remove":
+                file.unlink()
+            else:
+                _files.write_file(file, "new")
+            raise InputError("a mix")
+        return file.exists()
+
+    assert _files.read_unchanged([file], read) is (change != "remove")
+    assert len(calls) == 2
+
+
 def test_every_new_folder_is_synchronised_in_its_parent(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(_files, "sync_folder", synced.append)

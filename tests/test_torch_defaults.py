@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -335,6 +337,38 @@ def test_the_defaults_of_torch_return_after_a_computation_without_them(changed):
         after = torch.empty(0)
     assert (inside.dtype, inside.device.type) == (torch.float32, "cpu")
     assert (after.dtype, after.device) == (before.dtype, before.device)
+
+
+@pytest.mark.parametrize("first_to_leave", [0, 1])
+def test_the_default_dtype_returns_after_blocks_that_overlap_in_two_threads(first_to_leave):
+    entered, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    inside: list[torch.dtype] = []
+
+    def block(number: int) -> None:
+        with torch_defaults():
+            entered[number].set()
+            assert leave[number].wait(60)
+            inside.append(torch.empty(0).dtype)
+
+    with defaults(torch.float64), ThreadPoolExecutor() as pool:
+        runs = []
+        for number in (0, 1):
+            runs.append(pool.submit(block, number))
+            assert entered[number].wait(60)
+        for number in (first_to_leave, 1 - first_to_leave):
+            leave[number].set()
+            runs[number].result()
+        assert torch.get_default_dtype() == torch.float64
+    assert inside == [torch.float32, torch.float32]
+
+
+def test_nested_blocks_and_errors_in_them_restore_the_default_dtype():
+    with defaults(torch.float64):
+        with torch_defaults():
+            with pytest.raises(ValueError, match="inner"), torch_defaults():
+                raise ValueError("inner")
+            assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.float64
 
 
 @pytest.mark.parametrize("changed", DEFAULTS)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine.errors import InputError
+from hashengine.errors import InputError, invalid
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -65,6 +65,20 @@ class Commands(TyperGroup):
             if not _is_expected(error):
                 raise
             _report(str(error), MISTAKE if _is_mistake(error) else FAILURE)
+
+
+class Command(TyperCommand):
+    """A command that refuses empty values. An empty path would become the path of the working folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command."""
+        if args and not ctx.resilient_parsing:
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            for name, value in given.items():
+                if "" in (value if isinstance(value, (list, tuple)) else (value,)):
+                    where, advice = ctx.command_path.partition(" ")[2], "a variable of the shell may be unset"
+                    raise invalid(where, name, "a value that is not empty", "an empty string", advice)
+        return super().parse_args(ctx, args)
 
 
 def _escape_what_the_console_lacks() -> None:
@@ -170,7 +184,7 @@ def command(app: typer.Typer, before: Callable[[], None] | None = None, **settin
         combined = inspect.Signature([*own, *_COMMON], return_annotation=None)
         run.__signature__ = combined  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in combined.parameters.values()}
-        app.command(**settings)(run)
+        app.command(cls=Command, **settings)(run)
         return function
 
     return decorate

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from hashengine import _progress
 from hashengine._files import check_output, make_folder, write_file
+from hashengine._validation import check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder
 from hashengine.evaluation.evaluate import evaluate
@@ -49,6 +50,8 @@ def run_demo(data: str, output: Path, bits: int) -> Report:
         InputError: `output` is neither empty nor the folder of an earlier demo, `output` contains `data`, or a step
             fails.
     """
+    check_path("demo", "data", data)
+    output = check_path("demo", "output", output)
     start_over(output, data)
     scripts = Path(sys.executable).parent
     if shutil.which("hashengine") != str(scripts / "hashengine") and (scripts / "activate").is_file():

@@ -14,14 +14,14 @@ import torch
 
 from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE
-from hashengine._files import replace_folder
+from hashengine._files import read_unchanged, replace_folder
 from hashengine._threads import thread_pool
 from hashengine._validation import DeviceName, check_device, check_integer, check_path
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import EncodeRecord, Item, Unreadable, read_items, write_items
 from hashengine.images import FoundImages, find_images, label_of, read_image
 from hashengine.models import HashNet
-from hashengine.models.checkpoint import WEIGHTS_FILE
+from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CodesFolder:
     def load(
         cls, folder: str | os.PathLike[str], where: str = "CodesFolder.load", argument: str = "codes"
     ) -> CodesFolder:
-        """Read what `save` wrote.
+        """Read what `save` wrote. A save at the same time is not mixed with the earlier one.
 
         Args:
             folder: the codes folder.
@@ -64,7 +64,11 @@ class CodesFolder:
         Raises:
             InputError: a file is missing, damaged or inconsistent with the others.
         """
-        folder = check_path(where, argument, folder)
+        path = check_path(where, argument, folder)
+        return read_unchanged([path / "encode.json"], lambda: cls._read(path, where, argument))
+
+    @classmethod
+    def _read(cls, folder: Path, where: str, argument: str) -> CodesFolder:
         if not is_codes_folder(folder):
             raise invalid(where, argument, "a codes folder written by 'hashengine encode'", repr(str(folder)))
         record = EncodeRecord.read(folder / "encode.json", where, argument, "hashengine encode")
@@ -125,11 +129,16 @@ def encode_folder(
     """
     # A tensor cannot be split into parts of a size beyond 63 bits.
     batch_size = min(check_integer("encode", "batch_size", batch_size, 1), 1 << 31)
-    folder = Path(folder).absolute()
+    folder = check_path("encode", "folder", folder).absolute()
+    model = check_path("encode", "model", model)
     is_single = folder.is_file()
     found = FoundImages([folder], [], []) if is_single else find_images(folder, "encode")
-    chosen, identity = check_device("encode", device, auto=True), fingerprint(model, "encode")
-    network = HashNet.from_pretrained(model).to(chosen).eval()
+    chosen = check_device("encode", device, auto=True)
+    identity, network = read_unchanged(
+        [model / CONFIG_FILE, model / WEIGHTS_FILE],
+        lambda: (fingerprint(model, "encode"), HashNet.from_pretrained(model)),
+    )
+    network = network.to(chosen).eval()
 
     start = time.perf_counter()
     codes: list[np.ndarray] = []
@@ -161,7 +170,7 @@ def encode_folder(
         bits=network.config.bits,
         count=len(items),
         source=str(folder),
-        model=str(Path(model).absolute()),
+        model=str(model.absolute()),
         fingerprint=identity,
         codes_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
         device=str(chosen),

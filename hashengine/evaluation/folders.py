@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hashengine._defaults import BATCH_SIZE, RADIUS
 from hashengine._files import check_output
-from hashengine._validation import DeviceName
+from hashengine._validation import DeviceName, check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder, is_codes_folder
 from hashengine.evaluation.evaluate import evaluate
@@ -33,9 +33,10 @@ def index_codes(
     Raises:
         InputError: a folder is unusable, or the codes come from another model than the index.
     """
+    output = check_path("index", "output", output)
     check_output(
         "index",
-        Path(output),
+        output,
         outside=(codes, None if append else model),
         keeps=() if append else (codes,),
         is_folder=True,
@@ -71,11 +72,12 @@ def search_images(
     Raises:
         InputError: a folder or an image is unusable, `k` is out of range, or the queries come from another model.
     """
-    if not Path(query).exists():
+    query = check_path("search", "query", query)
+    if not query.exists():
         expected = "an image, a folder of images or a codes folder"
-        raise invalid("search", "query", expected, f"{os.fspath(query)!r}, which does not exist")
+        raise invalid("search", "query", expected, f"{str(query)!r}, which does not exist")
     image_index = ImageIndex.load(index, "search")
-    if is_codes_folder(Path(query)):
+    if is_codes_folder(query):
         queries = CodesFolder.load(query, "search", "query")
     else:
         queries = encode_folder(query, model or Path(index, "model"), batch_size=batch_size, device=device)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hashengine import _progress
 from hashengine._defaults import NEIGHBOURS
-from hashengine._files import locked, replace_folder
+from hashengine._files import locked, read_unchanged, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, fingerprint
@@ -78,8 +78,10 @@ class ImageIndex:
         earlier = _locked(folder) if (folder / "index.json").is_file() else nullcontext()
         with earlier, replace_folder(folder, marker="index.json", where="index") as temporary:
             (temporary / "model").mkdir()
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                shutil.copyfile(Path(model, name), temporary / "model" / name)
+            _copy_model(Path(model), temporary / "model")
+            if fingerprint(temporary / "model", "index") != codes.record.fingerprint:
+                actual = f"another one in {os.fspath(model)!r}, which was saved during this command"
+                raise invalid("index", "the model of the codes", "the one that made them", actual, "encode again")
             hamming = HammingIndex(codes.record.bits)
             hamming.add(codes.codes)
             hamming.save(temporary / "codes")
@@ -94,15 +96,19 @@ class ImageIndex:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], where: str = "ImageIndex.load") -> ImageIndex:
-        """Open the index in `folder`.
+        """Open the index in `folder`. A build or an append at the same time is not mixed with the earlier index.
 
         Raises:
             InputError: there is no index (the error then names `where`), or it is damaged.
         """
-        folder = check_path(where, "index", folder)
+        path = check_path(where, "index", folder)
+        return read_unchanged([path / "index.json"], lambda: cls._read(path, where))
+
+    @classmethod
+    def _read(cls, folder: Path, where: str, mmap: bool = False) -> ImageIndex:
         _check_is_index(folder, where)
         record = IndexRecord.read(folder / "index.json", where, "index", "hashengine index")
-        hamming = HammingIndex.load(folder / "codes")
+        hamming = HammingIndex.load(folder / "codes", mmap=mmap)
         if record.bits != hamming.bits:
             expected = f"a folder with codes of {record.bits} bits, as {str(folder / 'index.json')!r} says"
             raise invalid(where, "index", expected, f"codes of {hamming.bits} bits", "build it again")
@@ -129,12 +135,14 @@ class ImageIndex:
     def append(self, codes: CodesFolder) -> None:
         """Add `codes` after those in the index, and save. Appends from several processes or threads take turns.
 
-        After a failure, the old index is in memory, and the old or the new index is on disk.
+        An index that another process or thread changed or built again after it was loaded is refused. After a failure,
+        the old index is in memory, and the old or the new index is on disk.
 
         Raises:
             InputError: the codes come from another model or have another number of bits, or the folder no longer holds
                 this index.
         """
+        _check_is_index(self.folder, "index")  # otherwise the lock cannot be created
         with _locked(self.folder):
             self._append(codes)
 
@@ -142,10 +150,14 @@ class ImageIndex:
         self.check("index", codes, "codes")
         start = time.perf_counter()
         first = len(self.hamming)
+        stored = self._read(self.folder, "index", mmap=True)
+        if (stored.record.identity, stored.items) != (self.record.identity, self.items):
+            expected = f"a folder with the {first} images that were loaded from it"
+            actual = f"{len(stored.items)} images in {str(self.folder)!r}"
+            if len(stored.items) == first:
+                actual = f"other images or codes in {str(self.folder)!r}"
+            raise invalid("index", "index", expected, actual, "load it again")
         hamming = HammingIndex.load(self.folder / "codes", mmap=True)
-        if len(hamming) != first:
-            expected = f"a folder with the {first} codes that were loaded from it"
-            raise invalid("index", "index", expected, f"{len(hamming)} in {str(self.folder)!r}", "load it again")
         hamming.add(codes.codes)
         items = [*self.items, *(Item(first + item.id, item.path, item.label) for item in codes.items)]
         write_items(self.folder / "items.csv", items)
@@ -218,6 +230,14 @@ def check_model(model: str | os.PathLike[str], expected: str) -> None:
     """
     if fingerprint(model, "index") != expected:
         raise invalid("index", "model", "the one that made the codes", f"another one in {os.fspath(model)!r}")
+
+
+def _copy_model(model: Path, target: Path) -> None:
+    def copy() -> None:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(model / name, target / name)
+
+    read_unchanged([model / CONFIG_FILE, model / WEIGHTS_FILE], copy)
 
 
 def _check_is_index(folder: Path, where: str) -> None:

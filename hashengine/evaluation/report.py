@@ -18,7 +18,7 @@ from hashengine import _environment
 from hashengine._defaults import REPORT_ROWS, SEED
 from hashengine._files import check_output, make_folder, write_file
 from hashengine._text import printable
-from hashengine._validation import check_integer
+from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults
 from hashengine.images import read_image
@@ -93,7 +93,7 @@ def write_report(
         InputError: a file is missing or damaged, the files do not belong together, or `output` would replace an input.
     """
     rows = check_integer("report", "queries", rows, 1)
-    output = Path(output)
+    output = check_path("report", "output", output)
     if output.suffix != ".html":
         raise invalid("report", "output", "a name that ends in .html", repr(str(output)))
     for written in (output, output.with_suffix(".json")):

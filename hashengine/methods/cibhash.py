@@ -56,6 +56,8 @@ class CibHashMethod(HashingMethod):
     def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
         """The contrastive loss of the codes and the weighted bottleneck, in float32, or in float64 for float64.
 
+        Autocast does not apply to them.
+
         Raises:
             InputError: the batch has no second view, or has only one image, which cannot be compared with others.
         """
@@ -63,9 +65,10 @@ class CibHashMethod(HashingMethod):
             raise invalid(self.name, "batch", "two views of each image", "one")
         if len(batch.activations) < 2:
             raise invalid(self.name, "batch", "at least 2 images", len(batch.activations))
-        first, second = (_at_least_float32(u) for u in (batch.activations, batch.second.activations))
-        contrastive = _contrastive(self.binarise(first), self.binarise(second), self.options.temperature)
-        bottleneck = (_divergence(first, second.detach()) + _divergence(second, first.detach())) / 2
+        with torch.autocast(batch.activations.device.type, enabled=False):
+            first, second = (_at_least_float32(u) for u in (batch.activations, batch.second.activations))
+            contrastive = _contrastive(self.binarise(first), self.binarise(second), self.options.temperature)
+            bottleneck = (_divergence(first, second.detach()) + _divergence(second, first.detach())) / 2
         return {"contrastive": contrastive, "bottleneck": self.options.bottleneck_weight * bottleneck}
 
     def binarise(self, u: Tensor) -> Tensor:

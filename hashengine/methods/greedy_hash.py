@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hashengine._config import Config, Number
+from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.methods.base import Batch, HashingMethod
 from hashengine.ops import greedy_sign
@@ -47,12 +48,20 @@ class GreedyHashMethod(HashingMethod):
         """The classification loss of the code and the quantisation penalty of the activations.
 
         Raises:
-            InputError: the targets are multi-hot.
+            InputError: the targets are not int64 [N], such as multi-hot ones, or on the CPU, a target is no class.
         """
-        if batch.targets.dim() != 1:
-            raise invalid(self.name, "targets", "one class per image, int64 [N]", list(batch.targets.shape))
+        targets, shape = batch.targets, batch.activations.shape[:1]
+        is_tensor = isinstance(targets, Tensor)
+        if not is_tensor or targets.dtype != torch.int64 or targets.shape != shape:
+            found = f"{dtype_name(targets)} {list(targets.shape)}" if is_tensor else type(targets).__name__
+            raise invalid(self.name, "targets", f"one class per image, a tensor of int64 {list(shape)}", found)
         b, penalty = greedy_sign(batch.activations, self.options.alpha)
-        return {"classification": cross_entropy(self.classifier(b), batch.targets), "penalty": penalty}
+        try:
+            classification = cross_entropy(self.classifier(b), targets)
+        except IndexError:
+            actual = f"{int(targets.min())} to {int(targets.max())}"
+            raise invalid(self.name, "targets", f"0 to {self.classifier.out_features - 1}", actual) from None
+        return {"classification": classification, "penalty": penalty}
 
     def measures(self, batch: Batch) -> dict[str, Tensor]:
         """The classifier's accuracy."""

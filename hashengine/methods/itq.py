@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hashengine._config import Config, Integer, Seed
+from hashengine._validation import FLOATING, check_array, check_integer
 from hashengine.errors import invalid
 from hashengine.methods.base import HashingMethod
 
@@ -54,12 +55,17 @@ class ItqMethod(HashingMethod):
         The computation is in float64 on the features' device. The head has the features' dtype.
 
         Raises:
-            InputError: `bits` exceeds the rank that the centred features can have, or the features are not finite.
+            InputError: the features are no floating-point tensor of at least 2 rows or are not finite, or `bits` is
+                below 1 or exceeds the rank that the centred features can have.
         """
+        if not isinstance(features, Tensor):
+            raise invalid(self.name, "features", "a torch tensor", type(features).__name__)
+        check_array(self.name, "features", features, FLOATING)
+        if features.dim() != 2 or len(features) < 2 or features.shape[1] == 0:
+            raise invalid(self.name, "features", "[N, dim] with at least 2 rows", list(features.shape))
         count, dim = features.shape
-        if bits > min(count - 1, dim):
-            limit = f"at most {min(count - 1, dim)}, the rank of {count} centred features of dimension {dim}"
-            raise invalid(self.name, "bits", limit, bits)
+        meaning = f"the rank of {count} centred features of dimension {dim}"
+        bits = check_integer(self.name, "bits", bits, 1, min(count - 1, dim), meaning)
         if not bool(torch.isfinite(features).all()):
             raise invalid(self.name, "features", "finite", "NaN or infinity")
         wide = features.double()

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hashengine._files import write_files
+from hashengine._files import read_unchanged, write_files
 from hashengine._text import to_json
 from hashengine.errors import InputError, input_error, invalid
 from hashengine.models.config import HashNetConfig
@@ -87,12 +87,16 @@ def save(folder: Path, model: Model) -> None:
 
 
 def load(folder: Path) -> Model:
-    """Read what `save` wrote.
+    """Read what `save` wrote. A save at the same time is not mixed with the earlier one.
 
     Raises:
         InputError: a file is missing, truncated or foreign, or the two files are from different saves.
         OSError: a file cannot be read, for example because the permission is missing.
     """
+    return read_unchanged([folder / CONFIG_FILE, folder / WEIGHTS_FILE], lambda: _read(folder))
+
+
+def _read(folder: Path) -> Model:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             expected = "a folder written by 'hashengine train fit' or save_pretrained"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from hashengine._config import Config, Integer, Number
+from hashengine._config import Config, Integer, IntegerChoice, Number
 from hashengine._defaults import BITS
 from hashengine._validation import MAX_BITS
 
@@ -31,7 +31,7 @@ Widths = Annotated[
     tuple[Annotated[Integer, Field(gt=0, le=65_536)], ...],
     Field(min_length=1, description="channels of each stage of the network"),
 ]
-StemStride = Literal[1, 2]
+StemStride = Annotated[Literal[1, 2], IntegerChoice]
 
 DEFAULT_ATTENTION: Attention = "simam"
 DEFAULT_WIDTHS: Widths = (32, 64, 128)
@@ -57,7 +57,7 @@ class HashNetConfig(Config):
 
     bits: Bits = BITS
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
-    channels: Literal[1, 3] = 3
+    channels: Annotated[Literal[1, 3], IntegerChoice] = 3
     image_size: ImageSize = 32
     attention: Attention = DEFAULT_ATTENTION
     widths: Widths = DEFAULT_WIDTHS

@@ -95,7 +95,7 @@ class HashNet(nn.Module):
     def encode(self, images: Tensor, batch_size: int = 512) -> Tensor:
         """Hash images to packed codes.
 
-        Runs in evaluation mode on the network's device and restores the mode afterwards.
+        Runs in evaluation mode on the network's device and restores the mode of each module afterwards.
 
         Args:
             images: uint8 [N, channels, image_size, image_size].
@@ -111,7 +111,7 @@ class HashNet(nn.Module):
         self._check_images("HashNet.encode", images)
         batch_size = check_integer("HashNet.encode", "batch_size", batch_size, 1)
         codes = torch.empty(len(images), self.config.bits // 8, dtype=torch.uint8, device=images.device)
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             for start in range(0, len(images), batch_size):
@@ -127,7 +127,8 @@ class HashNet(nn.Module):
                     )
                 codes[batch] = ops.pack_bits(u).to(codes.device)
         finally:
-            self.train(was_training)
+            for module, training in modes:
+                module.training = training
         return codes
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

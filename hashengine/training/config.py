@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hashengine import methods
-from hashengine._config import Config, Integer, Number, Seed
+from hashengine._config import Config, Flag, GivenPath, Integer, Number, Seed
 from hashengine._defaults import BITS, SEED
 from hashengine._validation import check_device_name
 from hashengine.errors import brief, invalid
@@ -42,8 +42,8 @@ class FitConfig(Config):
 
     where: ClassVar[str] = "fit"
 
-    images: Annotated[Path, Field(description="folder of class folders to train on")]
-    output: Annotated[Path, Field(description="the model folder to write")]
+    images: Annotated[GivenPath, Field(description="folder of class folders to train on")]
+    output: Annotated[GivenPath, Field(description="the model folder to write")]
     method: Annotated[
         str, Field(description="hashing method; 'hashengine train methods' lists them and their options")
     ] = methods.DEFAULT
@@ -75,7 +75,7 @@ class FitConfig(Config):
         Field(description="an image moves at random by up to this many pixels; by default an eighth of its size"),
     ] = None
     flip: Annotated[
-        bool, Field(description="mirror half of the images at random: for photographs, not for digits or text")
+        Flag, Field(description="mirror half of the images at random: for photographs, not for digits or text")
     ] = False
     seed: Annotated[Seed, Field(description="seed of the weights, image order and augmentation")] = SEED
     device: Annotated[
@@ -156,7 +156,9 @@ def _collect_others(config: type[Config], values: Any, into: str) -> Any:
         return values
     fields = {name: value for name, value in values.items() if name in config.model_fields}
     others = {name: value for name, value in values.items() if name not in config.model_fields}
-    return fields | {into: fields.get(into, {}) | others}
+    if not isinstance(given := fields.get(into, {}), dict):  # pydantic reports it
+        return fields
+    return fields | {into: given | others}
 
 
 class SweepConfig(Config):
@@ -164,9 +166,11 @@ class SweepConfig(Config):
 
     where: ClassVar[str] = "train sweep"
 
-    output: Annotated[Path, Field(description="folder to write: one model folder per run, table.md and table.json")]
+    output: Annotated[
+        GivenPath, Field(description="folder to write: one model folder per run, table.md and table.json")
+    ]
     queries: Annotated[
-        Path | None, Field(description="folder of class folders with the query images for the mAP of each run")
+        GivenPath | None, Field(description="folder of class folders with the query images for the mAP of each run")
     ] = None
     grid: Annotated[
         dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]],

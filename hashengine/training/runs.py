@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hashengine._files import check_output, make_folder, write_file
 from hashengine._text import printable
+from hashengine._validation import check_path
 from hashengine.errors import invalid
 
 if TYPE_CHECKING:
@@ -175,17 +176,18 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         InputError: a folder neither is a run nor contains one, the record of a run is damaged, or `output` has another
             suffix.
     """
-    if output is not None and Path(output).suffix not in (".md", ".json"):
+    output = None if output is None else check_path("train report", "output", output)
+    if output is not None and output.suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
-    runs = [Run.load(folder) for given in folders for folder in _run_folders(Path(given))]
+    runs = [Run.load(folder) for given in folders for folder in _run_folders(check_path("train report", "run", given))]
     if output is not None:
-        check_output("train report", Path(output), outside=[run.folder for run in runs])
+        check_output("train report", output, outside=[run.folder for run in runs])
     if not runs:
         raise invalid("train report", "folders", "at least one folder", "none")
     results = table(runs)
     if output is not None:
-        make_folder(Path(output).parent)
-        write_file(Path(output), results.to_markdown() if Path(output).suffix == ".md" else results.to_json())
+        make_folder(output.parent)
+        write_file(output, results.to_markdown() if output.suffix == ".md" else results.to_json())
     return results
 
 

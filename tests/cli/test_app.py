@@ -137,6 +137,37 @@ def test_the_option_threads_sets_the_number_of_threads_of_torch(tmp_path):
         assert f"threads must be 1 to 4096, got {wrong}" in refuse("doctor", "--threads", wrong)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("encode", "images", "--model", "model", "-o", ""), "output"),
+        (("encode", "", "--model", "model", "-o", "codes"), "folder"),
+        (("encode", "images", "--model=", "-o", "codes"), "model"),
+        (("index", "codes", "--output", ""), "output"),
+        (("search", "", "image.png"), "index"),
+        (("search", "index", "", "--output", "results.json"), "query"),
+        (("evaluate", "index", "queries", "-o", ""), "output"),
+        (("report", "--index", "", "--results", "results.json", "-o", "page.html"), "index"),
+        (("demo", "--data", ""), "data"),
+        (("demo", "--output", ""), "output"),
+        (("train", "prepare", "", "-o", "split"), "source"),
+        (("train", "prepare", "images", "-o", "split", "--root", ""), "root"),
+        (("train", "fit", "--images", "images", "--output", ""), "output"),
+        (("train", "fit", "--images", "", "--output", "model", "--alpha", "0.2"), "images"),
+        (("train", "fit", "--config", ""), "config"),
+        (("train", "sweep", "--images", "images", "--output", "sweep", "--queries", ""), "queries"),
+        (("train", "report", "run", ""), "runs"),
+    ],
+    ids=str,
+)
+def test_an_empty_value_is_refused_before_it_becomes_the_working_folder(arguments, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = " ".join(arguments[: 2 if arguments[0] == "train" else 1])
+    expected = f"error: {command}: {name} must be a value that is not empty, got an empty string; a variable of the"
+    assert refuse(*arguments).startswith(expected)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quiet_leaves_stderr_empty(tmp_path):
     images, model = make_images(tmp_path / "images", per_class=1), make_model(tmp_path / "model")
     (images / "bars" / "broken.png").write_bytes(b"")

@@ -10,7 +10,7 @@ from hashengine.evaluation.records import Item
 from hashengine.images import read_image
 from hashengine.models import HashNet
 from tests.helpers.hand_made_codes import hand_made
-from tests.helpers.tiny_images import make_images
+from tests.helpers.tiny_images import make_images, make_model
 
 
 def test_codes_equal_those_of_the_model_and_are_in_the_order_of_the_paths(images, model, codes):
@@ -24,6 +24,38 @@ def test_codes_equal_those_of_the_model_and_are_in_the_order_of_the_paths(images
 
 def test_batches_do_not_change_the_codes(images, model, codes):
     assert np.array_equal(encode_folder(images, model, batch_size=2).codes, codes.codes)
+
+
+def test_a_load_of_codes_beside_a_save_reads_one_state(codes, queries, tmp_path, monkeypatch):
+    """The codes are saved again after their record was read, and before their items are read."""
+    codes.save(tmp_path / "codes")
+    read_items = encode_module.read_items
+
+    def save_first(*arguments):
+        monkeypatch.setattr(encode_module, "read_items", read_items)
+        queries.save(tmp_path / "codes")
+        return read_items(*arguments)
+
+    monkeypatch.setattr(encode_module, "read_items", save_first)
+    found = CodesFolder.load(tmp_path / "codes")
+    assert found.record == queries.record and found.items == queries.items
+    assert np.array_equal(found.codes, queries.codes)
+
+
+def test_the_fingerprint_is_that_of_the_network_if_the_model_is_saved_meanwhile(images, tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model")
+    fingerprint = encode_module.fingerprint
+
+    def save_afterwards(*arguments):
+        monkeypatch.setattr(encode_module, "fingerprint", fingerprint)
+        found = fingerprint(*arguments)
+        make_model(model, seed=1)
+        return found
+
+    monkeypatch.setattr(encode_module, "fingerprint", save_afterwards)
+    found = encode_folder(images, model)
+    assert found.record.fingerprint == fingerprint(model)
+    assert np.array_equal(found.codes, encode_folder(images, model).codes)
 
 
 def test_unreadable_images_are_skipped_reported_and_recorded(tmp_path, model):

@@ -2,18 +2,29 @@
 
 import copy
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hashengine import InputError, _progress
-from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder
+from hashengine.evaluation import (
+    CodesFolder,
+    ImageIndex,
+    encode_folder,
+    index_codes,
+    run_demo,
+    search_images,
+    write_report,
+)
 from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation import image_index as image_index_module
 from hashengine.models import HashNet
+from hashengine.training import report
 from tests.helpers.tiny_images import CLASSES, make_model
 
 
@@ -106,6 +117,15 @@ def test_an_empty_path_is_refused(codes, model, tmp_path, monkeypatch):
         lambda: ImageIndex.build(codes, ""),
         lambda: ImageIndex.load(""),
         lambda: HashNet.from_pretrained(model).save_pretrained(""),
+        lambda: encode_folder("", model),
+        lambda: encode_folder("images", ""),
+        lambda: index_codes("codes", ""),
+        lambda: search_images("index", ""),
+        lambda: write_report("", "index", "results.json"),
+        lambda: run_demo("", Path("demo"), 32),
+        lambda: run_demo("images", "", 32),
+        lambda: report([""]),
+        lambda: report(["runs"], output=""),
     ):
         with pytest.raises(InputError, match=r" must be a path, got an empty string; '\.' is the working folder"):
             call()
@@ -146,9 +166,84 @@ def test_a_failed_append_leaves_the_old_index_on_disk_and_in_memory(index, queri
 
 def test_an_index_that_changed_on_disk_is_not_appended_to(index, queries):
     ImageIndex.load(index.folder).append(queries)
-    with pytest.raises(InputError, match="^index: index must be a folder with the 21 codes .* got 27 in .*; load it"):
+    with pytest.raises(
+        InputError, match="^index: index must be a folder with the 21 images .* got 27 images in .*; load it"
+    ):
         index.append(queries)
     assert len(ImageIndex.load(index.folder).items) == 27
+
+
+def renamed(codes: CodesFolder) -> CodesFolder:
+    """Codes of as many other images by the same model."""
+    record = codes.record.model_copy(update={"source": "elsewhere", "codes_sha256": "other"})
+    items = [item._replace(path=f"/elsewhere/{item.id}") for item in codes.items]
+    return CodesFolder(~codes.codes, items, record)
+
+
+@pytest.mark.parametrize("part", ["everything", "items", "codes"])
+def test_an_index_that_was_built_again_with_as_many_images_is_not_appended_to(index, codes, queries, part):
+    other = renamed(codes)
+    if part == "items":
+        other = CodesFolder(codes.codes, other.items, codes.record)
+    elif part == "codes":
+        other = CodesFolder(other.codes, codes.items, other.record)
+    ImageIndex.build(other, index.folder)
+    with pytest.raises(InputError, match="^index: index must be a folder with the 21 .* got other images .*; load it"):
+        index.append(queries)
+    found = ImageIndex.load(index.folder)
+    assert found.items == other.items and np.array_equal(np.asarray(found.hamming.codes), other.codes)
+    found.append(queries)
+    assert len(ImageIndex.load(index.folder).items) == 27
+
+
+def test_an_index_that_was_built_again_with_the_same_images_is_appended_to(index, codes, queries):
+    ImageIndex.build(codes, index.folder)
+    index.append(queries)
+    assert len(ImageIndex.load(index.folder).items) == 27
+
+
+def test_a_removed_index_is_not_appended_to(index, queries):
+    shutil.rmtree(index.folder)
+    with pytest.raises(InputError, match="^index: index must be a folder written by 'hashengine index'"):
+        index.append(queries)
+
+
+@pytest.mark.parametrize("change", ["build", "append", "remove and build"])
+def test_a_load_beside_a_change_reads_one_state(index, codes, queries, monkeypatch, change):
+    """The index changes after its record and codes were read, and before its items are read."""
+    other, read_items = renamed(codes), image_index_module.read_items
+
+    def change_first(path, *arguments):
+        monkeypatch.setattr(image_index_module, "read_items", read_items)
+        if change == "append":
+            ImageIndex.append_to(index.folder, queries)
+        else:
+            if change == "remove and build":
+                shutil.rmtree(index.folder)
+            ImageIndex.build(other, index.folder)
+        return read_items(path, *arguments)
+
+    monkeypatch.setattr(image_index_module, "read_items", change_first)
+    found = ImageIndex.load(index.folder)
+    if change == "append":
+        assert sum(source.count for source in found.record.sources) == len(found.hamming) == len(found.items) == 27
+    else:
+        assert found.items == other.items and np.array_equal(np.asarray(found.hamming.codes), other.codes)
+        assert found.record.sources == [other.record]
+
+
+def test_an_index_has_no_copy_of_a_model_that_was_saved_during_the_build(codes, model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    copy_model = image_index_module._copy_model
+
+    def save_first(*folders):
+        make_model(tmp_path / "model", seed=1)
+        copy_model(*folders)
+
+    monkeypatch.setattr(image_index_module, "_copy_model", save_first)
+    with pytest.raises(InputError, match="^index: the model of the codes must be the one that made them, got another"):
+        ImageIndex.build(codes, tmp_path / "index", tmp_path / "model")
+    assert not (tmp_path / "index").exists()
 
 
 def test_concurrent_appends_lose_nothing_and_keep_items_with_their_codes(index, queries):

@@ -58,6 +58,19 @@ def test_the_loss_equals_a_calculation_by_hand():
     assert terms["bottleneck"].item() == pytest.approx(WEIGHT * divergence, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_changes_neither_the_loss_nor_its_gradient(dtype):
+    first, second = (activations(6, 32, seed).to(dtype).requires_grad_() for seed in (0, 1))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            terms = methods.create("cibhash").loss(batch(first, second), 0, 1)
+        results.append([*terms.values(), *torch.autograd.grad(sum(terms.values()), (first, second))])
+    assert results[1][0].dtype == torch.promote_types(dtype, torch.float32)
+    for plain, under_autocast in zip(*results, strict=True):
+        torch.testing.assert_close(under_autocast, plain, rtol=0, atol=0)
+
+
 def test_options_change_the_terms():
     first, second = activations(5, 8, 0), activations(5, 8, 1)
     plain, changed = (

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,3 +76,21 @@ def test_the_accuracy_is_that_of_the_classifier_on_the_code():
 def test_multi_hot_targets_are_rejected():
     with pytest.raises(InputError, match="^greedy_hash: targets must be one class per image"):
         method().loss(batch(torch.randn(2, 4).double(), torch.ones(2, 3, dtype=torch.bool)), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "complaint"),
+    [
+        (torch.zeros(5, dtype=torch.int32), r"one class per image, a tensor of int64 \[5\], got int32 \[5\]"),
+        (torch.zeros(5), r"one class per image, .* got float32 \[5\]"),
+        (torch.zeros(5, 1, dtype=torch.int64), r"one class per image, .* got int64 \[5, 1\]"),
+        (torch.zeros(4, dtype=torch.int64), r"one class per image, .* got int64 \[4\]"),
+        (np.zeros(5, np.int64), r"one class per image, a tensor of int64 \[5\], got ndarray"),
+        ([0] * 5, r"one class per image, a tensor of int64 \[5\], got list"),
+        (torch.tensor([0, 1, 2, 3, 0]), "0 to 2, got 0 to 3"),
+        (torch.tensor([0, 1, 2, -1, 0]), "0 to 2, got -1 to 2"),
+    ],
+)
+def test_targets_that_are_no_classes_are_rejected(targets, complaint):
+    with pytest.raises(InputError, match=f"^greedy_hash: targets must be {complaint}$"):
+        method().loss(batch(torch.randn(5, 4, dtype=torch.float64), targets), 0, 1)

@@ -88,12 +88,41 @@ def test_the_head_has_the_dtype_of_the_features():
 
 
 def test_too_many_bits_and_features_that_are_not_finite_are_rejected():
-    with pytest.raises(InputError, match="^itq: bits must be at most 24, .*got 32"):
+    with pytest.raises(InputError, match="^itq: bits must be 1 to 24 .*got 32"):
         fitted(features(), bits=32)
-    with pytest.raises(InputError, match="^itq: bits must be at most 9, the rank of 10 centred features"):
+    with pytest.raises(
+        InputError, match="^itq: bits must be 1 to 9 .the rank of 10 centred features of dimension 24., got 16"
+    ):
         fitted(features(count=10), bits=16)
     with pytest.raises(InputError, match="^itq: features must be finite"):
         fitted(torch.full((30, 24), float("nan")))
+
+
+@pytest.mark.parametrize("bits", [0, -1, True, 3.0, "3", None])
+def test_bits_that_are_no_positive_integer_are_rejected(bits):
+    with pytest.raises(InputError, match="^itq: bits must be (an integer from )?1 to 24 .*got .*$"):
+        methods.create("itq").fit(features(), bits)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda x: x[0], r"\[N, dim\] with at least 2 rows, got \[24\]"),
+        (lambda x: x[None], r"\[N, dim\] with at least 2 rows, got \[1, "),
+        (lambda x: x[:0], r"\[N, dim\] with at least 2 rows, got \[0, 24\]"),
+        (lambda x: x[:1], r"\[N, dim\] with at least 2 rows, got \[1, 24\]"),
+        (lambda x: x[:, :0], r"\[N, dim\] with at least 2 rows, got \["),
+        (lambda x: x.long(), "float64, .* or bfloat16, got int64"),
+        (lambda x: x + 0j, "float64, .* or bfloat16, got complex64"),
+        (lambda x: x.tolist(), "a torch tensor, got list"),
+        (lambda x: x.numpy(), "a torch tensor, got ndarray"),
+        (lambda x: x.to("meta"), "a tensor with values, got one on the device 'meta'"),
+        (lambda x: x.to_sparse(), "a dense tensor, got one of layout sparse_coo"),
+    ],
+)
+def test_features_of_another_kind_or_shape_are_rejected(change, complaint):
+    with pytest.raises(InputError, match=f"^itq: features must be {complaint}"):
+        methods.create("itq").fit(change(features().float()), 8)
 
 
 def test_itq_has_no_loss():

@@ -54,6 +54,38 @@ def test_pixels_are_normalised_with_the_configured_statistics():
     torch.testing.assert_close(scaled(images).activations, expected)
 
 
+def test_a_model_that_is_saved_while_it_is_loaded_is_loaded_again(tmp_path, monkeypatch):
+    first, second = network(0), network(1, widths=(4,))
+    first.save_pretrained(tmp_path)
+    check = HashNetConfig.checked
+
+    def save_afterwards(*arguments, **values):
+        monkeypatch.setattr(HashNetConfig, "checked", check)
+        second.save_pretrained(tmp_path)
+        return check(*arguments, **values)
+
+    monkeypatch.setattr(HashNetConfig, "checked", save_afterwards)
+    loaded = HashNet.from_pretrained(tmp_path)
+    assert loaded.config == second.config
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_encode_restores_the_mode_of_each_module(fails):
+    model = network().train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eval()
+    modes = [module.training for module in model.modules()]
+    if fails:
+        nn.init.constant_(model.hash_layer.weight, float("nan"))
+        with pytest.raises(InputError, match="activations must be finite"):
+            model.encode(random_images(2))
+    else:
+        model.encode(random_images(2))
+    assert norms and [module.training for module in model.modules()] == modes
+
+
 def test_encode_packs_the_signs_in_batches_and_leaves_the_model_unchanged():
     model, images = network().train(), random_images(10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -34,6 +34,16 @@ def test_the_options_of_the_method_are_given_like_the_others():
         ({"method": "itq", "alpha": 1}, "^fit: 'alpha' must be an option of training or of the method itq"),
         ({"method": "lattice"}, "^fit: method must be one of cibhash, greedy_hash, itq.*got 'lattice'"),
         ({"alpha": -1}, "^fit: alpha must be greater than or equal to 0, got -1"),
+        ({"images": ""}, r"^fit: images must be a path \('\.' is the working folder\), got ''$"),
+        ({"output": ""}, "^fit: output must be a path .*got ''$"),
+        ({"method_options": 3}, "^fit: method_options must be a .*got 3$"),
+        ({"method_options": "alpha", "alpha": 0.2}, "^fit: method_options must be a .*got 'alpha'$"),
+        ({"stem_stride": True}, "^fit: stem_stride must be a valid integer, got True$"),
+        ({"stem_stride": 2.0}, "^fit: stem_stride must be a valid integer, got 2.0$"),
+        ({"stem_stride": "1"}, "^fit: stem_stride must be 1 or 2, got '1'$"),
+        ({"stem_stride": 3}, "^fit: stem_stride must be 1 or 2, got 3$"),
+        ({"flip": "yes"}, "^fit: flip must be true or false, got 'yes'$"),
+        ({"flip": 1}, "^fit: flip must be true or false, got 1$"),
         ({"epochs": 0}, "^fit: epochs must be greater than 0, got 0"),
         ({"batch_size": 1}, "^fit: batch_size must be greater than or equal to 2, got 1"),
         ({"lr": float("inf")}, "^fit: lr must be a finite number"),
@@ -140,3 +150,20 @@ def test_a_sweep_collects_the_shared_options_and_refuses_to_vary_the_output():
 def test_importing_the_options_does_not_import_torch():
     script = "import sys, hashengine.training, hashengine.training.config; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_a_sweep_refuses_empty_paths_and_options_that_are_no_mapping():
+    for options, complaint in (
+        ({"output": ""}, "^train sweep: output must be a path"),
+        ({"output": "sweep", "queries": ""}, "^train sweep: queries must be a path"),
+        ({"output": "sweep", "options": 3, "bits": 16}, "^train sweep: options must be a .*got 3$"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            SweepConfig(**options)
+
+
+def test_flags_and_choices_of_integers_may_come_from_numpy():
+    config = FitConfig(**FOLDERS, flip=np.True_, stem_stride=np.int64(2))
+    assert config.flip is True and type(config.stem_stride) is int and config.stem_stride == 2
+    with pytest.raises(InputError, match="^HashNetConfig: channels must be a valid integer, got True$"):
+        HashNetConfig(classes=("a", "b"), channels=True)

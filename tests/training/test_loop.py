@@ -143,5 +143,5 @@ def test_the_closed_form_records_its_error(images, tmp_path):
 
 
 def test_more_bits_than_a_closed_form_allows_are_rejected(images, tmp_path):
-    with pytest.raises(InputError, match="^itq: bits must be at most 8"):
+    with pytest.raises(InputError, match="^itq: bits must be 1 to 8 "):
         fit(tiny(images, tmp_path / "model", method="itq", bits=16))
