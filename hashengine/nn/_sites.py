@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from hashengine._validation import as_integer
-from hashengine.errors import InputError, invalid
+from hashengine.errors import InputError, invalid, shown
 from hashengine.nn._insertion import block_class, is_attached
 
 Where: TypeAlias = Callable[[str], bool] | str | int | Iterable[str | int]
@@ -103,9 +103,9 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
             matches = {site.name for site in sites if site.is_default and number in (site.stage, site.stage - stages)}
         else:
             expected = "a predicate, a name, the index of a stage, or several names and indices"
-            raise invalid("attach", "where", expected, repr(selector))
+            raise invalid("attach", "where", expected, shown(selector))
         if not matches:
-            raise _no_match(repr(selector), sites)
+            raise _no_match(shown(selector), sites)
         names |= matches
     return [site for site in sites if site.name in names]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hashengine.errors import invalid
+from hashengine.errors import invalid, shown
 from hashengine.nn._insertion import block_class, check_host, check_model, insert, is_attached, remove
 from hashengine.nn._sites import Host, Site, Where, find_sites, qualified_name, select
 from hashengine.nn.plain import PlainSimAM, PlainTripletAttention
@@ -99,7 +99,7 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
     check_model("attach", model)
     if isinstance(layer, nn.Module) or not (layer in _LAYERS if isinstance(layer, str) else callable(layer)):
         expected = "'simam', 'triplet' or a factory that is called with the number of channels"
-        actual = f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else repr(layer)
+        actual = f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else shown(layer)
         raise invalid("attach", "layer", expected, actual)
     sites = find_sites(model)
     if not sites:

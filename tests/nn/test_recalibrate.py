@@ -47,13 +47,13 @@ def test_recalibrate_corrects_a_network_with_simam(build):
         (
             [images(), images()[:0]],
             he.InputError,
-            r"batches must be of at least one .*, got \[0, 3, 16, 16\] at position 1",
+            r"batches must be of at least one .*, got \[0, 3, 16, 16\] at",
         ),
         ([(images()[:0], None)], he.InputError, "batches must be of at least one input, got .*; leave out empty"),
         (
             images(),
             he.InputError,
-            r"batches must be an iterable of .*, got a tensor \[2, 3, 16, 16\]; pass \[batches\]",
+            r"batches must be an iterable .*, got a tensor \[2, 3, 16, 16\]; pass \[batches\]",
         ),
         (images()[None], he.InputError, "batches must be an iterable of batches, such as a list, got a tensor"),
     ],
