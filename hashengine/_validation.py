@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from hashengine.errors import InputError, invalid
+from hashengine.errors import InputError, invalid, shown
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +98,14 @@ def check_dense(where: str, name: str, array: Any, expected: str, *, may_be_meta
         if isinstance(array, np.ma.MaskedArray):
             advice = "fill it with .filled(value), or leave out the masked entries"
             raise invalid(where, name, "an array without a mask", "a masked array", advice)
+        if (module := array.dtype.type.__module__) != "numpy":  # torch cannot read bfloat16 of ml_dtypes, for example
+            raise invalid(
+                where,
+                name,
+                "an array of a dtype of numpy",
+                f"{array.dtype.name} of {module}",
+                "convert it with .astype",
+            )
     elif not is_tensor(array):
         raise invalid(where, name, expected, type(array).__name__)
     elif array.is_nested:
@@ -111,7 +119,8 @@ def check_dense(where: str, name: str, array: Any, expected: str, *, may_be_meta
 
 
 def _is_bool(value: Any) -> bool:
-    return isinstance(value, (bool, np.bool_)) or (is_tensor(value) and dtype_name(value) == "bool")
+    is_array = isinstance(value, np.ndarray) or is_tensor(value)
+    return isinstance(value, (bool, np.bool_)) or (is_array and dtype_name(value) == "bool")
 
 
 def as_integer(value: Any) -> int | None:
@@ -120,7 +129,7 @@ def as_integer(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor on the device "meta"
         return None
 
 
@@ -131,7 +140,7 @@ def check_integer(where: str, name: str, value: Any, low: int, high: int | None 
         expected = f"at least {low}" if high is None else f"{low} to {high}" + (f" ({meaning})" if meaning else "")
         if number is None:
             expected = f"an integer {'of' if high is None else 'from'} {expected}"
-        raise invalid(where, name, expected, repr(value))
+        raise invalid(where, name, expected, shown(value))
     return number
 
 
@@ -143,19 +152,28 @@ def number_form(above: float | None, least: float | None) -> str:
 def check_number(where: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
     """Require a finite number that is greater than `above`, or at least `least`; one of these bounds is given."""
     try:
-        number = math.nan if isinstance(value, (str, bytes)) or _is_bool(value) else float(value)
+        number = float(value) if _may_be_number(value) else math.nan
     except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several values
         number = math.nan
     is_in_range = number >= least if least is not None else above is not None and number > above
     if not (is_in_range and number < math.inf):
-        raise invalid(where, name, number_form(above, least), repr(value))
+        raise invalid(where, name, number_form(above, least), shown(value))
     return number
+
+
+def _may_be_number(value: Any) -> bool:
+    """Whether `value` is no text, bool or complex number: `float` reads a number from these, too."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype.kind in "iufV"  # V is that of ml_dtypes
+    if is_tensor(value) and value.is_complex():
+        return False
+    return not (isinstance(value, (str, bytes, bytearray, memoryview)) or _is_bool(value))
 
 
 def check_flag(where: str, name: str, value: Any) -> bool:
     """Require a truth value, because a string such as "no" or "r" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
-        raise invalid(where, name, "True or False", repr(value))
+        raise invalid(where, name, "True or False", shown(value))
     return bool(value)
 
 
@@ -250,8 +268,12 @@ def check_labels_of_one_kind(where: str, query_labels: Tensor, code_labels: Tens
 
 
 def check_label_columns(where: str, name: str, shape: Sequence[int]) -> None:
-    """Refuse one column, because it may hold classes, and 0 would then be no label but the absence of one."""
-    if len(shape) == 2 and shape[1] == 1:
+    """Require two columns of multi-hot labels.
+
+    One column may hold classes, and 0 would then be no label but the absence of one. Without a column, no item would be
+    relevant.
+    """
+    if len(shape) == 2 and shape[1] < 2:
         advice = f"pass {name}[:, 0] for classes, and add a column of zeros to multi-hot labels"
         raise invalid(where, name, f"[{shape[0]}], or multi-hot with at least 2 columns", list(shape), advice)
 
@@ -285,6 +307,8 @@ def check_path(where: str, name: str, path: Any) -> Path:
     """Require a path: a string that is not empty, or a path object."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise invalid(where, name, "a path", type(path).__name__)
+    if "\0" in os.fspath(path):
+        raise invalid(where, name, "a path without NUL characters", repr(os.fspath(path)))
     if not os.fspath(path):
         raise invalid(where, name, "a path", "an empty string", "'.' is the working folder")
     return Path(path)

@@ -72,6 +72,14 @@ def brief(text: object, length: int = 200) -> str:
     return line if len(line) <= length else line[:half] + _LEFT_OUT + line[-half:]
 
 
+def shown(value: object) -> str:
+    """The `repr` of a value, or the size of an integer that has too many digits for Python to convert it to text."""
+    try:
+        return repr(value)
+    except ValueError:  # sys.get_int_max_str_digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
 def missing_package(where: str, package: str, extra: str) -> InputError:
     """The error for an optional package that `where` needs and that the extra `extra` of hashengine installs."""
     return invalid(where, package, "installed", "no such package", f"pip install 'hashengine[{extra}]'")
@@ -95,7 +103,7 @@ def input_error(error: ValidationError, where: str) -> InputError:
     message = brief(first["msg"].removeprefix("Value error, "))
     if not field and re.search(r"\bmust be .*, got ", message):
         return InputError(f"{where}: {message}")
-    return invalid(where, field or "the input", _expected(message), brief(repr(first["input"])))
+    return invalid(where, field or "the input", _expected(message), brief(shown(first["input"])))
 
 
 def _expected(message: str) -> str:

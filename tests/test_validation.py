@@ -67,6 +67,41 @@ CLASSES = np.arange(5)
             "alpha must be a finite number of 0 or more, got nan",
         ),
         (lambda: check_number("f", "alpha", None, least=0), "alpha must be a finite number of 0 or more, got None"),
+        (lambda: check_integer("f", "k", 10**5000, 1, 9), "k must be 1 to 9, got an integer of 16610 bits"),
+        (lambda: check_integer("f", "k", -(10**5000), 1), "k must be at least 1, got an integer of 16610 bits"),
+        (lambda: check_integer("f", "k", [10**5000], 1), "k must be an integer of at least 1, got a list"),
+        (lambda: check_bits("f", 10**5000), "bits must be 8 to 65536, got an integer of 16610 bits"),
+        (lambda: check_number("f", "lam", 10**5000, above=0), "lam must be a finite number above 0, got an integer of"),
+        (lambda: check_flag("f", "mmap", 10**5000), "mmap must be True or False, got an integer of 16610 bits"),
+        (
+            lambda: check_integer("f", "k", torch.tensor(5, device="meta"), 1),
+            "k must be an integer of at least 1, got tensor(...",
+        ),
+        (lambda: check_integer("f", "k", np.array(True), 1), "k must be an integer of at least 1, got array(True)"),
+        *(
+            (
+                lambda value=value: check_number("f", "lam", value, above=0),
+                f"lam must be a finite number above 0, got {repr(value)[:5]}",
+            )
+            for value in (
+                np.array(True),
+                np.array("0.1"),
+                np.str_("0.1"),
+                bytearray(b"0.1"),
+                memoryview(b"0.1"),
+                np.complex64(0.1),
+                np.array(0.1 + 0j),
+                torch.tensor(0.1 + 0j),
+                torch.tensor(0.1, device="meta"),
+                np.timedelta64(1, "s"),
+            )
+        ),
+        (lambda: check_path("f", "path", "a\0b"), r"path must be a path without NUL characters, got 'a\x00b'"),
+        (lambda: check_path("f", "path", Path("a\0b")), "path must be a path without NUL characters, got"),
+        (
+            lambda: check_labels("f", (np.zeros((5, 0)), CLASSES), 5, 5),
+            "query_labels must be [5], or multi-hot with at least 2 columns, got [5, 0]",
+        ),
         (lambda: check_flag("f", "mmap", "r"), "mmap must be True or False, got 'r'"),
         (lambda: check_flag("f", "mmap", 1), "mmap must be True or False, got 1"),
         (lambda: check_path("f", "path", 5), "path must be a path, got int"),
@@ -191,6 +226,15 @@ def test_an_array_that_cannot_be_used_is_refused_with_one_line_that_names_the_ar
     with pytest.raises(InputError) as caught:
         call(make(array))
     assert str(caught.value).startswith(f"{argument} must be {message}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ARRAY_ARGUMENTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int4"])
+def test_arrays_of_ml_dtypes_are_refused_with_one_line_that_names_the_argument(dtype, argument) -> None:
+    array, call = ARRAY_ARGUMENTS[argument]
+    with pytest.raises(InputError) as caught:
+        call(array.astype(getattr(pytest.importorskip("ml_dtypes"), dtype)))
+    assert str(caught.value).startswith(f"{argument} must be ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("argument", ARRAY_ARGUMENTS)

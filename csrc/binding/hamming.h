@@ -100,7 +100,7 @@ inline void check_labels(const HammingArguments& arguments, const std::optional<
   if (!code_labels) return;
   const auto check = [](const char* name, const at::Tensor& labels, const at::Tensor& rows) {
     // One column may hold classes, and 0 would then be no label but the absence of one.
-    TORCH_CHECK_VALUE(labels.dim() != 2 || labels.size(1) != 1, "hamming_count: ", name, " must be [", labels.size(0),
+    TORCH_CHECK_VALUE(labels.dim() != 2 || labels.size(1) >= 2, "hamming_count: ", name, " must be [", labels.size(0),
                       "], or multi-hot with at least 2 columns, got ", labels.sizes(), "; pass ", name,
                       "[:, 0] for classes, and add a column of zeros to multi-hot labels");
     const bool is_integer = labels.dim() == 1 && labels.scalar_type() == at::kLong;

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import numpy as np
 
 from hashengine._files import replace_file
-from hashengine._validation import check_array, check_code_array, check_flag, is_tensor
+from hashengine._validation import check_array, check_code_array, check_flag, check_path, is_tensor
 from hashengine.errors import InputError, brief, invalid, missing_package
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def write_codes(path: str | os.PathLike[str], codes: Array, *, bit_order: str) -
 
 
 def _check_path(where: str, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
+    path = check_path(where, "path", path)
     if path.suffix not in SUFFIXES:
         raise invalid(where, "path", "a name that ends in .npy or .u8bin", repr(path.name))
     return path

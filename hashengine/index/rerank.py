@@ -96,7 +96,8 @@ def rank_candidates(
     for first in range(0, len(rows) if (rows >= 0).any() else 0, block):
         part = slice(first, first + block)
         known = rows[part].where(rows[part] >= 0, rows.max())  # -1 reads another row; the score is overwritten below
-        scores[part] = (vectors_of(known) @ queries[part].unsqueeze(2)).squeeze(2)
+        with torch.autocast("cpu", enabled=False):  # half precision would round the scores
+            scores[part] = (vectors_of(known) @ queries[part].unsqueeze(2)).squeeze(2)
     scores.masked_fill_(rows < 0, 0)
     _finite(where, "the products of queries and candidates", scores)  # so that only -1 has the score -inf
     scores.masked_fill_(rows < 0, -torch.inf)

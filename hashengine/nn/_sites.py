@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from hashengine._validation import as_integer
-from hashengine.errors import InputError, invalid
+from hashengine.errors import InputError, invalid, shown
 from hashengine.nn._insertion import block_class, is_attached
 
 Where: TypeAlias = Callable[[str], bool] | str | int | Iterable[str | int]
@@ -25,11 +25,14 @@ _FEATURE_LAYERS = (_ConvNd, nn.LayerNorm, nn.MultiheadAttention)  # a plain netw
 
 @dataclass(frozen=True)
 class Host:
-    """A module into which attention can be inserted, and the number of channels of its output."""
+    """A module into which attention can be inserted, and the number of channels of its output.
+
+    `channels` is None if the convolution that determines it has been replaced by a module without `out_channels`.
+    """
 
     name: str
     module: nn.Module
-    channels: int
+    channels: int | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
         return chosen
     is_scalar = as_integer(where) is not None or getattr(where, "ndim", 1) == 0  # some arrays and tensors are scalars
     selectors: list[Any] = [where]
-    if isinstance(where, Iterable) and not isinstance(where, str) and not is_scalar:
+    if isinstance(where, Iterable) and not isinstance(where, (str, bytes, bytearray, memoryview)) and not is_scalar:
         selectors = list(where)
     if not selectors:
         raise _no_match("none", sites)
@@ -100,9 +103,9 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
             matches = {site.name for site in sites if site.is_default and number in (site.stage, site.stage - stages)}
         else:
             expected = "a predicate, a name, the index of a stage, or several names and indices"
-            raise invalid("attach", "where", expected, repr(selector))
+            raise invalid("attach", "where", expected, shown(selector))
         if not matches:
-            raise _no_match(repr(selector), sites)
+            raise _no_match(shown(selector), sites)
         names |= matches
     return [site for site in sites if site.name in names]
 
@@ -119,10 +122,11 @@ def _stage_count(sites: list[Site]) -> int:
 
 def _block_site(name: str, block: Any, stage: int) -> Site:
     last = block.conv3 if hasattr(block, "conv3") else block.conv2
-    convolution = Host(qualified_name(name, "conv2"), block.conv2, block.conv2.out_channels)
-    branch = Host(name, block, last.out_channels)
+    channels = getattr(last, "out_channels", None)
+    convolution = Host(qualified_name(name, "conv2"), block.conv2, getattr(block.conv2, "out_channels", None))
+    branch = Host(name, block, channels)
     if getattr(block, "se", None) is not None and not is_attached(block):  # the new attention follows timm's own
-        branch = Host(qualified_name(name, "se"), block.se, last.out_channels)
+        branch = Host(qualified_name(name, "se"), block.se, channels)
     return Site(name, stage, True, convolution, branch, is_plain=False, has_norm=True)
 
 
@@ -171,7 +175,7 @@ def _is_elementwise(layer: nn.Module) -> bool:
 
 
 def _stack_sites(name: str, stack: nn.Sequential, first_stage: int) -> list[Site]:
-    layers = list(stack.named_children())
+    layers = list(stack._modules.items())
     convolutions = [(i, layer) for i, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     starts = [i for i, _ in convolutions]
     sites: list[Site] = []

@@ -1,5 +1,6 @@
 """`attach` inserts attention into an existing network; `detach` removes it."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hashengine.errors import invalid
+from hashengine.errors import invalid, shown
 from hashengine.nn._insertion import block_class, check_host, check_model, insert, is_attached, remove
 from hashengine.nn._sites import Host, Site, Where, find_sites, qualified_name, select
 from hashengine.nn.plain import PlainSimAM, PlainTripletAttention
@@ -70,6 +71,11 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
     device and dtype of the convolution at its site, and the mode of the module into which it is inserted. Call `attach`
     before `torch.compile`, and before DDP or FSDP wrap `model`.
 
+    Do not fold a convolution with SimAM and the BatchNorm after it into one convolution. SimAM runs between the two, in
+    a hook of the convolution that `torch.fx.experimental.optimization.fuse` and `torch.ao.quantization.fuse_modules` do
+    not see: after folding, SimAM would run after the norm, without an error. If SimAM may run after the norm, fold with
+    `fuse_modules`, and call `attach` and train afterwards.
+
     Args:
         model: changed in place.
         layer: "simam", "triplet", or a factory that is called with the number of channels, such as
@@ -86,13 +92,14 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
     Raises:
         InputError: an argument has a wrong type, the factory does not return a module, `model` or a module inside it
             is compiled, scripted or wrapped, `model` is neither a residual nor a plain network, `where` selects no
-            site, or a selected site cannot take the attention, for example because it already has attention. The model
-            is then unchanged.
+            site, or a selected site cannot take the attention: it already has attention, `model` uses its module in
+            several places, or one of its convolutions is quantized or replaced, for example. The model is then
+            unchanged.
     """
     check_model("attach", model)
     if isinstance(layer, nn.Module) or not (layer in _LAYERS if isinstance(layer, str) else callable(layer)):
         expected = "'simam', 'triplet' or a factory that is called with the number of channels"
-        actual = f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else repr(layer)
+        actual = f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else shown(layer)
         raise invalid("attach", "layer", expected, actual)
     sites = find_sites(model)
     if not sites:
@@ -100,8 +107,13 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
         advice = "put SimAM or TripletAttention into its code"
         raise invalid("attach", "model", expected, f"a {type(model).__name__}, which is neither", advice)
     placed = [_place(site, layer) for site in select(sites, where)]
+    names = _registered_names(model)
     for host, _ in placed:
         check_host("attach", host.name or "model", host.module)
+        if len(names[host.module]) > 1:
+            actual = f"one that is registered as {' and '.join(names[host.module])}"
+            advice = "make one module for each place, because the attention would run in all of them"
+            raise invalid("attach", host.name, "a module of one place", actual, advice)
     has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     changes_output = any(not isinstance(attention, PlainTripletAttention) for _, attention in placed)
     insertions = []
@@ -148,17 +160,32 @@ def _triplet(site: Site) -> nn.Module:
 _LAYERS: dict[str, Callable[[Site], nn.Module]] = {"simam": _simam, "triplet": _triplet}
 
 
+def _registered_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names under which each module is registered in `model`, with one name for each parent."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for parent, module in model.named_modules():
+        for child, part in module._modules.items():
+            if part is not None:
+                names[part].append(qualified_name(parent, child))
+    return names
+
+
 def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
     """The host at `site`, and a new layer with the device and dtype of the convolution and the mode of the host."""
     attention: Any
-    like = next(site.convolution.module.parameters())
+    like = next(site.convolution.module.parameters(), None)
+    channels, branch_channels = site.convolution.channels, site.branch.channels
+    if like is None or not like.is_floating_point() or channels is None or branch_channels is None:
+        expected = "a block whose convolutions have floating parameters and out_channels"
+        actual = "one with a quantized convolution or another module in its place"
+        raise invalid("attach", site.name or "model", expected, actual, "select other blocks with where")
     with like.device:  # otherwise torch's default device, which may be another one
         if isinstance(layer, str):
             attention = _LAYERS[layer](site)
         else:
-            attention = layer(site.branch.channels)
-            if isinstance(attention, SimAM) and site.convolution.channels != site.branch.channels:
-                attention = layer(site.convolution.channels)
+            attention = layer(branch_channels)
+            if isinstance(attention, SimAM) and channels != branch_channels:
+                attention = layer(channels)
     if not isinstance(attention, nn.Module):
         actual = f"a factory that returns {type(attention).__name__} for {site.name}"
         raise invalid("attach", "layer", "a factory that returns an nn.Module", actual)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,8 @@ def _official_gates(module: nn.Module) -> list[Any]:
 def _structural_difference(module: Any) -> str | None:
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return "its forward is not that of its class"
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return "its forward takes more arguments than x"
     inner = [child for child in module.modules() if child is not module]
     if any(getattr(child, hooks) for child in inner for hooks in _HOOKS):
         return "a module inside it has hooks, which would no longer run"
@@ -246,7 +249,7 @@ def _numerical_difference(module: nn.Module) -> str | None:
     The comparison runs on the CPU and does not change the global random state.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
             torch.manual_seed(0)
             official = _random_copy(module)
             fused = copy.deepcopy(official)
@@ -261,11 +264,12 @@ def _numerical_difference(module: nn.Module) -> str | None:
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` without its hooks, in float64 on the CPU, with random parameters and statistics.
+    """A copy of `module` without its hooks, in float64 on the CPU, with random parameters that require gradients.
 
-    Initial values could hide a difference: a BatchNorm of weight 0, for example, makes every gate constant.
+    The statistics are random, too. Initial values could hide a difference: a BatchNorm of weight 0, for example, makes
+    every gate constant.
     """
-    twin = copy.deepcopy(module).to_empty(device="cpu").double()
+    twin = copy.deepcopy(module).to_empty(device="cpu").double().requires_grad_()
     for hooks in _HOOKS:
         getattr(twin, hooks).clear()
     for part in twin.modules():

@@ -20,8 +20,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
     statistics again. The weights do not change.
 
     The new statistics are the average over the batches, with equal weights; the old ones do not contribute. Only the
-    BatchNorms run in training mode, so dropout stays off. Modes and momenta are restored. After an error, the old
-    statistics are restored, too.
+    BatchNorms run in training mode, so dropout stays off. Modes and momenta are restored. The old statistics are
+    restored after an error, and in BatchNorms that no batch reached, such as those of an auxiliary classifier.
 
     Args:
         model: changed in place; it may be compiled. Call `recalibrate` before DDP or FSDP wrap it, because a wrapped
@@ -33,21 +33,25 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
         The number of batches.
 
     Raises:
-        InputError: no BatchNorm of `model` tracks running statistics, `model` is or contains a module that is wrapped
-            or scripted, there is no batch, or a batch is neither a tensor nor a tuple or list that starts with a
-            tensor.
+        InputError: no BatchNorm of `model` has running statistics, `model` is or contains a module that is wrapped or
+            scripted, `batches` is one tensor, there is no batch, or a batch is neither a tensor of at least one input
+            nor a tuple or list that starts with one.
     """
     check_model("recalibrate", model, may_be_compiled=True)
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise invalid("recalibrate", "batches", "an iterable of batches", type(batches).__name__)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if isinstance(batches, Tensor):
+        expected = "an iterable of batches, such as a list"
+        raise invalid("recalibrate", "batches", expected, f"a tensor {list(batches.shape)}", "pass [batches] for one")
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and _has_statistics(module)]
     if not norms:
         expected = "a network with a BatchNorm that tracks running statistics"
         raise invalid("recalibrate", "model", expected, f"a {type(model).__name__} with none")
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
-    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    device = statistics[0][0].device
+    statistics = {norm: [(buffer, buffer.clone()) for buffer in norm.buffers(recurse=False)] for norm in norms}
+    device = statistics[norms[0]][0][0].device
+    unreached = norms  # those whose old statistics are restored
     count = 0
     try:
         model.eval()
@@ -59,11 +63,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
             model(_input(batch, count - 1).to(device, non_blocking=True))
         if count == 0:
             raise invalid("recalibrate", "batches", "at least one batch", "none")
-    except BaseException:
-        for buffer, old in statistics:
-            buffer.copy_(old)
-        raise
+        unreached = [norm for norm in norms if norm.num_batches_tracked == 0]
     finally:
+        for norm in unreached:
+            for buffer, old in statistics[norm]:
+                buffer.copy_(old)
         for module, training in modes:
             module.training = training
         for norm, momentum in momenta:
@@ -71,9 +75,17 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
     return count
 
 
+def _has_statistics(norm: _BatchNorm) -> bool:
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return norm.track_running_stats and all(buffer is not None for buffer in buffers)
+
+
 def _input(batch: Any, position: int) -> Tensor:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
         expected = "tensors, or tuples or lists that start with a tensor"
         raise invalid("recalibrate", "batches", expected, f"{type(batch).__name__} at position {position}")
+    if first.dim() and not len(first):
+        actual = f"{list(first.shape)} at position {position}"
+        raise invalid("recalibrate", "batches", "of at least one input", actual, "leave out empty batches")
     return first

@@ -20,7 +20,7 @@ class SimAM(Layer):
         lam: the paper's lambda, a finite number of 1e-18 or more. The paper uses 1e-4 for CIFAR and 0.1 for ImageNet.
         device: a torch device or None. It has no effect, because there are no parameters; accepted because timm passes
             it.
-        dtype: a torch dtype or None; it has no effect either.
+        dtype: a floating torch dtype or None; it has no effect either.
 
     Raises:
         InputError: an argument is of another kind or out of range.

@@ -76,7 +76,7 @@ class TripletAttention(Layer):
         no_spatial: leave out the branch over (H, W).
         kernel_size: kernel size of the convolutions, odd.
         device: device of the parameters.
-        dtype: dtype of the parameters.
+        dtype: floating dtype of the parameters.
 
     Raises:
         InputError: an argument is of another kind, or `kernel_size` is not positive and odd.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hashengine import _validation
 from hashengine._validation import dtype_name, nan_error, number_form
-from hashengine.errors import invalid
+from hashengine.errors import invalid, shown
 from hashengine.ops._plain import untraced
 
 FLOATING: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _validation.FLOATING)
@@ -61,7 +61,14 @@ def check_number(
     """Check that `value` is finite, and greater than `above` or at least `least`; one of these bounds is given."""
     is_in_range = value >= least if least is not None else above is not None and value > above
     if not (is_in_range and value < math.inf):
-        raise invalid(where, name, number_form(above, least), f"{value:g}")
+        raise invalid(where, name, number_form(above, least), _short(value))
+
+
+def _short(value: float) -> str:
+    try:
+        return f"{value:g}"
+    except OverflowError:  # an integer
+        return shown(value)
 
 
 def check_no_nan(where: str, name: str, tensor: Tensor) -> None:

@@ -98,7 +98,7 @@ def test_count_equals_the_cpu(size, kind, filter):
     check(ops.hamming_count, queries, codes, filter=bitmap)
     labels = tuple(torch.randint(0, 3, (rows,), generator=random) - 1 for rows in (query_count, count))
     check(ops.hamming_count, queries, codes, filter=bitmap, labels=labels)
-    for columns in (0, 1, 64, 70):
+    for columns in (2, 64, 70):
         labels = tuple(torch.rand(rows, columns, generator=random) < 0.05 for rows in (query_count, count))
         check(ops.hamming_count, queries, codes, filter=bitmap, labels=labels)
 

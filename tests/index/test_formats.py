@@ -4,6 +4,7 @@ import io
 import struct
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -161,6 +162,13 @@ def test_a_damaged_file_raises_an_error_of_one_line(tmp_path, suffix, contents, 
     with pytest.raises(InputError, match=message) as caught:
         read_codes(path, bit_order="msb_first", mmap=mmap)
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["codes\0.npy", "", b"codes.npy", None])
+def test_values_that_are_no_paths_are_refused(path):
+    for where, call in (("read_codes", read_codes), ("write_codes", partial(write_codes, codes=codes_of(3)))):
+        with pytest.raises(InputError, match=f"^{where}: path must be a path"):
+            call(path, bit_order="msb_first")
 
 
 def test_paths_that_are_not_files_are_refused(tmp_path):

@@ -43,6 +43,19 @@ def test_rerank_keeps_the_order_of_ties():
     assert index.rerank(np.ones((0, 8)), np.zeros((0, 3), np.int64))[0].shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_change_the_scores(dtype):
+    vectors = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    index = HammingIndex(32)
+    index.add(pack_bits(vectors))
+    ids = torch.arange(50).expand(3, -1)
+    calls = (lambda: index.rerank(vectors[:3], ids), lambda: rerank_vectors(vectors[:3].numpy(), vectors, ids))
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+
+
 def test_ids_without_a_vector_are_refused():
     with pytest.raises(InputError, match="rerank_vectors: ids must be below 4, the number of vectors, got 4"):
         rerank_vectors(np.zeros((1, 3)), np.zeros((4, 3)), np.array([[4]]))

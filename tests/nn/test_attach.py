@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -398,9 +399,52 @@ def subclassed(model: nn.Module) -> nn.Module:
     return model
 
 
+def changed(path: str, part: nn.Module | None = None, **options) -> nn.Module:
+    """A small residual network with `part` at `path`; by default, the module of the next block."""
+    model = small_resnet(**options)
+    model.set_submodule(path, part or model.get_submodule(path.replace("layer1.0", "layer2.0")))
+    return model
+
+
+def with_shared(layer: nn.Module, convolution: nn.Module | None = None) -> nn.Module:
+    """A plain stack with `layer` after both convolutions."""
+    first, second = convolution or nn.Conv2d(3, 3, 3), convolution or nn.Conv2d(3, 3, 3)
+    return nn.Sequential(first, layer, nn.MaxPool2d(2), second, layer, nn.MaxPool2d(2))
+
+
+def quantized() -> nn.Module:
+    """A residual network of torchvision whose convolutions are quantized."""
+    package = pytest.importorskip("torchvision")
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated
+            return package.models.quantization.resnet18(weights=None, quantize=True)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+SEVERAL = "must be a module of one place, got one that is registered as"
+REPLACED = "must be a block whose convolutions .*, got one with a quantized .*; select other blocks with where"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (lambda: (with_shared(nn.ReLU()), "triplet"), f"1 {SEVERAL} 1 and 4; make one module for each place"),
+        (lambda: (with_shared(nn.BatchNorm2d(3)), "triplet"), f"1 {SEVERAL} 1 and 4; make"),
+        (lambda: (with_shared(nn.ReLU(), nn.Conv2d(3, 3, 1)), "simam"), f"0 {SEVERAL} 0 and 3; make"),
+        (lambda: (changed("layer1.0"), "triplet"), f"layer1.0 {SEVERAL} layer1.0 and layer2.0"),
+        (lambda: (changed("layer1.0.conv2"), "simam"), f"layer1.0.conv2 {SEVERAL} layer1.0.conv2 and layer2.0.conv2"),
+        (lambda: (changed("layer1.0.conv2", nn.Identity()), "triplet"), f"layer1.0 {REPLACED}"),
+        (lambda: (changed("layer1.0.conv2", nn.Sequential(nn.Conv2d(8, 8, 1))), "simam"), f"layer1.0 {REPLACED}"),
+        (lambda: (changed("layer2.0.conv3", nn.Identity(), block="Bottleneck"), "simam"), f"layer2.0 {REPLACED}"),
+        (lambda: (quantized(), "simam"), f"layer1.0 {REPLACED}"),
+        (lambda: (quantized(), "triplet"), f"layer1.0 {REPLACED}"),
+        (lambda: (small_resnet(), "simam", b"\x01"), r"where must be a predicate, a name, .*, got b'\\x01'"),
+        (lambda: (small_resnet(), "simam", [bytearray(1)]), r"where must be a predicate, .*, got bytearray"),
+        (lambda: (small_resnet(), "simam", memoryview(b"\x01")), "where must be a predicate, .*, got <memory"),
         (lambda: ("resnet18", "simam"), "model must be an nn.Module, got str"),
         (lambda: (small_resnet(), "cbam"), "layer must be 'simam', 'triplet' or a factory .*, got 'cbam'"),
         (lambda: (small_resnet(), SimAM()), "layer must be 'simam', 'triplet' or a factory .*, got a SimAM"),
@@ -440,6 +484,19 @@ def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
     with pytest.raises(he.InputError, match=f"^attach: {message}"):
         he.nn.attach(model, *rest)
     assert parts is None or anatomy(model) == parts
+
+
+def test_unselected_blocks_may_be_replaced_and_a_backbone_may_have_two_names():
+    model = changed("layer1.0.conv2", nn.Identity())
+    assert len(he.nn.attach(model, "triplet", where="layer2").insertions) == 2
+    backbone = small_vgg()
+    assert he.nn.attach(nn.ModuleDict({"a": backbone, "b": backbone}), "triplet").insertions
+
+
+def test_a_pooling_in_several_places_ends_several_stages():
+    pool = nn.MaxPool2d(2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 4, 3), nn.ReLU(), pool)
+    assert [insertion.name for insertion in he.nn.attach(model, "triplet").insertions] == ["1.attention", "4.attention"]
 
 
 def test_detach_needs_something_to_detach():

@@ -104,6 +104,40 @@ def test_modules_on_meta_are_fused_and_random_state_is_unchanged():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def freeze(model: nn.Module, part: str) -> nn.Module:
+    model.get_submodule(part).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("part", ["", "cw.conv.conv", "hc.conv.bn"])
+def test_frozen_modules_are_fused_and_stay_frozen(part):
+    model = freeze(OfficialTriplet(), part)
+    frozen = [not parameter.requires_grad for parameter in model.parameters()]
+    assert he.nn.fuse(model).fused == ("",)
+    assert [not parameter.requires_grad for parameter in model.parameters()] == frozen and any(frozen)
+
+
+@official
+@pytest.mark.parametrize("is_created_there", [True, False])
+def test_modules_are_fused_in_inference_mode(build, is_created_there):
+    with torch.inference_mode(is_created_there):
+        model = build()
+    with torch.inference_mode():
+        assert he.nn.fuse(model).fused == ("",)
+    with torch.no_grad():
+        assert he.nn.fuse(build()).fused == ("",)
+
+
+class WithScale(OfficialSimAM):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+class WithOptions(OfficialTriplet):
+    def forward(self, x: Tensor, **options: float) -> Tensor:
+        return super().forward(x) * options.get("scale", 1.0)
+
+
 class MaxAndSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((x.amax(1, keepdim=True), x.sum(1, keepdim=True)), 1)
@@ -149,6 +183,8 @@ SIMILAR = {
         "it computes something else",
     ),
     "another variance": (PopulationVariance, "it computes something else"),
+    "one more argument": (WithScale, "its forward takes more arguments than x"),
+    "keywords": (WithOptions, "its forward takes more arguments than x"),
     "another gradient": (Detached, "it computes something else"),
     "a fixed number of channels": (ThreeChannelsOnly, "it could not be tried: RuntimeError"),
     "a parameter": (WithParameter, "a SimAM has no parameters, but this module does"),

@@ -44,6 +44,18 @@ def test_recalibrate_corrects_a_network_with_simam(build):
         ([], he.InputError, "recalibrate: batches must be at least one batch, got none"),
         ([images(), "cat.jpeg"], he.InputError, "recalibrate: batches must be tensors, .*, got str at position 1"),
         ([images(), images()[:, :1]], RuntimeError, "expected input"),
+        (
+            [images(), images()[:0]],
+            he.InputError,
+            r"batches must be of at least one .*, got \[0, 3, 16, 16\] at",
+        ),
+        ([(images()[:0], None)], he.InputError, "batches must be of at least one input, got .*; leave out empty"),
+        (
+            images(),
+            he.InputError,
+            r"batches must be an iterable .*, got a tensor \[2, 3, 16, 16\]; pass \[batches\]",
+        ),
+        (images()[None], he.InputError, "batches must be an iterable of batches, such as a list, got a tensor"),
     ],
 )
 def test_a_failed_recalibration_leaves_the_old_statistics(batches, error, message):
@@ -53,6 +65,47 @@ def test_a_failed_recalibration_leaves_the_old_statistics(batches, error, messag
         he.nn.recalibrate(model, batches)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert all(module.training for module in model.modules()) and model.layer1[0].bn1.momentum == 0.1
+
+
+class OneOfTwo(nn.Module):
+    """Two BatchNorms, of which eval mode runs only the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.auxiliary = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.main(x) + self.auxiliary(x) if self.training else self.main(x)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_statistics_of_norms_that_no_batch_reaches_stay(is_compiled):
+    model = OneOfTwo()
+    for norm in (model.main, model.auxiliary):
+        norm.running_mean.fill_(3)
+        norm.num_batches_tracked.fill_(100)
+    expected = {key: tensor.clone() for key, tensor in model.auxiliary.state_dict().items()}
+    if is_compiled:
+        torch.compile(model.eval(), backend="eager")(images())
+    he.nn.recalibrate(torch.compile(model, backend="eager") if is_compiled else model, [images()])
+    torch.testing.assert_close(dict(model.auxiliary.state_dict()), expected, rtol=0, atol=0)
+    assert model.main.num_batches_tracked == 1 and (model.main.running_mean < 2).all()
+
+
+def test_auxiliary_classifiers_of_googlenet_keep_their_statistics():
+    googlenet = pytest.importorskip("torchvision").models.googlenet(init_weights=False, aux_logits=True)
+    norm = googlenet.aux1.conv.bn
+    norm.running_mean.fill_(3)
+    he.nn.recalibrate(googlenet, [images(64)])
+    assert (norm.running_mean == 3).all() and googlenet.conv1.bn.num_batches_tracked == 1
+
+
+def test_norms_without_statistics_are_skipped():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model[0].running_mean = model[0].running_var = None
+    assert he.nn.recalibrate(model, [images()]) == 1 and model[1].num_batches_tracked == 1
+    with pytest.raises(he.InputError, match="recalibrate: model must be .* BatchNorm .*, got a Sequential with none"):
+        he.nn.recalibrate(model[:1], [images()])
 
 
 def test_recalibrate_needs_norms():

@@ -58,6 +58,7 @@ ACTIVATIONS = "float64, float32, float16 or bfloat16"
 AT_LEAST = "a finite number of"
 INF, NAN = float("inf"), float("nan")
 ONE_COLUMN = "must be [5], or multi-hot with at least 2 columns, got [5, 1]"
+NO_COLUMN = ONE_COLUMN.replace("[5, 1]", "[5, 0]")
 OR_ZEROS = "for classes, and add a column of zeros to multi-hot labels"
 NO_NAN = "must be free of NaN, which has no sign, got at least one; check for a diverged model"
 NOT_EMPTY = "x must be [N, C, H, W] with C, H and W at least 1"
@@ -288,6 +289,11 @@ CASES = [  # (op, arguments, message without the op's name)
         "hamming_count",
         (CODES, CODES, None, CODES[:, :1].bool(), CODES[:, :1].bool()),
         f"query_labels {ONE_COLUMN}; pass query_labels[:, 0] {OR_ZEROS}",
+    ),
+    (
+        "hamming_count",
+        (CODES, CODES, None, CODES[:, :0].bool(), CODES[:, :0].bool()),
+        f"query_labels {NO_COLUMN}; pass query_labels[:, 0] {OR_ZEROS}",
     ),
     (
         "hamming_count",
