@@ -566,23 +566,38 @@ class HammingIndex:
         stored: folder.StoredIndex | None = state["mapped"]
         self._initialise(state["bits"], state["devices"], state["streamed"])
         codes, ids, live = as_tensor(state["codes"]), state["ids"], state["live"]
-        if stored is not None:
-            if not stored.has_files():
-                expected = f"those that the pickled index maps, in {stored.path}"
-                advice = "load the index again, or send one that is not mapped"
-                raise invalid("HammingIndex", "the files", expected, "a folder without them", advice)
-            saved_ids, _ = stored.read_ids_and_live()
-            if ids is not None and saved_ids is not None:
-                ids = np.concatenate([saved_ids, ids])
         # Pickled arrays may be read-only, or share their memory with the buffers that they were read from.
-        ids = None if ids is None else torch.from_numpy(np.array(ids))
         live = None if live is None else np.array(live)
         if stored is not None:
-            self._publish_map(stored, codes, ids, live, state["next_id"])
+            self._map_again(stored, codes, ids, live, state["next_id"])
         else:
-            self._copy_rows(Snapshot.from_rows(ShardedCodes((codes,)), ids, live, state["next_id"]), "load")
+            all_ids = None if ids is None else torch.from_numpy(np.array(ids))
+            self._copy_rows(Snapshot.from_rows(ShardedCodes((codes,)), all_ids, live, state["next_id"]), "load")
         self._last_saved = state["last_saved"]
         self._set_attributes(state["attributes"])
+
+    def _map_again(
+        self,
+        stored: folder.StoredIndex,
+        added: Tensor,
+        added_ids: np.ndarray | None,
+        live: np.ndarray | None,
+        next_id: int | None,
+    ) -> None:
+        """Publish the mapped codes of a folder, followed by those that a pickle contains."""
+        try:
+            saved_ids, _ = stored.read_ids_and_live()
+            ids = added_ids
+            if ids is not None and saved_ids is not None:
+                ids = np.concatenate([saved_ids, ids])
+            all_ids = None if ids is None else torch.from_numpy(np.array(ids))
+            self._publish_map(stored, added, all_ids, live, next_id)
+        except (InputError, FileNotFoundError):
+            if stored.has_files():
+                raise
+            expected = f"those that the pickled index maps, in {stored.path}"
+            advice = "load the index again, or send one that is not mapped"
+            raise invalid("HammingIndex", "the files", expected, "a folder without them", advice) from None
 
     # Helpers of the methods above.
 
