@@ -626,6 +626,7 @@ def refusals(page: str) -> dict[str, str]:
 CELLS = tables(PAGE.read_text())
 REFUSALS = refusals(PAGE.read_text())
 SLOW = ("AOTInductor", "ONNX")
+SLOW_CELLS = (("torch.compile", "attached"), ("torch.compile", "fused"))  # whole networks
 
 
 @contextmanager
@@ -641,15 +642,13 @@ def contains_tensors(result: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
 
 
-def marks(feature: str) -> list[Any]:
-    return [pytest.mark.slow] if feature in SLOW else []
+def marks(feature: str, subject: str = "") -> list[Any]:
+    return [pytest.mark.slow] if feature in SLOW or (feature, subject) in SLOW_CELLS else []
 
 
 def cells() -> list[Any]:
     return [
-        pytest.param(
-            feature, subject, cell, id=f"{feature}-{subject}", marks=pytest.mark.slow if feature in SLOW else ()
-        )
+        pytest.param(feature, subject, cell, id=f"{feature}-{subject}", marks=marks(feature, subject))
         for (feature, subject), cell in CELLS.items()
         if cell != NO_MEANING
     ]
