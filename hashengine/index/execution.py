@@ -237,8 +237,8 @@ def topk_in_one_call(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The k nearest codes of each query by one call of the native module, without torch's dispatcher.
 
-    For a single query and a thousand codes, this takes about a tenth of the time of the other path, which makes
-    tensors, a request and workers, and dispatches the op.
+    The other path makes tensors, a request and workers, and dispatches the op. For a single query and few codes, that
+    takes longer than the search itself.
 
     Args:
         snapshot: its codes must be in host memory.

@@ -39,7 +39,7 @@ def define_op(
         flops: the number of floating-point operations, for torch's `FlopCounterMode`: a function of the op's arguments
             and of `out_val`, its result. If it is None, the counter counts 0.
         no_gradient: the end of the message of that `InputError`. None if no argument can require a gradient, because
-            all tensors are integer: such an op needs no formula, whose call in Python would take 5 microseconds.
+            all tensors are integer. Such an op needs no formula, and a formula in Python would slow each call down.
     """
     name, signature = schema.split("(", 1)
     qualified_name = f"{NAMESPACE}::{name}"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# These functions are looked up once, because `needs_plain_torch` runs before each op: on a map of 1 x 16 x 7 x 7, an op
-# takes 5 microseconds.
+# These functions are looked up once, because `needs_plain_torch` runs before each op, and an op on a small map takes a
+# few microseconds.
 _is_compiling = torch.compiler.is_compiling
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing  # torch.jit.is_tracing without its check for scripts
