@@ -135,7 +135,7 @@ def _classify(path: Path, is_regular: bool, found: FoundImages) -> None:
             found.others.append(path)
         elif kind:
             found.unopened.append(Unopened(path, kind))
-        elif path.suffix.lower() in IMAGE_SUFFIXES or _is_image(path):
+        elif is_image(path):
             found.images.append(path)
         else:
             found.others.append(path)
@@ -148,12 +148,14 @@ def _kind(path: Path) -> str:
     return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "")
 
 
-def _is_image(path: Path) -> bool:
-    """Whether the content of a file is that of an image, even if only another program can decode it.
+def is_image(path: Path) -> bool:
+    """Whether `find_images` takes the file `path` for an image, even if only another program can decode it.
 
     Raises:
         OSError: the file cannot be opened.
     """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
     with open(path, "rb") as file:
         if _unknown_format(file.read(16)):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +81,8 @@ def search(
     if query.is_dir() and output is None:
         raise invalid("search", "output", "a file if the query is a folder", "none", "pass --output FILE")
     if output is not None:
-        is_input = query.is_file() or (query / "encode.json").is_file() or output.suffix.lower() in IMAGE_SUFFIXES
+        # A folder of images may also hold results, but no image of it may be replaced.
+        is_input = query.is_file() or (query / "encode.json").is_file() or _may_be_image(output)
         check_output("search", output, outside=(index, model, query if is_input else None))
     from hashengine import evaluation
 
@@ -148,3 +150,11 @@ def report(
 def shortened(path: str) -> str:
     """`path` relative to the working folder, if it is in that folder; otherwise unchanged."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _may_be_image(output: Path) -> bool:
+    """Whether the file at the end of all links of `output` is an image, or would be taken for one."""
+    from hashengine.images import is_image
+
+    target = Path(os.path.realpath(output))
+    return is_image(target) if target.is_file() else target.suffix.lower() in IMAGE_SUFFIXES

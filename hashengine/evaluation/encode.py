@@ -76,13 +76,22 @@ class CodesFolder:
         path = folder / "codes.npy"
         try:
             codes = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:  # a damaged shape may be huge
+        except Exception as error:  # numpy evaluates the header of a damaged file, which may raise anything
             raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
+        if not isinstance(codes, np.ndarray):
+            raise invalid(where, argument, f"an array in {str(path)!r}", "an archive of arrays")
         shape = (len(items), record.bits // 8)
         if codes.dtype != np.uint8 or codes.shape != shape:
             expected = f"uint8 {list(shape)} in {str(path)!r}, as items.csv and encode.json say"
             raise invalid(where, argument, expected, f"{codes.dtype} {list(codes.shape)}")
+        if record.codes_sha256 not in ("", _sha256(codes)):
+            expected = f"the codes in {str(path)!r} that encode.json describes"
+            raise invalid(where, argument, expected, "others: the file is damaged or was replaced", "encode again")
         return cls(codes, items, record)
+
+
+def _sha256(codes: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(codes).data).hexdigest()
 
 
 def is_codes_folder(folder: Path) -> bool:
@@ -172,7 +181,7 @@ def encode_folder(
         source=str(folder),
         model=str(model.absolute()),
         fingerprint=identity,
-        codes_sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
+        codes_sha256=_sha256(rows),
         device=str(chosen),
         seconds=time.perf_counter() - start,
         errors=errors,

@@ -226,6 +226,18 @@ def test_results_can_be_written_next_to_the_photos_and_into_a_pipe(folder, tmp_p
     assert Path("/dev/null").is_char_device() and (photos / "results.json").is_file()
 
 
+@pytest.mark.parametrize("output", ["photos/plain", "photos/photo.dat", "link.json"])
+def test_results_replace_no_image_whatever_its_name(folder, tmp_path, output):
+    photo = make_images(tmp_path / "photos", per_class=1) / "bars" / "0.png"
+    for name in ("plain", "photo.dat"):
+        shutil.copyfile(photo, tmp_path / "photos" / name)
+    (tmp_path / "link.json").symlink_to(photo)
+    before = contents(tmp_path)
+    message = refuse("search", folder / "index", tmp_path / "photos", "--output", tmp_path / output)
+    assert message.startswith("error: search: output must be a path that destroys no input")
+    assert contents(tmp_path) == before
+
+
 def test_mistakes_in_encode_are_refused(folder, tmp_path):
     model, output = ("--model", folder / "model"), ("--output", tmp_path / "codes")
     images = folder / "images" / "query"

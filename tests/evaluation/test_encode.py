@@ -138,7 +138,7 @@ def test_codes_whose_header_has_another_shape_give_an_error_of_one_line(codes, t
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "shape", "csv", "json", "missing"])
+@pytest.mark.parametrize("damage", ["truncate", "shape", "header", "bit", "zip", "csv", "json", "missing"])
 def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
     folder = tmp_path / "codes"
     codes.save(folder)
@@ -146,6 +146,9 @@ def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
     {
         "truncate": lambda: array.write_bytes(array.read_bytes()[:-1]),
         "shape": lambda: np.save(array, codes.codes[:-1]),
+        "header": lambda: array.write_bytes(array.read_bytes().replace(b"}", b" ", 1)),
+        "bit": lambda: array.write_bytes(array.read_bytes()[:-1] + bytes([array.read_bytes()[-1] ^ 1])),
+        "zip": lambda: np.savez(array.open("wb"), codes.codes),
         "csv": lambda: items.write_text("id,path,label\n0,a.png,a\n2,b.png,b\n"),
         "json": lambda: record.write_text('{"bits": "many"}'),
         "missing": array.unlink,
