@@ -86,6 +86,15 @@ def save(folder: Path, model: Model) -> None:
     write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: to_json(described, indent=2).encode() + b"\n"})
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether config.json in `folder` is that of a model. The weights are not looked at."""
+    try:
+        header = _Header.model_validate(json.loads((folder / CONFIG_FILE).read_bytes()))
+    except (OSError, ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
+        return False
+    return "format" in header.model_fields_set
+
+
 def load(folder: Path) -> Model:
     """Read what `save` wrote. A save at the same time is not mixed with the earlier one.
 

@@ -18,7 +18,7 @@ from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
 from hashengine.methods.base import Batch, HashingMethod, View
 from hashengine.models import HashNet
-from hashengine.models.checkpoint import MethodState, Model, document
+from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, MethodState, Model, document, is_model_folder
 from hashengine.training import data
 from hashengine.training.config import FitConfig
 from hashengine.training.runs import RECORD_FILE, Run
@@ -38,7 +38,7 @@ def fit(config: FitConfig) -> Run:
         InputError: an option, the folder of images or an image is unusable, or the loss became infinite or NaN.
     """
     device = check_device("fit", config.device, auto=True)
-    check_output("fit", config.output, outside=(config.images,), is_folder=True)
+    check_model_output("fit", config)
     images = data.load(config.images, config.image_size)
     image_size = images.images.shape[-1]
     make_folder(config.output)  # an unwritable folder is reported before training
@@ -75,6 +75,23 @@ def fit(config: FitConfig) -> Run:
     network.save_pretrained(config.output)
     write_file(config.output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return Run(config.output, record)
+
+
+def check_model_output(where: str, config: FitConfig) -> None:
+    """Require that `config.output` can be written, and that only files of an earlier model are replaced.
+
+    Raises:
+        InputError: the folder contains other files of the same names, or belongs to an index; the error names `where`.
+    """
+    folder = config.output
+    check_output(where, folder, outside=(config.images,), is_folder=True)
+    replaced = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE) if (folder / name).exists()]
+    if replaced and not is_model_folder(folder):
+        actual = f"{str(folder)!r}, which has another {replaced[0]}"
+        raise invalid(where, "output", "a folder without foreign files", actual, "choose another folder")
+    if replaced and (folder.parent / "index.json").is_file():
+        actual = f"{str(folder)!r}, the model of an index"
+        raise invalid(where, "output", "a folder outside an index", actual, "choose another folder")
 
 
 def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, HashingMethod]:

@@ -16,7 +16,7 @@ from hashengine._validation import check_device
 from hashengine.errors import invalid
 from hashengine.training import data
 from hashengine.training.config import FitConfig, SweepConfig
-from hashengine.training.loop import fit
+from hashengine.training.loop import check_model_output, fit
 from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, RunTable, table
 
 TABLE_FILES = ("table.md", "table.json")
@@ -30,13 +30,20 @@ def sweep(config: SweepConfig) -> RunTable:
     is written to table.md and table.json in `config.output`.
 
     Raises:
-        InputError: an option of a run is invalid, or two runs would share a folder (both are found before the first
-            run starts); `fit` or `evaluate` raises it; or the folder of a run contains a damaged run or a run with
-            other options.
+        InputError: an option of a run is invalid, two runs would share a folder, a folder of images is unusable, the
+            output has foreign files, or the folder of a run contains a damaged run or a run with other options (all
+            of these are found before the first run starts); or `fit` or `evaluate` raises it.
     """
     planned = list(plan(config))
     images = {options.images for options in planned}
     check_output("train sweep", config.output, outside=(*images, config.queries), is_folder=True)
+    _check_table(config.output)
+    unfinished = [options for options in planned if _finished(options) is None]
+    for options in unfinished:
+        check_model_output("train sweep", options)
+    needed = {options.images for options in unfinished} | ({config.queries} if config.queries and unfinished else set())
+    for folder in sorted(needed):
+        data.list_classes(folder, "train sweep")  # a mistake in a folder is reported before the first run
     runs: list[Run] = []
     for number, options in enumerate(planned, start=1):
         run = _finished(options)
@@ -131,5 +138,17 @@ def _in_file_name(value: Any) -> str:
 
 
 def _write(folder: Path, results: RunTable) -> None:
+    write_file(folder / TABLE_FILES[1], results.to_json())  # first: `_check_table` recognises an earlier table by it
     write_file(folder / TABLE_FILES[0], results.to_markdown())
-    write_file(folder / TABLE_FILES[1], results.to_json())
+
+
+def _check_table(folder: Path) -> None:
+    """Refuse to replace files with the names of the table that no sweep wrote."""
+    existing = [name for name in TABLE_FILES if (folder / name).exists()]
+    try:
+        is_own = not existing or "groups" in json.loads((folder / TABLE_FILES[1]).read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        is_own = False
+    if not is_own:
+        actual = f"{str(folder)!r}, which has another {existing[0]}"
+        raise invalid("train sweep", "output", "a folder without foreign files", actual, "choose another folder")

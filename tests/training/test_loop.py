@@ -145,3 +145,21 @@ def test_the_closed_form_records_its_error(images, tmp_path):
 def test_more_bits_than_a_closed_form_allows_are_rejected(images, tmp_path):
     with pytest.raises(InputError, match="^itq: bits must be 1 to 8 "):
         fit(tiny(images, tmp_path / "model", method="itq", bits=16))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.json"])
+def test_foreign_files_are_not_replaced(images, tmp_path, name):
+    foreign = tmp_path / "foreign" / name
+    foreign.parent.mkdir()
+    foreign.write_text('{"mine": 1}')
+    with pytest.raises(InputError, match=f"^fit: output must be a folder without foreign files, got .* another {name}"):
+        fit(tiny(images, foreign.parent))
+    assert foreign.read_text() == '{"mine": 1}'
+
+
+def test_an_earlier_model_is_replaced_but_not_that_of_an_index(images, tmp_path):
+    fit(tiny(images, tmp_path / "model", epochs=1))
+    assert len(fit(tiny(images, tmp_path / "model", epochs=2)).record["epochs"]) == 2
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(InputError, match="^fit: output must be a folder outside an index"):
+        fit(tiny(images, tmp_path / "model"))

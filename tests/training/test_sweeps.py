@@ -71,6 +71,24 @@ def test_a_folder_with_a_run_of_other_options_is_refused(data):
         sweep(config(data, grid={"seed": [0]}, epochs=2))
 
 
+@pytest.mark.parametrize("name", ["table.md", "table.json", "seed=1/config.json"])
+def test_foreign_files_are_found_before_the_first_run_starts(data, name):
+    foreign = data / "runs" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    with pytest.raises(InputError, match="^train sweep: output must be a folder without foreign files"):
+        sweep(config(data, grid={"seed": [0, 1]}))
+    assert [path for path in (data / "runs").rglob("*") if path.is_file()] == [foreign]
+
+
+@pytest.mark.parametrize("option", [{"queries": "nothere"}, {"grid": {"images": ["database", "nothere"]}}])
+def test_a_missing_folder_is_found_before_the_first_run_starts(data, monkeypatch, option):
+    monkeypatch.chdir(data)
+    with pytest.raises(InputError, match="^train sweep: folder must be a folder of images, got 'nothere'"):
+        sweep(config(data, **option))
+    assert not (data / "runs").exists()
+
+
 def test_a_mistake_in_any_run_is_found_before_the_first_run_starts(data):
     with pytest.raises(InputError, match="^fit: alpha must be"):
         sweep(config(data, grid={"alpha": [0.1, -1]}))
