@@ -195,7 +195,7 @@ def grad_scaler(subject: str) -> Check:
 
 
 def compile(subject: str) -> Check:
-    torch.compiler.reset()  # torch compiles a function only a few times, and other tests compile the same ones
+    torch.compiler.reset()  # torch does not compile a forward again that it has skipped in another test
     model, x = build(subject), example(subject)
     if is_differentiable(subject):
         compiled = torch.compile(build(subject), fullgraph=True, backend="aot_eager")
@@ -626,7 +626,6 @@ def refusals(page: str) -> dict[str, str]:
 CELLS = tables(PAGE.read_text())
 REFUSALS = refusals(PAGE.read_text())
 SLOW = ("AOTInductor", "ONNX")
-SLOW_CELLS = (("torch.compile", "attached"), ("torch.compile", "fused"))  # whole networks
 
 
 @contextmanager
@@ -642,13 +641,13 @@ def contains_tensors(result: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
 
 
-def marks(feature: str, subject: str = "") -> list[Any]:
-    return [pytest.mark.slow] if feature in SLOW or (feature, subject) in SLOW_CELLS else []
+def marks(feature: str) -> list[Any]:
+    return [pytest.mark.slow] if feature in SLOW else []
 
 
 def cells() -> list[Any]:
     return [
-        pytest.param(feature, subject, cell, id=f"{feature}-{subject}", marks=marks(feature, subject))
+        pytest.param(feature, subject, cell, id=f"{feature}-{subject}", marks=marks(feature))
         for (feature, subject), cell in CELLS.items()
         if cell != NO_MEANING
     ]
