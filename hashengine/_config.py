@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from typing_extensions import Self
 
-from hashengine._validation import as_integer
+from hashengine._validation import as_integer, is_path
 from hashengine.errors import input_error
 
 
@@ -40,6 +40,8 @@ def _check_flag(value: Any) -> bool:
 def _check_path(value: Any) -> Any:
     if value == "":
         raise ValueError("must be a path ('.' is the working folder)")
+    if isinstance(value, str) and not is_path(value):
+        raise ValueError("must be a path that a file system can have")
     return value
 
 

@@ -95,8 +95,8 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
     Raises:
         InputError: `path` exists, but is neither an empty folder nor an earlier output; it is not changed.
     """
-    path = path.resolve()
     check_replaceable(path, marker=marker, where=where)
+    path = path.resolve()
     make_folder(path.parent)
     with _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
         temporary.mkdir()
@@ -108,10 +108,25 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, *, marker: str, where: str) -> None:
-    """Require that `path` does not exist, is an empty folder, or holds the file `marker` of an earlier output."""
+    """Require that `path` does not exist, is an empty folder, or holds the file `marker` of an earlier output.
+
+    It must not be the working folder or a folder around it, because replacing it would remove the working folder.
+    """
+    _check_links(path, where)
+    if Path.cwd().is_relative_to(os.path.realpath(path)):
+        expected = "a folder that is not the working folder or around it"
+        raise invalid(where, "output", expected, repr(str(path)), "the folder would be replaced")
     is_output = (path / marker).is_file()
     if path.exists() and not is_output and not (path.is_dir() and not any(path.iterdir())):
         raise invalid(where, "output", f"a new folder or an earlier output that holds {marker}", repr(str(path)))
+
+
+def _check_links(path: Path, where: str) -> None:
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise invalid(where, "output", "a path without a loop of links", repr(str(path))) from None
 
 
 def check_output(
@@ -135,9 +150,11 @@ def check_output(
     """
     if is_folder and str(path) == "-":
         raise invalid(where, "output", "a folder", "'-', which stands for stdout", "choose another path")
+    _check_links(path, where)
     if marker:
         check_replaceable(path, marker=marker, where=where)
     if _is_stream(path) and not is_folder:
+        _check_descriptor(path, where)
         return
     if path.exists() and path.is_dir() != is_folder:
         kinds = ("a file", "a folder")
@@ -253,6 +270,19 @@ def _is_stream(path: Path) -> bool:
     return bool(_OWN_DESCRIPTOR.fullmatch(str(path))) or (path.exists() and not path.is_file() and not path.is_dir())
 
 
+def _check_descriptor(path: Path, where: str) -> None:
+    found = _OWN_DESCRIPTOR.fullmatch(str(path))
+    try:
+        if found:
+            os.fstat(_descriptor(found))
+    except (OSError, OverflowError):
+        raise invalid(where, "output", "a file that this process has opened", repr(str(path))) from None
+
+
+def _descriptor(found: re.Match[str]) -> int:
+    return {"stdout": 1, "stderr": 2}.get(found["name"]) or int(found["fd"] or found["proc"])
+
+
 @contextmanager
 def _open_stream(path: Path) -> Iterator[BinaryIO]:
     found = _OWN_DESCRIPTOR.fullmatch(str(path))
@@ -261,8 +291,7 @@ def _open_stream(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     sys.stdout.flush()  # what is written here follows what was printed before
-    number = {"stdout": 1, "stderr": 2}.get(found["name"]) or int(found["fd"] or found["proc"])
-    with os.fdopen(os.dup(number), "wb") as file:
+    with os.fdopen(os.dup(_descriptor(found)), "wb") as file:
         yield file
 
 

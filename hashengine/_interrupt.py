@@ -7,6 +7,7 @@ process within `GRACE_SECONDS`, the thread does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -31,13 +32,37 @@ def keeps(kept: str) -> None:
 def run(start: Callable[[], None]) -> None:
     """Call `start`, which imports and runs a command line. Ctrl-C ends the process with one line and status 130."""
     try:
+        _open_closed_streams()
         _watch()
         start()
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns a KeyboardInterrupt into a SystemExit
         if isinstance(end, SystemExit) and end.code != STATUS:
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up
         _announce()
-        sys.exit(STATUS)
+        _exit()
+
+
+def _open_closed_streams() -> None:
+    """Connect stdin, stdout and stderr to the null device if the caller closed them.
+
+    Otherwise Python has None in their places, and the next file that is opened gets their numbers.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is that of the stream
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _exit() -> None:
+    """End the process. The interpreter is not taken down, which takes a second or more once torch is loaded."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(STATUS)
 
 
 def _announce() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -88,7 +89,12 @@ def record() -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         return {"damaged": True}
-    is_usable = isinstance(found, dict) and all(isinstance(found.get(name), str) for name in _TEXT_FIELDS)
+    is_usable = (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), str) for name in _TEXT_FIELDS)
+        and isinstance(found.get("arch_list", []), list)
+        and re.fullmatch(r"_C[\w.-]{0,100}", str(found.get("module") or "_C")) is not None
+    )
     return found if is_usable else {"damaged": True}
 
 

@@ -51,7 +51,7 @@ def note(message: str, **values: Any) -> None:
 
     `values` are written to JSON lines only.
     """
-    if _quiet:
+    if _quiet or sys.stderr is None:  # None: the program has no console
         return
     if _json:
         write_json("note", message=message, **values)
@@ -63,6 +63,8 @@ def note(message: str, **values: Any) -> None:
 
 def write_json(event: str, **values: Any) -> None:
     """Write one JSON object to stderr."""
+    if sys.stderr is None:
+        return
     print(json.dumps({"event": event} | values), file=sys.stderr, flush=True)
 
 
@@ -83,7 +85,9 @@ def task(name: str, total: int, unit: str) -> Iterator[Progress]:
         return
     from tqdm import tqdm
 
-    with tqdm(desc=name, total=total, unit=unit, leave=False, disable=True if _quiet else None) as bar:
+    with tqdm(
+        desc=name, total=total, unit=unit, leave=False, disable=True if _quiet or sys.stderr is None else None
+    ) as bar:
         yield bar
 
 

@@ -303,12 +303,20 @@ def _check_label_side(where: str, name: str, labels: Any, rows: int) -> Tensor:
     return ones
 
 
+def is_path(text: str) -> bool:
+    """Whether a file system can have this path. A NUL and half of a surrogate pair are not possible."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def check_path(where: str, name: str, path: Any) -> Path:
     """Require a path: a string that is not empty, or a path object."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise invalid(where, name, "a path", type(path).__name__)
-    if "\0" in os.fspath(path):
-        raise invalid(where, name, "a path without NUL characters", repr(os.fspath(path)))
+    if not is_path(os.fspath(path)):
+        raise invalid(where, name, "a path that a file system can have", repr(os.fspath(path)))
     if not os.fspath(path):
         raise invalid(where, name, "a path", "an empty string", "'.' is the working folder")
     return Path(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -211,7 +212,17 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
         raise invalid("read_image", "mode", "'RGB' or 'L'", repr(mode))
     with _opened(path) as image:
         is_16_bit = image.format in ("PNG", "PPM")
-        return to_8_bits(ImageOps.exif_transpose(image), mode, os.fspath(path), is_16_bit=is_16_bit)
+        return to_8_bits(_upright(image), mode, os.fspath(path), is_16_bit=is_16_bit)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, turned by its EXIF orientation. A damaged EXIF block is ignored with a warning."""
+    image.load()  # so that an error below is not one of the pixels
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises SyntaxError and others
+        warnings.warn(f"the EXIF orientation is ignored: {error}", stacklevel=2)
+        return image
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int]]:

@@ -18,11 +18,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine.errors import InputError, invalid
+from hashengine.errors import InputError, brief, invalid
 
 F = TypeVar("F", bound=Callable[..., None])
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
+_LONGEST_MESSAGE = 2000  # characters; a longer error, such as that of a path of megabytes, is shortened
 STDOUT = Path("/dev/stdout")
 MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
@@ -95,7 +96,7 @@ def _note_warning(message: Warning | str, *place: object) -> None:
 
 def _report(message: str, code: int) -> NoReturn:
     """Write an error in one line, and exit."""
-    message = " ".join(message.split())
+    message = brief(" ".join(message.split()), _LONGEST_MESSAGE)
     if _progress.logs_json():
         _progress.write_json("error", message=message)
     else:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from hashengine.errors import invalid
+from hashengine.training.config import parse_yaml
 
 _SCALARS = (bool, int, float, str, Path)
 
@@ -73,8 +73,8 @@ def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
 def parse(text: str) -> Any:
     """Parse a value as YAML, such as a number, a truth value or a string; text that is not YAML stays a string."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hashengine import _progress
+from hashengine._defaults import DATA_SETS
 from hashengine._files import check_output, make_folder, write_file
 from hashengine._validation import check_path
 from hashengine.errors import invalid
@@ -52,6 +53,7 @@ def run_demo(data: str, output: Path, bits: int) -> Report:
     """
     check_path("demo", "data", data)
     output = check_path("demo", "output", output)
+    _check_options(data, output, bits)
     start_over(output, data)
     scripts = Path(sys.executable).parent
     if shutil.which("hashengine") != str(scripts / "hashengine") and (scripts / "activate").is_file():
@@ -60,6 +62,16 @@ def run_demo(data: str, output: Path, bits: int) -> Report:
         _progress.note(f"$ {shlex.join(step.command)}")
         _progress.note(step.run())
     return Report.read(output / "report.json", "demo", "report", "hashengine report")
+
+
+def _check_options(data: str, output: Path, bits: int) -> None:
+    """Find mistakes before the folder of an earlier demo is emptied."""
+    from hashengine.training.config import FitConfig
+    from hashengine.training.data import list_classes
+
+    if data not in DATA_SETS:
+        list_classes(Path(data), "demo")
+    FitConfig.checked("demo", images=output, output=output, bits=bits)
 
 
 def start_over(output: Path, data: str) -> None:

@@ -74,6 +74,8 @@ class CodesFolder:
         record = EncodeRecord.read(folder / "encode.json", where, argument, "hashengine encode")
         items = read_items(folder / "items.csv", where, argument)
         path = folder / "codes.npy"
+        if not path.is_file():  # opening a pipe would wait
+            raise invalid(where, argument, "a codes folder with a file codes.npy", f"{str(folder)!r} without one")
         try:
             codes = np.load(path, allow_pickle=False)
         except Exception as error:  # numpy evaluates the header of a damaged file, which may raise anything
@@ -105,10 +107,14 @@ def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> st
     Raises:
         InputError: `model` is not the folder of a saved model; the error names `where`.
     """
+    weights, expected = Path(model, WEIGHTS_FILE), f"a model folder that holds {WEIGHTS_FILE}"
     try:
-        return hashlib.sha256(Path(model, WEIGHTS_FILE).read_bytes()).hexdigest()
+        if weights.exists() and not weights.is_file():  # opening a pipe would wait
+            raise invalid(where, "model", expected, f"{os.fspath(model)!r}, where it is no file")
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a character that no path has
-        expected = f"a model folder that holds {WEIGHTS_FILE}"
         raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {getattr(error, 'strerror', error)}") from None
 
 

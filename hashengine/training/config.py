@@ -191,6 +191,36 @@ class SweepConfig(Config):
         return grid
 
 
+class _OptionsLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, a few of which can stand for billions of values, and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"an alias, *{self.peek_event().anchor}: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{repeated[0]!r} twice")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: the text is not YAML, contains an alias or a duplicate key, or a value that is none, such as the
+            date 2020-99-99.
+    """
+    try:
+        return yaml.load(text, Loader=_OptionsLoader)
+    except RecursionError:
+        raise ValueError("a value that is nested too deeply") from None
+    except Exception as error:  # for values such as !!bool x, the parser raises KeyError, AttributeError and others
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
 def read_yaml(path: Path, where: str) -> dict[str, Any]:
     """The options in a YAML file.
 
@@ -198,10 +228,10 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
         InputError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        options = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise invalid(where, "config", "a readable file", f"{str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise invalid(where, "config", "YAML", f"{str(path)!r}: {brief(error)}") from None
     if not isinstance(options, dict):
         raise invalid(where, "config", "lines of 'option: value'", f"{type(options).__name__} in {str(path)!r}")

@@ -116,7 +116,7 @@ def prepare(
 def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     """The record in `output`; raises InputError if it is not the record of `request`."""
     try:
-        record = json.loads((output / SPLIT_FILE).read_text())
+        record = json.loads((output / SPLIT_FILE).read_text(encoding="utf-8-sig"))
         is_same = all(record[key] == value for key, value in request.items())
         # These expressions raise if the rest of the record has another form.
         int(record["queries_identical_to_a_database_image"])
@@ -246,12 +246,16 @@ def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
         for label, paths in by_class.items()
         for path in paths
     ]
-    if queries is None:
-        queries = max(1, round(FOLDER_QUERY_SHARE * len(pictures)))
     progress = _progress.track(pictures, "comparing files", len(pictures), "img")
     digests = [_content_digest(picture.content) for picture in progress]
     copies = Counter(digests)
     unique = [picture for picture, digest in zip(pictures, digests, strict=True) if copies[digest] == 1]
+    if queries is None:
+        most = len(unique) - len({picture.label for picture in unique})  # one of each class must remain
+        if most < 1:
+            expected = "a folder with a class of at least two different images"
+            raise invalid(WHERE, "source", expected, f"{str(folder)!r}, which has none")
+        queries = min(max(1, round(FOLDER_QUERY_SHARE * len(pictures))), most)
     query = _hold_out(unique, queries, seed).query
     held_out = {picture.content for picture in query}
     return Split([picture for picture in pictures if picture.content not in held_out], query)

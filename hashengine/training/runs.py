@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,14 +50,16 @@ class Run:
         """
         path = Path(folder, RECORD_FILE)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8-sig"))
             # These expressions raise if the record has another form.
             figures = [value for name, value in record["epochs"][-1].items() if name != "epoch"]
-            math.fsum([record["seconds"], int(dict(record["options"]).get("seed", 0)), *figures])
+            if not math.isfinite(math.fsum([record["seconds"], *figures])):
+                raise ValueError("a number that is not finite")
+            operator.index(record["options"].get("seed", 0))
         except OSError as error:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise invalid(
                 str(path), "the file", "the record of a training run", f"a damaged one: {type(error).__name__}: {error}"
             ) from None
@@ -97,9 +100,11 @@ class Run:
         evaluation = self.folder / EVALUATION_FILE
         if evaluation.is_file():
             try:
-                found = json.loads(evaluation.read_text(encoding="utf-8"))["mean_average_precision"]["expected"]
+                found = json.loads(evaluation.read_text(encoding="utf-8-sig"))["mean_average_precision"]["expected"]
                 figures["mAP"] = float(found)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if not math.isfinite(figures["mAP"]):
+                    raise ValueError("a number that is not finite")
+            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
                 actual = f"a damaged one: {type(error).__name__}: {error}"
                 raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
         last = self.record["epochs"][-1]

@@ -112,7 +112,7 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
 def _is_evaluated(run: Run, queries: Path) -> bool:
     """Whether the run has an evaluation.json for the queries in this folder."""
     try:
-        record = json.loads((run.folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        record = json.loads((run.folder / EVALUATION_FILE).read_text(encoding="utf-8-sig"))
         return bool(record["source"] == str(queries.absolute()))
     except (OSError, ValueError, KeyError, TypeError):
         return False
