@@ -1,5 +1,7 @@
 """The command `hashengine`, which is also `python -m hashengine`."""
 
+import sys
+
 from hashengine._interrupt import run
 
 
@@ -7,9 +9,12 @@ def main() -> None:
     """Run the command line. Its imports are here, so that Ctrl-C during them ends the command like any other."""
 
     def start() -> None:
-        from hashengine.cli import app
+        from hashengine.cli import app, flush_stdout
 
-        app(prog_name="hashengine")
+        try:
+            app(prog_name="hashengine")
+        except SystemExit as end:
+            sys.exit(flush_stdout(end.code))
 
     run(start)
 

@@ -75,7 +75,8 @@ def versions(*packages: str) -> dict[str, str]:
 def torch_release() -> tuple[str, str | None]:
     """The version of torch and of its CUDA: ("", None) without torch, (version, None) for a build without CUDA.
 
-    They come from the imported torch, or from its files, so that torch need not be imported.
+    They come from the imported torch, or from its files, so that torch need not be imported. A module of another kind
+    that is found in place of torch, such as a file torch.py, counts as none.
     """
     torch = sys.modules.get("torch")
     if torch is None:
@@ -86,8 +87,11 @@ def torch_release() -> tuple[str, str | None]:
         if spec is None or spec.loader is None:
             return "", None
         release = module_from_spec(spec)
-        spec.loader.exec_module(release)
-        return release.__version__, release.cuda
+        try:
+            spec.loader.exec_module(release)
+            return str(release.__version__), release.cuda
+        except Exception:  # there is no version.py, or it is that of another package
+            return "", None
     return str(torch.__version__), torch.version.cuda
 
 

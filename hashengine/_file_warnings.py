@@ -1,15 +1,20 @@
 """Names the file in the warnings of the decoder that reads it.
 
-Pillow warns about a damaged image without its name, and Python shows equal warnings only once.
+Pillow warns about a damaged image without its name, and Python shows equal warnings only once. Pillow also logs errors,
+and libtiff, which decodes TIFF files for Pillow, writes errors to stderr.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 _FILTER: Any = ("always", None, Warning, re.compile(r"PIL\b|hashengine\._pixels"), 0)  # an entry of `warnings.filters`
@@ -28,6 +33,7 @@ def named_warnings(file: str) -> Iterator[dict[str, type[Warning]]]:
     no warning is issued. Several threads may be in such a block at the same time.
     """
     found: dict[str, type[Warning]] = {}
+    _collect_from_libtiff()
     _thread.found = found
     _enter()
     try:
@@ -51,6 +57,7 @@ def _enter() -> None:
             if warnings.showwarning is not _collect:  # the end of a `catch_warnings` elsewhere may have restored it
                 _show, warnings.showwarning = warnings.showwarning, _collect
             warnings.filters.insert(0, _FILTER)  # type: ignore[attr-defined]
+            logging.getLogger("PIL").addHandler(_log)
         _readers += 1
 
 
@@ -59,6 +66,7 @@ def _leave() -> None:
     with _lock:
         _readers -= 1
         if _readers == 0:
+            logging.getLogger("PIL").removeHandler(_log)
             if warnings.showwarning is _collect:
                 warnings.showwarning = _show
             with contextlib.suppress(ValueError):
@@ -74,3 +82,48 @@ def _collect(
         _show(message, category, filename, lineno, file, line)
     else:
         found[" ".join(str(message).split())] = category
+
+
+class _Log(logging.Handler):
+    """Collects what Pillow logs while a thread reads a file. Without any handler, logging writes it to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Collect a record."""
+        found = getattr(_thread, "found", None)
+        if found is not None:
+            found[" ".join(record.getMessage().split())] = UserWarning
+
+
+_log = _Log(logging.WARNING)
+
+
+# The type of libtiff's handlers: the name of a function or file, the format of printf, and its arguments, a va_list. On
+# the ABIs of x86-64 and Arm64, a function gets a va_list as a pointer.
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
+@functools.cache
+def _collect_from_libtiff() -> Any:
+    """Make libtiff pass its errors to `_thread.found` while a thread reads a file. Returns what must stay alive."""
+    try:
+        loaded = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+        library = ctypes.CDLL(next(path for path in loaded if re.search(r"/libtiff[^/]*$", path)))
+        set_handler = library.TIFFSetErrorHandler
+    except (OSError, StopIteration, AttributeError):  # another system, or a Pillow without libtiff
+        return None
+    earlier: list[Callable[..., None]] = []  # the handler that was set before, if any
+
+    def handle(name: bytes, template: bytes, values: int) -> None:
+        found = getattr(_thread, "found", None)
+        if found is not None:
+            text = ctypes.create_string_buffer(1000)
+            ctypes.CDLL(None).vsnprintf(text, ctypes.c_size_t(len(text)), template, ctypes.c_void_p(values))
+            found[f"libtiff: {text.value.decode(errors='backslashreplace')}"] = UserWarning
+        elif earlier:
+            earlier[0](name, template, values)
+
+    handler = _Handler(handle)
+    set_handler.restype = ctypes.c_void_p
+    if address := set_handler(handler):
+        earlier.append(_Handler(address))
+    return handler, earlier

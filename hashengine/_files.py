@@ -17,6 +17,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 import uuid
@@ -61,6 +62,17 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` with `content`; a string is encoded as UTF-8, and the bytes of names that are no UTF-8 return."""
     with replace_file(path) as file:
         file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file that belongs to a folder of ours.
+
+    Raises:
+        OSError: there is no file, or a pipe or a device is in its place; opening a pipe would wait for a writer.
+    """
+    if stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode):  # reading a folder raises IsADirectoryError
+        return path.read_bytes()
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -1,8 +1,8 @@
-"""Ctrl-C in a command: one line, status 130, within half a second.
+"""Ctrl-C (SIGINT) and SIGTERM in a command: one line, status 130 or 143, within half a second, no temporary files.
 
 Python handles a signal only between two steps of the main thread, and one step, such as a search or the work of a
 network on a batch, may take seconds. Therefore a thread waits for the signal. If the main thread has not ended the
-process within `GRACE_SECONDS`, the thread does.
+process within `GRACE_SECONDS`, the thread does. SIGTERM is what `kill`, service managers and batch systems send.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
-STATUS = 130
+EVENTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 GRACE_SECONDS = 0.3
 
 _kept = ""
@@ -24,23 +25,36 @@ _announced = threading.Lock()  # held once the line is written
 
 
 def keeps(kept: str) -> None:
-    """Say, for the line that an interrupt writes, what it keeps."""
+    """Say, for the line that the signal writes, what the command keeps."""
     global _kept
     _kept = kept
 
 
 def run(start: Callable[[], None]) -> None:
-    """Call `start`, which imports and runs a command line. Ctrl-C ends the process with one line and status 130."""
+    """Call `start`, which imports and runs a command line. Either signal ends the process with one line."""
     try:
         _open_closed_streams()
         _watch()
         start()
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns a KeyboardInterrupt into a SystemExit
-        if isinstance(end, SystemExit) and end.code != STATUS:
+        number = _signal_of(end)
+        if number is None:
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the clean-up
-        _announce()
-        _exit()
+        for either in EVENTS:
+            signal.signal(either, signal.SIG_IGN)  # a second one must not end the clean-up
+        _announce(number)
+        _exit(number)
+
+
+def _signal_of(end: BaseException) -> signal.Signals | None:
+    if isinstance(end, KeyboardInterrupt):
+        return signal.SIGINT
+    return next((number for number in EVENTS if isinstance(end, SystemExit) and end.code == status(number)), None)
+
+
+def status(number: signal.Signals) -> int:
+    """The exit status of a process that ends because of a signal, as shells define it."""
+    return 128 + number
 
 
 def _open_closed_streams() -> None:
@@ -57,42 +71,51 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
 
 
-def _exit() -> None:
+def _exit(number: signal.Signals) -> NoReturn:
     """End the process. The interpreter is not taken down, which takes a second or more once torch is loaded."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    os._exit(STATUS)
+    os._exit(status(number))
 
 
-def _announce() -> None:
-    """Write the line "interrupted" to stderr, if it was not written yet."""
+def _announce(number: signal.Signals) -> None:
+    """Write the line "interrupted" or "terminated" to stderr, if neither was written yet."""
     if not _announced.acquire(blocking=False):
         return
-    message = "interrupted" + (f": {_kept}" if _kept else "")
+    event = EVENTS[number]
+    message = event + (f": {_kept}" if _kept else "")
     progress = sys.modules.get("hashengine._progress")
     if progress is not None and progress.logs_json():
-        message = json.dumps({"event": "interrupted", "message": message})
+        message = json.dumps({"event": event, "message": message})
     # Not by `print`: the main thread may hold the lock of `sys.stderr`.
     os.write(2, f"{message}\n".encode())
 
 
 def _watch() -> None:
-    """Start the thread that waits for the signal, unless the process ignores it, as background jobs of a shell do."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Start the thread that waits for the signals that the process does not ignore.
+
+    Background jobs of a shell ignore SIGINT.
+    """
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(status(signal.SIGTERM)))
+        handled = True
+    if not handled:
         return
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)  # Python writes the number of each signal to it at once
-    threading.Thread(target=_end_after_interrupt, args=(readable,), daemon=True).start()
+    threading.Thread(target=_end_after_signal, args=(readable,), daemon=True).start()
 
 
-def _end_after_interrupt(readable: int) -> None:
-    while os.read(readable, 1)[0] != signal.SIGINT:
+def _end_after_signal(readable: int) -> None:
+    while (number := os.read(readable, 1)[0]) not in EVENTS:
         pass
+    number = signal.Signals(number)
     time.sleep(GRACE_SECONDS)
-    _announce()
+    _announce(number)
     files = sys.modules.get("hashengine._files")
     if files is not None:
         files.remove_temporaries()
-    os._exit(STATUS)
+    os._exit(status(number))

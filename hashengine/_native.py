@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 _RECORD = Path(__file__).with_name("_build.json")
+_refused = ""  # set by `refuse`
 _TEXT_FIELDS = ("build", "reason", "python", "torch")  # the fields that every usable record has
 
 
@@ -48,6 +49,12 @@ def why_not() -> str | None:
     return _load()[1]
 
 
+def refuse(reason: str) -> None:
+    """Do not load the module in this process, if it is not loaded yet, and give `reason` as `why_not`."""
+    global _refused
+    _refused = reason
+
+
 def build_config() -> dict[str, Any]:
     """How the native module was built; empty if it was never built.
 
@@ -64,7 +71,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     import torch
 
     # The record is checked before the module is imported, because a C++ ABI mismatch may crash instead of raising.
-    if reason := mismatch(record(), torch.__version__, torch.version.cuda):
+    if reason := _refused or mismatch(record(), torch.__version__, torch.version.cuda):
         return None, reason
     try:
         return importlib.import_module("hashengine._C"), None
@@ -127,7 +134,13 @@ def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None)
 def damage(record: dict[str, Any]) -> str | None:
     """How the file of the module differs from the one that was built, or None. This reads the whole file."""
     module = _module_file(record)
-    if module is None or hashlib.sha256(module.read_bytes()).hexdigest() == record.get("sha256"):
+    if module is None:
+        return None
+    try:
+        checksum = hashlib.sha256(module.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"{module} cannot be read ({error.strerror})"
+    if checksum == record.get("sha256"):
         return None
     return f"the checksum of {module} is not that of the module that was built"
 

@@ -38,10 +38,10 @@ class Nvcc(NamedTuple):
 def run(command: Sequence[str], stdin: str = "") -> tuple[int, str]:
     """The exit status of a command and everything that it prints; the status is 127 if it cannot be started."""
     try:
-        done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, input=stdin.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         return 127, str(error)
-    return done.returncode, done.stdout
+    return done.returncode, done.stdout.decode(errors="backslashreplace")  # a compiler may print any bytes
 
 
 def version(program: str) -> str:
@@ -53,7 +53,10 @@ def find_compiler(env: Mapping[str, str]) -> str | Missing:
     """The command of a C++ compiler that finds Python.h, OpenMP and the C++ library; CXX if that variable is set."""
     names = [env["CXX"]] if env.get("CXX") else ["c++", "g++"]
     for compiler in names:
-        program, *arguments = shlex.split(compiler)
+        try:
+            program, *arguments = shlex.split(compiler)
+        except ValueError:  # an open quotation mark, or only blanks
+            return Missing(f"CXX is {compiler!r}, which is no command", "unset CXX, or set it to a C++ compiler")
         if path := shutil.which(program, path=env.get("PATH")):
             break
     else:

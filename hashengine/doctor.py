@@ -59,14 +59,28 @@ def examine() -> list[Check]:
         tools = [pool.submit(_compiler), pool.submit(_nvcc, cuda)]
         return [
             *_installation(),
-            *_onednn(),
-            _native_module(),
-            *_simd(),
-            *_threads(),
-            *_gpus(),
+            *_with_torch(),
             *(check for tool in tools for check in tool.result()),
             *_extras(),
         ]
+
+
+def _with_torch() -> Iterator[Check]:
+    """The checks that import torch; none if there is no torch, which `_torch` reports."""
+    if not _environment.torch_release()[0]:
+        return
+    try:
+        importlib.import_module("torch")
+    except Exception as error:  # an incomplete installation raises ImportError, OSError and others
+        yield Check("import torch", "broken", f"fails: {_cause(error)}", "pip install --force-reinstall torch")
+        return
+    if problem := _native.damage(_native.record()):
+        _native.refuse(problem)  # loading a damaged file may end the process
+    yield from _onednn()
+    yield _native_module()
+    yield from _simd()
+    yield from _threads()
+    yield from _gpus()
 
 
 def examine_files() -> list[Check]:
@@ -81,12 +95,14 @@ def print_report(quick: bool = False) -> bool:
     from rich.table import Column, Table
     from rich.text import Text
 
+    from hashengine._text import printable
+
     checks = examine_files() if quick else examine()
     table = Table("part", "status", Column("found", overflow="fold"), show_edge=False)
     for check in checks:
-        found = Text(check.found)
+        found = Text(printable(check.found))
         if check.remedy:
-            found.append(f"\nremedy: {check.remedy}", style="bold")
+            found.append(f"\nremedy: {printable(check.remedy)}", style="bold")
         table.add_row(check.name, Text(check.status, style=STYLES[check.status]), found)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if quick:
@@ -107,6 +123,9 @@ def _torch() -> Check:
     found, cuda = _environment.torch_release()
     remedy = 'pip install "torch>={}.{}"'.format(*OLDEST_TORCH)
     if not found:
+        package = find_spec("torch")
+        if package is not None and package.origin is not None:
+            return Check("torch", "broken", f"{package.origin}, which is no torch", "rename or remove it")
         return Check("torch", "broken", "not installed", remedy)
     is_old = tuple(map(int, found.split(".")[:2])) < OLDEST_TORCH
     described = f"{found}, " + (f"CUDA {cuda}" if cuda else "no CUDA")
@@ -178,7 +197,7 @@ def _wrong_answer(device: str) -> str:
     try:
         bits = unpack_bits(pack_bits(activations))
     except Exception as error:  # a kernel that does not fit the machine or the environment may raise anything
-        return f"pack_bits fails on {device}: {(str(error) or repr(error)).splitlines()[0]}"
+        return f"pack_bits fails on {device}: {_cause(error)}"
     return "" if torch.equal(bits, activations >= 0) else f"pack_bits gives wrong codes on {device}"
 
 
@@ -272,8 +291,13 @@ def _cuda_error() -> str:
     try:
         torch.cuda.init()
     except Exception as error:  # torch raises RuntimeError, AssertionError and others
-        return (str(error) or repr(error)).splitlines()[0]
+        return _cause(error)
     return "torch reports no error"
+
+
+def _cause(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _compiler() -> list[Check]:

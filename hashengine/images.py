@@ -193,7 +193,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
             raise InputError(f"{name}: the file must be a readable image, got {reason}{advice}") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise InputError(f"{name}: the file must be a readable image, got {brief(reason)}") from error
+            reason = "; ".join([brief(reason), *map(brief, warned)])
+            raise InputError(f"{name}: the file must be a readable image, got {reason}") from error
 
 
 def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:

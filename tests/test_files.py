@@ -208,3 +208,31 @@ with _files.replace_file(folder / "old") as file:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "['old']\n", done.stderr
     assert (tmp_path / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_loop_of_links_is_refused(tmp_path, is_folder):
+    (tmp_path / "loop").symlink_to("loop")
+    for output in ("loop", "loop/x"):
+        with pytest.raises(InputError, match="^test: output must be a path without a loop of links"):
+            _files.check_output("test", tmp_path / output, is_folder=is_folder)
+    with (
+        pytest.raises(InputError, match="^test: output must be a path without a loop of links"),
+        _files.replace_folder(tmp_path / "loop", marker="made", where="test"),
+    ):
+        pass
+    assert (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.parametrize("output", [".", "..", "../../working"])
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, output):
+    (tmp_path / "working" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "working" / "here")
+    with pytest.raises(InputError, match="^test: output must be a folder that is not the working folder or around it"):
+        _files.check_output("test", _files.Path(output), is_folder=True, marker="made")
+
+
+@pytest.mark.parametrize("path", ["/dev/fd/999", "/proc/self/fd/999"])
+def test_a_descriptor_that_is_not_open_is_refused(path):
+    with pytest.raises(InputError, match="^test: output must be a file that this process has opened"):
+        _files.check_output("test", _files.Path(path))

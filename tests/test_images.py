@@ -243,3 +243,41 @@ def test_label_of_is_the_first_folder_below_the_root(tmp_path):
     assert label_of(tmp_path / "1.png", tmp_path) == ""
     with pytest.raises(InputError, match="label_of: path must be a file under"):
         label_of("/elsewhere/1.png", tmp_path)
+
+
+def test_a_damaged_exif_block_of_a_png_does_not_lose_the_image(tmp_path, noise):
+    path = save(tmp_path / "broken.png", noise, exif=b"Exif\0\0not a TIFF header")
+    with pytest.warns(UserWarning, match=r"broken.png: the EXIF orientation is ignored: "):
+        image = read_image(path)
+    np.testing.assert_array_equal(np.asarray(image), noise)
+
+
+def with_tag(path: Path, tag: int, count: int) -> Path:
+    """Change the number of values of a tag in a TIFF file."""
+    content = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<I", content, 4)
+    (tags,) = struct.unpack_from("<H", content, first)
+    for entry in range(first + 2, first + 2 + 12 * tags, 12):
+        if struct.unpack_from("<H", content, entry) == (tag,):
+            struct.pack_into("<I", content, entry + 4, count)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [(278, 'libtiff: Incorrect count for "RowsPerStrip"'), (277, "More samples per pixel than can be decoded: ")],
+)
+def test_errors_that_a_decoder_prints_or_logs_carry_the_name_of_the_file(tmp_path, noise, capfd, tag, message):
+    damaged = with_tag(save(tmp_path / "damaged.tif", noise, compression="tiff_lzw"), tag, 7)
+    with pytest.raises(InputError, match=f"damaged.tif: the file must be a readable image, got .*{message}"):
+        read_image(damaged)
+    assert capfd.readouterr().err == ""
+
+
+def test_errors_of_libtiff_in_other_code_go_to_stderr(tmp_path, noise, capfd):
+    read_image(save(tmp_path / "intact.tif", noise))  # hashengine's handler is in place
+    damaged = with_tag(save(tmp_path / "damaged.tif", noise, compression="tiff_lzw"), 278, 7)
+    with Image.open(damaged) as image, pytest.raises(OSError):
+        image.load()
+    assert 'Incorrect count for "RowsPerStrip"' in capfd.readouterr().err

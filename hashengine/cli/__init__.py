@@ -14,9 +14,9 @@ import typer
 
 from hashengine._version import __version__
 from hashengine.cli import demo, doctor, images
-from hashengine.cli._app import Commands, command_line
+from hashengine.cli._app import Commands, command_line, flush_stdout
 
-__all__ = ["app", "command_line"]
+__all__ = ["app", "command_line", "flush_stdout"]
 
 app = command_line("Turn images into short binary codes and search them exactly.", add_completion=True)
 

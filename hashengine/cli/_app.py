@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import os
 import re
 import sys
 import traceback
@@ -44,6 +45,10 @@ class Commands(TyperGroup):
             return super().make_context(info_name, args, parent, **extra)
         except UsageError as error:
             _report_usage(error)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # --help and --version print here
+            _report(str(error), FAILURE)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters of the group."""
@@ -89,19 +94,38 @@ def _escape_what_the_console_lacks() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def flush_stdout(code: Any) -> Any:
+    """Write what stdout still holds, and return the exit code: `code`, or `FAILURE` if the disk is full.
+
+    Python itself would do that when it ends, and print a traceback.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try again
+        if not code and not isinstance(error, BrokenPipeError):  # otherwise the error was reported
+            _write_error(str(error))
+            return FAILURE
+    return code
+
+
 def _note_warning(message: Warning | str, *place: object) -> None:
     """Replaces `warnings.showwarning`, which writes two lines, with the place in the source."""
-    _progress.note("warning: " + " ".join(str(message).split()))
+    _progress.note("warning: " + brief(message, _LONGEST_MESSAGE))
 
 
 def _report(message: str, code: int) -> NoReturn:
     """Write an error in one line, and exit."""
-    message = brief(" ".join(message.split()), _LONGEST_MESSAGE)
+    _write_error(message)
+    raise typer.Exit(code) from None
+
+
+def _write_error(message: str) -> None:
+    message = brief(message, _LONGEST_MESSAGE)
     if _progress.logs_json():
         _progress.write_json("error", message=message)
     else:
         typer.echo(f"error: {printable(message)}", err=True)
-    raise typer.Exit(code) from None
 
 
 def _report_usage(error: Any) -> NoReturn:

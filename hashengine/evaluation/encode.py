@@ -21,7 +21,7 @@ from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import EncodeRecord, Item, Unreadable, read_items, write_items
 from hashengine.images import FoundImages, find_images, label_of, read_image
 from hashengine.models import HashNet
-from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 
 
 @dataclass(frozen=True)
@@ -99,23 +99,6 @@ def _sha256(codes: np.ndarray) -> str:
 def is_codes_folder(folder: Path) -> bool:
     """Whether `folder` is an output of 'hashengine encode', which writes encode.json."""
     return (folder / "encode.json").is_file()
-
-
-def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> str:
-    """SHA-256 of the weights file in the model folder `model`. That file also contains a copy of config.json.
-
-    Raises:
-        InputError: `model` is not the folder of a saved model; the error names `where`.
-    """
-    weights, expected = Path(model, WEIGHTS_FILE), f"a model folder that holds {WEIGHTS_FILE}"
-    try:
-        if weights.exists() and not weights.is_file():  # opening a pipe would wait
-            raise invalid(where, "model", expected, f"{os.fspath(model)!r}, where it is no file")
-        return hashlib.sha256(weights.read_bytes()).hexdigest()
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a character that no path has
-        raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {getattr(error, 'strerror', error)}") from None
 
 
 def encode_folder(

@@ -16,7 +16,7 @@ from hashengine._defaults import NEIGHBOURS
 from hashengine._files import locked, read_unchanged, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid
-from hashengine.evaluation.encode import CodesFolder, fingerprint
+from hashengine.evaluation.encode import CodesFolder
 from hashengine.evaluation.records import (
     Hit,
     IndexRecord,
@@ -27,7 +27,7 @@ from hashengine.evaluation.records import (
     write_items,
 )
 from hashengine.index import HammingIndex, Searcher
-from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 
 
 @dataclass

@@ -31,12 +31,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError, model_validator
 from typing_extensions import Self
 
-from hashengine._files import make_folder, write_file
+from hashengine._files import make_folder, read_file, write_file
 from hashengine._text import to_json
-from hashengine.errors import input_error, invalid
+from hashengine.errors import InputError, brief, input_error, invalid
 
 
 class Item(NamedTuple):
@@ -76,7 +76,8 @@ class Record(Part):
         """
         expected = f"a file written by '{written_by}'"
         try:
-            return cls.model_validate(json.loads(path.read_bytes()))  # pydantic's parser refuses lone surrogates
+            # pydantic's parser refuses lone surrogates.
+            return cls.model_validate(json.loads(path.read_bytes(), parse_int=_to_integer))
         except FileNotFoundError:
             raise invalid(where, argument, expected, f"{str(path)!r}, which does not exist") from None
         except IsADirectoryError:
@@ -86,6 +87,13 @@ class Record(Part):
             raise invalid(where, argument, expected, f"another one ({found})") from None
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
             raise invalid(where, argument, expected, f"{str(path)!r}, which is no JSON ({error})") from None
+
+
+def _to_integer(digits: str) -> int:
+    """An integer of a JSON file; without this limit, arithmetic with one of hundreds of digits overflows."""
+    if len(digits) > 18:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 class Unreadable(Part):
@@ -108,7 +116,7 @@ class EncodeRecord(Record):
 
     bits: int
     bit_order: Literal["msb_first"] = "msb_first"
-    count: int
+    count: NonNegativeInt
     source: str
     model: str
     fingerprint: str
@@ -225,6 +233,7 @@ class Evaluation(Record):
 
     Attributes:
         identity: the identity of the index; "" in files of older versions.
+        source: the folder of the query images; "" in files of older versions.
         at: the number of ranked images that the mAP covers; None: all.
         without_relevant: the number of queries whose class no image of the index has; their figures count as 0. None in
             files of older versions.
@@ -235,6 +244,7 @@ class Evaluation(Record):
     bits: int
     database: int
     queries: int
+    source: str = ""
     without_relevant: int | None = None
     classes: int
     at: int | None
@@ -274,14 +284,18 @@ def read_items(path: Path, where: str, argument: str) -> list[Item]:
     """
     expected = f"a folder whose {path.name} has the columns {','.join(Item._fields)} and ids counting from 0"
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            items = [Item(int(row[0]), row[1], row[2]) for row in rows]
+        text = read_file(path).decode("utf-8-sig", errors="surrogateescape")
+        rows = csv.reader(io.StringIO(text, newline=""))
+        header = next(rows, [])
+        if tuple(header) != Item._fields:
+            raise invalid(where, argument, expected, f"the columns {brief(header)} in {str(path)!r}")
+        items = [Item(int(row[0]), row[1], row[2]) for row in rows]
     except FileNotFoundError:
         raise invalid(where, argument, expected, f"no file {str(path)!r}") from None
+    except InputError:
+        raise
     except (ValueError, IndexError, csv.Error) as error:
         raise invalid(where, argument, expected, f"{error} in {str(path)!r}") from None
-    if tuple(header) != Item._fields or any(item.id != row for row, item in enumerate(items)):
-        raise invalid(where, argument, expected, f"other columns or ids in {str(path)!r}")
+    if any(item.id != row for row, item in enumerate(items)):
+        raise invalid(where, argument, expected, f"other ids in {str(path)!r}")
     return items

@@ -30,8 +30,13 @@ PIXEL_ART_PIXELS = 64  # images with at most this many pixels per side are enlar
 
 
 class TrainingRecord(Record):
-    """The fields of training.json that the page shows."""
+    """The fields of training.json that the page shows or checks.
 
+    Attributes:
+        fingerprint: SHA-256 of the model's weights; "" in files of older versions.
+    """
+
+    fingerprint: str = ""
     images: int
     images_per_second: float
     parameters: int
@@ -106,6 +111,9 @@ def write_report(
     indexed.drop_unsaved(saved)
     if found.encode.fingerprint != indexed.fingerprint:
         raise _other_index("results", index, f"those of {found.index!r}, an index of another model")
+    if trained is not None and trained.fingerprint not in ("", indexed.fingerprint):
+        expected = f"the record of the model in {os.fspath(index)!r}"
+        raise invalid("report", "training", expected, f"that of another model, {os.fspath(training or '')!r}")
     records: dict[str, SearchResults | Evaluation | None] = {"results": found, "evaluation": measured}
     for argument, record in records.items():
         if record is None:
@@ -178,8 +186,10 @@ def timings(
         epochs, rate = len(training.epochs), training.images_per_second
         detail = f"{epochs} epochs of {training.images:,} images, {rate:,.0f} images per second"
         steps.append(Timing(step="train", seconds=training.seconds, detail=detail))
+    if encoding:
+        detail = f"{encoded / encoding:,.0f} images per second"
+        steps.append(Timing(step="encode the database", seconds=encoding, detail=detail))
     steps += [
-        Timing(step="encode the database", seconds=encoding, detail=f"{encoded / encoding:,.0f} images per second"),
         Timing(
             step="encode the queries",
             seconds=results.encode.seconds,
@@ -230,7 +240,8 @@ def duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f}"
+    digits = int(math.log10(min(max(value, 1), 1e3)))
+    return f"{value:.{max(0, 2 - digits)}f}"
 
 
 class Picture(BaseModel):

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hashengine._files import make_folder, sync_file, sync_folder, write_file
+from hashengine._files import make_folder, read_file, sync_file, sync_folder, write_file
 from hashengine._validation import MAX_BITS
 from hashengine.errors import InputError, brief, invalid
 
@@ -342,7 +342,7 @@ def read_manifest(path: Path) -> Manifest:
     """The checked manifest of the folder `path`. A manifest of version 1 gets the fields `next_id` and `live`."""
     file = path / MANIFEST
     try:
-        contents = file.read_bytes()
+        contents = read_file(file)
         manifest = json.loads(contents.decode())
     except (FileNotFoundError, NotADirectoryError):
         raise invalid("load", "path", f"the folder of an index, with {MANIFEST}", path) from None

@@ -460,7 +460,7 @@ class HammingIndex:
 
         Raises:
             InputError: the folder contains no index, a version that this release does not know, or damaged files; or an
-            argument is of another kind.
+                argument is of another kind.
             torch.cuda.OutOfMemoryError: a GPU is full.
         """
         path, devices = check_path("load", "path", path), check_devices("load", device)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from hashengine._config import Config
+from hashengine._validation import check_integer
 from hashengine.ops import greedy_sign
 
 
@@ -84,14 +85,30 @@ class HashingMethod(nn.Module):
         self.options = self.Options.checked(self.name, **options)
 
     def head(self, dim: int, bits: int) -> nn.Module:
-        """Make the hash layer, features [N, dim] -> activations [N, bits]. The default is a linear layer."""
+        """Make the hash layer, features [N, dim] -> activations [N, bits]. The default is a linear layer.
+
+        Raises:
+            InputError: a size is not a positive integer.
+        """
+        dim, bits = self.check_sizes(dim=dim, bits=bits)
         return nn.Linear(dim, bits)
+
+    def check_sizes(self, **sizes: Any) -> tuple[int, ...]:
+        """The sizes as integers.
+
+        Raises:
+            InputError: a size is not a positive integer.
+        """
+        return tuple(check_integer(self.name, name, value, 1) for name, value in sizes.items())
 
     def add_parameters(self, bits: int, classes: int) -> None:
         """Register the parameters of the loss, such as a classifier or proxies. The default registers none.
 
         Called once, after the network is built, so that drawing these parameters at random does not change the
         network's initial weights.
+
+        Raises:
+            InputError: a size is not a positive integer.
         """
 
     def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class CibHashMethod(HashingMethod):
 
     def head(self, dim: int, bits: int) -> nn.Module:
         """Two linear layers with a ReLU between them."""
+        dim, bits = self.check_sizes(dim=dim, bits=bits)
         return nn.Sequential(nn.Linear(dim, self.options.hidden), nn.ReLU(), nn.Linear(self.options.hidden, bits))
 
     def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:

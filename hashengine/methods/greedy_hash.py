@@ -24,6 +24,8 @@ from hashengine.errors import invalid
 from hashengine.methods.base import Batch, HashingMethod
 from hashengine.ops import greedy_sign
 
+_IGNORED = torch.iinfo(torch.int64).min  # no target is ignored; by default, torch ignores the target -100
+
 
 class GreedyHashOptions(Config):
     """The options of greedy hash."""
@@ -42,6 +44,7 @@ class GreedyHashMethod(HashingMethod):
 
     def add_parameters(self, bits: int, classes: int) -> None:
         """Register the classifier on the bits."""
+        bits, classes = self.check_sizes(bits=bits, classes=classes)
         self.classifier = nn.Linear(bits, classes, bias=False)
 
     def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
@@ -57,7 +60,7 @@ class GreedyHashMethod(HashingMethod):
             raise invalid(self.name, "targets", f"one class per image, a tensor of int64 {list(shape)}", found)
         b, penalty = greedy_sign(batch.activations, self.options.alpha)
         try:
-            classification = cross_entropy(self.classifier(b), targets)
+            classification = cross_entropy(self.classifier(b), targets, ignore_index=_IGNORED)
         except IndexError:
             actual = f"{int(targets.min())} to {int(targets.max())}"
             raise invalid(self.name, "targets", f"0 to {self.classifier.out_features - 1}", actual) from None

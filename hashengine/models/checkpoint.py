@@ -11,7 +11,9 @@ method's weights are stored with the prefix `method.`.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -20,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hashengine._files import read_unchanged, write_files
+from hashengine._files import read_file, read_unchanged, write_files
 from hashengine._text import to_json
 from hashengine.errors import InputError, input_error, invalid
 from hashengine.models.config import HashNetConfig
@@ -89,10 +91,27 @@ def save(folder: Path, model: Model) -> None:
 def is_model_folder(folder: Path) -> bool:
     """Whether config.json in `folder` is that of a model. The weights are not looked at."""
     try:
-        header = _Header.model_validate(json.loads((folder / CONFIG_FILE).read_bytes()))
+        header = _Header.model_validate(json.loads(read_file(folder / CONFIG_FILE)))
     except (OSError, ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         return False
     return "format" in header.model_fields_set
+
+
+def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> str:
+    """SHA-256 of the weights file in the model folder `model`. That file also contains a copy of config.json.
+
+    Raises:
+        InputError: `model` is not the folder of a saved model; the error names `where`.
+    """
+    weights, expected = Path(model, WEIGHTS_FILE), f"a model folder that holds {WEIGHTS_FILE}"
+    try:
+        if weights.exists() and not weights.is_file():  # opening a pipe would wait
+            raise invalid(where, "model", expected, f"{os.fspath(model)!r}, where it is no file")
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a character that no path has
+        raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {getattr(error, 'strerror', error)}") from None
 
 
 def load(folder: Path) -> Model:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from hashengine.errors import invalid
 from hashengine.nn._insertion import check_model
@@ -33,9 +34,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
         The number of batches.
 
     Raises:
-        InputError: no BatchNorm of `model` has running statistics, `model` is or contains a module that is wrapped or
-            scripted, `batches` is one tensor, there is no batch, or a batch is neither a tensor of at least one input
-            nor a tuple or list that starts with one.
+        InputError: no BatchNorm of `model` has running statistics, a buffer of `model` has no values, `model` is or
+            contains a module that is wrapped or scripted, `batches` is one tensor, there is no batch, or a batch is
+            neither a tensor of at least one input nor a tuple or list that starts with one.
     """
     check_model("recalibrate", model, may_be_compiled=True)
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
@@ -47,6 +48,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
     if not norms:
         expected = "a network with a BatchNorm that tracks running statistics"
         raise invalid("recalibrate", "model", expected, f"a {type(model).__name__} with none")
+    for name, buffer in model.named_buffers():
+        if is_lazy(buffer) or buffer.is_meta:
+            kind = "that is not initialised yet" if is_lazy(buffer) else "on the meta device"
+            raise invalid("recalibrate", "model", "a network with values", f"a buffer {name!r} {kind}")
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
     statistics = {norm: [(buffer, buffer.clone()) for buffer in norm.buffers(recurse=False)] for norm in norms}

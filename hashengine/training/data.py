@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +27,13 @@ class LabelledImages(NamedTuple):
         images: uint8 [N, C, S, S].
         labels: int64 [N], indices into `classes`.
         classes: the names of the classes.
+        files_sha256: the `files_digest` of the image files; "" if the images come from elsewhere.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    files_sha256: str = ""
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, for pixels scaled to 0..1, computed from a histogram in float64.
@@ -65,6 +69,16 @@ def list_classes(folder: Path, where: str = "fit") -> dict[str, list[Path]]:
     return dict(sorted(images.items()))
 
 
+def files_digest(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of the paths, relative to `folder`, and the sizes in bytes of `files`.
+
+    It stays when the folder is moved or copied. It does not notice a file that another one of the same size has
+    replaced.
+    """
+    lines = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+
+
 def load(folder: Path, image_size: int | None = None, where: str = "fit") -> LabelledImages:
     """Read a folder of class folders into memory.
 
@@ -85,7 +99,8 @@ def load(folder: Path, image_size: int | None = None, where: str = "fit") -> Lab
     # Pillow's modes of grey images: "1" (black and white), "L", with alpha "LA" and "La", "F", "I", "I;16" and others.
     channels = 1 if all(mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") for mode, _ in first) else 3
     size = image_size or min(LARGEST_AUTOMATIC_SIZE, max(8, *(min(size) for _, size in first)))
-    return read_into_memory(by_class, channels, size)
+    digest = files_digest(folder, itertools.chain(*by_class.values()))
+    return read_into_memory(by_class, channels, size)._replace(files_sha256=digest)
 
 
 def read_into_memory(by_class: dict[str, list[Path]], channels: int, size: int) -> LabelledImages:

@@ -17,11 +17,11 @@ from PIL import Image
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS, SEED
-from hashengine._files import check_output, replace_folder
+from hashengine._files import check_output, read_file, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid, missing_package
 from hashengine.images import list_images
-from hashengine.training.data import list_classes
+from hashengine.training.data import files_digest, list_classes
 
 WHERE = "train prepare"  # the command that error messages name
 SPLIT_FILE = "split.json"
@@ -86,8 +86,8 @@ def prepare(
     is_folder = source not in SOURCES and Path(source).is_dir()
     check_output(WHERE, output, outside=(source,) if is_folder else (), is_folder=True)
     if is_folder:
-        files = [f"{path.relative_to(source)} {path.stat().st_size}" for path in list_images(source, WHERE)]
-        request |= {"source": str(Path(source).resolve()), "files_sha256": _digest("\n".join(files))}
+        digest = files_digest(Path(source), list_images(source, WHERE))
+        request |= {"source": str(Path(source).resolve()), "files_sha256": digest}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _same_split(output, request)
     if source in SOURCES:
@@ -116,7 +116,7 @@ def prepare(
 def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     """The record in `output`; raises InputError if it is not the record of `request`."""
     try:
-        record = json.loads((output / SPLIT_FILE).read_text(encoding="utf-8-sig"))
+        record = json.loads(read_file(output / SPLIT_FILE).decode("utf-8-sig"))
         is_same = all(record[key] == value for key, value in request.items())
         # These expressions raise if the rest of the record has another form.
         int(record["queries_identical_to_a_database_image"])

@@ -18,7 +18,15 @@ from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
 from hashengine.methods.base import Batch, HashingMethod, View
 from hashengine.models import HashNet
-from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, MethodState, Model, document, is_model_folder
+from hashengine.models.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    MethodState,
+    Model,
+    document,
+    fingerprint,
+    is_model_folder,
+)
 from hashengine.training import data
 from hashengine.training.config import FitConfig
 from hashengine.training.runs import RECORD_FILE, Run
@@ -65,6 +73,7 @@ def fit(config: FitConfig) -> Run:
         "network": document(Model(network.config, {}, network.trained_by)),
         "chosen": {"epochs": epochs, "shift": shift, "batch_size": batches.batch_size},
         "images": len(images.labels),
+        "files_sha256": images.files_sha256,
         "parameters": parameters,
         "epochs": history,
         "seconds": round(seconds, 3),
@@ -73,6 +82,7 @@ def fit(config: FitConfig) -> Run:
         "versions": {name: _environment.versions()[name] for name in ("hashengine", "torch", "python")},
     }
     network.save_pretrained(config.output)
+    record["fingerprint"] = fingerprint(config.output, "fit")
     write_file(config.output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return Run(config.output, record)
 

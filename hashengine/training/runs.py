@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hashengine._files import check_output, make_folder, write_file
+from hashengine._files import check_output, make_folder, read_file, write_file
 from hashengine._text import printable
 from hashengine._validation import check_path
 from hashengine.errors import invalid
@@ -50,7 +50,7 @@ class Run:
         """
         path = Path(folder, RECORD_FILE)
         try:
-            record = json.loads(path.read_text(encoding="utf-8-sig"))
+            record = json.loads(read_file(path).decode("utf-8-sig"))
             # These expressions raise if the record has another form.
             figures = [value for name, value in record["epochs"][-1].items() if name != "epoch"]
             if not math.isfinite(math.fsum([record["seconds"], *figures])):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hashengine import _progress, metrics
-from hashengine._files import check_output, write_file
+from hashengine._files import check_output, read_file, write_file
 from hashengine._validation import check_device
 from hashengine.errors import invalid
 from hashengine.training import data
@@ -29,28 +29,37 @@ def sweep(config: SweepConfig) -> RunTable:
     given, `evaluate` is called for each run that has not been evaluated with these queries. After each run, the table
     is written to table.md and table.json in `config.output`.
 
+    The names and the sizes of the image files show whether a folder of images has changed since a run or an evaluation;
+    this is not checked for a folder that has been removed since.
+
     Raises:
         InputError: an option of a run is invalid, two runs would share a folder, a folder of images is unusable, the
-            output has foreign files, or the folder of a run contains a damaged run or a run with other options (all
-            of these are found before the first run starts); or `fit` or `evaluate` raises it.
+            output has foreign files, or the folder of a run contains a damaged run, a run with other options, or a run
+            with other images (all of these are found before the first run starts); or `fit` or `evaluate` raises it.
     """
     planned = list(plan(config))
     images = {options.images for options in planned}
     check_output("train sweep", config.output, outside=(*images, config.queries), is_folder=True)
     _check_table(config.output)
-    unfinished = [options for options in planned if _finished(options) is None]
+    finished = [_finished(options) for options in planned]
+    unfinished = [options for options, run in zip(planned, finished, strict=True) if run is None]
     for options in unfinished:
         check_model_output("train sweep", options)
-    needed = {options.images for options in unfinished} | ({config.queries} if config.queries and unfinished else set())
-    for folder in sorted(needed):
-        data.list_classes(folder, "train sweep")  # a mistake in a folder is reported before the first run
+    queries = set() if config.queries is None else {config.queries}
+    needed = {options.images for options in unfinished} | (queries if unfinished else set())
+    # A mistake in a folder is reported here, before the first run.
+    present = {folder for folder in images | queries if folder.is_dir()}
+    digests = {folder: _files_digest(folder) for folder in sorted(needed | present)}
+    for run in finished:
+        if run is not None:
+            _check_images(run, digests)
     runs: list[Run] = []
     for number, options in enumerate(planned, start=1):
         run = _finished(options)
         if run is None:
             _progress.note(f"run {number} of {len(planned)}: {options.output}")
             run = fit(options)
-        if config.queries is not None and not _is_evaluated(run, config.queries):
+        if config.queries is not None and not _is_evaluated(run, config.queries, digests):
             evaluate(run, config.queries)
         runs.append(run)
         _write(config.output, table(runs))
@@ -83,9 +92,11 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     """
     network = run.model().to(check_device("train sweep", run.options["device"], auto=True))
     channels, size = network.config.channels, network.config.image_size
-    sides = []
+    sides, digests = [], []
     for folder in (queries, Path(run.options["images"])):
-        images = data.read_into_memory(data.list_classes(folder, "train sweep"), channels, size)
+        by_class = data.list_classes(folder, "train sweep")
+        digests.append(data.files_digest(folder, itertools.chain(*by_class.values())))
+        images = data.read_into_memory(by_class, channels, size)
         sides.append((network.encode(images.images), [images.classes[label] for label in images.labels.tolist()]))
     (query_codes, query_classes), (codes, classes) = sides
     number = {name: index for index, name in enumerate(sorted({*query_classes, *classes}))}
@@ -99,6 +110,7 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     record = {
         "version": 1,
         "source": str(queries.absolute()),
+        "files_sha256": digests,
         "queries": len(query_codes),
         "without_relevant": without_relevant,
         "database": len(codes),
@@ -109,13 +121,30 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     return record
 
 
-def _is_evaluated(run: Run, queries: Path) -> bool:
-    """Whether the run has an evaluation.json for the queries in this folder."""
+def _is_evaluated(run: Run, queries: Path, digests: dict[Path, str]) -> bool:
+    """Whether the run has an evaluation.json for the queries and the training images as they are now."""
     try:
-        record = json.loads((run.folder / EVALUATION_FILE).read_text(encoding="utf-8-sig"))
-        return bool(record["source"] == str(queries.absolute()))
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads(read_file(run.folder / EVALUATION_FILE).decode("utf-8-sig"))
+        folders = (queries, Path(run.options["images"]))
+        are_same = [
+            digests.get(folder, found) == found for folder, found in zip(folders, record["files_sha256"], strict=True)
+        ]
+        return bool(record["source"] == str(queries.absolute()) and all(are_same))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _files_digest(folder: Path) -> str:
+    by_class = data.list_classes(folder, "train sweep")
+    return data.files_digest(folder, itertools.chain(*by_class.values()))
+
+
+def _check_images(run: Run, digests: dict[Path, str]) -> None:
+    """Require that the images of a run are still those that it was trained with."""
+    found = run.record.get("files_sha256")
+    if found is not None and digests.get(Path(run.options["images"]), found) != found:
+        actual = f"other files in {run.options['images']!r}"
+        raise invalid("train sweep", "the images", f"those of the run in {str(run.folder)!r}", actual, "remove the run")
 
 
 def _finished(config: FitConfig) -> Run | None:
@@ -146,7 +175,7 @@ def _check_table(folder: Path) -> None:
     """Refuse to replace files with the names of the table that no sweep wrote."""
     existing = [name for name in TABLE_FILES if (folder / name).exists()]
     try:
-        is_own = not existing or "groups" in json.loads((folder / TABLE_FILES[1]).read_bytes())
+        is_own = not existing or "groups" in json.loads(read_file(folder / TABLE_FILES[1]))
     except (OSError, ValueError, TypeError, RecursionError):
         is_own = False
     if not is_own:

@@ -297,3 +297,37 @@ def test_a_function_stays_callable_without_the_common_options():
     seen: list[int] = []
     double(21)
     assert seen == [42]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("arguments", ["--version", "train methods", "encode images --model model -o {output}"])
+def test_closed_streams_do_not_disturb_a_command(tmp_path, closed, arguments):
+    make_images(tmp_path / "images", per_class=1)
+    make_model(tmp_path / "model")
+    output = tmp_path / "codes"
+    command = f"{sys.executable} -m hashengine {arguments.format(output=output)} {closed}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Error" not in done.stderr
+    if "encode" in arguments:
+        assert (output / "encode.json").is_file()
+
+
+def test_a_long_error_is_shortened():
+    result = invoke("encode", "x" * 300_000, "--model", "model", "--output", "codes")
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and len(result.stderr) < 2100
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "train methods", "train methods --log-json"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line(arguments, unbuffered):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hashengine", *arguments.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+
+
+def test_an_error_keeps_the_blanks_of_a_name(tmp_path):
+    assert "'two  blanks\\\\t'" in refuse("search", tmp_path, "two  blanks\\t")

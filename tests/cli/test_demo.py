@@ -92,3 +92,17 @@ def test_the_demo_command_prints_the_path_of_its_page(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "Open demo/report.html"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--data", "nothere"], "demo: folder must be a folder of images, got 'nothere', which is missing"),
+        (["--bits", 7], "demo: bits must be a multiple of 8, got 7"),
+    ],
+)
+def test_a_mistake_in_the_options_is_found_before_an_earlier_demo_is_removed(tmp_path, options, complaint):
+    for name in (demo_module.MARKER, "report.html"):
+        (tmp_path / name).write_text("earlier")
+    assert complaint in refuse("demo", *options, "--output", tmp_path)
+    assert (tmp_path / "report.html").read_text() == "earlier"

@@ -1,5 +1,7 @@
 """Ctrl-C ends each command with one line and status 130, whatever it is doing, and leaves nothing half-written."""
 
+import signal
+
 import pytest
 
 from tests.helpers.commands import succeed
@@ -65,6 +67,15 @@ def test_a_wait_that_the_signal_ends_ends_the_command_alike(folder, tmp_path, mo
     command = arguments(folder, ENCODE, tmp_path / "out")
     assert interrupt(module, attribute, *command, wait="signal") == (130, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wait", ["native", "signal"])
+def test_sigterm_ends_a_command_with_one_line_and_no_temporary_file(folder, tmp_path, wait):
+    command = arguments(folder, ENCODE, tmp_path / "out")
+    assert interrupt("numpy", "save", *command, wait=wait, number=signal.SIGTERM) == (143, "terminated\n")
+    assert list(tmp_path.iterdir()) == []
+    errors = interrupt("numpy", "save", *command, "--log-json", wait=wait, number=signal.SIGTERM).errors
+    assert '{"event": "terminated", "message": "terminated"}' in errors.splitlines()
 
 
 def test_an_interrupt_of_an_index_that_is_replaced_keeps_the_old_one(folder, tmp_path):

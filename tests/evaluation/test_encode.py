@@ -1,5 +1,7 @@
 """Encoding a folder of images, and folders of codes."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -138,7 +140,9 @@ def test_codes_whose_header_has_another_shape_give_an_error_of_one_line(codes, t
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "shape", "header", "bit", "zip", "csv", "json", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "shape", "header", "bit", "zip", "pipe", "csv", "semicolons", "json", "digits", "missing"]
+)
 def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
     folder = tmp_path / "codes"
     codes.save(folder)
@@ -149,6 +153,9 @@ def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
         "header": lambda: array.write_bytes(array.read_bytes().replace(b"}", b" ", 1)),
         "bit": lambda: array.write_bytes(array.read_bytes()[:-1] + bytes([array.read_bytes()[-1] ^ 1])),
         "zip": lambda: np.savez(array.open("wb"), codes.codes),
+        "pipe": lambda: (array.unlink(), os.mkfifo(array)),
+        "semicolons": lambda: items.write_text(items.read_text().replace(",", ";")),
+        "digits": lambda: record.write_text(record.read_text().replace('"count": ', '"count": 1' + 400 * "0")),
         "csv": lambda: items.write_text("id,path,label\n0,a.png,a\n2,b.png,b\n"),
         "json": lambda: record.write_text('{"bits": "many"}'),
         "missing": array.unlink,
@@ -156,3 +163,12 @@ def test_damaged_codes_give_an_error_of_one_line(codes, tmp_path, damage):
     with pytest.raises(InputError, match="^CodesFolder.load: codes must be ") as error:
         CodesFolder.load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_of_the_model_is_refused_and_not_opened(images, tmp_path, name):
+    model = make_model(tmp_path / "model")
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(InputError, match="model must be"):
+        encode_folder(images, model)

@@ -9,6 +9,7 @@ from hashengine import InputError
 from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder, evaluate, write_report
 from hashengine.evaluation.records import QueryResult
 from hashengine.evaluation.report import draw, duration, worst
+from hashengine.models.checkpoint import fingerprint
 from tests.helpers.tiny_images import make_images, make_model
 
 
@@ -151,3 +152,26 @@ def test_the_worst_queries_are_those_with_the_most_wrong_hits():
 )
 def test_durations_have_three_digits_and_a_unit(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_record_of_the_training_must_be_that_of_the_model(index, model, searched, tmp_path):
+    record = {"images": 9, "images_per_second": 3.0, "parameters": 5, "epochs": [{"epoch": 1}], "seconds": 3.0}
+    training = tmp_path / "training.json"
+    for own in ({"fingerprint": fingerprint(model)}, {}):  # files of older versions have no fingerprint
+        training.write_text(json.dumps(record | own))
+        write_report(tmp_path / "report.html", index.folder, training=training, **searched)
+    training.write_text(json.dumps(record | {"fingerprint": "0" * 64}))
+    with pytest.raises(InputError, match="^report: training must be the record of the model in .* got that of another"):
+        write_report(tmp_path / "report.html", index.folder, training=training, **searched)
+
+
+def test_the_page_names_the_queries_of_the_figures(reported, queries):
+    _, page, _ = reported
+    assert f"Measured with {len(queries.items)} queries from {queries.record.source}." in " ".join(page.split())
+
+
+def test_figures_for_no_depth_or_for_large_ones_alone_make_a_page(index, searched, tmp_path):
+    figures = json.loads(searched["evaluation"].read_text())
+    for depths in ({}, {"50": figures["mean_average_precision"]}):
+        searched["evaluation"].write_text(json.dumps(figures | {"precision_at": depths}))
+        write_report(tmp_path / "report.html", index.folder, **searched)

@@ -1,4 +1,4 @@
-"""Runs a command in another process until it blocks in a chosen function, and presses Ctrl-C there.
+"""Runs a command in another process until it blocks in a chosen function, and sends it a signal there.
 
 No part of this depends on how fast the machine is: the function blocks until the process has ended.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tests.helpers.paths import ROOT
 
-# Replaces a function by one that reports that it was called and then never returns. "signal" is a wait that Ctrl-C
+# Replaces a function by one that reports that it was called and then never returns. "signal" is a wait that a signal
 # ends, as that of Python code. "native" is a wait that no signal ends, as that of a kernel.
 DRIVER = """
 import ctypes, importlib, os, sys, threading
@@ -55,14 +55,17 @@ class Ended(NamedTuple):
     errors: str
 
 
-def interrupt(module: str, attribute: str, *arguments: object, wait: str = "native") -> Ended:
-    """Run `hashengine arguments` and interrupt it in a function.
+def interrupt(
+    module: str, attribute: str, *arguments: object, wait: str = "native", number: signal.Signals = signal.SIGINT
+) -> Ended:
+    """Run `hashengine arguments` and send it a signal in a function.
 
     Args:
         module: the module of the function.
         attribute: the function's name in the module, such as "Class.method"; "import" for the import of the module.
         arguments: the arguments of the command.
         wait: how the function blocks, as `DRIVER` describes.
+        number: the signal; SIGINT is that of Ctrl-C.
     """
     reports, report = os.pipe()
     command = [sys.executable, "-c", DRIVER, module, attribute, wait, str(report), *map(str, arguments)]
@@ -80,7 +83,7 @@ def interrupt(module: str, attribute: str, *arguments: object, wait: str = "nati
     blocked = os.read(reports, 1)
     os.close(reports)
     if blocked:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert blocked, f"the function was not called: {errors}"
     return Ended(process.returncode, errors)

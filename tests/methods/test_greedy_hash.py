@@ -89,6 +89,7 @@ def test_multi_hot_targets_are_rejected():
         ([0] * 5, r"one class per image, a tensor of int64 \[5\], got list"),
         (torch.tensor([0, 1, 2, 3, 0]), "0 to 2, got 0 to 3"),
         (torch.tensor([0, 1, 2, -1, 0]), "0 to 2, got -1 to 2"),
+        (torch.tensor([0, 1, 2, -100, 0]), "0 to 2, got -100 to 2"),
     ],
 )
 def test_targets_that_are_no_classes_are_rejected(targets, complaint):

@@ -118,3 +118,15 @@ def test_arguments_of_another_type_are_refused():
         he.nn.recalibrate(3, [])
     with pytest.raises(he.InputError, match="recalibrate: batches must be an iterable of batches, got int"):
         he.nn.recalibrate(nn.Linear(2, 2), 3)
+
+
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (lambda: nn.Sequential(nn.LazyConv2d(2, 3), nn.LazyBatchNorm2d()), "that is not initialised yet"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).to("meta"), "on the meta device"),
+    ],
+)
+def test_a_network_without_values_is_refused(build, problem):
+    with pytest.raises(he.InputError, match=f"^recalibrate: model must be .* buffer '1.running_mean' {problem}$"):
+        he.nn.recalibrate(build(), [torch.rand(2, 3, 8, 8)])

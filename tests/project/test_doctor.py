@@ -1,6 +1,8 @@
 """`hashengine doctor` checks every part of an installation, and reports each problem with its remedy."""
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +247,74 @@ def test_a_tool_that_fails_is_not_reported_as_working(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_toolchain, "run", lambda command, stdin="": (1, "fatal error: cannot execute cc1plus"))
     assert check("C++ compiler").status == "missing"
     assert "cc1plus" in check("C++ compiler").found
+
+
+@needs_native
+def test_a_damaged_module_is_not_loaded_by_the_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (module,) = Path(_native.__file__).parent.glob("_C.*so")
+    content = bytearray(module.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / module.name).write_bytes(content)
+    record = _native.build_config() | {"module": module.name, "size": len(content)}
+    record["sha256"] = hashlib.sha256(module.read_bytes()).hexdigest()
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    script = f"""
+import sys
+from pathlib import Path
+from hashengine import _native, doctor
+_native._RECORD = Path({str(tmp_path / "_build.json")!r})
+[found] = [check for check in doctor.examine() if check.name == "native module"]
+assert "hashengine._C" not in sys.modules
+print(found.status, found.found)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HASHENGINE_REQUIRE_NATIVE"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert "is not that of the module that was built" in done.stdout, done.stderr
+
+
+LOADER_ERROR = "raise OSError('libtorch.so: cannot open')"
+RELEASE = "__version__ = '2.15.0'; cuda = None"
+
+
+@pytest.mark.parametrize("options", [[], ["--quick"]])
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"torch.py": "x = 1"}, "torch.py, which is no torch"),
+        ({"torch/__init__.py": LOADER_ERROR, "torch/version.py": "x = 1"}, "__init__.py, which is no torch"),
+        ({"torch/__init__.py": LOADER_ERROR, "torch/version.py": RELEASE}, "fails: libtorch.so: cannot open"),
+    ],
+)
+def test_a_module_in_place_of_torch_or_a_broken_torch_is_reported(
+    tmp_path: Path, files: dict[str, str], found: str, options: list[str]
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "hashengine", "doctor", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert "Traceback" not in done.stderr
+    if options and "fails" in found:  # found only by importing torch
+        assert done.returncode == 0 and found not in done.stdout
+    else:
+        assert done.returncode == 1 and "broken" in done.stdout and found in done.stdout
+
+
+@pytest.mark.parametrize("compiler", ["it's", " ", "'"])
+def test_a_compiler_that_is_no_command_is_reported(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert check("C++ compiler").status == "missing"
+    assert check("C++ compiler").found == f"CXX is {compiler!r}, which is no command"
+
+
+def test_programs_may_print_any_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "c++"
+    program.write_bytes(b"#!/bin/sh\nprintf 'error: \\351 \\033[1m\\n'; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    assert "error: \\xe9 " in check("C++ compiler").found
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check("C++ compiler", "missing", "\x1b[1m \u2028")])
+    output = CliRunner().invoke(cli.app, ["doctor"]).output
+    assert "\x1b" not in output and "\\x1b[1m \\u2028" in output

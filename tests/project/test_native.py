@@ -111,6 +111,8 @@ def test_a_loading_failure_is_reported_with_the_message_of_the_loader(
         b"[" * 100_000,
         json.dumps({name: RECORD[name] for name in ("build", "torch")}).encode(),
         json.dumps(RECORD | {"python": 3.11}).encode(),
+        json.dumps(RECORD | {"module": "a/b.so"}).encode(),
+        json.dumps(RECORD | {"arch_list": 5}).encode(),
     ],
 )
 def test_a_damaged_record_gives_one_warning_and_plain_torch(

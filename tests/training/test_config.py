@@ -10,6 +10,7 @@ from hashengine.errors import InputError
 from hashengine.methods import create, find, names
 from hashengine.models import HashNetConfig
 from hashengine.training import FitConfig, SweepConfig
+from hashengine.training.config import parse_yaml, read_yaml
 
 FOLDERS = {"images": "images", "output": "model"}
 
@@ -167,3 +168,36 @@ def test_flags_and_choices_of_integers_may_come_from_numpy():
     assert config.flip is True and type(config.stem_stride) is int and config.stem_stride == 2
     with pytest.raises(InputError, match="^HashNetConfig: channels must be a valid integer, got True$"):
         HashNetConfig(classes=("a", "b"), channels=True)
+
+
+BOMB = "b0: &b0 [1, 2, 3]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seed: 2020-99-99", "month must be in 1..12"),
+        ("seed: " + "9" * 5000, "4300"),
+        ("seed: !!int x", "invalid literal"),
+        ("flip: !!bool x", "x"),
+        ("seed: !!timestamp x", "group"),
+        ("widths: " + "[" * 3000, "nested too deeply|expected"),
+        ("seed: 1\nseed: 2", "'seed' twice"),
+        (BOMB, "an alias"),
+        ("a: [", "expected"),
+    ],
+)
+def test_yaml_that_the_parser_cannot_read_gives_an_error_of_one_line(tmp_path, text, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        parse_yaml(text)
+    (tmp_path / "fit.yaml").write_text(text)
+    with pytest.raises(InputError, match="^fit: config must be YAML, got ") as caught:
+        read_yaml(tmp_path / "fit.yaml", "fit")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["images", "output"])
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_a_path_that_no_file_system_can_have_is_refused(name, path):
+    with pytest.raises(InputError, match=f"^fit: {name} must be a path that a file system can have"):
+        FitConfig(**FOLDERS | {name: path})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -149,3 +150,13 @@ def test_files_that_are_no_images_are_left_out_and_unreadable_ones_are_refused(t
     os.mkfifo(images / "a" / "pipe.png")
     with pytest.raises(InputError, match="pipe.png: the file must be readable, got a named pipe"):
         prepare(images, tmp_path / "other")
+
+
+def test_the_default_number_of_queries_is_at_most_the_number_of_images_without_a_copy(tmp_path):
+    images = write_noise(tmp_path / "images", {"a": 3, "b": 3})
+    for path in list(images.glob("a/*.png"))[:1]:
+        for number in range(60):
+            shutil.copyfile(path, path.with_name(f"copy-{number}.png"))
+    record = prepare(images, tmp_path / "split")
+    assert record["query"]["images"] == 3  # of the 5 images without a copy, one of each class is kept
+    assert record["queries_identical_to_a_database_image"] == 0

@@ -1,6 +1,7 @@
 """A sweep trains one run per combination of options, continues after an interruption, and writes a table."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,30 @@ def test_complete_runs_are_evaluated_again_with_other_queries(data):
     assert evaluation.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("side", ["query", "database"])
+def test_an_added_image_is_noticed(data, side):
+    shared = {"grid": {"seed": [0]}}
+    sweep(config(data, **shared))
+    evaluation = data / "runs" / "seed=0" / "evaluation.json"
+    before = json.loads(evaluation.read_text())
+    image = next((data / side).rglob("*.png"))
+    shutil.copyfile(image, image.with_name("added.png"))
+    if side == "query":
+        sweep(config(data, **shared))
+        assert json.loads(evaluation.read_text())["queries"] == before["queries"] + 1
+    else:
+        with pytest.raises(InputError, match="^train sweep: the images must be those of the run in .*; remove the run"):
+            sweep(config(data, **shared))
+        assert json.loads(evaluation.read_text()) == before
+
+
+def test_a_finished_sweep_needs_no_images(data):
+    first = sweep(config(data))
+    for name in ("query", "database"):
+        shutil.rmtree(data / name)
+    assert sweep(config(data)) == first
+
+
 def test_methods_can_be_compared(data):
     results = sweep(config(data, grid={"method": ["greedy_hash", "itq"]}, bits=8))
     header, rows = results.cells()
@@ -170,6 +195,8 @@ DAMAGED_RUNS = [
     b'{"options": "a", "epochs": [{"loss": 1}], "seconds": 1}',
     b'{"options": {"seed": "a"}, "epochs": [{"loss": 1}], "seconds": 1}',
     b'{"options": {}, "epochs": [{"loss": 1}], "seconds": null}',
+    b'{"options": {}, "epochs": [{"loss": Infinity}], "seconds": 1}',
+    b'{"options": {}, "epochs": [{"loss": 1}], "seconds": 1' + 400 * b"0" + b"}",
 ]
 
 
