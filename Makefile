@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch torchvision
 # The images of the demo: digits, fashion-mnist, cifar10 or a folder of class folders.
 DATA ?= digits
+# How many processes run the tests of `make test`. Each needs up to 4 GiB of memory.
+WORKERS ?= 2
 # How many seconds `make fuzz` runs.
 SECONDS ?= 60
 # How many minutes `make soak`, gpu-soak, gpu-bench and gpu-bench-hamming run. After this time, a benchmark starts no
@@ -67,8 +69,8 @@ $(READY): $(SOURCES)
 demo: $(READY)  ## train on DATA=digits, encode, index, search, evaluate; writes demo/report.html
 	$(BIN)/hashengine demo --data $(DATA)
 
-test: $(READY)  ## run the tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m "not slow"
+test: $(READY)  ## run the tests that take less than ten seconds each, in WORKERS=2 processes
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-full: $(READY)  ## run all tests
 	$(BIN)/python -m pytest

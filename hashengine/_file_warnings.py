@@ -33,7 +33,8 @@ def named_warnings(file: str) -> Iterator[dict[str, type[Warning]]]:
     no warning is issued. Several threads may be in such a block at the same time.
     """
     found: dict[str, type[Warning]] = {}
-    _collect_from_libtiff()
+    with _lock:
+        _collect_from_libtiff()  # in one thread, because what it caches must be what libtiff calls
     _thread.found = found
     _enter()
     try:

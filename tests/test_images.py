@@ -3,6 +3,8 @@
 import os
 import socket
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from PIL import Image
 
 from hashengine.errors import InputError
 from hashengine.images import find_images, image_tensor, label_of, list_images, read_header, read_image
+from tests.helpers.paths import ROOT
 
 
 def save(path: Path, pixels: np.ndarray, **options) -> Path:
@@ -281,3 +284,33 @@ def test_errors_of_libtiff_in_other_code_go_to_stderr(tmp_path, noise, capfd):
     with Image.open(damaged) as image, pytest.raises(OSError):
         image.load()
     assert 'Incorrect count for "RowsPerStrip"' in capfd.readouterr().err
+
+
+def test_threads_may_read_the_first_images_of_a_process_at_the_same_time(tmp_path, noise):
+    path = with_tag(save(tmp_path / "damaged.tif", noise, compression="tiff_lzw"), 278, 7)
+    script = f"""
+import gc, sys, threading
+from PIL import Image
+from hashengine._file_warnings import named_warnings
+
+sys.setswitchinterval(1e-6)
+
+def read():
+    with named_warnings("a file"):
+        pass
+
+threads = [threading.Thread(target=read) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+gc.collect()
+for _ in range(20):
+    try:
+        Image.open({str(path)!r}).load()
+    except OSError:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('Incorrect count for "RowsPerStrip"') == 20

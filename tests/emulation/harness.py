@@ -1,6 +1,7 @@
 """Build the CUDA emulator together with all kernels of csrc/cuda, and call the result with ctypes."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import mmap
@@ -61,12 +62,14 @@ def _build(name: str, command: list[str], contents: list[bytes]) -> Path:
     """Run the command unless its output for these contents is cached, and return the path of the output."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
     output = ROOT / "build" / "emulation" / f"{name}-{digest[:16]}"
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_suffix(f".{os.getpid()}")  # another test process may build the same output
-        built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-        assert built.returncode == 0, f"{' '.join(command)}\n{built.stderr}"
-        unfinished.replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output.with_suffix(".lock"), "w") as lock:  # another test process may need the same output
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            unfinished = output.with_suffix(".unfinished")
+            built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+            assert built.returncode == 0, f"{' '.join(command)}\n{built.stderr}"
+            unfinished.replace(output)
     return output
 
 
