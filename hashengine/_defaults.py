@@ -6,6 +6,8 @@ import would also import torch.
 
 from __future__ import annotations
 
+from hashengine._files import Marker
+
 DATA_SETS = ("digits", "fashion-mnist", "cifar10")  # the names that `hashengine.training.prepare` knows
 SEED = 0
 BITS = 32  # the length of a code
@@ -19,3 +21,7 @@ IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".pbm", ".pgm", ".png"}
     | {".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
+
+# How an earlier codes folder and an earlier index are recognised.
+CODES_MARKER = Marker("encode.json", ("fingerprint", "source"), ("codes.npy", "items.csv", "encode.json"))
+INDEX_MARKER = Marker("index.json", ("fingerprint", "sources"), ("codes", "items.csv", "index.json", "lock", "model"))

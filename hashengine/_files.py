@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from hashengine.errors import InputError, invalid
 
@@ -94,14 +95,43 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         sync_folder(folder)
 
 
+class Marker(NamedTuple):
+    """How an earlier output, a folder that may be replaced, is recognised.
+
+    Attributes:
+        name: a file that the folder contains.
+        fields: fields of that file, which is a JSON object; if empty, its content does not matter.
+        contents: everything that the folder may contain, except names that begin with a dot; if empty, anything.
+    """
+
+    name: str
+    fields: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
+
+    def problem(self, folder: Path) -> str | None:
+        """Why `folder` is no such output, in words that follow its name; None if it is one."""
+        if not (folder / self.name).is_file():
+            return ""
+        if self.fields:
+            try:
+                found = json.loads((folder / self.name).read_bytes())
+            except (OSError, ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict) or not found.keys() >= set(self.fields):
+                return f", whose {self.name} is another file"
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        others = [name for name in names if self.contents and name not in self.contents]
+        return f", which also holds {others[0]!r}" if others else None
+
+
 @contextmanager
-def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
+def replace_folder(path: Path, *, marker: Marker, where: str) -> Iterator[Path]:
     """Create a temporary folder. The folder replaces `path` when the `with` block ends without an exception.
 
     Args:
         path: the folder to create or to replace.
-        marker: a file whose presence in an existing `path` identifies it as an earlier output, which may be replaced.
-            An empty folder may be replaced too.
+        marker: how an existing `path` is recognised as an earlier output, which may be replaced. An empty folder may be
+            replaced too.
         where: the function or command to name in an error.
 
     Raises:
@@ -119,8 +149,8 @@ def replace_folder(path: Path, *, marker: str, where: str) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
-def check_replaceable(path: Path, *, marker: str, where: str) -> None:
-    """Require that `path` does not exist, is an empty folder, or holds the file `marker` of an earlier output.
+def check_replaceable(path: Path, *, marker: Marker, where: str) -> None:
+    """Require that `path` does not exist, is an empty folder, or is an earlier output.
 
     It must not be the working folder or a folder around it, because replacing it would remove the working folder.
     """
@@ -128,9 +158,12 @@ def check_replaceable(path: Path, *, marker: str, where: str) -> None:
     if Path.cwd().is_relative_to(os.path.realpath(path)):
         expected = "a folder that is not the working folder or around it"
         raise invalid(where, "output", expected, repr(str(path)), "the folder would be replaced")
-    is_output = (path / marker).is_file()
-    if path.exists() and not is_output and not (path.is_dir() and not any(path.iterdir())):
-        raise invalid(where, "output", f"a new folder or an earlier output that holds {marker}", repr(str(path)))
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    problem = marker.problem(path)
+    if problem is not None:
+        expected = f"a new folder or an earlier output that holds {marker.name}"
+        raise invalid(where, "output", expected, f"{str(path)!r}{problem}")
 
 
 def _check_links(path: Path, where: str) -> None:
@@ -148,7 +181,7 @@ def check_output(
     outside: Iterable[str | os.PathLike[str] | None] = (),
     keeps: Iterable[str | os.PathLike[str] | None] = (),
     is_folder: bool = False,
-    marker: str = "",
+    marker: Marker | None = None,
 ) -> None:
     """Require, before the work begins, that `path` can be written and that writing it destroys no input.
 
@@ -158,12 +191,12 @@ def check_output(
         outside: inputs that must be neither `path` nor a folder around it; None is ignored.
         keeps: inputs that must not be in the folder `path`, because the output replaces the folder; None is ignored.
         is_folder: whether the output is a folder.
-        marker: as for `check_replaceable`, which is called if the marker is not empty.
+        marker: as for `check_replaceable`, which is called if there is a marker.
     """
     if is_folder and str(path) == "-":
         raise invalid(where, "output", "a folder", "'-', which stands for stdout", "choose another path")
     _check_links(path, where)
-    if marker:
+    if marker is not None:
         check_replaceable(path, marker=marker, where=where)
     if _is_stream(path) and not is_folder:
         _check_descriptor(path, where)
@@ -280,6 +313,12 @@ _OWN_DESCRIPTOR = re.compile(r"/dev/(?:(?P<name>stdout|stderr)|fd/(?P<fd>\d+))|/
 def _is_stream(path: Path) -> bool:
     """Whether `path` is a pipe, a device, or a name of an open file of this process, such as /dev/stdout."""
     return bool(_OWN_DESCRIPTOR.fullmatch(str(path))) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether `path` is a name of this process's standard output, such as /dev/stdout or /dev/fd/1."""
+    found = _OWN_DESCRIPTOR.fullmatch(str(path))
+    return found is not None and len(str(path)) < 20 and _descriptor(found) == 1
 
 
 def _check_descriptor(path: Path, where: str) -> None:

@@ -2,7 +2,8 @@
 
 Python handles a signal only between two steps of the main thread, and one step, such as a search or the work of a
 network on a batch, may take seconds. Therefore a thread waits for the signal. If the main thread has not ended the
-process within `GRACE_SECONDS`, the thread does. SIGTERM is what `kill`, service managers and batch systems send.
+process within `GRACE_SECONDS`, the thread does. After SIGTERM, the thread always does. SIGTERM is what `kill`, service
+managers and batch systems send.
 """
 
 from __future__ import annotations
@@ -37,19 +38,12 @@ def run(start: Callable[[], None]) -> None:
         _watch()
         start()
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns a KeyboardInterrupt into a SystemExit
-        number = _signal_of(end)
-        if number is None:
+        if isinstance(end, SystemExit) and end.code != status(signal.SIGINT):
             raise
-        for either in EVENTS:
-            signal.signal(either, signal.SIG_IGN)  # a second one must not end the clean-up
-        _announce(number)
-        _exit(number)
-
-
-def _signal_of(end: BaseException) -> signal.Signals | None:
-    if isinstance(end, KeyboardInterrupt):
-        return signal.SIGINT
-    return next((number for number in EVENTS if isinstance(end, SystemExit) and end.code == status(number)), None)
+        for number in EVENTS:
+            signal.signal(number, signal.SIG_IGN)  # a second one must not end the clean-up
+        _announce(signal.SIGINT)
+        _exit(signal.SIGINT)
 
 
 def status(number: signal.Signals) -> int:
@@ -99,7 +93,8 @@ def _watch() -> None:
     """
     handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(status(signal.SIGTERM)))
+        # The handler raises nothing: an exception in the middle of the import of a native module can abort the process.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         handled = True
     if not handled:
         return

@@ -144,6 +144,12 @@ def check_integer(where: str, name: str, value: Any, low: int, high: int | None 
     return number
 
 
+def check_callable(where: str, name: str, value: Any) -> None:
+    """Require a function or None."""
+    if value is not None and not callable(value):
+        raise invalid(where, name, "a function or None", type(value).__name__)
+
+
 def number_form(above: float | None, least: float | None) -> str:
     """The words for a finite number that is greater than `above`, or at least `least`; the other one is None."""
     return f"a finite number above {above}" if least is None else f"a finite number of {least} or more"

@@ -31,7 +31,7 @@ def test_files_are_made_durable_by_one_fsync_each_or_by_one_flush(
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
     monkeypatch.setattr(_files, "_MANY_FILES", many_files)
     monkeypatch.setattr(_files, "_sync_file_system", lambda folder: has_syncfs and flush(folder))
-    with _files.replace_folder(tmp_path / "out", marker="a", where="test") as temporary:
+    with _files.replace_folder(tmp_path / "out", marker=_files.Marker("a"), where="test") as temporary:
         (temporary / "sub").mkdir()
         for name in ("a", "b", "sub/c"):
             (temporary / name).write_text(name)
@@ -162,7 +162,11 @@ def test_a_folder_that_is_replaced_may_contain_no_input(tmp_path):
     (tmp_path / "codes" / "encode.json").touch()
     with pytest.raises(InputError, match="got .*codes', which is around the input .*model'; choose another path$"):
         _files.check_output(
-            "test", tmp_path / "codes", keeps=[tmp_path / "codes" / "model"], is_folder=True, marker="encode.json"
+            "test",
+            tmp_path / "codes",
+            keeps=[tmp_path / "codes" / "model"],
+            is_folder=True,
+            marker=_files.Marker("encode.json"),
         )
     with pytest.raises(InputError, match="must be a folder, got .*encode.json', which is a file"):
         _files.check_output("test", tmp_path / "codes" / "encode.json", is_folder=True)
@@ -194,7 +198,7 @@ from pathlib import Path
 from hashengine import _files
 folder = Path({str(tmp_path)!r})
 (folder / "old").write_text("old")
-replacing = _files.replace_folder(folder / "new", marker="a", where="test")
+replacing = _files.replace_folder(folder / "new", marker=_files.Marker("a"), where="test")
 writing = replacing.__enter__()
 (writing / "a").write_text("half")
 with _files.replace_file(folder / "old") as file:
@@ -218,7 +222,7 @@ def test_a_loop_of_links_is_refused(tmp_path, is_folder):
             _files.check_output("test", tmp_path / output, is_folder=is_folder)
     with (
         pytest.raises(InputError, match="^test: output must be a path without a loop of links"),
-        _files.replace_folder(tmp_path / "loop", marker="made", where="test"),
+        _files.replace_folder(tmp_path / "loop", marker=_files.Marker("made"), where="test"),
     ):
         pass
     assert (tmp_path / "loop").is_symlink()
@@ -229,10 +233,42 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, output):
     (tmp_path / "working" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "working" / "here")
     with pytest.raises(InputError, match="^test: output must be a folder that is not the working folder or around it"):
-        _files.check_output("test", _files.Path(output), is_folder=True, marker="made")
+        _files.check_output("test", _files.Path(output), is_folder=True, marker=_files.Marker("made"))
 
 
 @pytest.mark.parametrize("path", ["/dev/fd/999", "/proc/self/fd/999"])
 def test_a_descriptor_that_is_not_open_is_refused(path):
     with pytest.raises(InputError, match="^test: output must be a file that this process has opened"):
         _files.check_output("test", _files.Path(path))
+
+
+MARKER = _files.Marker("record.json", ("ours",), ("record.json", "data"))
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"record.json": '{"ours": 1}'}, None),
+        ({"record.json": '{"ours": 1, "more": 2}', "data": "x", ".hidden": "x"}, None),
+        ({"record.json": '{"name": "a site"}', "data": "x"}, ", whose record.json is another file"),
+        ({"record.json": '["ours"]'}, ", whose record.json is another file"),
+        ({"record.json": "{"}, ", whose record.json is another file"),
+        ({"record.json": '{"ours": 1}', "thesis.txt": "x"}, ", which also holds 'thesis.txt'"),
+        ({"data": "x"}, ""),
+    ],
+)
+def test_an_earlier_output_is_recognised_by_its_record_and_its_contents(tmp_path, files, problem):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert MARKER.problem(tmp_path) == problem
+    if problem is not None:
+        with pytest.raises(InputError, match="^test: output must be a new folder or an earlier output that holds"):
+            _files.check_replaceable(tmp_path, marker=MARKER, where="test")
+        assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def test_every_name_of_stdout_is_known():
+    names = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+    assert all(_files.is_stdout(_files.Path(name)) for name in names)
+    others = ("/dev/stderr", "/dev/fd/2", "/dev/fd/11", "out", "/dev/fd/" + 30 * "1")
+    assert not any(_files.is_stdout(_files.Path(name)) for name in others)

@@ -30,25 +30,29 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 
 // Whether an autograd formula is needed. Refuses tangents of forward-mode differentiation, which the ops would drop.
 bool needs_gradient(const char* op, const Tensor& x, std::initializer_list<TensorList> parameters = {}) {
-  bool has_tangent = x._fw_grad(0).defined();
+  bool has_tangent = x.defined() && x._fw_grad(0).defined();
   for (const TensorList tensors : parameters)
     for (const Tensor& tensor : tensors) has_tangent |= tensor._fw_grad(0).defined();
   TORCH_CHECK_VALUE(!has_tangent, op,
                     ": inputs must be without tangents of forward-mode differentiation, got some; call the function in "
-                    "hashengine.ops, which computes in plain torch there");
+                    "hashengine.ops inside the transform, where it computes in plain torch");
   if (!at::GradMode::is_enabled()) return false;
-  bool is_needed = x.requires_grad();
+  bool is_needed = x.defined() && x.requires_grad();
   for (const TensorList tensors : parameters)
     for (const Tensor& tensor : tensors) is_needed |= tensor.requires_grad();
   return is_needed;
 }
 
-// Skips the autograd kernel of a backward op, unless the backward runs with create_graph. This kernel is written in
-// Python. Its only purpose is to report an error if a second derivative is computed.
+// Skips the autograd kernel of a backward op (refuse_derivatives below) where nothing can be differentiated: without
+// create_graph, and if the gradient has no tangent of forward-mode differentiation, also none of torch.func.
 class SkipAutogradInLastBackward {
  public:
-  SkipAutogradInLastBackward() {
-    if (!at::GradMode::is_enabled()) guard_.emplace();
+  explicit SkipAutogradInLastBackward(std::initializer_list<Tensor> gradients) {
+    bool has_tangent = false;
+    for (const Tensor& gradient : gradients)
+      has_tangent |= gradient.defined() &&
+                     (gradient._fw_grad(0).defined() || gradient.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
+    if (!at::GradMode::is_enabled() && !has_tangent) guard_.emplace();
   }
 
  private:
@@ -79,7 +83,7 @@ struct Simam : torch::autograd::Function<Simam> {
     static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("simam_backward");
     if (!grads[0].defined()) return {Tensor(), Tensor()};
     const variable_list saved = ctx->get_saved_variables();
-    const SkipAutogradInLastBackward guard;
+    const SkipAutogradInLastBackward guard({grads[0]});
     return {op.call(grads[0], saved[0], saved[1], ctx->saved_data["lam"].toDouble()), Tensor()};
   }
 };
@@ -115,7 +119,7 @@ struct GreedySign : torch::autograd::Function<GreedySign> {
     const auto optional = [](const Tensor& grad) { return grad.defined() ? OptionalTensor(grad) : std::nullopt; };
     if (!grads[0].defined() && !grads[1].defined()) return {Tensor(), Tensor()};
     const Tensor u = ctx->get_saved_variables()[0];
-    const SkipAutogradInLastBackward guard;
+    const SkipAutogradInLastBackward guard({grads[0], grads[1]});
     return {op.call(optional(grads[0]), optional(grads[1]), u, ctx->saved_data["alpha"].toDouble()), Tensor()};
   }
 };
@@ -167,7 +171,7 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
     // the five lists (parameters and running statistics) has one per branch.
     variable_list results(1 + 5 * branches + 2);
     if (!grads[0].defined()) return results;
-    const SkipAutogradInLastBackward guard;
+    const SkipAutogradInLastBackward guard({grads[0]});
     const TensorList parameters = TensorList(saved).slice(kSavedBeforeParameters);
     const auto list = [&](size_t i) { return parameters.slice(i * branches, branches); };
     const auto [grad_x, grad_conv_weight, grad_bn_weight, grad_bn_bias] =
@@ -226,6 +230,51 @@ Tensor triplet_attention_inference(const Tensor& x, TensorList conv_weight, Tens
   return TripletInference::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
 }
 
+// --- backward ops, which have no derivatives ---
+
+// Calls visit(tensor) for each tensor in the value: a tensor, a list of tensors, or neither.
+template <typename Visit>
+void for_each_tensor(const c10::IValue& value, Visit visit) {
+  if (value.isTensor()) {
+    if (value.toTensor().defined()) visit(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const Tensor& tensor : value.toTensorVector()) visit(tensor);
+  }
+}
+
+// Puts results of an op into the graph, with a backward that refuses.
+struct RefuseDerivative : torch::autograd::Function<RefuseDerivative> {
+  static variable_list forward(AutogradContext* ctx, TensorList, const variable_list* results, const std::string& op) {
+    ctx->saved_data["op"] = op;
+    return *results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK_VALUE(false, ctx->saved_data["op"].toStringRef(),
+                      ": inputs must be detached from the graph, got a backward through this op; it has no derivative "
+                      "(double backward is not supported)");
+  }
+};
+
+// The autograd kernel of every backward op: refuses tangents, which the op would drop, and puts a node into the graph
+// that refuses a second derivative.
+void refuse_derivatives(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+  const std::string op = handle.operator_name().name.substr(sizeof("hashengine::") - 1);
+  variable_list inputs, results;
+  for (const c10::IValue& value : torch::jit::last(*stack, handle.schema().arguments().size()))
+    for_each_tensor(value, [&](const Tensor& tensor) { inputs.push_back(tensor); });
+  const bool is_needed = needs_gradient(op.c_str(), Tensor(), {inputs});
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    handle.callBoxed(*stack);
+  }
+  if (!is_needed) return;
+  const size_t count = handle.schema().returns().size();
+  for (const c10::IValue& value : torch::jit::last(*stack, count)) results.push_back(value.toTensor());
+  torch::jit::drop(*stack, count);
+  for (const Tensor& result : RefuseDerivative::apply(TensorList(inputs), &results, op)) stack->emplace_back(result);
+}
+
 // The formulas are registered under AutogradCPU and AutogradCUDA. These keys take precedence over the key Autograd,
 // under which Python registers its formulas for all devices.
 void register_formulas(torch::Library& library) {
@@ -233,6 +282,9 @@ void register_formulas(torch::Library& library) {
   library.impl("greedy_sign", greedy_sign);
   library.impl("triplet_attention", triplet_attention);
   library.impl("triplet_attention_inference", triplet_attention_inference);
+  for (const char* op : {"simam_backward", "greedy_sign_backward", "triplet_attention_backward",
+                         "triplet_pool_backward", "triplet_gate_backward"})
+    library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
 }
 
 TORCH_LIBRARY_IMPL(hashengine, AutogradCPU, library) { register_formulas(library); }

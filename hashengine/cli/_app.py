@@ -25,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
 _LONGEST_MESSAGE = 2000  # characters; a longer error, such as that of a path of megabytes, is shortened
+_NO_MEMORY = "alloc_cpu.cpp"  # part of the RuntimeError that torch raises if the host has too little memory
 STDOUT = Path("/dev/stdout")
 MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
@@ -150,7 +151,10 @@ def _report_usage(error: Any) -> NoReturn:
 def _is_expected(error: Exception) -> bool:
     """Whether the policy of `hashengine.errors` allows this exception to reach a user."""
     torch = sys.modules.get("torch")
-    is_out_of_memory = torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
+    is_out_of_memory = isinstance(error, MemoryError)
+    if torch is not None:
+        is_out_of_memory |= isinstance(error, torch.cuda.OutOfMemoryError)
+        is_out_of_memory |= type(error) is RuntimeError and _NO_MEMORY in str(error)
     return isinstance(error, OSError) or is_out_of_memory or _is_mistake(error)
 
 

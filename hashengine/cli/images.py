@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from hashengine import _progress
-from hashengine._defaults import BATCH_SIZE, IMAGE_SUFFIXES, NEIGHBOURS, RADIUS, REPORT_ROWS, SEED
-from hashengine._files import check_output
+from hashengine._defaults import BATCH_SIZE, CODES_MARKER, IMAGE_SUFFIXES, NEIGHBOURS, RADIUS, REPORT_ROWS, SEED
+from hashengine._files import check_output, is_stdout
 from hashengine.cli._app import (
-    STDOUT,
     BatchSize,
     DeviceOption,
     IndexFolder,
@@ -36,7 +35,7 @@ def encode(
 ) -> None:
     """Encode every image under FOLDER to a binary code; other files and unreadable images are skipped and recorded."""
     # `check_output` comes before the import, which takes seconds.
-    check_output("encode", output, outside=(model,), keeps=(folder, model), is_folder=True, marker="encode.json")
+    check_output("encode", output, outside=(model,), keeps=(folder, model), is_folder=True, marker=CODES_MARKER)
     from hashengine import evaluation
 
     codes = evaluation.encode_folder(folder, model, batch_size=batch_size, device=device)
@@ -90,7 +89,7 @@ def search(
     if output is not None:
         results.write(output)
         _progress.note(f"wrote {output}")
-    if query.is_file() and output != STDOUT:
+    if query.is_file() and (output is None or not is_stdout(output)):
         hits = results.queries[0].hits
         rows: list[tuple[object, ...]] = [(hit.rank, hit.distance, shortened(hit.path), hit.label) for hit in hits]
         print_table(("rank", "distance", "path", "label"), rows)
@@ -122,7 +121,7 @@ def evaluate(
         found.write(output)
     if found.without_relevant:
         _progress.note(f"{found.without_relevant} of {found.queries} queries have no relevant image and count as 0")
-    if output == STDOUT:
+    if output is not None and is_stdout(output):
         return
     header, rows = found.cells()
     print_table(tuple(header), [tuple(row) for row in rows])

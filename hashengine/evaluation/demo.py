@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS
-from hashengine._files import check_output, make_folder, write_file
+from hashengine._files import Marker, check_output, make_folder, write_file
 from hashengine._validation import check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder
@@ -22,7 +22,7 @@ from hashengine.evaluation.evaluate import evaluate
 from hashengine.evaluation.image_index import ImageIndex
 from hashengine.evaluation.report import Report, write_report
 
-MARKER = ".hashengine-demo"
+MARKER = Marker(".hashengine-demo")
 # The images of these data sets are not mirrored in training, because all images of a class face the same way.
 _WITHOUT_MIRRORING = ("digits", "fashion-mnist")
 
@@ -75,7 +75,7 @@ def _check_options(data: str, output: Path, bits: int) -> None:
 
 
 def start_over(output: Path, data: str) -> None:
-    """Create `output`, or empty it, and write the file `MARKER` to it.
+    """Create `output`, or empty it, and write the file of `MARKER` to it.
 
     Raises:
         InputError: `output` exists but is neither an empty folder nor one with this file, or it contains the folder
@@ -86,10 +86,11 @@ def start_over(output: Path, data: str) -> None:
             "demo", "output", "a folder that does not contain the data", f"{str(output)!r}, which is emptied first"
         )
     check_output("demo", output, is_folder=True, marker=MARKER)
+    output = output.resolve()  # the target of a link
     if output.exists():
         shutil.rmtree(output)
     make_folder(output)
-    write_file(output / MARKER, "Made by 'hashengine demo', which empties this folder when it starts over.\n")
+    write_file(output / MARKER.name, "Made by 'hashengine demo', which empties this folder when it starts over.\n")
 
 
 def steps(data: str, output: Path, bits: int) -> list[Step]:

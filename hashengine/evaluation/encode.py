@@ -13,12 +13,19 @@ import numpy as np
 import torch
 
 from hashengine import _progress
-from hashengine._defaults import BATCH_SIZE
+from hashengine._defaults import BATCH_SIZE, CODES_MARKER
 from hashengine._files import read_unchanged, replace_folder
 from hashengine._threads import thread_pool
 from hashengine._validation import DeviceName, check_device, check_integer, check_path
 from hashengine.errors import InputError, invalid
-from hashengine.evaluation.records import EncodeRecord, Item, Unreadable, read_items, write_items
+from hashengine.evaluation.records import (
+    EncodeRecord,
+    Item,
+    Unreadable,
+    items_digest,
+    read_items,
+    write_items,
+)
 from hashengine.images import FoundImages, find_images, label_of, read_image
 from hashengine.models import HashNet
 from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fingerprint
@@ -45,7 +52,7 @@ class CodesFolder:
             InputError: `folder` exists and is neither empty nor a codes folder.
         """
         folder = check_path("encode", "output", folder)
-        with replace_folder(folder, marker="encode.json", where="encode") as temporary:
+        with replace_folder(folder, marker=CODES_MARKER, where="encode") as temporary:
             np.save(temporary / "codes.npy", self.codes)
             write_items(temporary / "items.csv", self.items)
             self.record.write(temporary / "encode.json")
@@ -171,6 +178,7 @@ def encode_folder(
         model=str(model.absolute()),
         fingerprint=identity,
         codes_sha256=_sha256(rows),
+        items_sha256=items_digest(items),
         device=str(chosen),
         seconds=time.perf_counter() - start,
         errors=errors,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hashengine._defaults import BATCH_SIZE, RADIUS
+from hashengine._defaults import BATCH_SIZE, INDEX_MARKER, RADIUS
 from hashengine._files import check_output
 from hashengine._validation import DeviceName, check_path
 from hashengine.errors import invalid
@@ -40,10 +40,13 @@ def index_codes(
         outside=(codes, None if append else model),
         keeps=() if append else (codes,),
         is_folder=True,
-        marker="" if append else "index.json",
+        marker=None if append else INDEX_MARKER,
     )
     added = CodesFolder.load(codes, "index")
     if not append:
+        used = Path(model or added.record.model)
+        if used.resolve() != (output / "model").resolve():  # of which the new index will have a copy
+            check_output("index", output, keeps=(used,), is_folder=True)
         return ImageIndex.build(added, output, model)
     if model is not None:
         check_model(model, added.record.fingerprint)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hashengine import _progress
-from hashengine._defaults import NEIGHBOURS
+from hashengine._defaults import INDEX_MARKER, NEIGHBOURS
 from hashengine._files import locked, read_unchanged, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid
@@ -76,7 +76,7 @@ class ImageIndex:
             check_model(model, codes.record.fingerprint)
         start = time.perf_counter()
         earlier = _locked(folder) if (folder / "index.json").is_file() else nullcontext()
-        with earlier, replace_folder(folder, marker="index.json", where="index") as temporary:
+        with earlier, replace_folder(folder, marker=INDEX_MARKER, where="index") as temporary:
             (temporary / "model").mkdir()
             _copy_model(Path(model), temporary / "model")
             if fingerprint(temporary / "model", "index") != codes.record.fingerprint:
@@ -117,6 +117,10 @@ class ImageIndex:
             expected = f"a folder with {len(hamming)} images in {str(folder / 'items.csv')!r}"
             raise invalid(where, "index", expected, len(items))
         record.drop_unsaved(len(hamming))
+        counted = sum(source.count for source in record.sources)
+        if counted != len(hamming):
+            expected = f"a folder whose index.json describes {len(hamming)} codes"
+            raise invalid(where, "index", expected, counted, "build it again")
         return cls(folder, hamming, items[: len(hamming)], record)  # an interrupted append leaves further items
 
     @classmethod

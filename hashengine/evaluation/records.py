@@ -31,7 +31,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from typing_extensions import Self
 
 from hashengine._files import make_folder, read_file, write_file
@@ -109,6 +119,7 @@ class EncodeRecord(Record):
     Attributes:
         fingerprint: SHA-256 of the model's weights; only codes with the same one are comparable.
         codes_sha256: SHA-256 of the codes; "" in files of older versions.
+        items_sha256: SHA-256 of the paths and labels of the images; "" in files of older versions.
         seconds: the time to read and decode the images, run the network and pack the codes.
         errors: what could not be read.
         no_images: the paths of files that are no images, and of links to folders.
@@ -121,6 +132,7 @@ class EncodeRecord(Record):
     model: str
     fingerprint: str
     codes_sha256: str = ""
+    items_sha256: str = ""
     device: str
     seconds: PositiveFloat
     errors: list[Unreadable] = []
@@ -152,17 +164,21 @@ class IndexRecord(Record):
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the codes, their sources and their model; it stays when the index is moved or made again."""
-        parts = [[source.source, source.count, source.fingerprint, source.codes_sha256] for source in self.sources]
+        """SHA-256 of the codes, their images and their model; it stays when the index is moved or made again."""
+        parts = [
+            [source.source, source.count, source.fingerprint, source.codes_sha256]
+            + ([source.items_sha256] if source.items_sha256 else [])
+            for source in self.sources
+        ]
         return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 
 class Hit(Part):
     """A neighbour: `rank` counts from 1, `distance` is the number of differing bits, `id` is the row in items.csv."""
 
-    rank: int
-    id: int
-    distance: int
+    rank: PositiveInt
+    id: NonNegativeInt
+    distance: NonNegativeInt
     path: str
     label: str
 
@@ -186,11 +202,11 @@ class SearchResults(Record):
 
     index: str
     identity: str = ""
-    database: int
-    bits: int
-    k: int
-    seconds: float
-    queries_per_second: float
+    database: PositiveInt
+    bits: PositiveInt
+    k: PositiveInt
+    seconds: NonNegativeFloat
+    queries_per_second: NonNegativeFloat
     encode: EncodeRecord
     queries: Annotated[list[QueryResult], Field(min_length=1)]
 
@@ -202,12 +218,15 @@ class SearchResults(Record):
         return f"{count} among {self.database:,} codes of {self.bits} bits, k = {self.k}, in {time}"
 
 
+Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # a measure from 0 to 1, with room for rounding
+
+
 class Band(Part):
     """A measure that depends on the order of images at equal distances: its mean over all orders, and its range."""
 
-    expected: float
-    minimum: float
-    maximum: float
+    expected: Share
+    minimum: Share
+    maximum: Share
 
 
 class Curve(Part):
@@ -216,10 +235,10 @@ class Curve(Part):
     `empty` is the share of queries with no item within the radius; their precision counts as 0.
     """
 
-    radius: list[int]
-    precision: list[float]
-    recall: list[float]
-    empty: list[float]
+    radius: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    precision: list[Share]
+    recall: list[Share]
+    empty: list[Share]
 
     @model_validator(mode="after")
     def _has_equal_lengths(self) -> Self:
@@ -241,20 +260,20 @@ class Evaluation(Record):
 
     index: str
     identity: str = ""
-    bits: int
-    database: int
-    queries: int
+    bits: PositiveInt
+    database: PositiveInt
+    queries: PositiveInt
     source: str = ""
-    without_relevant: int | None = None
-    classes: int
-    at: int | None
+    without_relevant: NonNegativeInt | None = None
+    classes: PositiveInt
+    at: PositiveInt | None
     mean_average_precision: Band
     precision_at: dict[int, Band]
     recall_at: dict[int, Band]
-    radius: int
-    precision_within_radius: float
+    radius: NonNegativeInt
+    precision_within_radius: Share
     precision_recall_curve: Curve
-    seconds: float
+    seconds: NonNegativeFloat
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The main figures as a table: its header and its rows, as text."""
@@ -275,6 +294,11 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
     write_file(path, content.getvalue())
 
 
+def items_digest(items: Iterable[Item]) -> str:
+    """SHA-256 of the paths and labels of `items`."""
+    return hashlib.sha256(to_json([[item.path, item.label] for item in items]).encode()).hexdigest()
+
+
 def read_items(path: Path, where: str, argument: str) -> list[Item]:
     """Read what `write_items` wrote, or what a spreadsheet made of it: a UTF-8 byte order mark is accepted.
 
@@ -289,12 +313,17 @@ def read_items(path: Path, where: str, argument: str) -> list[Item]:
         header = next(rows, [])
         if tuple(header) != Item._fields:
             raise invalid(where, argument, expected, f"the columns {brief(header)} in {str(path)!r}")
-        items = [Item(int(row[0]), row[1], row[2]) for row in rows]
+        items = []
+        for row in rows:
+            if len(row) < len(Item._fields):
+                actual = f"{len(row)} columns in line {rows.line_num} of {str(path)!r}"
+                raise invalid(where, argument, expected, actual)
+            items.append(Item(int(row[0]), row[1], row[2]))
     except FileNotFoundError:
         raise invalid(where, argument, expected, f"no file {str(path)!r}") from None
     except InputError:
         raise
-    except (ValueError, IndexError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise invalid(where, argument, expected, f"{error} in {str(path)!r}") from None
     if any(item.id != row for row, item in enumerate(items)):
         raise invalid(where, argument, expected, f"other ids in {str(path)!r}")

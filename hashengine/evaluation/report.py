@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import os
 import random
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Annotated
 
 import jinja2
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
 from hashengine import _environment
 from hashengine._defaults import REPORT_ROWS, SEED
-from hashengine._files import check_output, make_folder, write_file
+from hashengine._files import check_output, make_folder, read_file, write_file
 from hashengine._text import printable
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
@@ -37,11 +39,11 @@ class TrainingRecord(Record):
     """
 
     fingerprint: str = ""
-    images: int
-    images_per_second: float
-    parameters: int
-    epochs: list[dict[str, float]]
-    seconds: float
+    images: PositiveInt
+    images_per_second: NonNegativeFloat
+    parameters: PositiveInt
+    epochs: Annotated[list[dict[str, float]], Field(min_length=1)]
+    seconds: NonNegativeFloat
 
 
 class Timing(BaseModel):
@@ -56,6 +58,7 @@ class Report(Record):
     """The figures of the page, as the .json file next to the page stores them.
 
     Attributes:
+        source: the folder or image of the queries.
         seed: the seed with which the queries were drawn.
         drawn: the queries drawn at random.
         worst: the queries with the most hits of another class.
@@ -65,6 +68,7 @@ class Report(Record):
     bits: int
     database: int
     queries: int
+    source: str = ""
     evaluation: Evaluation | None
     timings: list[Timing]
     environment: dict[str, str]
@@ -101,8 +105,14 @@ def write_report(
     output = check_path("report", "output", output)
     if output.suffix != ".html":
         raise invalid("report", "output", "a name that ends in .html", repr(str(output)))
-    for written in (output, output.with_suffix(".json")):
+    figures = output.with_suffix(".json")
+    for written in (output, figures):
         check_output("report", written, outside=(index, results, evaluation, training))
+    if figures.exists() and (figures.resolve() == output.resolve() or not _is_report(figures)):
+        actual = f"{str(output)!r}, and {figures.name!r} there is another file"
+        raise invalid("report", "output", "a name without a foreign .json beside it", actual, "choose another name")
+    if not Path(index, "index.json").is_file():  # opening a pipe would wait
+        raise invalid("report", "index", "a folder written by 'hashengine index'", repr(os.fspath(index)))
     indexed = IndexRecord.read(Path(index, "index.json"), "report", "index", "hashengine index")
     found = SearchResults.read(Path(results), "report", "results", "hashengine search")
     measured = Evaluation.read(Path(evaluation), "report", "evaluation", "hashengine evaluate") if evaluation else None
@@ -131,6 +141,7 @@ def write_report(
         bits=found.bits,
         database=found.database,
         queries=len(found.queries),
+        source=found.encode.source,
         evaluation=measured,
         timings=timings(indexed, found, measured, trained),
         environment=_environment.describe_machine(),
@@ -140,8 +151,16 @@ def write_report(
     )
     make_folder(output.parent)
     write_file(output, render(report))
-    report.write(output.with_suffix(".json"))
+    report.write(figures)
     return report
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is one that `write_report` wrote beside an earlier page."""
+    try:
+        return {"drawn", "worst", "timings"} <= dict(json.loads(read_file(path))).keys()
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _other_index(argument: str, index: str | os.PathLike[str], actual: str) -> InputError:

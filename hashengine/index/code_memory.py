@@ -99,6 +99,13 @@ class MappedFile:
         self._path, self._size, self._descriptor = file.name, size, os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` is still the name of this file."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
     def check(self, where: str) -> None:
         """Require that the file still has the bytes that are mapped.
 

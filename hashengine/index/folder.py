@@ -24,7 +24,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ MANIFEST = "manifest.json"
 KINDS = ("codes", "ids", "live")  # the fields of a manifest that name a file
 
 Manifest = dict[str, Any]
+Version = tuple[int, int, int, int] | None  # device, inode, time of change in ns, size; None: there is no file
 FileEntry = dict[str, Any]  # the value of one of KINDS: the fields file, bytes and crc32
 
 _FIELDS = {
@@ -72,10 +73,14 @@ class Contents:
 
 @dataclass(frozen=True)
 class SavePoint:
-    """A folder, and the manifest that it had when its contents were last equal to the index in memory."""
+    """A folder, and the manifest that it had when its contents were last equal to the index in memory.
+
+    `versions` tells whether another program has changed or replaced the files of the manifest since.
+    """
 
     path: Path
     manifest: Manifest
+    versions: dict[str, Version]
 
 
 # Saving.
@@ -87,14 +92,17 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
     Args:
         path: the folder; created if it does not exist.
         contents: the index.
-        last: the folder and the manifest of the last save or load of this index, or None. If the folder still has this
-            manifest, only the new codes and ids, and which rows are live, are written. Otherwise everything is written.
+        last: the folder, the manifest and the versions of its files at the last save or load of this index, or None. If
+            all are unchanged, only the new codes and ids, and which rows are live, are written. Otherwise everything is
+            written.
     """
     if path.exists() and not path.is_dir():
         raise invalid("save", "path", "a folder or not exist yet", f"the file {path}")
     with _explain_read_only(path), _locked(path):
         old = read_manifest(path) if (path / MANIFEST).exists() else None
-        base = old if last is not None and last.path == path.resolve() and last.manifest == old else None
+        base = None
+        if last is not None and old is not None and last == SavePoint(path.resolve(), old, _versions(path, old)):
+            base = old
         try:
             manifest = with_checksum(
                 {
@@ -113,7 +121,21 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
             write_file(path / MANIFEST, manifest_text(manifest))
         finally:
             _remove_unnamed(path)
-    return SavePoint(path.resolve(), manifest)
+    return SavePoint(path.resolve(), manifest, _versions(path, manifest))
+
+
+def _versions(path: Path, manifest: Manifest) -> dict[str, Version]:
+    """The version of each file that the manifest names."""
+    names = [entry["file"] for entry in map(manifest.get, KINDS) if entry]
+    return {name: _version(path / name) for name in names}
+
+
+def _version(file: Path) -> Version:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @contextmanager
@@ -189,7 +211,8 @@ def _remove_unnamed(path: Path) -> None:
     for pattern in patterns:
         for file in path.glob(pattern):
             if file.name not in named:
-                file.unlink()
+                with suppress(OSError):  # the save is complete; the next one tries again
+                    file.unlink()
 
 
 # Loading.
@@ -220,7 +243,7 @@ class StoredIndex:
     @property
     def save_point(self) -> SavePoint:
         """The `SavePoint` for a later `save` of the index to the same folder."""
-        return SavePoint(self.path.resolve(), self.manifest)
+        return SavePoint(self.path.resolve(), self.manifest, _versions(self.path, self.manifest))
 
     def is_current(self) -> bool:
         """Whether the folder still has this manifest. If not, a later save may have removed the manifest's files."""

@@ -20,6 +20,7 @@ from hashengine._validation import (
     Labels,
     as_tensor,
     check_bits,
+    check_callable,
     check_codes,
     check_devices,
     check_filter,
@@ -50,7 +51,7 @@ from hashengine.index.devices import (
     to_device,
 )
 from hashengine.index.execution import CountRequest, DeviceWorker, Progress, RangeRequest, TopKRequest, assign_workers
-from hashengine.index.lock import ReadersWriterLock
+from hashengine.index.lock import ReadersWriterLock, in_use
 from hashengine.index.rerank import check_candidates, check_query_vectors, rank_candidates
 from hashengine.index.snapshot import Snapshot
 from hashengine.ops import unpack_bits
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 _RESULT_BYTES = 12  # an int32 distance and an int64 id
 _OWN_ATTRIBUTES = {
-    "bits", "_devices", "_streamed", "_is_on_host", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot",
+    "_bits", "_devices", "_streamed", "_is_on_host", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot",
 }  # fmt: skip
 
 _living: weakref.WeakValueDictionary[int, HammingIndex] = weakref.WeakValueDictionary()  # every index, by its id()
@@ -77,7 +78,8 @@ class HammingIndex:
     in insertion order. Neither removal nor compaction changes an id. Answers are the same on every device, bit for bit.
 
     Threads may search while another thread writes: a search uses one snapshot of the index from beginning to end.
-    Copies and pickles are independent of the index.
+    Copies and pickles are independent of the index. The `progress` of a search, and a handler of a signal that comes
+    during a search, may search the index, but not change, save or copy it.
 
     On a GPU, `search` runs on the current stream. It does not wait for the stream if the index is on one GPU and not
     streamed, the queries are on this GPU too, k is at most 4,096, and `progress` is not given. A CUDA graph of a search
@@ -102,9 +104,6 @@ class HammingIndex:
         >>> distances, ids = index.search(queries, k=10)  # int32 and int64 [Q, 10]
     """
 
-    bits: int
-    """The length of a code."""
-
     def __init__(self, bits: int, device: DeviceName | Sequence[DeviceName] = "cpu", streamed: bool = False) -> None:
         where = "HammingIndex"
         devices = check_devices(where, device)
@@ -112,7 +111,7 @@ class HammingIndex:
 
     def _initialise(self, bits: int, devices: tuple[torch.device, ...], streamed: bool) -> None:
         """Make this an empty index. Copies need no constructor, because a subclass may have another one."""
-        self.bits = bits
+        self._bits = bits
         self._devices = devices
         self._streamed = streamed
         self._is_on_host = devices == (CPU,) and not streamed
@@ -121,9 +120,15 @@ class HammingIndex:
         self._publish_codes(GrowingCodes.from_blocks([], 0, self.bits // 8, self._code_devices), 0)
 
     def _make_locks(self) -> None:
-        self._writer = threading.Lock()  # held by add, remove, update, compact, save and to
+        # Held by add, remove, update, compact, save, to and copies. It knows its owner, unlike threading.Lock.
+        self._writer: Any = threading.RLock()
         self._rows_lock = ReadersWriterLock()  # a search is a reader; an update, which overwrites rows, is a writer
         _living[id(self)] = self
+
+    @property
+    def bits(self) -> int:
+        """The length of a code."""
+        return self._bits
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -190,6 +195,7 @@ class HammingIndex:
             if answer is not None:
                 return answer
         query_codes = check_codes("search", "queries", queries, self.bits)
+        check_callable("search", "progress", progress)
         with self._rows_lock.reader():
             snapshot = self._current("search")
             if snapshot.count == 0:
@@ -231,6 +237,7 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or radius or max_results out of range.
         """
         query_codes = check_codes("range_search", "queries", queries, self.bits)
+        check_callable("range_search", "progress", progress)
         radius = check_integer("range_search", "radius", radius, 0, self.bits, "the number of bits")
         if max_results is not None:
             max_results = check_integer("range_search", "max_results", max_results, 1)
@@ -272,6 +279,7 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or multi-hot labels that are not zeros and ones.
         """
         query_codes = check_codes("count", "queries", queries, self.bits)
+        check_callable("count", "progress", progress)
         with self._rows_lock.reader():
             snapshot = self._current("count")
             code_filter, threads = self._check_options("count", snapshot, len(query_codes), filter, num_threads)
@@ -346,7 +354,7 @@ class HammingIndex:
         new_ids = None if ids is None else check_ids("add", ids, len(new_codes))
         if len(new_codes) == 0:
             return
-        with self._writer:
+        with self._writing("add"):
             snapshot = self._current("add")
             total = len(snapshot.codes) + len(new_codes)
             new_ids, next_id = snapshot.allocate_ids(len(new_codes), new_ids)
@@ -366,7 +374,7 @@ class HammingIndex:
             InputError: a wrong dtype or shape, or an id that repeats or is not in the index; then nothing is removed.
         """
         wanted = check_ids("remove", ids)
-        with self._writer:
+        with self._writing("remove"):
             snapshot = self._snapshot
             rows = snapshot.rows_of(wanted, "remove").numpy()
             if len(rows):
@@ -381,15 +389,11 @@ class HammingIndex:
             codes: uint8 [M, bits / 8].
 
         Raises:
-            InputError: a wrong dtype or shape, an id that repeats or is not in the index, or a call from the `progress`
-                of a search, which would wait for itself; then nothing changes.
+            InputError: a wrong dtype or shape, or an id that repeats or is not in the index; then nothing changes.
         """
-        if self._rows_lock.is_read_here():
-            actual = "one that this thread is searching, in the call of progress"
-            raise invalid("update", "the index", "one that no search of this thread uses", actual, "update it later")
         new_codes = check_codes("update", "codes", codes, self.bits)
         wanted = check_ids("update", ids, len(new_codes))
-        with self._writer:
+        with self._writing("update"):
             stored = self._current("update").codes
             rows = self._snapshot.rows_of(wanted, "update")
             if len(rows):
@@ -406,7 +410,7 @@ class HammingIndex:
 
     def compact(self) -> None:
         """Free the memory of removed codes; the next save frees it in the folder. Ids do not change."""
-        with self._writer:
+        with self._writing("compact"):
             snapshot = self._current("compact")
             if snapshot.live is not None:
                 with self._explain_out_of_memory("compact", self._bytes_per_device(snapshot.count)):
@@ -429,7 +433,7 @@ class HammingIndex:
             InputError: the path cannot be written to, contains a damaged index, or is in use by another save.
             OSError: the disk is full or fails.
         """
-        with self._writer:
+        with self._writing("save"):
             snapshot = self._current("save")
             ids = None if snapshot.ids is None else snapshot.ids.numpy()
             contents = folder.Contents(self.bits, snapshot.next_id, snapshot.codes, ids, snapshot.live)
@@ -468,7 +472,7 @@ class HammingIndex:
         index = cls(8, devices, streamed or (mmap and devices != (CPU,)))
         while True:
             stored = folder.open_folder(path)
-            index.bits = stored.bits
+            index._bits = stored.bits
             try:
                 index._read(stored, mmap)
                 return index
@@ -508,7 +512,7 @@ class HammingIndex:
         streamed = self._streamed if streamed is None else check_flag("to", "streamed", streamed)
         if (devices, streamed) == (self._devices, self._streamed):
             return self
-        with self._writer:
+        with self._writing("to"):
             index = self._new_copy(devices, streamed)
             index._copy_rows(self._current("to"), "to")
         return index
@@ -519,7 +523,7 @@ class HammingIndex:
         The copy of a mapped index maps the same file. Its codes are copied to memory instead if they have been updated
         since they were saved, or if a later save has removed the file.
         """
-        with self._writer:
+        with self._writing("copy"):
             snapshot, stored = self._current("copy"), self._mapped_folder()
             index = self._new_copy(self._devices, self._streamed)
             if stored is None:
@@ -546,7 +550,7 @@ class HammingIndex:
         to shared memory when it sends them to another process. Of a mapped index, only the rows that are not in its
         folder are included. The receiver maps the file of the others.
         """
-        with self._writer:
+        with self._writing("pickle"):
             snapshot, stored = self._current("pickle"), self._mapped_folder()
             added = slice(0 if stored is None else stored.rows, None)
             return {
@@ -623,12 +627,13 @@ class HammingIndex:
         """The folder whose file equals the first codes of this mapped index.
 
         It is None if the index is not mapped, if codes were updated after the last save, or if the folder no longer has
-        the files.
+        the files, or has another file of codes.
         """
-        if self._last_saved is None or not self._memory.codes.is_mapped:
+        file = self._snapshot.codes.file
+        if self._last_saved is None or file is None:
             return None
         stored = folder.StoredIndex(self._last_saved.path, self._last_saved.manifest)
-        return stored if stored.has_files() else None
+        return stored if stored.has_files() and file.is_at(stored.codes_file()) else None
 
     @property
     def _code_devices(self) -> tuple[torch.device, ...]:
@@ -657,6 +662,19 @@ class HammingIndex:
             return answer
         distances, ids = answer
         return torch.from_numpy(distances), torch.from_numpy(ids)
+
+    def _writing(self, where: str) -> Any:
+        """The lock to hold as a writer: `with self._writing(where):`.
+
+        Raises:
+            InputError: this thread already uses the index: the call comes from the `progress` of a search, or from a
+                handler of a signal. It would wait for itself.
+        """
+        if self._writer._is_owned():
+            raise in_use(where, "a change of this thread, which a signal has interrupted")
+        if self._rows_lock.is_read_here():
+            raise in_use(where, "a search of this thread, whose progress or signal handler makes this call")
+        return self._writer
 
     def _current(self, where: str) -> Snapshot:
         """The current snapshot, whose codes can be read: if they are mapped, their file has not become shorter."""

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from hashengine.errors import InputError, invalid
+
 
 class ReadersWriterLock:
     """Readers share the lock; a writer excludes all others. A waiting writer precedes later readers.
@@ -18,13 +20,20 @@ class ReadersWriterLock:
     """
 
     def __init__(self) -> None:
-        self._turnstile = threading.Lock()  # held by a writer, so that a stream of readers cannot starve it
+        # Held by a writer, so that a stream of readers cannot starve it. It knows its owner, unlike threading.Lock.
+        self._turnstile: Any = threading.RLock()
         self._own = threading.local()  # `lock`: that of the thread
         self._locks: weakref.WeakSet[Any] = weakref.WeakSet()  # those of all threads that are alive
 
     def reader(self) -> Any:
-        """The lock to hold as a reader: `with lock.reader():`. A thread that is a reader may become one again."""
+        """The lock to hold as a reader: `with lock.reader():`. A thread that is a reader may become one again.
+
+        Raises:
+            InputError: this thread is writing. That is possible in a handler of a signal only.
+        """
         if self.is_read_here():
+            if self._turnstile._is_owned():
+                raise in_use("reader", "an update of this thread, which a signal has interrupted")
             return self._own.lock
         with self._turnstile:
             try:
@@ -36,14 +45,21 @@ class ReadersWriterLock:
                 return lock
 
     def is_read_here(self) -> bool:
-        """Whether this thread is a reader."""
+        """Whether this thread is a reader or the writer."""
         lock = getattr(self._own, "lock", None)
         return lock is not None and bool(lock._is_owned())
 
     def write(self, action: Callable[[], None]) -> None:
         """Call `action` as the only writer, after the readers have left. This thread must not be a reader."""
+        self.reader()  # so that this thread has a lock of its own, too
         with self._turnstile:
             _holding(list(self._locks), action)
+
+
+def in_use(where: str, actual: str) -> InputError:
+    """The error for a call that would wait for its own thread."""
+    advice = "make the call after the other one has returned"
+    return invalid(where, "the index", "one that no other call of this thread uses", actual, advice)
 
 
 def _holding(locks: list[Any], action: Callable[[], None]) -> None:

@@ -60,10 +60,14 @@ class CibHashMethod(HashingMethod):
         Autocast does not apply to them.
 
         Raises:
-            InputError: the batch has no second view, or has only one image, which cannot be compared with others.
+            InputError: the batch has no second view or one of another shape, or has only one image, which cannot be
+                compared with others.
         """
         if batch.second is None:
             raise invalid(self.name, "batch", "two views of each image", "one")
+        shapes = [list(view.activations.shape) for view in (batch, batch.second)]
+        if shapes[0] != shapes[1]:
+            raise invalid(self.name, "the second view", f"of the shape of the first, {shapes[0]}", shapes[1])
         if len(batch.activations) < 2:
             raise invalid(self.name, "batch", "at least 2 images", len(batch.activations))
         with torch.autocast(batch.activations.device.type, enabled=False):

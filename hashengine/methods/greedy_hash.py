@@ -53,11 +53,7 @@ class GreedyHashMethod(HashingMethod):
         Raises:
             InputError: the targets are not int64 [N], such as multi-hot ones, or on the CPU, a target is no class.
         """
-        targets, shape = batch.targets, batch.activations.shape[:1]
-        is_tensor = isinstance(targets, Tensor)
-        if not is_tensor or targets.dtype != torch.int64 or targets.shape != shape:
-            found = f"{dtype_name(targets)} {list(targets.shape)}" if is_tensor else type(targets).__name__
-            raise invalid(self.name, "targets", f"one class per image, a tensor of int64 {list(shape)}", found)
+        targets = self._checked_targets(batch)
         b, penalty = greedy_sign(batch.activations, self.options.alpha)
         try:
             classification = cross_entropy(self.classifier(b), targets, ignore_index=_IGNORED)
@@ -67,6 +63,21 @@ class GreedyHashMethod(HashingMethod):
         return {"classification": classification, "penalty": penalty}
 
     def measures(self, batch: Batch) -> dict[str, Tensor]:
-        """The classifier's accuracy."""
+        """The classifier's accuracy.
+
+        Raises:
+            InputError: the targets are not int64 [N].
+        """
+        targets = self._checked_targets(batch)
         predicted = self.classifier(self.binarise(batch.activations)).argmax(1)
-        return {"accuracy": (predicted == batch.targets).to(torch.float32).mean()}
+        return {"accuracy": (predicted == targets).to(torch.float32).mean()}
+
+    def _checked_targets(self, batch: Batch) -> Tensor:
+        if not hasattr(self, "classifier"):
+            raise invalid(self.name, "the method", "one with a classifier", "one without", "call add_parameters first")
+        targets, shape = batch.targets, batch.activations.shape[:1]
+        is_tensor = isinstance(targets, Tensor)
+        if not is_tensor or targets.dtype != torch.int64 or targets.shape != shape:
+            found = f"{dtype_name(targets)} {list(targets.shape)}" if is_tensor else type(targets).__name__
+            raise invalid(self.name, "targets", f"one class per image, a tensor of int64 {list(shape)}", found)
+        return targets

@@ -90,7 +90,13 @@ class ItqMethod(HashingMethod):
         return head
 
     def figures(self) -> dict[str, float]:
-        """The quantisation errors of the initial random rotation and of the rotation that `fit` found."""
+        """The quantisation errors of the initial random rotation and of the rotation that `fit` found.
+
+        Raises:
+            InputError: `fit` was not called.
+        """
+        if not hasattr(self, "errors"):
+            raise invalid(self.name, "the method", "fitted", "one that is not", "call fit first")
         return {"error_of_random_rotation": self.errors[0], "error": self.errors[-1]}
 
 

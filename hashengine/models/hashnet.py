@@ -50,6 +50,9 @@ class HashNet(nn.Module):
         config: what the network consists of.
         head: makes the hash layer; called with the number of features and the number of bits.
 
+    Raises:
+        InputError: an argument is of another kind.
+
     Attributes:
         trained_by: the method that trained the network, in the form in which it is saved; None before training.
     """
@@ -59,6 +62,10 @@ class HashNet(nn.Module):
 
     def __init__(self, config: HashNetConfig, head: MakeHead = nn.Linear):
         super().__init__()
+        if not isinstance(config, HashNetConfig):
+            raise invalid("HashNet", "config", "a HashNetConfig", type(config).__name__)
+        if not callable(head):
+            raise invalid("HashNet", "head", "a function that makes the hash layer", type(head).__name__)
         self.config = config
         self.trained_by: checkpoint.MethodState | None = None
         self.backbone = SmallResNet(config.channels, config.widths, config.stem_stride, config.attention)
@@ -105,10 +112,14 @@ class HashNet(nn.Module):
             uint8 [N, bits / 8] on the device of `images`, packed as by `hashengine.ops.pack_bits`.
 
         Raises:
-            InputError: `images` have another type or shape, `batch_size` is below 1, or the activations of a batch are
-                not finite.
+            InputError: `images` have another type or shape, `batch_size` is below 1, the hash layer gives another shape
+                than [N, bits], the activations of a batch are not finite, or the images or the network are on the
+                device "meta".
         """
         self._check_images("HashNet.encode", images)
+        self._check_has_values("HashNet.encode")
+        if images.is_meta:
+            raise invalid("HashNet.encode", "images", "on a device with memory", "images on the device 'meta'")
         batch_size = check_integer("HashNet.encode", "batch_size", batch_size, 1)
         codes = torch.empty(len(images), self.config.bits // 8, dtype=torch.uint8, device=images.device)
         modes = [(module, module.training) for module in self.modules()]
@@ -117,6 +128,9 @@ class HashNet(nn.Module):
             for start in range(0, len(images), batch_size):
                 batch = slice(start, start + batch_size)
                 u = self(images[batch].to(self.device)).activations
+                expected = [len(images[batch]), self.config.bits]
+                if list(u.shape) != expected:
+                    raise invalid("HashNet.encode", "the output of the hash layer", str(expected), list(u.shape))
                 if not torch.isfinite(u).all():
                     raise invalid(
                         "HashNet.encode",
@@ -136,7 +150,11 @@ class HashNet(nn.Module):
 
         If a file cannot be written, for example because the disk is full, an earlier save in `folder` stays intact. A
         crash may leave one file of the earlier save and one of the new save; `from_pretrained` refuses such a folder.
+
+        Raises:
+            InputError: the network is on the device "meta".
         """
+        self._check_has_values("HashNet.save_pretrained")
         checkpoint.save(
             check_path("HashNet.save_pretrained", "folder", folder),
             checkpoint.Model(self.config, self.state_dict(), self.trained_by),
@@ -182,6 +200,10 @@ class HashNet(nn.Module):
             return x
         layout = torch.contiguous_format if torch.is_grad_enabled() else torch.channels_last
         return x.to(memory_format=layout)
+
+    def _check_has_values(self, where: str) -> None:
+        if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            raise invalid(where, "the network", "on a device with memory", "one on the device 'meta'")
 
     @untraced
     def _check_images(self, where: str, images: Any) -> None:

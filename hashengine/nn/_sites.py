@@ -6,7 +6,7 @@ if all of its convolutions are in plain stacks, of which each takes the channels
 a stack may be the stem of the network, a shortcut, a transition between dense blocks or a classifier.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -90,7 +90,11 @@ def select(sites: list[Site], where: Where | None) -> list[Site]:
         return chosen
     is_scalar = as_integer(where) is not None or getattr(where, "ndim", 1) == 0  # some arrays and tensors are scalars
     selectors: list[Any] = [where]
-    if isinstance(where, Iterable) and not isinstance(where, (str, bytes, bytearray, memoryview)) and not is_scalar:
+    if (
+        isinstance(where, Iterable)
+        and not isinstance(where, (str, bytes, bytearray, memoryview, Mapping))
+        and not is_scalar
+    ):
         selectors = list(where)
     if not selectors:
         raise _no_match("none", sites)

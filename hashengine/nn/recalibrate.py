@@ -35,8 +35,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
 
     Raises:
         InputError: no BatchNorm of `model` has running statistics, a buffer of `model` has no values, `model` is or
-            contains a module that is wrapped or scripted, `batches` is one tensor, there is no batch, or a batch is
-            neither a tensor of at least one input nor a tuple or list that starts with one.
+            contains a module that is wrapped or scripted, `batches` is one tensor, there is no batch, a batch is
+            neither a tensor of at least one input nor a tuple or list that starts with one, or a statistic became
+            infinite or NaN.
     """
     check_model("recalibrate", model, may_be_compiled=True)
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
@@ -68,6 +69,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
             model(_input(batch, count - 1).to(device, non_blocking=True))
         if count == 0:
             raise invalid("recalibrate", "batches", "at least one batch", "none")
+        reached = [norm for norm in norms if norm.num_batches_tracked != 0]
+        if not all(bool(torch.isfinite(buffer).all()) for norm in reached for buffer in norm.buffers(recurse=False)):
+            expected = "ones whose statistics are finite in the dtype of the network"
+            raise invalid("recalibrate", "batches", expected, "statistics with NaN or infinity")
         unreached = [norm for norm in norms if norm.num_batches_tracked == 0]
     finally:
         for norm in unreached:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from hashengine._validation import check_flag, check_integer
@@ -18,6 +19,10 @@ from hashengine.ops.triplet_attention import triplet_attention, triplet_attentio
 from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
+
+# torch.fx records calls of these functions instead of tracing them.
+torch.fx.wrap("triplet_pool")
+torch.fx.wrap("triplet_gate")
 
 # The prefixes of the keys in the state dicts of the two official modules: those of one on the left, those of the other
 # on the right. The layer uses those on the right.
@@ -125,8 +130,11 @@ class TripletAttention(Layer):
         # with the op on small maps.
         convolutions: list[Any] = [gate._modules.get("conv") for gate in gates]
         norms: list[Any] = [gate._modules.get("bn") for gate in gates]
-        if not _can_fuse(gates, convolutions, norms):
-            return triplet_gate(x, *(gate(pool) for gate, pool in zip(gates, triplet_pool(x), strict=False)))
+        # Under a transform, the BatchNorms update their running statistics, which torch keeps out of the graph.
+        can_fuse = not _is_traced_by_fx(x) and _can_fuse(gates, convolutions, norms)
+        if not can_fuse or (norms[0].training and needs_plain_torch()):
+            pools = triplet_pool(x)
+            return triplet_gate(x, *(gate(pools[i]) for i, gate in enumerate(gates)))
         training, eps = norms[0].training, norms[0].eps
         conv_weight = [conv._parameters["weight"] for conv in convolutions]
         bn_weight, bn_bias, running_mean, running_var = [], [], [], []
@@ -153,7 +161,8 @@ class TripletAttention(Layer):
         for gate, branch in zip(gates, BRANCHES, strict=False):
             axis = _SWAPPED_AXIS[branch]
             products.append(gate(x.transpose(1, axis)).transpose(1, axis))
-        return in_dtype_and_layout_of(x, add(products) / len(products))
+        mean = add(products) / len(products)
+        return mean.to(x.dtype) if _is_traced_by_fx(x) else in_dtype_and_layout_of(x, mean)
 
     def extra_repr(self) -> str:
         """The arguments that `repr` shows."""
@@ -177,11 +186,20 @@ def _can_fuse(gates: list[nn.Sequential], convolutions: list[Any], norms: list[A
             return False
         if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv._parameters["bias"] is not None:
             return False
-        if not (bn.affine and bn.track_running_stats):
+        if not (bn.affine and bn.track_running_stats) or _lacks_a_part(bn):
             return False
         if bn.training != first.training or bn.eps != first.eps or bn.momentum != first.momentum:
             return False
     return not _are_observed((*gates, *convolutions, *norms))
+
+
+def _is_traced_by_fx(x: Any) -> bool:
+    return isinstance(x, torch.fx.Proxy)
+
+
+def _lacks_a_part(bn: nn.BatchNorm2d) -> bool:
+    parts: Any = (*bn._parameters.values(), *bn._buffers.values())
+    return any(part is None for part in parts)
 
 
 def _is_call_observed(layer: nn.Module, gates: list[nn.Sequential]) -> bool:

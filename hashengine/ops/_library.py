@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._decomp import register_decomposition
 
 from hashengine.errors import invalid
@@ -51,6 +52,8 @@ def define_op(
     if "!" not in signature and backward is not None:
         torch.library.register_autograd(qualified_name, backward, setup_context=setup_context or _save_nothing)
     op = getattr(getattr(torch.ops, NAMESPACE), name)
+    if "[]" in signature or "Tensor, " in signature.partition("->")[2]:
+        torch.library.register_vmap(qualified_name, _loop_over_batch(op))
     if decomposition is not None:
         # With the fake in the table of meta functions, torch does not run the decomposition instead of the fake.
         register_decomposition(op, type="meta")(fake)
@@ -58,6 +61,27 @@ def define_op(
     if flops is not None:
         register_flops(op, flops)
     return op.default
+
+
+def _loop_over_batch(op: Any) -> Callable[..., Any]:
+    """A batching rule for `torch.vmap` that calls the op once per element of the batch.
+
+    torch has such a rule of its own for ops without lists of tensors.
+    """
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        def select(argument: Any, dim: Any, i: int) -> Any:
+            if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+                return [select(part, part_dim, i) for part, part_dim in zip(argument, dim, strict=True)]
+            return argument if dim is None else argument.select(dim, i)
+
+        pairs = list(zip(arguments, in_dims, strict=True))
+        results = [op(*(select(argument, dim, i) for argument, dim in pairs)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -80,6 +80,8 @@ def _check(where: str, u: Tensor, alpha: float) -> None:
 
 def _plain(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check("greedy_sign", u, alpha)
+    if torch._C._is_tracing():  # a trace with a function of Python cannot be saved
+        return _signs(u) + (u - u.detach()).nan_to_num(), _penalty(u, alpha)
     return _StraightThrough.apply(u), _penalty(u, alpha)
 
 
@@ -117,7 +119,7 @@ def _backward_reference(grad_b: Tensor | None, grad_penalty: Tensor | None, u: T
     grad_u = torch.zeros_like(wide) if grad_b is None else grad_b.to(wide.dtype)
     if grad_penalty is not None:
         excess = wide.abs() - 1
-        grad_u = grad_u + grad_penalty * (alpha * 3 / u.numel()) * excess * excess.abs() * wide.sign()
+        grad_u = grad_u + grad_penalty * (alpha * 3 / max(u.numel(), 1)) * excess * excess.abs() * wide.sign()
     return torch.ops.aten.copy(torch.empty_like(u), grad_u)  # never grad_b itself
 
 

@@ -46,16 +46,18 @@ def unpack_bits(codes: Tensor) -> Tensor:
 
 @untraced
 def _check_pack(u: Tensor) -> None:
-    if u.dtype not in (*FLOATING, torch.bool):
-        raise invalid("pack_bits", "u", "float64, float32, float16, bfloat16 or bool", dtype_name(u))
+    if not isinstance(u, Tensor) or u.dtype not in (*FLOATING, torch.bool):
+        actual = dtype_name(u) if isinstance(u, Tensor) else type(u).__name__
+        raise invalid("pack_bits", "u", "float64, float32, float16, bfloat16 or bool", actual)
     if u.dim() < 1 or u.shape[-1] % 8:
         raise invalid("pack_bits", "u", "[..., bits] with bits a multiple of 8", list(u.shape))
 
 
 def _check_unpack(codes: Tensor) -> None:
-    if codes.dtype != torch.uint8:
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
         advice = "pack activations with hashengine.ops.pack_bits first"
-        raise invalid("unpack_bits", "codes", "uint8", dtype_name(codes), advice)
+        actual = dtype_name(codes) if isinstance(codes, Tensor) else type(codes).__name__
+        raise invalid("unpack_bits", "codes", "uint8", actual, advice)
     if codes.dim() < 1:
         raise invalid("unpack_bits", "codes", "[..., bits / 8]", "a scalar")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS, SEED
-from hashengine._files import check_output, read_file, replace_folder
+from hashengine._files import Marker, check_output, read_file, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid, missing_package
 from hashengine.images import list_images
@@ -97,7 +97,7 @@ def prepare(
     else:
         raise invalid(WHERE, "source", f"{', '.join(SOURCES)} or a folder of class folders", repr(source))
 
-    with replace_folder(output, marker=SPLIT_FILE, where=WHERE) as temporary:
+    with replace_folder(output, marker=Marker(SPLIT_FILE), where=WHERE) as temporary:
         digests = {side: _write(pictures, temporary / side) for side, pictures in split._asdict().items()}
         record = request | {
             side: {

@@ -29,7 +29,7 @@ from hashengine.models.checkpoint import (
 )
 from hashengine.training import data
 from hashengine.training.config import FitConfig
-from hashengine.training.runs import RECORD_FILE, Run
+from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run
 
 _ENCODE_BATCH = 512
 
@@ -81,6 +81,7 @@ def fit(config: FitConfig) -> Run:
         "device": _environment.device_name(device),
         "versions": {name: _environment.versions()[name] for name in ("hashengine", "torch", "python")},
     }
+    (config.output / EVALUATION_FILE).unlink(missing_ok=True)  # that of an earlier network
     network.save_pretrained(config.output)
     record["fingerprint"] = fingerprint(config.output, "fit")
     write_file(config.output / RECORD_FILE, json.dumps(record, indent=2) + "\n")

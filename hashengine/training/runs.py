@@ -100,11 +100,13 @@ class Run:
         evaluation = self.folder / EVALUATION_FILE
         if evaluation.is_file():
             try:
-                found = json.loads(evaluation.read_text(encoding="utf-8-sig"))["mean_average_precision"]["expected"]
-                figures["mAP"] = float(found)
+                found = json.loads(read_file(evaluation).decode("utf-8-sig"))
+                figures["mAP"] = float(found["mean_average_precision"]["expected"])
+                if found.get("fingerprint") != self.record.get("fingerprint"):
+                    raise ValueError("that of another network")
                 if not math.isfinite(figures["mAP"]):
                     raise ValueError("a number that is not finite")
-            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 actual = f"a damaged one: {type(error).__name__}: {error}"
                 raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
         last = self.record["epochs"][-1]
@@ -174,7 +176,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     """The table of the runs in `folders`. A folder that is not a run stands for all runs directly in it.
 
     Args:
-        folders: model folders, or folders of them.
+        folders: model folders, or folders of them. A folder that is given twice counts once.
         output: a file to write the table to, .md or .json.
 
     Raises:
@@ -184,7 +186,8 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     output = None if output is None else check_path("train report", "output", output)
     if output is not None and output.suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
-    runs = [Run.load(folder) for given in folders for folder in _run_folders(check_path("train report", "run", given))]
+    found = [folder for given in folders for folder in _run_folders(check_path("train report", "run", given))]
+    runs = [Run.load(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
     if output is not None:
         check_output("train report", output, outside=[run.folder for run in runs])
     if not runs:

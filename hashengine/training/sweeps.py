@@ -111,6 +111,7 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
         "version": 1,
         "source": str(queries.absolute()),
         "files_sha256": digests,
+        "fingerprint": run.record.get("fingerprint"),
         "queries": len(query_codes),
         "without_relevant": without_relevant,
         "database": len(codes),
@@ -129,7 +130,8 @@ def _is_evaluated(run: Run, queries: Path, digests: dict[Path, str]) -> bool:
         are_same = [
             digests.get(folder, found) == found for folder, found in zip(folders, record["files_sha256"], strict=True)
         ]
-        return bool(record["source"] == str(queries.absolute()) and all(are_same))
+        is_of_run = record["fingerprint"] == run.record.get("fingerprint")
+        return bool(record["source"] == str(queries.absolute()) and is_of_run and all(are_same))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -175,7 +177,7 @@ def _check_table(folder: Path) -> None:
     """Refuse to replace files with the names of the table that no sweep wrote."""
     existing = [name for name in TABLE_FILES if (folder / name).exists()]
     try:
-        is_own = not existing or "groups" in json.loads(read_file(folder / TABLE_FILES[1]))
+        is_own = not existing or {"version", "groups"} <= dict(json.loads(read_file(folder / TABLE_FILES[1]))).keys()
     except (OSError, ValueError, TypeError, RecursionError):
         is_own = False
     if not is_own:

@@ -44,7 +44,7 @@ def test_the_demo_stops_at_a_failing_step_and_a_second_run_starts_over(tmp_path,
         assert capsys.readouterr().err.count("$ hashengine train ") == 2
         (tmp_path / "demo" / "left-over").write_text("from the first run")
     demo_module.start_over(tmp_path / "demo", "digits")
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER]
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER.name]
 
 
 def test_the_demo_mirrors_images_in_training_unless_they_are_digits_or_fashion_mnist():
@@ -102,7 +102,15 @@ def test_the_demo_command_prints_the_path_of_its_page(tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_in_the_options_is_found_before_an_earlier_demo_is_removed(tmp_path, options, complaint):
-    for name in (demo_module.MARKER, "report.html"):
+    for name in (demo_module.MARKER.name, "report.html"):
         (tmp_path / name).write_text("earlier")
     assert complaint in refuse("demo", *options, "--output", tmp_path)
     assert (tmp_path / "report.html").read_text() == "earlier"
+
+
+def test_the_demo_follows_a_link_to_an_earlier_demo(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / demo_module.MARKER.name).write_text("")
+    (tmp_path / "link").symlink_to("demo")
+    demo_module.start_over(tmp_path / "link", "digits")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "demo" / demo_module.MARKER.name).read_text()

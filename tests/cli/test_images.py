@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -339,6 +340,10 @@ def test_an_error_shows_at_most_a_line_of_a_long_damaged_file(folder, tmp_path, 
         ("results.json", "seconds", float("nan")),
         ("results.json", "encode.seconds", 0),
         ("results.json", "encode.count", -1),
+        ("results.json", "k", -5),
+        ("results.json", "queries_per_second", -1),
+        ("evaluation.json", "mean_average_precision.expected", 5),
+        ("evaluation.json", "precision_recall_curve", {"radius": [], "precision": [], "recall": [], "empty": []}),
         ("evaluation.json", "precision_recall_curve.recall", []),
         ("evaluation.json", "mean_average_precision.expected", float("inf")),
         ("index/index.json", "sources.0.seconds", 0),
@@ -454,3 +459,69 @@ def test_a_warning_of_a_decoder_is_one_line_with_the_name_of_the_image(folder, t
     names = [images / name / "0.tiff" for name in ("bars", "dots")]
     expected = "the colour profile is ignored: cannot open profile from string"
     assert sorted(lines) == [f"warning: {name}: {expected}" for name in names]
+
+
+@pytest.mark.parametrize("command", ["index {codes} -o {output}", "encode {images} --model {model} -o {output}"])
+@pytest.mark.parametrize("content", ['{"name": "my site"}', None])
+def test_a_foreign_folder_or_file_is_never_replaced(folder, tmp_path, command, content):
+    marker = "index.json" if command.startswith("index") else "encode.json"
+    output = tmp_path / "output"
+    if content is None:  # an earlier output with a file of the user
+        shutil.copytree(folder / ("index" if command.startswith("index") else "codes"), output)
+    else:
+        output.mkdir()
+        (output / marker).write_text(content)
+    (output / "thesis.txt").write_text("precious")
+    paths = {name: folder / name for name in ("codes", "images", "model")} | {"output": output}
+    before = sorted(output.rglob("*"))
+    assert "output must be a new folder or an earlier output" in refuse(
+        *(word.format(**paths) for word in command.split())
+    )
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_model_inside_the_index_that_is_built_again_is_not_lost(folder, tmp_path):
+    succeed("index", folder / "codes", "-o", tmp_path / "index")
+    succeed("index", folder / "codes", "-o", tmp_path / "index", "--model", tmp_path / "index" / "model")
+    shutil.copytree(folder / "model", tmp_path / "index" / "model" / "extra")
+    extra = tmp_path / "index" / "model" / "extra"
+    line = refuse("index", folder / "codes", "-o", tmp_path / "index", "--model", extra)
+    assert "output must be a path that destroys no input" in line
+    assert (tmp_path / "index" / "model" / "extra" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("content", ['{"precious": 1}', "[", '{"drawn": 1}'])
+def test_the_figures_of_a_report_replace_no_foreign_file(folder, tmp_path, content):
+    (tmp_path / "page.json").write_text(content)
+    line = refuse(
+        "report", "--index", folder / "index", "--results", folder / "results.json", "-o", tmp_path / "page.html"
+    )
+    assert "output must be a name without a foreign .json beside it" in line
+    assert (tmp_path / "page.json").read_text() == content and not (tmp_path / "page.html").exists()
+
+
+def test_a_report_may_be_written_again_but_not_through_a_link_to_its_own_figures(folder, tmp_path):
+    arguments = ("report", "--index", folder / "index", "--results", folder / "results.json", "-o")
+    for _ in range(2):
+        succeed(*arguments, tmp_path / "page.html")
+    (tmp_path / "other.html").symlink_to("page.json")
+    (tmp_path / "other.json").symlink_to("page.json")
+    assert "without a foreign .json beside it" in refuse(*arguments, tmp_path / "other.html")
+
+
+def test_a_pipe_in_place_of_the_record_of_an_index_is_refused_by_report(folder, tmp_path):
+    shutil.copytree(folder / "index", tmp_path / "index")
+    (tmp_path / "index" / "index.json").unlink()
+    os.mkfifo(tmp_path / "index" / "index.json")
+    results = folder / "results.json"
+    line = refuse("report", "--index", tmp_path / "index", "--results", results, "-o", tmp_path / "page.html")
+    assert "index must be a folder written by 'hashengine index'" in line
+
+
+def test_too_little_memory_is_one_line_with_status_1(folder, tmp_path, monkeypatch):
+    def allocate(*_):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("hashengine.evaluation.encode_folder", allocate, raising=False)
+    result = invoke("encode", folder / "images", "--model", folder / "model", "--output", tmp_path / "codes")
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

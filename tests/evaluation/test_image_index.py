@@ -1,6 +1,7 @@
 """An index of images: search, append, and what is refused."""
 
 import copy
+import json
 import pickle
 import shutil
 import threading
@@ -284,3 +285,10 @@ def test_an_append_to_a_folder_without_an_index_leaves_no_lock(queries, tmp_path
     with pytest.raises(InputError, match="^index: index must be a folder written by"):
         ImageIndex.append_to(tmp_path, queries)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_sources_must_describe_every_code(index):
+    record = json.loads((index.folder / "index.json").read_text())
+    (index.folder / "index.json").write_text(json.dumps(record | {"sources": []}))
+    with pytest.raises(InputError, match="^ImageIndex.load: index must be .* index.json describes 21 codes"):
+        ImageIndex.load(index.folder)

@@ -7,7 +7,7 @@ import pytest
 
 from hashengine import InputError
 from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder, evaluate, write_report
-from hashengine.evaluation.records import QueryResult
+from hashengine.evaluation.records import QueryResult, items_digest
 from hashengine.evaluation.report import draw, duration, worst
 from hashengine.models.checkpoint import fingerprint
 from tests.helpers.tiny_images import make_images, make_model
@@ -175,3 +175,23 @@ def test_figures_for_no_depth_or_for_large_ones_alone_make_a_page(index, searche
     for depths in ({}, {"50": figures["mean_average_precision"]}):
         searched["evaluation"].write_text(json.dumps(figures | {"precision_at": depths}))
         write_report(tmp_path / "report.html", index.folder, **searched)
+
+
+def test_results_of_images_with_other_labels_are_refused(index, images, model, searched, tmp_path):
+    moved = next(path for path in sorted(images.rglob("*.png")))
+    target = images / "zz" / moved.name  # another class; the codes and their number stay
+    relabelled = encode_folder(images, model)
+    changed = {str(moved): {"label": "zz", "path": str(target)}}
+    items = [item._replace(**changed.get(item.path, {})) for item in relabelled.items]
+    record = relabelled.record.model_copy(update={"items_sha256": items_digest(items)})
+    ImageIndex.build(CodesFolder(relabelled.codes, items, record), index.folder)
+    with pytest.raises(InputError, match="^report: results must be from a search in .* which holds other codes"):
+        write_report(tmp_path / "report.html", index.folder, **searched)
+
+
+def test_the_head_of_the_page_says_that_the_figures_are_those_of_other_queries(index, queries, searched, tmp_path):
+    figures = json.loads(searched["evaluation"].read_text())
+    for source, count in ((figures["source"], 0), ("/elsewhere", 1)):
+        searched["evaluation"].write_text(json.dumps(figures | {"source": source}))
+        write_report(tmp_path / "report.html", index.folder, **searched)
+        assert (tmp_path / "report.html").read_text().count("other queries, from /elsewhere") == count

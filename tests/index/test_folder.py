@@ -1,8 +1,10 @@
 """The folder of an index: saving, appending, loading, damaged files, failures, and several writers."""
 
+import copy
 import fcntl
 import json
 import os
+import pickle
 import subprocess
 import sys
 import zlib
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hashengine import HammingIndex, InputError
 from hashengine.index import folder
@@ -370,3 +373,32 @@ def test_the_folder_and_the_formats_are_read_and_written_without_torch(tmp_path)
     loaded = HammingIndex.load(tmp_path)
     assert len(loaded) == 50 and loaded.ids[-1] == 7
     np.testing.assert_array_equal(loaded.codes[-1], codes_of(1)[0])
+
+
+def test_a_save_does_not_append_to_a_file_that_another_program_changed(tmp_path):
+    index = index_of(10)
+    index.save(tmp_path)
+    [file] = tmp_path.glob("codes-*.bin")
+    with open(file, "r+b") as opened:
+        opened.write(bytes(80))
+    index.add(codes_of(1, seed=5))
+    index.save(tmp_path)
+    assert torch.equal(HammingIndex.load(tmp_path).codes, index.codes)
+
+
+def test_a_folder_in_place_of_an_old_file_does_not_fail_a_save(tmp_path):
+    (tmp_path / "codes-00000000.bin").mkdir()
+    index = index_of(10)
+    for _ in range(2):
+        index.save(tmp_path)
+        assert torch.equal(HammingIndex.load(tmp_path).codes, index.codes)
+
+
+def test_a_copy_of_a_mapped_index_maps_no_other_file(tmp_path):
+    index_of(10).save(tmp_path)
+    index = HammingIndex.load(tmp_path, mmap=True)
+    [file] = tmp_path.glob("codes-*.bin")
+    file.unlink()
+    file.write_bytes(bytes(80))
+    for other in (copy.copy(index), pickle.loads(pickle.dumps(index))):
+        assert torch.equal(other.codes, index.codes)

@@ -1,6 +1,8 @@
 """The lock of an index: readers, writers, interrupts, calls from `progress`, and forks."""
 
+import copy
 import os
+import pickle
 import random
 import signal
 import threading
@@ -17,6 +19,14 @@ def in_thread(call) -> threading.Thread:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     return thread
+
+
+def is_held(lock) -> bool:
+    """Whether another thread holds the lock."""
+    if not lock.acquire(blocking=False):
+        return True
+    lock.release()
+    return False
 
 
 def test_a_writer_waits_for_readers_and_later_readers_wait_for_the_writer():
@@ -40,7 +50,7 @@ def test_a_writer_waits_for_readers_and_later_readers_wait_for_the_writer():
     threads = [in_thread(first_reader)]
     entered.wait()
     threads.append(in_thread(writer))
-    while not lock._turnstile.locked():  # until the writer waits
+    while not is_held(lock._turnstile):  # until the writer waits
         pass
     threads.append(in_thread(second_reader))
     blocked.wait()
@@ -55,7 +65,7 @@ def test_a_reader_may_read_again_while_a_writer_waits():
     lock = ReadersWriterLock()
     with lock.reader():
         writer = in_thread(lambda: lock.write(lambda: None))
-        while not lock._turnstile.locked():
+        while not is_held(lock._turnstile):
             pass
         with lock.reader():
             assert lock.is_read_here()
@@ -103,18 +113,65 @@ def test_interrupted_calls_leave_no_lock():
     assert not writer.is_alive()
 
 
-def test_progress_may_search_but_not_update():
+def changes_of(index, folder):
+    """Each method that a writer's lock guards, with a call that changes nothing."""
+    code = index.codes[:1].numpy()
+    return {
+        "add": lambda: index.add(code),
+        "remove": lambda: index.remove(np.array([], np.int64)),
+        "update": lambda: index.update(np.array([0]), code),
+        "compact": index.compact,
+        "save": lambda: index.save(folder),
+        "to": lambda: index.to("cpu", streamed=True),
+        "copy": lambda: copy.copy(index),
+        "pickle": lambda: pickle.dumps(index),
+    }
+
+
+def test_progress_may_search_but_not_change_save_or_copy(tmp_path):
     index, queries, found = index_of(100), codes_of(3, seed=1), []
 
     def search_again(done: int, total: int) -> None:
         found.append(index.search(queries, 1)[1][:, 0].tolist())
-        with pytest.raises(InputError, match="^update: the index must be one that no search of this thread uses, got "):
-            index.update(np.array([0]), queries[:1])
+        for name, call in changes_of(index, tmp_path).items():
+            with pytest.raises(InputError, match=f"^{name}: the index must be one that no other call of this thread"):
+                call()
 
     _, ids = index.search(queries, 1, progress=search_again)
     assert found and all(again == ids[:, 0].tolist() for again in found)
     index.update(np.array([0]), queries[:1])
     assert index.search(queries[:1], 1)[0][0, 0] == 0
+
+
+def test_a_handler_of_a_signal_may_not_wait_for_its_own_thread(tmp_path):
+    index, query, refused = index_of(200), codes_of(1, seed=1), set()
+    calls = changes_of(index, tmp_path) | {"reader": lambda: index.search(query, 5)}
+    names = list(calls)
+
+    def handle(*_) -> None:
+        name = names[len(refused) % len(names)] if rng.random() < 0.5 else rng.choice(names)
+        try:
+            calls[name]()
+        except InputError as error:
+            assert str(error).startswith(f"{name}: the index must be one that no other call of this thread uses, got ")
+            refused.add(name)
+
+    rng, handler = random.Random(0), signal.signal(signal.SIGALRM, handle)
+    rows, codes = np.arange(200), codes_of(200, seed=2)
+    try:
+        while len(refused) < 4:  # whichever: which call a signal interrupts depends on the machine
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00005, 0.002))
+            index.update(rows, codes)
+            index.search(query, 5)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_a_search_inside_the_update_of_its_own_thread_is_refused():
+    index, query = index_of(10), codes_of(1, seed=1)
+    with pytest.raises(InputError, match="^reader: the index must be one that no other call of this thread uses"):
+        index._rows_lock.write(lambda: index.search(query, 1))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

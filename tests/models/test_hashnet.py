@@ -236,3 +236,38 @@ def test_a_mistake_in_a_config_raises_an_error_of_one_line(options, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         HashNetConfig(**{"classes": CLASSES} | options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "shape"),
+    [
+        (lambda dim, bits: nn.Linear(dim, 8), r"\[3, 8\]"),
+        (lambda dim, bits: nn.Linear(dim, 24), r"\[3, 24\]"),
+        (lambda dim, bits: nn.Sequential(nn.Linear(dim, bits), FirstRow()), r"\[1, 16\]"),
+    ],
+)
+def test_a_head_that_gives_another_shape_is_refused_by_encode(head, shape):
+    config = HashNetConfig(classes=("a", "b"), bits=16, image_size=8, widths=(4,))
+    network = HashNet(config, head=head)
+    with pytest.raises(InputError, match=f"^HashNet.encode: the output of the hash layer must be .*, got {shape}"):
+        network.encode(torch.zeros(3, config.channels, 8, 8, dtype=torch.uint8))
+
+
+class FirstRow(nn.Module):
+    def forward(self, x):
+        return x[:1]
+
+
+def test_arguments_of_another_kind_and_the_device_meta_are_refused(tmp_path):
+    config = HashNetConfig(classes=("a", "b"), bits=16, image_size=8, widths=(4,))
+    with pytest.raises(InputError, match="^HashNet: config must be a HashNetConfig, got NoneType$"):
+        HashNet(None)
+    with pytest.raises(InputError, match="^HashNet: head must be a function that makes the hash layer, got int$"):
+        HashNet(config, head=5)
+    network, images = HashNet(config), torch.zeros(1, config.channels, 8, 8, dtype=torch.uint8)
+    with pytest.raises(InputError, match="^HashNet.encode: images must be on a device with memory"):
+        network.encode(images.to("meta"))
+    network.to("meta")
+    for call in (lambda: network.encode(images), lambda: network.save_pretrained(tmp_path)):
+        with pytest.raises(InputError, match="the network must be on a device with memory, got one on the device"):
+            call()

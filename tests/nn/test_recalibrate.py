@@ -120,6 +120,15 @@ def test_arguments_of_another_type_are_refused():
         he.nn.recalibrate(nn.Linear(2, 2), 3)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_batches_that_spoil_the_statistics_are_refused(value):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(he.InputError, match="^recalibrate: batches must be ones whose statistics are finite"):
+        he.nn.recalibrate(model, [torch.full((2, 3, 4, 4), value)])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 @pytest.mark.parametrize(
     ("build", "problem"),
     [

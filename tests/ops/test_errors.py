@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import hashengine as he
 from hashengine import ops
 from hashengine.errors import InputError
 from tests.helpers.eager import gate_maps, triplet_parameters
@@ -342,3 +343,22 @@ def test_public_functions_check_their_own_arguments(call, message):
     with pytest.raises(InputError) as caught:
         call()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.simam(None, 1e-4),
+        lambda: ops.simam_energy(None, 1e-4),
+        lambda: ops.greedy_sign(None, 0.1),
+        lambda: ops.triplet_pool(None),
+        lambda: ops.triplet_gate(None, None, None),
+        lambda: ops.pack_bits(None),
+        lambda: ops.unpack_bits(None),
+        lambda: he.nn.SimAM()(None),
+        lambda: he.nn.GreedyHash()(None),
+    ],
+)
+def test_none_in_place_of_a_tensor_is_refused_in_one_line(call):
+    with pytest.raises(ValueError, match="must be .*, got NoneType"):
+        call()

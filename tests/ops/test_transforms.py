@@ -1,12 +1,16 @@
 """The ops under torch.func, forward-mode differentiation and torch.jit.trace, against the formulas in eager torch."""
 
+import copy
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.fx
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from hashengine import _native, ops
+from hashengine.nn import GreedyHash, SimAM, TripletAttention
 from tests.helpers.eager import eager_energy, eager_pool, eager_simam, eager_triplet, gate_maps, triplet_parameters
 
 SHAPE = (2, 3, 4, 5)
@@ -146,3 +150,48 @@ def test_autocast_does_not_round_the_convolutions_under_a_transform(training):
     alone = vmap(lambda x: ops.triplet_attention(x, *parameters, training)[0])(x[None])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(vmap(lambda x: ops.triplet_attention(x, *parameters, training)[0])(x[None]), alone)
+
+
+@pytest.mark.parametrize("layer", [SimAM, TripletAttention, GreedyHash])
+def test_a_backward_refuses_the_tangent_of_its_gradient_instead_of_dropping_it(layer):
+    x, g = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
+    y = layer().eval()(x)
+    y = y[0] if isinstance(y, tuple) else y
+
+    def pull_back(gradient):
+        return torch.autograd.grad(y, x, gradient, retain_graph=True)[0]
+
+    with pytest.raises(ValueError, match="_backward: inputs must be without tangents of forward-mode differentiation"):
+        torch.func.jvp(pull_back, (g,), (g,))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="_backward: inputs must be without tangents"):
+        pull_back(forward_ad.make_dual(g, g))
+    assert torch.equal(torch.vmap(pull_back)(torch.stack([g, -g]))[1], pull_back(-g))
+
+
+def test_linearize_leaves_the_running_statistics_out_of_the_graph():
+    layer, x = TripletAttention(), torch.randn(2, 3, 4, 5)
+    _, jvp = torch.func.linearize(layer, x)
+    jvp(x)
+    assert not any(buffer.requires_grad for buffer in layer.buffers())
+    copy.deepcopy(layer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [SimAM, TripletAttention, lambda: TripletAttention(no_spatial=True)])
+def test_a_symbolic_trace_of_torch_fx_equals_eager(layer, training):
+    layer, x = layer().train(training), torch.randn(2, 3, 4, 5)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(layer))
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_a_saved_trace_of_greedy_hash_has_the_gradient(tmp_path):
+    torch.jit.trace(GreedyHash(0.1), torch.randn(4, 16)).save(str(tmp_path / "trace.pt"))
+    u = torch.randn(4, 16, requires_grad=True)
+    u.data[0, 0] = torch.inf
+    b, penalty = torch.jit.load(str(tmp_path / "trace.pt"))(u)
+    expected = u.detach().clone().requires_grad_()
+    b_expected, penalty_expected = GreedyHash(0.1)(expected)
+    assert torch.equal(b, b_expected) and torch.equal(penalty, penalty_expected)
+    for got in (b, b_expected):
+        (got * torch.arange(16)).sum().backward()
+    assert torch.equal(u.grad[1:], expected.grad[1:])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hashengine.errors import InputError
-from hashengine.training import Run, SweepConfig, report, sweep
+from hashengine.training import FitConfig, Run, SweepConfig, fit, report, sweep
 from hashengine.training import sweeps as sweeps_module
 from hashengine.training.runs import table
 from tests.helpers.tiny_images import make_images
@@ -73,10 +73,11 @@ def test_a_folder_with_a_run_of_other_options_is_refused(data):
 
 
 @pytest.mark.parametrize("name", ["table.md", "table.json", "seed=1/config.json"])
-def test_foreign_files_are_found_before_the_first_run_starts(data, name):
+@pytest.mark.parametrize("content", ["mine", '"my groups"', '{"groups": []}'])
+def test_foreign_files_are_found_before_the_first_run_starts(data, name, content):
     foreign = data / "runs" / name
     foreign.parent.mkdir(parents=True)
-    foreign.write_text("mine")
+    foreign.write_text(content)
     with pytest.raises(InputError, match="^train sweep: output must be a folder without foreign files"):
         sweep(config(data, grid={"seed": [0, 1]}))
     assert [path for path in (data / "runs").rglob("*") if path.is_file()] == [foreign]
@@ -134,6 +135,27 @@ def test_an_added_image_is_noticed(data, side):
         with pytest.raises(InputError, match="^train sweep: the images must be those of the run in .*; remove the run"):
             sweep(config(data, **shared))
         assert json.loads(evaluation.read_text()) == before
+
+
+def test_a_figure_of_an_earlier_network_is_not_shown(data):
+    sweep(config(data, grid={"seed": [0]}))
+    run, evaluation = data / "runs" / "seed=0", data / "runs" / "seed=0" / "evaluation.json"
+    old = evaluation.read_bytes()
+    fit(FitConfig(images=data / "database", output=run, epochs=1, batch_size=8, widths=(8,), bits=16, device="cpu"))
+    assert not evaluation.exists()
+    evaluation.write_bytes(old)
+    with pytest.raises(InputError, match="evaluation.json: the file must be the evaluation of a run, got .* another"):
+        report([run])
+    (run / "training.json").unlink()  # as after an interruption
+    sweep(config(data, grid={"seed": [0]}, bits=24))
+    assert evaluation.read_bytes() != old
+
+
+def test_a_run_that_is_given_twice_counts_once(data):
+    sweep(config(data, grid={"seed": [0]}))
+    run = data / "runs" / "seed=0"
+    [group] = report([run, run, data / "runs", data / "runs" / ".." / "runs"]).groups
+    assert group.seeds == [0] and set(group.deviation.values()) == {None}
 
 
 def test_a_finished_sweep_needs_no_images(data):
