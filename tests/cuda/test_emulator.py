@@ -202,6 +202,19 @@ def test_invalid_launches_and_copies_are_reported(emulation, name, arguments, ca
         emulation.call(name, *arguments, capability=capability)
 
 
+@pytest.mark.parametrize(
+    "device, complaint",
+    [
+        ({"code": 80}, "clusters need code for 9.0"),
+        ({"largest_cluster": 1}, "2 blocks of a cluster do not run at the same time"),
+    ],
+)
+def test_clusters_that_the_device_cannot_run_are_reported(emulation, device, complaint):
+    values, out = array(4 * THREADS, torch.float32), array(4 * THREADS, torch.float32)
+    with emulation.device(**device), pytest.raises(RuntimeError, match=complaint):
+        emulation.call("toy_cluster_reverse", values, out, 4, 2, True, True)
+
+
 def test_half_precision_conversions_equal_those_of_numpy_and_torch(emulation):
     library = emulation.library
     library.from_half.restype = ctypes.c_float

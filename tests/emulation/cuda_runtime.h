@@ -86,6 +86,7 @@ enum cudaFuncAttribute {
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
   int ptxVersion;
+  int numRegs;
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -97,6 +98,7 @@ enum cudaDeviceAttr {
 namespace emulation {
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes);
+int max_active_clusters(const cudaLaunchConfig_t& config);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 
@@ -116,12 +118,19 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// Reports, for every kernel, code for the emulated compute capability and one byte of declared shared memory. From the
-// latter has_hamming_scan_wgmma() concludes that the kernel was compiled for the device.
+// Reports, for every kernel, code for the emulated architecture. If that is the device's, each thread has as many
+// registers as it can have, from which has_hamming_scan_wgmma() concludes that the kernel is not empty.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return emulation::get_attributes(attributes);
 }
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  *clusters = emulation::max_active_clusters(*config);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

@@ -38,6 +38,8 @@ constexpr uint64_t kLast = ~uint64_t(0);
 int schedule = kForward;
 uint64_t first_block = 0;
 int capability = 90;
+int code_architecture = 90;      // of the code that the device runs
+unsigned largest_cluster = 16;  // blocks; more do not fit into a group of multiprocessors
 int multiprocessors = 4;  // few, so that small inputs fill the device
 std::string error;
 
@@ -199,14 +201,19 @@ std::string find_error(const cudaLaunchConfig_t& config, const void* kernel) {
   const unsigned cluster = requested_cluster_size(config);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
     return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization && code_architecture < 90)
+      return "the kernel may start early, but its code does not wait";
   const uint64_t block_threads = uint64_t(threads.x) * threads.y * threads.z;
   if (!block_threads || block_threads > kMaxThreads) return std::to_string(block_threads) + " threads per block";
   if (cluster != 1) {
     if (capability < 90) return "clusters need compute capability 9.0";
+    if (code_architecture < 90) return "clusters need code for 9.0";
     if (!cluster || grid.x % cluster)
       return "the grid is not a multiple of the cluster size " + std::to_string(cluster);
     const bool is_allowed = attribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
     if (cluster > (is_allowed ? kMaxClusterBlocks : 8)) return std::to_string(cluster) + " blocks per cluster";
+    if (cluster > largest_cluster) return std::to_string(cluster) + " blocks of a cluster do not run at the same time";
   }
   const size_t bytes = config.dynamicSmemBytes;
   if (bytes > size_t(attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDefaultSharedBytes)))
@@ -247,8 +254,13 @@ void fail(const char* format, ...) {
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes) {
   attributes->sharedSizeBytes = 1;
-  attributes->ptxVersion = emulation::capability;
+  attributes->ptxVersion = code_architecture;
+  attributes->numRegs = code_architecture == capability ? 255 : 32;
   return cudaSuccess;
+}
+
+int max_active_clusters(const cudaLaunchConfig_t& config) {
+  return code_architecture >= 90 && requested_cluster_size(config) <= largest_cluster;
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute name, int value) {
@@ -277,7 +289,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 }  // namespace emulation
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  // Each kind of device has a number of its own, because kernels remember what they ask about a device.
+  *device = (emulation::capability * 1000 + emulation::code_architecture) * 100 + int(emulation::largest_cluster);
   return cudaSuccess;
 }
 
@@ -293,11 +306,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 // For the tests. The functions set the schedule, the first block to run (to test only the end of a large grid), and the
-// device's compute capability and number of multiprocessors. emulation_take_error returns and clears the error, or
+// device: its compute capability, the architecture of the code that it runs, the blocks of the largest cluster, and the
+// number of multiprocessors. emulation_take_error returns and clears the error, or
 // returns an empty string if there is none.
 extern "C" void emulation_set_schedule(int schedule) { emulation::schedule = schedule; }
 extern "C" void emulation_set_first_block(uint64_t block) { emulation::first_block = block; }
-extern "C" void emulation_set_capability(int capability) { emulation::capability = capability; }
+extern "C" void emulation_set_capability(int capability) {
+  emulation::capability = emulation::code_architecture = capability;
+}
+extern "C" void emulation_set_code_architecture(int architecture) { emulation::code_architecture = architecture; }
+extern "C" void emulation_set_largest_cluster(int blocks) { emulation::largest_cluster = unsigned(blocks); }
 extern "C" void emulation_set_multiprocessors(int count) { emulation::multiprocessors = count; }
 extern "C" const char* emulation_take_error() {
   static std::string taken;
