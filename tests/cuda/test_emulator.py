@@ -234,3 +234,12 @@ def test_half_precision_conversions_equal_those_of_numpy_and_torch(emulation):
     brain = np.array([library.to_bfloat16(ctypes.c_float(x)) for x in candidates], np.uint16)
     np.testing.assert_array_equal(brain, torch.from_numpy(candidates).bfloat16().view(torch.uint16).numpy())
     assert np.isnan(np.array([library.to_half(ctypes.c_float(np.nan))], np.uint16).view(np.float16)).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_kernel_that_starts_early_runs_before_the_previous_one_until_it_waits(emulation, schedule, correct):
+    values, stored, out = (array(size, torch.float32) for size in (THREADS, 2 * THREADS, THREADS))
+    values.copy_(torch.arange(THREADS))
+    emulation.call("toy_successors", values, out, correct, stored, schedule=schedule)
+    assert torch.equal(out, values + 3) == correct

@@ -153,6 +153,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::wait_for_previous_kernel();
 #endif
 }
 

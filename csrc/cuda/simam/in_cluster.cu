@@ -11,11 +11,11 @@
 // Launch. A thread loads either vectors of 16 bytes or, if x is not aligned for them, one element at a time. A block
 // has as few threads as can hold the slab, up to 512 (256 in NHWC or without vectors). A block of 512 threads holds 32
 // KB. A block of 256 threads holds 16 KB, or 8 KB in half precision without vectors. A larger slab uses a cluster of 2,
-// 4 or 8 blocks, which holds up to 256 KB. Where such a cluster cannot run, it is split (split.cu). The registers allow 512
-// to 1024 threads per multiprocessor. Therefore a multiprocessor holds 32 to 64 KB in the forward, and twice as much in
-// the backward. If a multiprocessor runs several blocks, one of them loads while another computes sums. In NHWC a row
-// of a slab has 64 bytes. It has more if the slab would otherwise have too little work for a block. It has 32 bytes
-// (one memory sector) if slabs with rows of 64 bytes do not fit.
+// 4 or 8 blocks, which holds up to 256 KB. Where such a cluster cannot run, it is split (split.cu). The registers allow
+// 512 to 1024 threads per multiprocessor. Therefore a multiprocessor holds 32 to 64 KB in the forward, and twice as
+// much in the backward. If a multiprocessor runs several blocks, one of them loads while another computes sums. In NHWC
+// a row of a slab has 64 bytes. It has more if the slab would otherwise have too little work for a block. It has 32
+// bytes (one memory sector) if slabs with rows of 64 bytes do not fit.
 //
 // Instructions, half precision, counted in sm_90a code: about 14 per element forward and 23 backward, two of them in
 // the special function unit, plus about 200 per thread (500 in NHWC). Estimate: in the time that an H200 needs to move

@@ -323,8 +323,8 @@ bool has_cluster_inference(const TripletShape& shape) {
     // The bounds of the launch limit the registers, so that all instances of the template fit alike. The body of the
     // kernel is empty in code that does not know clusters, even if the cluster is a single block.
     const auto kernel = inference_kernel<T, 1, 0>;
-    can_run = kernel_code(kernel).architecture >= kClusterArchitecture &&
-              can_launch_cluster(kernel, launch_shape(plan, 1));
+    can_run =
+        kernel_code(kernel).architecture >= kClusterArchitecture && can_launch_cluster(kernel, launch_shape(plan, 1));
   });
   return can_run;
 }
