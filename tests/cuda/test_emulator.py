@@ -202,6 +202,19 @@ def test_invalid_launches_and_copies_are_reported(emulation, name, arguments, ca
         emulation.call(name, *arguments, capability=capability)
 
 
+@pytest.mark.parametrize(
+    "device, complaint",
+    [
+        ({"code": 80}, "clusters need code for 9.0"),
+        ({"largest_cluster": 1}, "2 blocks of a cluster do not run at the same time"),
+    ],
+)
+def test_clusters_that_the_device_cannot_run_are_reported(emulation, device, complaint):
+    values, out = array(4 * THREADS, torch.float32), array(4 * THREADS, torch.float32)
+    with emulation.device(**device), pytest.raises(RuntimeError, match=complaint):
+        emulation.call("toy_cluster_reverse", values, out, 4, 2, True, True)
+
+
 def test_half_precision_conversions_equal_those_of_numpy_and_torch(emulation):
     library = emulation.library
     library.from_half.restype = ctypes.c_float
@@ -221,3 +234,12 @@ def test_half_precision_conversions_equal_those_of_numpy_and_torch(emulation):
     brain = np.array([library.to_bfloat16(ctypes.c_float(x)) for x in candidates], np.uint16)
     np.testing.assert_array_equal(brain, torch.from_numpy(candidates).bfloat16().view(torch.uint16).numpy())
     assert np.isnan(np.array([library.to_half(ctypes.c_float(np.nan))], np.uint16).view(np.float16)).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_kernel_that_starts_early_runs_before_the_previous_one_until_it_waits(emulation, schedule, correct):
+    values, stored, out = (array(size, torch.float32) for size in (THREADS, 2 * THREADS, THREADS))
+    values.copy_(torch.arange(THREADS))
+    emulation.call("toy_successors", values, out, correct, stored, schedule=schedule)
+    assert torch.equal(out, values + 3) == correct

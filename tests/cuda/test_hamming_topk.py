@@ -113,6 +113,16 @@ def test_topk(machine, capability, queries, bits, kind):
     assert fallbacks == 0
 
 
+@pytest.mark.parametrize("queries", [1, 5, 67])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_no_kernel_starts_early_in_code_that_does_not_wait(capability, queries):
+    emulation = load_emulation()
+    search = make_search("random", 9001, 64, queries)
+    with emulation.device(code=80):
+        got, _ = topk(emulation, search, 50, capability)
+    assert_same(got, nearest(search.queries, search.codes, 50))
+
+
 @pytest.mark.parametrize("count", [1, 31, 33, 1000, 8192])
 @pytest.mark.parametrize("bits", [8, 24, 64, 264])
 def test_small_databases(machine, bits, count):

@@ -6,7 +6,7 @@ import torch
 
 from tests.emulation.harness import SCHEDULES, Emulation, array, load_emulation
 
-NONE, NO_WAIT, COLUMNS_OVERWRITTEN = range(3)
+NONE, NO_WAIT, COLUMNS_OVERWRITTEN, SWAPPED_STRIDES, NO_FENCE, ROWS_CHANGED, ONE_WARP_DIFFERS, ONE_WARP_STOPS = range(8)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,24 @@ def test_wgmma(emulation, schedule):
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("mistake", [NO_WAIT, COLUMNS_OVERWRITTEN])
-def test_accesses_before_wgmma_wait_change_the_result(emulation, mistake):
+@pytest.mark.parametrize("mistake", [NO_WAIT, COLUMNS_OVERWRITTEN, SWAPPED_STRIDES])
+def test_some_mistakes_change_the_result_of_wgmma(emulation, mistake):
     assert any(not np.array_equal(*wgmma(emulation, mistake, schedule)) for schedule in SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    "mistake, complaint",
+    [
+        (NO_FENCE, r"wgmma_fence\(\) must come before the first wgmma"),
+        (ROWS_CHANGED, r"the rows have changed before wgmma_wait\(\)"),
+        (ONE_WARP_DIFFERS, "the threads of a warpgroup start different products"),
+        (ONE_WARP_STOPS, "a thread has started fewer products than its warpgroup"),
+    ],
+)
+def test_other_mistakes_around_wgmma_are_reported(emulation, mistake, complaint):
+    for schedule in SCHEDULES:
+        with pytest.raises(RuntimeError, match=complaint):
+            wgmma(emulation, mistake, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

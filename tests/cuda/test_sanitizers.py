@@ -23,6 +23,7 @@ def test_the_kernels_run_without_sanitizer_errors(op):
     "mistake, complaint, kernel",
     [
         ("overrun", "heap-buffer-overflow", "overrun_kernel"),
+        ("misaligned", "misaligned address", "misaligned_kernel"),
         ("dynamic_overrun", "heap-buffer-overflow", "dynamic_overrun_kernel"),
         ("exited_peer", "use-after-poison", "exited_peer_kernel"),
     ],

@@ -200,6 +200,16 @@ def test_slabs_larger_than_a_block_without_clusters(emulation, dtype, channels):
     check(emulation, case, schedules=SCHEDULES[2:], capability=80)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("capability", [90, 120])
+@pytest.mark.parametrize("device", [{"code": 80}, {"largest_cluster": 4}, {"largest_cluster": 1}], ids=str)
+def test_no_cluster_is_launched_where_it_cannot_run(emulation, dtype, channels_last, capability, device):
+    case = Case((1, 16, 16_000), dtype, channels_last)  # clusters of eight; channels_last: of two
+    with emulation.device(**device):
+        check(emulation, case, (FORWARD,), capability)
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 # A shape and a compute capability for each kind of plan of NCHW planes in float32.

@@ -122,3 +122,14 @@ def test_special_values(emulation, dtype):
     y, expected = case.inference(emulation), case.formula(torch.float64, False)["y"]
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.to(dtype).isinf())
     assert 0 < y.isnan().sum() < y.numel() // 2
+
+
+@pytest.mark.parametrize("shape, blocks", [((3, 1, 1, 1), 1), ((2, 13, 5, 11), 1), ((2, 66, 9, 10), 8)], ids=str)
+@pytest.mark.parametrize("capability", [90, 120])
+def test_no_cluster_is_launched_where_it_cannot_run(emulation, shape, blocks, capability):
+    case = AttentionCase(normal(0, *shape).bfloat16())
+    with emulation.device(code=80):  # the kernel is empty in this code
+        check(emulation, case, 0, capability=capability)
+    for largest in (1, 4, 8):
+        with emulation.device(largest_cluster=largest):
+            check(emulation, case, blocks if blocks <= largest else 0, capability=capability)

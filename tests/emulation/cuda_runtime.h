@@ -4,9 +4,9 @@
 // Idea. This folder replaces the CUDA toolkit's include folder: a plain C++ compiler compiles the .cu files against
 // these headers. Each thread is a fiber that runs until a barrier, a shuffle or an atomic. The schedule then picks the
 // next fiber from the resident blocks: three blocks, or all blocks of two clusters. Shared memory contains NaN until it
-// is written. The target of an asynchronous copy contains NaN until the thread waits for the copy. Schedules differ
-// only in the order of execution. A result that depends on the schedule, or that is NaN, therefore reveals a missing
-// barrier or wait.
+// is written. The target of an asynchronous copy contains NaN until the thread waits for the copy. A kernel that may
+// start early does so before the previous one has written anything. Schedules differ only in the order of execution. A
+// result that depends on the schedule, or that is NaN, therefore reveals a missing barrier or wait.
 //
 // Limits. Not emulated: reordering of memory operations (a missing __threadfence is not detected), bank conflicts,
 // time.
@@ -86,6 +86,7 @@ enum cudaFuncAttribute {
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
   int ptxVersion;
+  int numRegs;
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -97,6 +98,11 @@ enum cudaDeviceAttr {
 namespace emulation {
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes);
+int max_active_clusters(const cudaLaunchConfig_t& config);
+// Runs the launches that have not run yet.
+void synchronise();
+// Returns when the previous kernel of the stream has finished, if the running kernel may have started before that.
+void wait_for_previous_kernel();
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 
@@ -105,8 +111,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// Writes at once: a launch returns when its kernel has finished, so there is no earlier work to wait for.
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  emulation::synchronise();
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }
@@ -116,12 +122,19 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return emulation::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// Reports, for every kernel, code for the emulated compute capability and one byte of declared shared memory. From the
-// latter has_hamming_scan_wgmma() concludes that the kernel was compiled for the device.
+// Reports, for every kernel, code for the emulated architecture. If that is the device's, each thread has as many
+// registers as it can have, from which has_hamming_scan_wgmma() concludes that the kernel is not empty.
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return emulation::get_attributes(attributes);
 }
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  *clusters = emulation::max_active_clusters(*config);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

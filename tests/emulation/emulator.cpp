@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <deque>
 #include <random>
 #include <set>
+#include <tuple>
 #include <utility>
 
 uint3 threadIdx, blockIdx;
@@ -38,7 +40,9 @@ constexpr uint64_t kLast = ~uint64_t(0);
 int schedule = kForward;
 uint64_t first_block = 0;
 int capability = 90;
-int multiprocessors = 4;  // few, so that small inputs fill the device
+int code_architecture = 90;     // of the code that the device runs
+unsigned largest_cluster = 16;  // blocks; more do not fit into a group of multiprocessors
+int multiprocessors = 4;        // few, so that small inputs fill the device
 std::string error;
 
 std::set<std::pair<uint64_t, unsigned>> ready;  // (priority, id)
@@ -48,11 +52,27 @@ const std::function<void()>* kernel_body;
 
 bool is_random() { return schedule != kForward && schedule != kReverse; }
 
+// A kernel that waits for the previous one is suspended while that one runs. Its fibers need stacks of their own.
+size_t depth = 0;  // the number of suspended kernels
+
 char* stack_of(unsigned id) {
-  static char* stacks = static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads * kMaxSlots, PROT_READ | PROT_WRITE,
-                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  return stacks + kStackBytes * id;
+  static std::vector<char*> stacks;
+  if (stacks.size() <= depth)
+    stacks.push_back(static_cast<char*>(mmap(nullptr, kStackBytes * kMaxThreads * kMaxSlots, PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)));
+  return stacks[depth] + kStackBytes * id;
 }
+
+// Launches that have not run yet, in their order. A launch runs when it must: when the next launch may not start early,
+// when a kernel waits for it, or when the host synchronises. A kernel that may start early therefore runs before the
+// previous one as far as it can without waiting.
+struct Launch {
+  dim3 grid, threads;
+  unsigned cluster_size;
+  size_t dynamic_bytes;
+  std::function<void()> body;
+};
+std::deque<Launch> launches;
 
 #if defined(__SANITIZE_ADDRESS__)
 // AddressSanitizer requires these calls around each switch between stacks.
@@ -74,6 +94,7 @@ void clear_stack(const void*) {}
 void run_fiber() {
   arrive_in_fiber();
   (*kernel_body)();
+  if (block().alive == 1) check_products();
   make_unready(running);
   --block().alive;
   warp().alive &= ~(1u << running % kWarpThreads);
@@ -147,6 +168,35 @@ std::vector<uint64_t> start_order(uint64_t blocks) {
   return order;
 }
 
+void run_last();
+
+// Runs the previous kernels if the resident blocks wait for them, and makes the waiting fibers ready.
+bool run_previous() {
+  bool is_awaited = false;
+  for (const auto& b : resident)
+    for (size_t i = 0; b && i < b->fibers.size(); ++i) is_awaited |= b->fibers[i].wait == Wait::kPrevious;
+  if (!is_awaited) return false;
+  if (!launches.empty()) {
+    swap_out();
+    const auto state = std::make_tuple(gridDim, blockDim, cluster_size, dynamic_bytes, kernel_body, random_bits);
+    std::vector<std::unique_ptr<Block>> suspended = std::move(resident);
+    resident.clear();
+    ++depth;
+    while (!launches.empty()) run_last();
+    --depth;
+    resident = std::move(suspended);
+    std::tie(gridDim, blockDim, cluster_size, dynamic_bytes, kernel_body, random_bits) = state;
+  }
+  for (unsigned slot = 0; slot < resident.size(); ++slot)
+    for (size_t i = 0; resident[slot] && i < resident[slot]->fibers.size(); ++i) {
+      Fiber& waiting = resident[slot]->fibers[i];
+      if (waiting.wait != Wait::kPrevious) continue;
+      waiting.wait = Wait::kNone;
+      make_ready(slot * kMaxThreads + unsigned(i));
+    }
+  return true;
+}
+
 void run(uint64_t blocks) {
   const std::vector<uint64_t> order = start_order(blocks);
   resident.resize(cluster_size == 1 ? 3 : 2 * cluster_size);
@@ -156,6 +206,7 @@ void run(uint64_t blocks) {
       for (unsigned rank = 0; rank < cluster_size; ++rank) start_block(first + rank, order[started] + rank);
       ++started;
     }
+    if (ready.empty() && run_previous()) continue;
     if (ready.empty()) {
       for (const auto& b : resident)
         if (b && b->alive && error.empty()) error = "deadlock in " + describe_waiting(*b);
@@ -193,20 +244,29 @@ unsigned requested_cluster_size(const cudaLaunchConfig_t& config) {
   return 1;
 }
 
+bool may_start_early(const cudaLaunchConfig_t& config) {
+  return std::any_of(config.attrs, config.attrs + config.numAttrs, [](const cudaLaunchAttribute& attribute) {
+    return attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  });
+}
+
 // Returns a description of what is invalid in the configuration, or an empty string if it is valid.
 std::string find_error(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, threads = config.blockDim;
   const unsigned cluster = requested_cluster_size(config);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
     return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
+  if (may_start_early(config) && code_architecture < 90) return "the kernel may start early, but its code cannot wait";
   const uint64_t block_threads = uint64_t(threads.x) * threads.y * threads.z;
   if (!block_threads || block_threads > kMaxThreads) return std::to_string(block_threads) + " threads per block";
   if (cluster != 1) {
     if (capability < 90) return "clusters need compute capability 9.0";
+    if (code_architecture < 90) return "clusters need code for 9.0";
     if (!cluster || grid.x % cluster)
       return "the grid is not a multiple of the cluster size " + std::to_string(cluster);
     const bool is_allowed = attribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
     if (cluster > (is_allowed ? kMaxClusterBlocks : 8)) return std::to_string(cluster) + " blocks per cluster";
+    if (cluster > largest_cluster) return std::to_string(cluster) + " blocks of a cluster do not run at the same time";
   }
   const size_t bytes = config.dynamicSmemBytes;
   if (bytes > size_t(attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDefaultSharedBytes)))
@@ -214,7 +274,30 @@ std::string find_error(const cudaLaunchConfig_t& config, const void* kernel) {
   return "";
 }
 
+void run_last() {
+  const Launch launch = std::move(launches.back());
+  launches.pop_back();
+  if (!error.empty()) return;
+  gridDim = launch.grid;
+  blockDim = launch.threads;
+  cluster_size = launch.cluster_size;
+  dynamic_bytes = launch.dynamic_bytes;
+  kernel_body = &launch.body;
+  run(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
+}
+
 }  // namespace
+
+void synchronise() {
+  while (!launches.empty()) run_last();
+}
+
+void wait_for_previous_kernel() {
+  if (launches.empty()) return;
+  make_unready(running);
+  fiber().wait = Wait::kPrevious;
+  suspend();
+}
 
 void make_ready(unsigned id) { ready.insert({fiber_of(id).priority, id}); }
 void make_unready(unsigned id) { ready.erase({fiber_of(id).priority, id}); }
@@ -247,8 +330,13 @@ void fail(const char* format, ...) {
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes) {
   attributes->sharedSizeBytes = 1;
-  attributes->ptxVersion = emulation::capability;
+  attributes->ptxVersion = code_architecture;
+  attributes->numRegs = code_architecture == capability ? 255 : 32;
   return cudaSuccess;
+}
+
+int max_active_clusters(const cudaLaunchConfig_t& config) {
+  return code_architecture >= 90 && requested_cluster_size(config) <= largest_cluster;
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute name, int value) {
@@ -265,19 +353,16 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
     error = "invalid launch configuration: " + config_error;
     return cudaErrorInvalidConfiguration;
   }
-  gridDim = config.gridDim;
-  blockDim = config.blockDim;
-  cluster_size = requested_cluster_size(config);
-  dynamic_bytes = config.dynamicSmemBytes;
-  kernel_body = &body;
-  run(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
-  return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  if (!may_start_early(config)) synchronise();
+  launches.push_back({config.gridDim, config.blockDim, requested_cluster_size(config), config.dynamicSmemBytes, body});
+  return cudaSuccess;
 }
 
 }  // namespace emulation
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  // Each kind of device has a number of its own, because kernels remember what they ask about a device.
+  *device = (emulation::capability * 1000 + emulation::code_architecture) * 100 + int(emulation::largest_cluster);
   return cudaSuccess;
 }
 
@@ -293,13 +378,20 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 // For the tests. The functions set the schedule, the first block to run (to test only the end of a large grid), and the
-// device's compute capability and number of multiprocessors. emulation_take_error returns and clears the error, or
+// device: its compute capability, the architecture of the code that it runs, the blocks of the largest cluster, and the
+// number of multiprocessors. emulation_take_error returns and clears the error, or
 // returns an empty string if there is none.
 extern "C" void emulation_set_schedule(int schedule) { emulation::schedule = schedule; }
 extern "C" void emulation_set_first_block(uint64_t block) { emulation::first_block = block; }
-extern "C" void emulation_set_capability(int capability) { emulation::capability = capability; }
+extern "C" void emulation_set_capability(int capability) {
+  emulation::capability = emulation::code_architecture = capability;
+}
+extern "C" void emulation_set_code_architecture(int architecture) { emulation::code_architecture = architecture; }
+extern "C" void emulation_set_largest_cluster(int blocks) { emulation::largest_cluster = unsigned(blocks); }
 extern "C" void emulation_set_multiprocessors(int count) { emulation::multiprocessors = count; }
+extern "C" void emulation_synchronise() { emulation::synchronise(); }
 extern "C" const char* emulation_take_error() {
+  emulation::synchronise();
   static std::string taken;
   taken = std::exchange(emulation::error, {});
   return taken.c_str();

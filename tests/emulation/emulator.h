@@ -40,12 +40,14 @@ struct Copy {
 struct MatrixProduct {
   uint32_t* sums;
   std::vector<uint32_t> before;  // the values of the sums when the product was started
-  uint32_t rows[4];
-  const uint32_t* columns;
+  const uint32_t* rows;
+  uint32_t rows_before[4];
+  uint64_t columns;  // the descriptor of the tile
   bool accumulate;
 };
 
-enum class Wait { kNone, kBlock, kCluster };
+// kPrevious: for the end of the previous kernel.
+enum class Wait { kNone, kBlock, kCluster, kPrevious };
 
 struct Fiber {
   ucontext_t context;
@@ -56,6 +58,18 @@ struct Fiber {
   std::vector<Copy> issued;  // asynchronous copies since the last commit
   std::deque<std::vector<Copy>> committed;
   std::vector<MatrixProduct> products;
+  bool has_fenced = false;      // since the last wgmma_wait()
+  size_t started_products = 0;  // since the launch
+};
+
+// What all threads of a warpgroup must pass to a wgmma.
+struct MatrixOperation {
+  uint64_t columns;
+  size_t sums;
+  bool accumulate;
+  bool operator==(const MatrixOperation& other) const {
+    return columns == other.columns && sums == other.sums && accumulate == other.accumulate;
+  }
 };
 
 // A collective operation that some of its lanes have not reached yet.
@@ -73,7 +87,8 @@ struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  unsigned alive, at_barrier = 0, at_cluster_barrier = 0;  // numbers of threads; alive: have not exited
+  std::vector<std::vector<MatrixOperation>> matrix_operations;  // of each warpgroup since the launch
+  unsigned alive, at_barrier = 0, at_cluster_barrier = 0;       // numbers of threads; alive: have not exited
   bool has_started = false;
   std::vector<char> declared;       // the contents of the __shared__ variables while another block runs
   std::unique_ptr<char[]> dynamic;  // the dynamic shared memory
@@ -92,6 +107,10 @@ inline Fiber& fiber() { return fiber_of(running); }
 inline Block& block() { return *resident[running / kMaxThreads]; }
 inline Warp& warp() { return block().warps[running % kMaxThreads / kWarpThreads]; }
 
+// matrix.cpp. To call when the last thread of a block exits: fails if a thread has started fewer products than its
+// warpgroup.
+void check_products();
+
 // emulator.cpp
 void make_ready(unsigned id);
 void make_unready(unsigned id);
@@ -104,6 +123,8 @@ void release_collectives();
 std::string describe_waiting(const Block& block);
 
 // shared_memory.cpp
+// The variable at an address that shared_address() returned, in the running block.
+const uint32_t* at_shared_address(uint32_t address, size_t bytes);
 void allocate_shared_memory(Block& block);
 // To call when the block's first thread starts. Discards what other blocks of the cluster have written before.
 void begin_shared_memory(Block& block);
@@ -111,5 +132,7 @@ void begin_shared_memory(Block& block);
 void end_shared_memory(Block& block);
 // Copies the block's __shared__ variables to the module's thread-local storage, where the kernel accesses them.
 void swap_in(Block& block);
+// The opposite: stores the variables of the block that is swapped in.
+void swap_out();
 
 }  // namespace emulation

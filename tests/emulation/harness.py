@@ -9,7 +9,9 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ FLAGS = [
 
 FORWARD, REVERSE = 0, 1
 SCHEDULES = (FORWARD, REVERSE, 7, 8)  # 7 and 8 are seeds of random orders
+LARGEST_CLUSTER = 16  # blocks; an H200 has groups of at least as many multiprocessors
 FEW_MULTIPROCESSORS = 4  # so that small inputs fill the emulated device
 
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
@@ -82,6 +85,8 @@ class Emulation:
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_take_error.restype = ctypes.c_char_p
+        self.code: int | None = None  # None: code for the emulated compute capability
+        self.largest_cluster = LARGEST_CLUSTER
 
     def call(
         self,
@@ -106,8 +111,19 @@ class Emulation:
         if error := self.library.emulation_take_error().decode():
             raise RuntimeError(error)
 
+    @contextmanager
+    def device(self, code: int | None = None, largest_cluster: int = LARGEST_CLUSTER) -> Iterator[None]:
+        """In the `with` block, the device runs code for another architecture, and clusters have at most some blocks."""
+        self.code, self.largest_cluster = code, largest_cluster
+        try:
+            yield
+        finally:
+            self.code, self.largest_cluster = None, LARGEST_CLUSTER
+
     def set_device(self, capability: int = 90, multiprocessors: int = FEW_MULTIPROCESSORS) -> None:
         self.library.emulation_set_capability(capability)
+        self.library.emulation_set_code_architecture(self.code or capability)
+        self.library.emulation_set_largest_cluster(self.largest_cluster)
         self.library.emulation_set_multiprocessors(multiprocessors)
 
     def workspace(

@@ -1,4 +1,5 @@
 #include "cuda/triplet/cluster_plan.h"
+#include "cuda/triplet/passes.h"
 #include "hashengine/triplet_attention.h"
 #include "triplet_shape.h"
 
@@ -34,7 +35,8 @@ int64_t workspace_bytes_of_triplet_inference(const int64_t* shape) {
 }
 // Returns the number of blocks per cluster; 0 if inference takes three launches.
 int cluster_of_triplet_inference(const int64_t* shape) {
-  return triplet::ClusterPlan::make(triplet_shape(shape)).blocks;
+  const TripletShape triplet = triplet_shape(shape);
+  return triplet::has_cluster_inference(triplet) ? triplet::ClusterPlan::make(triplet).blocks : 0;
 }
 int64_t workspace_bytes_of_triplet_backward(const int64_t* shape) {
   return triplet_backward_workspace_bytes(triplet_shape(shape));

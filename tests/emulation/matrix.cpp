@@ -34,6 +34,32 @@ struct Rows {
   }
 };
 
+constexpr unsigned kWarpgroupThreads = 128;
+
+std::vector<MatrixOperation>& operations_of_warpgroup() {
+  block().matrix_operations.resize(block().fibers.size() / kWarpgroupThreads);
+  return block().matrix_operations[running % kMaxThreads / kWarpgroupThreads];
+}
+
+// A matrix descriptor of wgmma for 1-bit columns without swizzle (the PTX manual, "matrix descriptor").
+struct ColumnTile {
+  uint32_t begin, matrix_stride, group_stride;  // in bytes
+
+  explicit ColumnTile(uint64_t descriptor)
+      : begin(16 * uint32_t(descriptor & 0x3fff)),
+        matrix_stride(16 * uint32_t(descriptor >> 16 & 0x3fff)),
+        group_stride(16 * uint32_t(descriptor >> 32 & 0x3fff)) {
+    constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32;
+    if (descriptor & ~kFields) fail("wgmma: the descriptor %016llx has other fields", (unsigned long long)descriptor);
+  }
+
+  uint32_t word(unsigned column, unsigned word) const {
+    constexpr unsigned kColumns = 8, kMatrixWords = 4;  // a core matrix has 16 bytes of each of eight columns
+    const uint32_t matrix = begin + column / kColumns * group_stride + word / kMatrixWords * matrix_stride;
+    return *at_shared_address(matrix + 16 * (column % kColumns) + 4 * (word % kMatrixWords), 4);
+  }
+};
+
 unsigned column_of(unsigned sum) { return 8 * (sum / 4) + 2 * (lane() % 4) + sum % 2; }
 
 }  // namespace
@@ -52,19 +78,35 @@ void mma_and_popcount(uint32_t* sums, const uint32_t* rows, const uint32_t* colu
   }
 }
 
-void wgmma_fence() { gather_lanes(kWholeWarp, "wgmma.fence", 0); }
+void wgmma_fence() {
+  gather_lanes(kWholeWarp, "wgmma.fence", 0);
+  fiber().has_fenced = true;
+}
 
-void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, const uint32_t* columns,
-                        bool accumulate) {
-  if (block().fibers.size() % 128)
+void wgmma_and_popcount(uint32_t* sums, unsigned count, const uint32_t* rows, uint64_t columns, bool accumulate) {
+  if (block().fibers.size() % kWarpgroupThreads)
     fail("wgmma: the block must consist of whole warpgroups, got %zu threads", block().fibers.size());
-  MatrixProduct product{sums, std::vector<uint32_t>(sums, sums + count), {}, columns, accumulate};
-  std::copy_n(rows, 4, product.rows);
+  if (!fiber().has_fenced) fail("wgmma: wgmma_fence() must come before the first wgmma after a wait");
+  const MatrixOperation operation{columns, count, accumulate};
+  std::vector<MatrixOperation>& group = operations_of_warpgroup();
+  const size_t number = fiber().started_products++;
+  if (number == group.size()) group.push_back(operation);
+  if (!(group[number] == operation)) fail("wgmma: the threads of a warpgroup start different products");
+  MatrixProduct product{sums, std::vector<uint32_t>(sums, sums + count), rows, {}, columns, accumulate};
+  std::copy_n(rows, 4, product.rows_before);
   std::fill_n(sums, count, kInvalid);
   fiber().products.push_back(std::move(product));
 }
 
+void check_products() {
+  const std::vector<std::vector<MatrixOperation>>& groups = block().matrix_operations;
+  for (unsigned thread = 0; thread < kWarpgroupThreads * groups.size(); ++thread)
+    if (block().fibers[thread].started_products != groups[thread / kWarpgroupThreads].size())
+      fail("wgmma: a thread has started fewer products than its warpgroup");
+}
+
 void wgmma_wait() {
+  fiber().has_fenced = false;
   std::vector<MatrixProduct> products = std::move(fiber().products);
   fiber().products.clear();
   for (size_t i = 0; i < products.size(); ++i) {
@@ -72,12 +114,14 @@ void wgmma_wait() {
     const bool is_first = std::none_of(products.begin(), products.begin() + long(i),
                                        [&](const MatrixProduct& earlier) { return earlier.sums == product.sums; });
     if (is_first) std::copy(product.before.begin(), product.before.end(), product.sums);
-    const Rows own(product.rows, "wgmma");
+    if (!std::equal(product.rows, product.rows + 4, product.rows_before))
+      fail("wgmma: the rows have changed before wgmma_wait()");
+    const Rows own(product.rows_before, "wgmma");
+    const ColumnTile tile(product.columns);
     for (unsigned sum = 0; sum < product.before.size(); ++sum) {
       uint32_t column[kWords];
       const unsigned index = column_of(sum);
-      for (unsigned word = 0; word < kWords; ++word)  // a tile consists of core matrices of 8 columns by 4 words
-        column[word] = product.columns[(2 * (index / 8) + word / 4) * 32 + index % 8 * 4 + word % 4];
+      for (unsigned word = 0; word < kWords; ++word) column[word] = tile.word(index, word);
       product.sums[sum] = (product.accumulate ? product.sums[sum] : 0) + own.product(sum / 2 % 2, column);
     }
   }

@@ -11,6 +11,7 @@ void emulation_set_schedule(int schedule);
 const char* emulation_take_error();
 void toy_overrun(float* out, int threads);
 void toy_dynamic_overrun();
+void toy_misaligned(float* out);
 void toy_exited_peer(float* out, bool maps_late);
 }
 
@@ -19,6 +20,10 @@ namespace {
 const Sanitized overrun("overrun", [] {
   Array out(32 * sizeof(float), 0);
   toy_overrun(out.get<float>(), 32);
+});
+const Sanitized misaligned("misaligned", [] {
+  Array out(4 * sizeof(float), 0);
+  toy_misaligned(out.get<float>());
 });
 const Sanitized dynamic_overrun("dynamic_overrun", toy_dynamic_overrun);
 const Sanitized exited_peer("exited_peer", [] {

@@ -10,9 +10,14 @@
 
 #include "hashengine/types.h"
 
+extern "C" void emulation_synchronise();
+
 // An array of exactly `bytes` bytes on the heap, `offset` bytes after a 16-byte boundary, filled with `fill`.
 class Array {
  public:
+  ~Array() { emulation_synchronise(); }  // kernels that use the array may not have run yet
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
   Array(int64_t bytes, int64_t offset, int fill = 0xff) : memory_(new char[size_t(offset + bytes)]), offset_(offset) {
     std::memset(memory_.get(), fill, size_t(offset + bytes));
   }

@@ -5,12 +5,15 @@
 #include <algorithm>
 
 #include "emulator.h"
+#include "matrix_instructions.h"
 
 namespace emulation {
 
 Block* swapped_in;
 
 namespace {
+
+constexpr uint32_t kReservedBytes = 1024;  // an H200 reserves the first bytes of each block's shared memory
 
 struct Span {
   char* data;
@@ -77,6 +80,24 @@ void swap_in(Block& block) {
   if (swapped_in) std::copy_n(declared_memory.data, declared_memory.size, swapped_in->declared.data());
   std::copy_n(block.declared.data(), declared_memory.size, declared_memory.data);
   swapped_in = &block;
+}
+
+void swap_out() {
+  if (swapped_in) std::copy_n(declared_memory.data, declared_memory.size, swapped_in->declared.data());
+  swapped_in = nullptr;
+}
+
+uint32_t shared_address(const void* variable) {
+  const Span dynamic = dynamic_memory(block());
+  const auto* byte = static_cast<const char*>(variable);
+  if (!dynamic.contains(byte)) fail("the address is not in this block's dynamic shared memory");
+  return uint32_t(byte - dynamic.data) + kReservedBytes;
+}
+
+const uint32_t* at_shared_address(uint32_t address, size_t bytes) {
+  if (address < kReservedBytes || address + bytes > kReservedBytes + dynamic_bytes)
+    fail("a read at %u is outside of the block's dynamic shared memory", address);
+  return reinterpret_cast<const uint32_t*>(block().dynamic.get() + (address - kReservedBytes));
 }
 
 void* dynamic_shared_memory() { return block().dynamic.get(); }

@@ -6,6 +6,7 @@
 
 #include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
 
 using namespace hashengine;
 
@@ -174,7 +175,16 @@ __global__ void exited_peer_kernel(float* out, bool maps_late) {
 
 __global__ void dynamic_overrun_kernel() { dynamic_shared<float>()[threadIdx.x + 1] = 0; }
 
+// Adds one to each number that the previous kernel has written. Without the wait, it may read older numbers.
+template <bool kWaits>
+__global__ void successor_kernel(const float* in, float* out) {
+  if (kWaits) wait_for_previous_kernel();
+  out[threadIdx.x] = in[threadIdx.x] + 1;
+}
+
 __global__ void overrun_kernel(float* out) { out[threadIdx.x + 1] = 0; }
+
+__global__ void misaligned_kernel(float* out) { vector_at<2>(out + 1, 0) = {}; }
 
 }  // namespace
 
@@ -225,6 +235,15 @@ void toy_absent_lane() { launch(absent_lane_kernel, 1, 32, nullptr); }
 void toy_divergent() { launch(divergent_kernel, 1, 64, nullptr); }
 void toy_mixed_operations() { launch(mixed_operations_kernel, 1, 32, nullptr); }
 void toy_too_many_threads() { launch(divergent_kernel, 1, 1056, nullptr); }
+// Three kernels in a row: each adds one to the numbers of the previous one. stored: memory for two results.
+void toy_successors(const float* in, float* out, bool correct, float* stored) {
+  const auto kernel = correct ? successor_kernel<true> : successor_kernel<false>;
+  const LaunchShape early{1, kThreads, 0, 1, true};
+  launch(kernel, 1, kThreads, nullptr, in, stored);
+  launch(kernel, early, nullptr, stored, stored + kThreads);
+  launch(kernel, early, nullptr, stored + kThreads, out);
+}
+void toy_misaligned(float* out) { launch(misaligned_kernel, 1, 32, nullptr, out); }
 void toy_overrun(float* out, int threads) { launch(overrun_kernel, 1, threads, nullptr, out); }
 
 uint16_t to_half(float value) { return __float2half_rn(value).bits; }

@@ -35,7 +35,16 @@ __global__ void mma_kernel(const uint32_t* rows, const uint32_t* columns, uint32
   store_sums(sums, 8, out);
 }
 
-enum Mistake { kNone, kNoWait, kColumnsOverwritten };
+enum Mistake {
+  kNone,
+  kNoWait,
+  kColumnsOverwritten,
+  kSwappedStrides,
+  kNoFence,
+  kRowsChanged,
+  kOneWarpDiffers,
+  kOneWarpStops
+};
 
 // Computes twice the product of 64 rows and 256 columns: the second wgmma adds the same product to the sums of the
 // first.
@@ -47,9 +56,15 @@ __global__ void wgmma_kernel(const uint32_t* rows, const uint32_t* columns, uint
   __syncthreads();
   uint32_t own[4], sums[kWgmmaSums] = {};
   load_rows(rows, own);
-  wgmma_fence();
-  wgmma_and_popcount(sums, own, column_tile_descriptor(tile), false);
-  wgmma_and_popcount(sums, own, column_tile_descriptor(tile), true);
+  uint64_t descriptor = column_tile_descriptor(tile);
+  if (mistake == kSwappedStrides)
+    descriptor = (descriptor & 0x3fff) | (descriptor >> 32 & 0x3fff) << 16 | (descriptor >> 16 & 0x3fff) << 32;
+  const bool is_first_warp = threadIdx.x < kWarpThreads;
+  if (mistake != kNoFence) wgmma_fence();
+  wgmma_and_popcount(sums, own, descriptor, false);
+  if (mistake == kOneWarpStops && is_first_warp) return;
+  wgmma_and_popcount(sums, own, descriptor, mistake != kOneWarpDiffers || !is_first_warp);
+  if (mistake == kRowsChanged) own[0] = ~own[0];
   if (mistake == kColumnsOverwritten && threadIdx.x == 0) tile[0] = ~tile[0];
   if (mistake != kNoWait) wgmma_wait(sums);
   store_sums(sums, kWgmmaColumns, out);

@@ -45,6 +45,16 @@ HE_HOST_DEVICE int column_word(int column, int word) {
   return (2 * (column / 8) + word / 4) * 32 + column % 8 * 4 + word % 4;
 }
 
+// The descriptor of a column tile for wgmma (see "matrix descriptor" in the PTX manual; no swizzle). In units of 16
+// bytes, bits 0-13 are the tile's address in shared memory, bits 16-29 the stride between the two core matrices of the
+// same columns, and bits 32-45 the stride between groups of eight columns.
+constexpr uint64_t kDescriptorStrides = uint64_t{128 / 16} << 16 | uint64_t{256 / 16} << 32;
+HE_HOST_DEVICE uint32_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
+// The descriptor of the column tile that is stored `tiles` column tiles after `tile`.
+HE_HOST_DEVICE uint64_t advance_tiles(uint64_t tile, int tiles) {
+  return tile + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16);
+}
+
 #if defined(__CUDACC__)
 
 // sums = before + popcount(rows & columns). Lane 4g + t passes words t and t + 4 of column g.
@@ -72,18 +82,11 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
 #endif
 }
 
-// The descriptor of a column tile for wgmma (see "matrix descriptor" in the PTX manual; no swizzle). In units of 16
-// bytes, bits 0-13 are the tile's address, bits 16-29 the stride between the two core matrices of the same columns, and
-// bits 32-45 the stride between groups of eight columns.
+// The descriptor of a column tile.
 __device__ __forceinline__ uint64_t column_tile_descriptor(const uint32_t* tile) {
-  constexpr uint64_t kStrides = uint64_t{128 / 16} << 16 | uint64_t{256 / 16} << 32;
-  uint32_t begin = static_cast<uint32_t>(__cvta_generic_to_shared(tile) & 0x3ffff) >> 4;
+  uint32_t begin = descriptor_address(static_cast<uint32_t>(__cvta_generic_to_shared(tile)));
   asm volatile("" : "+r"(begin));  // keeps the compiler from recomputing it for each wgmma
-  return kStrides | begin;
-}
-// The descriptor of the column tile that is stored `tiles` column tiles after `tile`.
-__device__ __forceinline__ uint64_t advance_tiles(uint64_t tile, int tiles) {
-  return tile + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16);
+  return kDescriptorStrides | begin;
 }
 
 // Call this after storing columns in shared memory and before the barrier. After the barrier, wgmma sees the stores.
@@ -114,9 +117,8 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
   const uint32_t whole_rows[4] = {rows[0], rows[1], 0, 0}, whole_columns[2] = {columns[0], 0};
   emulation::mma_and_popcount(sums, whole_rows, whole_columns, before);
 }
-__device__ __forceinline__ const uint32_t* column_tile_descriptor(const uint32_t* tile) { return tile; }
-__device__ __forceinline__ const uint32_t* advance_tiles(const uint32_t* tile, int tiles) {
-  return tile + tiles * (kColumnTileBytes / 4);
+__device__ __forceinline__ uint64_t column_tile_descriptor(const uint32_t* tile) {
+  return kDescriptorStrides | descriptor_address(emulation::shared_address(tile));
 }
 __device__ __forceinline__ void fence_matrix_reads() {}
 template <size_t kCount>

@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/vec.cuh"
 #include "cuda/hamming/bit_rows.cuh"
 #include "cuda/hamming/hit_queue.cuh"
 #include "cuda/hamming/topk_steps.h"
@@ -94,17 +95,20 @@ __device__ __forceinline__ void store_columns(const CodeRows& queries, int64_t f
   }
 }
 
+// The initial sums of two adjacent columns, which one instruction loads.
+using SumPair = Vector<uint32_t, 2>;
+
 // Compares the warp's codes, which start at position `first`, with all columns. Queues the hits.
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
-                                        int group_queries, const uint32_t* columns, const uint32_t* initial_sums,
+                                        int group_queries, const uint32_t* columns, const SumPair* initial_sums,
                                         const Rows<kWords>& rows, int64_t first, int64_t end, HitQueue& queue) {
   constexpr uint32_t kCandidateBit = 64 * kWords;  // 2b
   const int lane = static_cast<int>(threadIdx.x % 32);
   bool has_hits = false;
   for (int q = 0; q < group_queries; q += 8) {
-    const uint2 pair = *reinterpret_cast<const uint2*>(initial_sums + q + 2 * (lane % 4));
-    uint32_t initial[4] = {pair.x, pair.y, pair.x, pair.y}, sums[kTiles<kWords>][4];
+    const SumPair pair = initial_sums[q / 2 + lane % 4];
+    uint32_t initial[4] = {pair.at[0], pair.at[1], pair.at[0], pair.at[1]}, sums[kTiles<kWords>][4];
 #pragma unroll
     for (int slice = 0; slice < kSlices<kWords>; ++slice) {
       const uint32_t word = columns[(q / 8 * kSlices<kWords> + slice) * 32 + lane];
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8    ? 3
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
   constexpr int kWarpCodes = 16 * kTiles<kWords>;
   auto* columns = dynamic_shared<uint32_t>();
-  __shared__ uint32_t initial_sums[kMaxGroupQueries<kWords>];
+  __shared__ SumPair initial_sums[kMaxGroupQueries<kWords> / 2];
   __shared__ HitQueue queues[kWarps];
   wait_for_previous_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * group_queries;
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWords <= 8    ? 3
   for (int64_t chunk = begin; chunk < end; chunk += chunk_codes, chunk_codes = min(2 * chunk_codes, kMaxChunk)) {
     __syncthreads();
     for (int q = threadIdx.x; q < group_queries; q += kBlockThreads)
-      initial_sums[q] = q < queries ? 32 * kWords + candidates.max_distance(first_query + q, chunk) : 0;
+      initial_sums[q / 2].at[q % 2] = q < queries ? 32 * kWords + candidates.max_distance(first_query + q, chunk) : 0;
     __syncthreads();
     const int64_t chunk_end = min(chunk + chunk_codes, end);
     LaneWords<kWords> words;

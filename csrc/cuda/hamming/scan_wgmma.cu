@@ -228,9 +228,10 @@ void launch_wgmma(const HammingSearch& search, const Candidates& candidates, cud
 }  // namespace
 
 bool has_hamming_scan_wgmma() {
-  cudaFuncAttributes attributes{};
-  // The kernel declares shared memory only in code for 9.0a; in other code it is empty.
-  return cudaFuncGetAttributes(&attributes, wgmma_kernel<2>) == cudaSuccess && attributes.sharedSizeBytes > 0;
+  // The kernel is empty except in code for 9.0a, whose architecture is that of code for 9.0. The results of one
+  // instruction alone take this many registers per thread.
+  constexpr int kResultRegisters = 128;
+  return kernel_code(wgmma_kernel<2>).registers > kResultRegisters;
 }
 
 void launch_hamming_scan_wgmma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream) {

@@ -65,7 +65,7 @@ __device__ __forceinline__ void wgmma_wait(uint32_t (&sums)[kWgmmaSums]) {
 #else
 
 __device__ __forceinline__ void wgmma_and_popcount(uint32_t (&sums)[kWgmmaSums], const uint32_t (&rows)[4],
-                                                   const uint32_t* columns, bool accumulate) {
+                                                   uint64_t columns, bool accumulate) {
   emulation::wgmma_and_popcount(sums, kWgmmaSums, rows, columns, accumulate);
 }
 __device__ __forceinline__ void wgmma_fence() { emulation::wgmma_fence(); }

@@ -11,11 +11,11 @@
 // Launch. A thread loads either vectors of 16 bytes or, if x is not aligned for them, one element at a time. A block
 // has as few threads as can hold the slab, up to 512 (256 in NHWC or without vectors). A block of 512 threads holds 32
 // KB. A block of 256 threads holds 16 KB, or 8 KB in half precision without vectors. A larger slab uses a cluster of 2,
-// 4 or 8 blocks, which holds up to 256 KB. On devices without clusters it is split (split.cu). The registers allow 512
-// to 1024 threads per multiprocessor. Therefore a multiprocessor holds 32 to 64 KB in the forward, and twice as much in
-// the backward. If a multiprocessor runs several blocks, one of them loads while another computes sums. In NHWC a row
-// of a slab has 64 bytes. It has more if the slab would otherwise have too little work for a block. It has 32 bytes
-// (one memory sector) if slabs with rows of 64 bytes do not fit.
+// 4 or 8 blocks, which holds up to 256 KB. Where such a cluster cannot run, it is split (split.cu). The registers allow
+// 512 to 1024 threads per multiprocessor. Therefore a multiprocessor holds 32 to 64 KB in the forward, and twice as
+// much in the backward. If a multiprocessor runs several blocks, one of them loads while another computes sums. In NHWC
+// a row of a slab has 64 bytes. It has more if the slab would otherwise have too little work for a block. It has 32
+// bytes (one memory sector) if slabs with rows of 64 bytes do not fit.
 //
 // Instructions, half precision, counted in sm_90a code: about 14 per element forward and 23 backward, two of them in
 // the special function unit, plus about 200 per thread (500 in NHWC). Estimate: in the time that an H200 needs to move
@@ -81,30 +81,52 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   Fragment::store_gradient(x, t, place, planes, sums, constants, params.grad_x);
 }
 
-LaunchShape launch_shape(const SlabPlan& plan, int64_t scratch_bytes) {
+template <typename Fragment>
+int64_t moment_values(const SlabPlan& plan) {
+  return slab_scratch_values(plan, Fragment::kMoments, plan.parts);
+}
+
+template <typename Fragment>
+LaunchShape launch_shape(const SlabPlan& plan, int64_t scratch_values) {
+  const auto scratch_bytes = scratch_values * int64_t{sizeof(typename Fragment::Real)};
   return {plan.blocks(), plan.threads, scratch_bytes, static_cast<int>(plan.parts)};
+}
+template <typename Fragment>
+LaunchShape forward_shape(const SlabPlan& plan) {
+  return launch_shape<Fragment>(
+      plan, slab_scratch_values(plan, Fragment::kChannels, plan.parts) + moment_values<Fragment>(plan));
+}
+template <typename Fragment>
+LaunchShape backward_shape(const SlabPlan& plan) {
+  return launch_shape<Fragment>(plan, slab_scratch_values(plan, 2 * Fragment::kChannels, plan.parts));
 }
 
 }  // namespace
 
+bool can_run_in_cluster(const SimamShape& shape, const SlabPlan& plan) {
+  bool can_run = false;
+  with_fragment(shape, plan.width, [&](auto fragment) {
+    using Fragment = decltype(fragment);
+    can_run = can_launch_cluster(forward_kernel<Fragment>, forward_shape<Fragment>(plan)) &&
+              can_launch_cluster(backward_kernel<Fragment>, backward_shape<Fragment>(plan));
+  });
+  return can_run;
+}
+
 void launch_in_cluster_forward(const SimamForward& params, const SlabPlan& plan, cudaStream_t stream) {
   with_fragment(params.shape, plan.width, [&](auto fragment) {
     using Fragment = decltype(fragment);
-    using Real = typename Fragment::Real;
-    const int64_t sum_values = slab_scratch_values(plan, Fragment::kChannels, plan.parts);
-    const int64_t moment_values = slab_scratch_values(plan, Fragment::kMoments, plan.parts);
-    launch(forward_kernel<Fragment>, launch_shape(plan, (sum_values + moment_values) * sizeof(Real)), stream, params,
-           plan, Constants<Real>(params.shape, params.lam), static_cast<int>(moment_values));
+    launch(forward_kernel<Fragment>, forward_shape<Fragment>(plan), stream, params, plan,
+           Constants<typename Fragment::Real>(params.shape, params.lam),
+           static_cast<int>(moment_values<Fragment>(plan)));
   });
 }
 
 void launch_in_cluster_backward(const SimamBackward& params, const SlabPlan& plan, cudaStream_t stream) {
   with_fragment(params.shape, plan.width, [&](auto fragment) {
     using Fragment = decltype(fragment);
-    using Real = typename Fragment::Real;
-    const int64_t values = slab_scratch_values(plan, 2 * Fragment::kChannels, plan.parts);
-    launch(backward_kernel<Fragment>, launch_shape(plan, values * sizeof(Real)), stream, params, plan,
-           Constants<Real>(params.shape, params.lam));
+    launch(backward_kernel<Fragment>, backward_shape<Fragment>(plan), stream, params, plan,
+           Constants<typename Fragment::Real>(params.shape, params.lam));
   });
 }
 

@@ -52,6 +52,8 @@ struct SlabPlan {
 
 // --- in_cluster.cu: the parts of a slab are the blocks of one cluster ---
 
+// Whether the current device can run both kernels in clusters of plan.parts blocks.
+bool can_run_in_cluster(const SimamShape& shape, const SlabPlan& plan);
 void launch_in_cluster_forward(const SimamForward& params, const SlabPlan& plan, cudaStream_t stream);
 void launch_in_cluster_backward(const SimamBackward& params, const SlabPlan& plan, cudaStream_t stream);
 

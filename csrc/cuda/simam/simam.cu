@@ -115,16 +115,18 @@ int row_columns_log2(const SimamShape& shape, int width, int64_t row_bytes) {
   return std::min(ceil_log2(columns), ceil_log2(ceil_div<int64_t>(shape.channels, width)));
 }
 
-// The result has count = 0 if no cluster can hold a slab.
+// The result has count = 0 if no cluster that the device can run can hold a slab.
 SlabPlan cluster_plan(const SimamShape& shape, int width) {
-  const int64_t max_parts = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMaxClusterBlocks : 1;
   for (const int64_t row_bytes : {kClusterRowBytes, kSectorBytes}) {
     SlabPlan plan = uncut_slabs(shape, width, row_columns_log2(shape, width, row_bytes));
     // If a slab has too few rows, it is widened until it has enough vectors for a block.
     while (!is_contiguous(shape) && plan.slabs_per_sample > 1 && plan.rows << plan.columns_log2 < kMinSlabVectors)
       plan = uncut_slabs(shape, width, plan.columns_log2 + 1);
-    for (int64_t parts = 1; parts <= max_parts; parts *= 2)
-      if (ceil_div(plan.rows, parts) <= max_block_rows(shape, plan)) return cut(shape, plan, parts);
+    int64_t parts = 1;
+    while (parts <= kMaxClusterBlocks && ceil_div(plan.rows, parts) > max_block_rows(shape, plan)) parts *= 2;
+    if (parts > kMaxClusterBlocks) continue;
+    plan = cut(shape, plan, parts);
+    if (can_run_in_cluster(shape, plan)) return plan;
   }
   return {};
 }

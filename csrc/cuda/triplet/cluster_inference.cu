@@ -286,6 +286,10 @@ __device__ __forceinline__ void apply_gates(const Params<T>& params, const Clust
   }
 }
 
+LaunchShape launch_shape(const ClusterPlan& plan, int64_t samples) {
+  return {samples * plan.blocks, plan.threads, plan.bytes, plan.blocks};
+}
+
 template <typename T, int kWidth, int kSize>
 __global__ void __launch_bounds__(kMaxClusterThreads, 2) inference_kernel(Params<T> params) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -310,6 +314,21 @@ __global__ void __launch_bounds__(kMaxClusterThreads, 2) inference_kernel(Params
 
 }  // namespace
 
+bool has_cluster_inference(const TripletShape& shape) {
+  const ClusterPlan plan = ClusterPlan::make(shape);
+  if (!plan.exists()) return false;
+  bool can_run = false;
+  with_element<float>(shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    // The bounds of the launch limit the registers, so that all instances of the template fit alike. The body of the
+    // kernel is empty in code that does not know clusters, even if the cluster is a single block.
+    const auto kernel = inference_kernel<T, 1, 0>;
+    can_run =
+        kernel_code(kernel).architecture >= kClusterArchitecture && can_launch_cluster(kernel, launch_shape(plan, 1));
+  });
+  return can_run;
+}
+
 void launch_cluster_inference(const TripletInference& params, int width, cudaStream_t stream) {
   const Geometry geometry = Geometry::from_shape(params.shape);
   const ClusterPlan plan = ClusterPlan::make(params.shape);
@@ -332,7 +351,7 @@ void launch_cluster_inference(const TripletInference& params, int width, cudaStr
     with_vector_width<T>(width, [&](auto vector) {
       constexpr int kWidth = decltype(vector)::value;
       launch(params.shape.kernel_size == 7 ? inference_kernel<T, kWidth, 7> : inference_kernel<T, kWidth, 0>,
-             {geometry.samples * plan.blocks, plan.threads, plan.bytes, plan.blocks}, stream, kernel_params);
+             launch_shape(plan, geometry.samples), stream, kernel_params);
     });
   });
 }

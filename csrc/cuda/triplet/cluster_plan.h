@@ -45,7 +45,8 @@ struct ClusterPlan {
   // Chooses the smallest cluster with which two blocks fit into a multiprocessor, so that one block loads while the
   // other computes. If this would leave multiprocessors idle because the batch is small, it chooses a larger cluster.
   // If two blocks do not fit with any cluster, it chooses the largest. There is no plan if not even one block fits, if
-  // the three launches of the forward are estimated to be faster, for float64, or before compute capability 9.0.
+  // the three launches of the forward are estimated to be faster, or for float64. has_cluster_inference() (passes.h)
+  // also asks whether the device can run the cluster.
   static ClusterPlan make(const TripletShape& shape) {
     constexpr int kMaxBlocks = 8, kMinSlices = 8;
     const Geometry geometry = Geometry::from_shape(shape);
@@ -53,9 +54,7 @@ struct ClusterPlan {
     const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
     const int64_t element_bytes = shape.dtype == Dtype::kFloat32 ? 4 : 2;
     const int64_t sample_bytes = geometry.size[0] * geometry.size[1] * geometry.size[2] * element_bytes;
-    if (shape.dtype == Dtype::kFloat64 || device_attribute(cudaDevAttrComputeCapabilityMajor) < 9 ||
-        sample_bytes > kMaxBlocks * max_bytes)
-      return {};
+    if (shape.dtype == Dtype::kFloat64 || sample_bytes > kMaxBlocks * max_bytes) return {};
     ClusterPlan plan{};
     for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
       plan = divide(geometry, shape.kernel_size, element_bytes, blocks);

@@ -85,6 +85,9 @@ void launch_response_backward(const ResponseBackward<Real>& params, cudaStream_t
 
 // --- cluster_inference.cu: the whole inference in one launch, if there is a ClusterPlan (cluster_plan.h) ---
 
+// Whether there is a plan, and the current device can run it.
+bool has_cluster_inference(const TripletShape& shape);
+
 // `width` is the number of elements per vector along A2, the contiguous axis of x (tiles.cuh).
 void launch_cluster_inference(const TripletInference& params, int width, cudaStream_t stream);
 

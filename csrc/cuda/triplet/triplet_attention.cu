@@ -17,7 +17,6 @@
 // Per value of a map, the forward saves 16 bytes (28 for float64) for the backward: maximum, mean, response and index.
 // All other maps are in the workspace.
 
-#include "cuda/triplet/cluster_plan.h"
 #include "cuda/triplet/passes.h"
 #include "hashengine/triplet_attention.h"
 
@@ -166,7 +165,7 @@ void clear_parameter_gradients(const TripletBackward& params, cudaStream_t strea
 int64_t triplet_forward_workspace_bytes(const TripletShape& shape) { return forward_workspace_bytes(shape, true); }
 
 int64_t triplet_inference_workspace_bytes(const TripletShape& shape) {
-  return ClusterPlan::make(shape).exists() ? 0 : forward_workspace_bytes(shape, false);
+  return has_cluster_inference(shape) ? 0 : forward_workspace_bytes(shape, false);
 }
 
 int64_t triplet_backward_workspace_bytes(const TripletShape& shape) {
@@ -184,7 +183,7 @@ void launch_triplet_forward(const TripletForward& params, void* workspace, cudaS
 
 void launch_triplet_inference(const TripletInference& params, void* workspace, cudaStream_t stream) {
   if (params.shape.samples == 0) return;
-  if (!ClusterPlan::make(params.shape).exists()) return run_forward(as_forward(params), false, workspace, stream);
+  if (!has_cluster_inference(params.shape)) return run_forward(as_forward(params), false, workspace, stream);
   const Geometry geometry = Geometry::from_shape(params.shape);
   launch_cluster_inference(params, vector_width(geometry, params.shape.dtype, params.x, params.y), stream);
 }
