@@ -461,18 +461,18 @@ def test_a_warning_of_a_decoder_is_one_line_with_the_name_of_the_image(folder, t
     assert sorted(lines) == [f"warning: {name}: {expected}" for name in names]
 
 
-@pytest.mark.parametrize("command", ["index {codes} -o {output}", "encode {images} --model {model} -o {output}"])
+@pytest.mark.parametrize("command", ["index {database} -o {output}", "encode {images} --model {model} -o {output}"])
 @pytest.mark.parametrize("content", ['{"name": "my site"}', None])
 def test_a_foreign_folder_or_file_is_never_replaced(folder, tmp_path, command, content):
     marker = "index.json" if command.startswith("index") else "encode.json"
     output = tmp_path / "output"
     if content is None:  # an earlier output with a file of the user
-        shutil.copytree(folder / ("index" if command.startswith("index") else "codes"), output)
+        shutil.copytree(folder / ("index" if command.startswith("index") else "database"), output)
     else:
         output.mkdir()
         (output / marker).write_text(content)
     (output / "thesis.txt").write_text("precious")
-    paths = {name: folder / name for name in ("codes", "images", "model")} | {"output": output}
+    paths = {name: folder / name for name in ("database", "images", "model")} | {"output": output}
     before = sorted(output.rglob("*"))
     assert "output must be a new folder or an earlier output" in refuse(
         *(word.format(**paths) for word in command.split())
@@ -481,11 +481,11 @@ def test_a_foreign_folder_or_file_is_never_replaced(folder, tmp_path, command, c
 
 
 def test_a_model_inside_the_index_that_is_built_again_is_not_lost(folder, tmp_path):
-    succeed("index", folder / "codes", "-o", tmp_path / "index")
-    succeed("index", folder / "codes", "-o", tmp_path / "index", "--model", tmp_path / "index" / "model")
+    succeed("index", folder / "database", "-o", tmp_path / "index")
+    succeed("index", folder / "database", "-o", tmp_path / "index", "--model", tmp_path / "index" / "model")
     shutil.copytree(folder / "model", tmp_path / "index" / "model" / "extra")
     extra = tmp_path / "index" / "model" / "extra"
-    line = refuse("index", folder / "codes", "-o", tmp_path / "index", "--model", extra)
+    line = refuse("index", folder / "database", "-o", tmp_path / "index", "--model", extra)
     assert "output must be a path that destroys no input" in line
     assert (tmp_path / "index" / "model" / "extra" / "config.json").is_file()
 
@@ -519,7 +519,7 @@ def test_a_pipe_in_place_of_the_record_of_an_index_is_refused_by_report(folder, 
 
 
 def test_too_little_memory_is_one_line_with_status_1(folder, tmp_path, monkeypatch):
-    def allocate(*_):
+    def allocate(*_, **__):
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr("hashengine.evaluation.encode_folder", allocate, raising=False)

@@ -44,12 +44,12 @@ def test_labels_are_a_pair_for_the_queries_and_the_codes() -> None:
     assert_same(got, counts_by_distance(queries, codes, None, is_relevant))
 
 
-def test_empty_codes_and_empty_labels_are_allowed() -> None:
+def test_empty_codes_are_allowed_and_labels_without_a_column_are_not() -> None:
     codes = torch.zeros(3, 2, dtype=torch.uint8)
     assert ops.hamming_count(codes, codes[:0])[0].sum() == 0
     none = torch.zeros(3, 0, dtype=torch.bool)
-    counts, relevant = ops.hamming_count(codes, codes, labels=(none, none))
-    assert counts[:, 0].tolist() == [3, 3, 3] and relevant.sum() == 0
+    with pytest.raises(ValueError, match=r"query_labels must be \[3\], or multi-hot .*, got \[3, 0\]"):
+        ops.hamming_count(codes, codes, labels=(none, none))
 
 
 @pytest.mark.parametrize(
