@@ -264,18 +264,18 @@ def read_unchanged(files: Iterable[Path], read: Callable[[], T]) -> T:
     """
     files = tuple(files)
     while True:
-        before = [_version(file) for file in files]
+        before = [version_of(file) for file in files]
         try:
             result = read()
         except (InputError, OSError):
-            if [_version(file) for file in files] == before:
+            if [version_of(file) for file in files] == before:
                 raise
             continue
-        if [_version(file) for file in files] == before:
+        if [version_of(file) for file in files] == before:
             return result
 
 
-def _version(path: Path) -> tuple[int, ...] | None:
+def version_of(path: Path) -> tuple[int, ...] | None:
     """What distinguishes the file from one that replaces it; None if there is no file."""
     try:
         status = os.stat(path)

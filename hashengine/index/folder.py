@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hashengine._files import make_folder, read_file, sync_file, sync_folder, write_file
+from hashengine._files import make_folder, read_file, sync_file, sync_folder, version_of, write_file
 from hashengine._validation import MAX_BITS
 from hashengine.errors import InputError, brief, invalid
 
@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 KINDS = ("codes", "ids", "live")  # the fields of a manifest that name a file
 
 Manifest = dict[str, Any]
-Version = tuple[int, int, int, int] | None  # device, inode, time of change in ns, size; None: there is no file
+Version = tuple[int, ...] | None  # as by version_of
 FileEntry = dict[str, Any]  # the value of one of KINDS: the fields file, bytes and crc32
 
 _FIELDS = {
@@ -127,15 +127,7 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
 def _versions(path: Path, manifest: Manifest) -> dict[str, Version]:
     """The version of each file that the manifest names."""
     names = [entry["file"] for entry in map(manifest.get, KINDS) if entry]
-    return {name: _version(path / name) for name in names}
-
-
-def _version(file: Path) -> Version:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    return {name: version_of(path / name) for name in names}
 
 
 @contextmanager
