@@ -1,5 +1,6 @@
 """The CUDA kernels on the host under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
+import os
 import subprocess
 
 import pytest
@@ -10,7 +11,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def run_sanitized(name: str) -> subprocess.CompletedProcess:
-    return subprocess.run([compile_once("sanitized", SANITIZERS), name], capture_output=True, text=True)
+    environment = os.environ | {"UBSAN_OPTIONS": "print_stacktrace=1"}
+    program = compile_once("sanitized", SANITIZERS)
+    return subprocess.run([program, name], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize("op", [path.stem.removeprefix("sanitized_") for path in EMULATION.glob("sanitized_*.cpp")])

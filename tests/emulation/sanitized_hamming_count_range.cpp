@@ -26,6 +26,7 @@ void run_one(int64_t queries, int64_t codes, int64_t code_bytes, int64_t offset,
   Array workspace(hamming_ranking_workspace_bytes(ranking), 0), totals(8 * queries, 0);
   Array distances(4 * queries * codes, 0), positions(8 * queries * codes, 0);
   launch_hamming_ranking_count(ranking, totals.get<int64_t>(), workspace.get(), nullptr);
+  emulation_synchronise();  // the host reads `totals`
   std::vector<int64_t> lims(static_cast<size_t>(queries) + 1);
   for (int64_t q = 0; q < queries; ++q) lims[size_t(q) + 1] = lims[size_t(q)] + totals.get<int64_t>()[q];
   launch_hamming_ranking_place(ranking, lims.data(), distances.get<int32_t>(), positions.get<int64_t>(),
@@ -34,6 +35,7 @@ void run_one(int64_t queries, int64_t codes, int64_t code_bytes, int64_t offset,
   if (codes > 0)
     launch_hamming_ranking_place(ranking, nullptr, distances.get<int32_t>(), positions.get<int64_t>(), workspace.get(),
                                  nullptr);
+  emulation_synchronise();  // before `lims` is freed
 }
 
 // Arguments: queries, codes, code_bytes, offset, words, filter_per_query.
