@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch torchvision
 # The images of the demo: digits, fashion-mnist, cifar10 or a folder of class folders.
 DATA ?= digits
-# How many processes run the tests of `make test`. Each needs up to 4 GiB of memory.
+# How many processes run the tests of `make test`.
 WORKERS ?= 2
 # How many seconds `make fuzz` runs.
 SECONDS ?= 60

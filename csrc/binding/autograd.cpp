@@ -43,8 +43,9 @@ bool needs_gradient(const char* op, const Tensor& x, std::initializer_list<Tenso
   return is_needed;
 }
 
-// Skips the autograd kernel of a backward op (refuse_derivatives below) where nothing can be differentiated: without
-// create_graph, and if the gradient has no tangent of forward-mode differentiation, also none of torch.func.
+// Skips the autograd kernel of a backward op, refuse_derivatives() below, in a backward that nothing differentiates: it
+// runs without create_graph, and its gradients have no tangents, neither of forward-mode differentiation nor of
+// torch.func.
 class SkipAutogradInLastBackward {
  public:
   explicit SkipAutogradInLastBackward(std::initializer_list<Tensor> gradients) {

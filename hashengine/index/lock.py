@@ -33,7 +33,7 @@ class ReadersWriterLock:
         """
         if self.is_read_here():
             if self._turnstile._is_owned():
-                raise in_use("reader", "an update of this thread, which a signal has interrupted")
+                raise in_use("HammingIndex", "an update of this thread, which a signal has interrupted")
             return self._own.lock
         with self._turnstile:
             try:

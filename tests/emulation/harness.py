@@ -113,7 +113,10 @@ class Emulation:
 
     @contextmanager
     def device(self, code: int | None = None, largest_cluster: int = LARGEST_CLUSTER) -> Iterator[None]:
-        """In the `with` block, the device runs code for another architecture, and clusters have at most some blocks."""
+        """In the `with` block, the device runs code for the architecture `code`, by default its own.
+
+        A cluster has at most `largest_cluster` blocks there.
+        """
         self.code, self.largest_cluster = code, largest_cluster
         try:
             yield

@@ -146,7 +146,7 @@ def test_progress_may_search_but_not_change_save_or_copy(tmp_path):
 
 def test_a_handler_of_a_signal_may_not_wait_for_its_own_thread(tmp_path):
     index, query, refused = index_of(200), codes_of(1, seed=1), set()
-    calls = changes_of(index, tmp_path) | {"reader": lambda: index.search(query, 5)}
+    calls = changes_of(index, tmp_path) | {"HammingIndex": lambda: index.search(query, 5)}
     names = list(calls)
 
     def handle(*_) -> None:
@@ -171,7 +171,7 @@ def test_a_handler_of_a_signal_may_not_wait_for_its_own_thread(tmp_path):
 
 def test_a_search_inside_the_update_of_its_own_thread_is_refused():
     index, query = index_of(10), codes_of(1, seed=1)
-    with pytest.raises(InputError, match="^reader: the index must be one that no other call of this thread uses"):
+    with pytest.raises(InputError, match="^HammingIndex: the index must be one that no other call of this thread uses"):
         index._rows_lock.write(lambda: index.search(query, 1))
 
 
