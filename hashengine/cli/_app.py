@@ -19,13 +19,14 @@ from typer.core import TyperCommand, TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine.errors import InputError, brief, invalid
+from hashengine.errors import InputError, brief, invalid, shown
 
 F = TypeVar("F", bound=Callable[..., None])
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click.UsageError, or typer's copy of it
 _LONGEST_MESSAGE = 2000  # characters; a longer error, such as that of a path of megabytes, is shortened
 _NO_MEMORY = "alloc_cpu.cpp"  # part of the RuntimeError that torch raises if the host has too little memory
+_GIVEN = "hashengine.given"  # where a context keeps the values of the command line, by parameter, as text
 STDOUT = Path("/dev/stdout")
 MISTAKE, FAILURE = 2, 1  # exit codes: a mistake in the input; a failure of the machine
 
@@ -81,11 +82,16 @@ class Command(TyperCommand):
         """Parse the arguments of the command."""
         if args and not ctx.resilient_parsing:
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            ctx.meta[_GIVEN] = given
             for name, value in given.items():
                 if "" in (value if isinstance(value, (list, tuple)) else (value,)):
-                    where, advice = ctx.command_path.partition(" ")[2], "a variable of the shell may be unset"
-                    raise invalid(where, name, "a value that is not empty", "an empty string", advice)
+                    raise empty_value(ctx.command_path.partition(" ")[2], name)
         return super().parse_args(ctx, args)
+
+
+def empty_value(where: str, name: str) -> InputError:
+    """The error for an option or argument whose value is an empty string."""
+    return invalid(where, name, "a value that is not empty", "an empty string", "a variable of the shell may be unset")
 
 
 def _escape_what_the_console_lacks() -> None:
@@ -145,7 +151,11 @@ def _report_usage(error: Any) -> NoReturn:
     if parameter is None:
         _report(f"{where}: {message[:1].lower()}{message[1:]}", MISTAKE)
     words = re.sub(r"^\w+ should ", "must ", message)
-    _report(f"{where}: {parameter.name}" + (f" {words}" if words != message else f": {words}"), MISTAKE)
+    if words == message:
+        _report(f"{where}: {parameter.name}: {message}", MISTAKE)
+    given = error.ctx.meta.get(_GIVEN, {}).get(parameter.name) if error.ctx else None
+    got = "" if given is None else f", got {brief(shown(given))}"
+    _report(f"{where}: {parameter.name} {words.partition(', ')[0]}{got}", MISTAKE)
 
 
 def _is_expected(error: Exception) -> bool:

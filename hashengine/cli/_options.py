@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from hashengine.cli._app import empty_value
 from hashengine.errors import invalid
 from hashengine.training.config import parse_yaml
 
@@ -56,7 +57,7 @@ def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
     """Parse options that the command does not declare: `--name value` or `--name=value`, with the value as in YAML.
 
     Raises:
-        InputError: an argument is not of that form.
+        InputError: an argument is not of that form, or a value is empty.
     """
     options: dict[str, Any] = {}
     remaining = list(arguments)
@@ -66,7 +67,10 @@ def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
         if not name.startswith("--") or (not has_value and not remaining):
             raise invalid(where, "an argument", "'--option value'", repr(argument))
         text = value if has_value else remaining.pop(0)
-        options[name.removeprefix("--").replace("-", "_")] = parse(text)
+        option = name.removeprefix("--").replace("-", "_")
+        if not text:
+            raise empty_value(where, option)
+        options[option] = parse(text)
     return options
 
 

@@ -115,6 +115,7 @@ def encode_folder(
     batch_size: int = BATCH_SIZE,
     device: DeviceName = "auto",
     warn: Callable[[str], None] = _progress.note,
+    where: str = "encode",
 ) -> CodesFolder:
     """Encode all images under `folder`, at any depth, in the order of their paths.
 
@@ -128,20 +129,21 @@ def encode_folder(
         device: "auto", "cpu", "cuda", "cuda:1", ...
         warn: called with one line for each image, file or folder that cannot be read, and one line for all files that
             are no images. All of these are skipped and recorded. By default the line is written to stderr.
+        where: the function or command to name in an error.
 
     Raises:
         InputError: there is no such folder, model or device, `batch_size` is below 1, or no image can be read.
     """
     # A tensor cannot be split into parts of a size beyond 63 bits.
-    batch_size = min(check_integer("encode", "batch_size", batch_size, 1), 1 << 31)
-    folder = check_path("encode", "folder", folder).absolute()
-    model = check_path("encode", "model", model)
+    batch_size = min(check_integer(where, "batch_size", batch_size, 1), 1 << 31)
+    folder = check_path(where, "folder", folder).absolute()
+    model = check_path(where, "model", model)
     is_single = folder.is_file()
-    found = FoundImages([folder], [], []) if is_single else find_images(folder, "encode")
-    chosen = check_device("encode", device, auto=True)
+    found = FoundImages([folder], [], []) if is_single else find_images(folder, where)
+    chosen = check_device(where, device, auto=True)
     identity, network = read_unchanged(
         [model / CONFIG_FILE, model / WEIGHTS_FILE],
-        lambda: (fingerprint(model, "encode"), HashNet.from_pretrained(model)),
+        lambda: (fingerprint(model, where), HashNet.from_pretrained(model)),
     )
     network = network.to(chosen).eval()
 
@@ -169,7 +171,7 @@ def encode_folder(
             codes.append(network.encode(torch.stack(readable).to(chosen), batch_size).cpu().numpy())
     if not items:
         actual = f"{len(errors)} unreadable ones in {str(folder)!r}"
-        raise invalid("encode", "folder", "a folder with a readable image", actual)
+        raise invalid(where, "folder", "a folder with a readable image", actual)
     rows = np.concatenate(codes)
     record = EncodeRecord(
         bits=network.config.bits,

@@ -83,7 +83,8 @@ def search_images(
     if is_codes_folder(query):
         queries = CodesFolder.load(query, "search", "query")
     else:
-        queries = encode_folder(query, model or Path(index, "model"), batch_size=batch_size, device=device)
+        network = model or Path(index, "model")
+        queries = encode_folder(query, network, batch_size=batch_size, device=device, where="search")
     return image_index.search(queries, k)
 
 

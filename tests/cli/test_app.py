@@ -155,6 +155,8 @@ def test_the_option_threads_sets_the_number_of_threads_of_torch(tmp_path):
         (("train", "fit", "--images", "images", "--output", ""), "output"),
         (("train", "fit", "--images", "", "--output", "model", "--alpha", "0.2"), "images"),
         (("train", "fit", "--config", ""), "config"),
+        (("train", "fit", "--images", "images", "--output", "model", "--alpha="), "alpha"),
+        (("train", "fit", "--images", "images", "--output", "model", "--alpha", ""), "alpha"),
         (("train", "sweep", "--images", "images", "--output", "sweep", "--queries", ""), "queries"),
         (("train", "report", "run", ""), "runs"),
     ],
@@ -166,6 +168,21 @@ def test_an_empty_value_is_refused_before_it_becomes_the_working_folder(argument
     expected = f"error: {command}: {name} must be a value that is not empty, got an empty string; a variable of the"
     assert refuse(*arguments).startswith(expected)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "index", "query", "-k", "abc"), "search: k must be a valid integer, got 'abc'"),
+        (("encode", "images", "--batch-size", "1.5"), "encode: batch_size must be a valid integer, got '1.5'"),
+        (("index", "codes", "--threads", "1\n2"), r"index: threads must be a valid integer, got '1\n2'"),
+        (("train", "fit", "--lr", "x" * 1000), "train fit: lr must be a valid number, got 'xxxx"),
+    ],
+    ids=str,
+)
+def test_a_value_of_a_wrong_type_is_shown(arguments, message):
+    error = refuse(*arguments)
+    assert error.startswith(f"error: {message}") and len(error) < 300
 
 
 def test_quiet_leaves_stderr_empty(tmp_path):

@@ -295,6 +295,8 @@ def test_mistakes_in_search_are_refused(folder, tmp_path):
     assert "search: output must be a file" in refuse("search", index, folder / "query")
     assert "search: k must be 1 to 15" in refuse("search", index, query, "-k", 0)
     assert "search: k must be 1 to 15" in refuse("search", index, query, "-k", 16)
+    assert "search: device must be " in refuse("search", index, query, "--device", "tpu")
+    assert "search: batch_size must be at least 1" in refuse("search", index, query, "--batch-size", 0)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     assert "broken.png" in refuse("search", index, tmp_path / "broken.png")
     assert "query must be codes of 32 bits" in refuse(
