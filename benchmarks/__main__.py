@@ -18,6 +18,7 @@ from benchmarks.networks import throughput
 from benchmarks.networks.throughput import Attention, Mode
 from benchmarks.search import cpu as cpu_search
 from benchmarks.search import gpu_suite
+from benchmarks.search import levels as level_search
 from benchmarks.search import mapped as mapped_search
 from benchmarks.search import single_query as single_query_search
 from benchmarks.search.cases import Task, make_cases
@@ -61,13 +62,26 @@ def hamming(
         ),
     ] = None,
     codes: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 1_000_000,
-    queries: Annotated[int, typer.Option(min=1, help="Queries per batch.")] = 1000,
+    queries: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Queries per batch; may be repeated with --levels; default: 1000.", show_default=False
+        ),
+    ] = None,
     bits: Annotated[
         list[int] | None, typer.Option(min=8, help="Bits per code; may be repeated; default: 64, 128 and 256.")
     ] = None,
     k: Annotated[
         list[int] | None, typer.Option("-k", min=1, help="Neighbours per query; may be repeated; default: 10 and 100.")
     ] = None,
+    levels: Annotated[
+        bool,
+        typer.Option(
+            "--levels",
+            help="Compare the SIMD levels of this CPU in a grid of numbers of queries, k and code lengths, and name "
+            "each cell in which a higher level is slower than a lower one.",
+        ),
+    ] = False,
     share: Annotated[
         float, typer.Option(min=0.001, max=1, help="For --task filter: the share of the codes that the filter selects.")
     ] = 0.5,
@@ -92,12 +106,27 @@ def hamming(
     compared with FAISS's GPU index, with searches in plain torch, and with limits that follow from the hardware. Only
     the task search has all of these comparisons. `hamming-gpu` measures all important cases.
     """
+    if levels:
+        if device != "cpu" or task or data is not Data.random:
+            raise invalid("hamming", "--levels", "alone, or with options for sizes", "--task, --data or --device")
+        level_search.run(
+            codes=codes,
+            queries=queries or level_search.QUERIES,
+            bits=bits or level_search.BITS,
+            ks=k or level_search.KS,
+            threads=threads,
+            rounds=rounds,
+            output=output,
+        )
+        return
+    if queries and len(queries) > 1:
+        raise invalid("hamming", "queries", "one number without --levels", f"{len(queries)} numbers")
     lengths = bits or [64, 128, 256]
     cases = make_cases(
         "hamming",
         tasks=task or [Task.search],
         codes=codes,
-        queries=queries,
+        queries=queries[0] if queries else 1000,
         bits=lengths,
         ks=k or [10, 100],
         share=share,

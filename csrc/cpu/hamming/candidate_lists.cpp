@@ -14,13 +14,13 @@ constexpr uint32_t kUnbounded = UINT32_MAX;
 QueryBatch next_batch(const HammingSearch& search, int64_t first_query, int64_t max_queries, int64_t bytes_per_query,
                       SimdLevel level) {
   const int64_t count = std::min(search.query_count - first_query, std::max<int64_t>(max_queries, 1));
-  if (const HammingKernel* const kernel = bitsliced_hamming_kernel(level, search)) {
+  for (const HammingKernel* const kernel : bitsliced_hamming_kernels(level, search)) {
+    if (kernel == nullptr) continue;
     const int64_t block = std::min(kernel->block_queries, kThreadScratchBytes / bytes_per_query);
-    if (block >= kernel->min_queries) {
-      const int64_t remainder = count % block;
-      const int64_t in_blocks = count - (remainder >= kernel->min_queries ? 0 : remainder);
-      if (in_blocks) return {search.slice(first_query, in_blocks), first_query, kernel};
-    }
+    if (block < kernel->min_queries) continue;
+    const int64_t remainder = count % block;
+    const int64_t in_blocks = count - (remainder >= kernel->min_queries ? 0 : remainder);
+    if (in_blocks) return {search.slice(first_query, in_blocks), first_query, kernel};
   }
   const HammingSearch slice = search.slice(first_query, count);
   return {slice, first_query, &hamming_kernel(level, slice)};

@@ -31,15 +31,15 @@ uint8_t* aligned(void* memory, uintptr_t alignment) {
 
 const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_unused]] const HammingSearch& search) {
 #ifdef HE_X86
-  // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word
-  // (except codes of 4 bytes) are an exception: reading that word costs the popcount kernel more than preparing tiles.
-  const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
-  const bool has_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
-  const bool is_small_batch = search.query_count <= few_queries && has_whole_words;
-  if (level == SimdLevel::kAvx512) return is_small_batch ? kHammingPopcnt : kHammingAvx512;
-  if (level == SimdLevel::kAvx2) {
-    if (search.code_bytes > kHammingAvx2.max_code_bytes) return kHammingPopcnt;
-    return is_small_batch ? kHammingPopcnt : kHammingAvx2;
+  if (level == SimdLevel::kAvx2 || level == SimdLevel::kAvx512) {
+    // The popcount kernel does not prepare tiles, so it is faster for few queries. Codes that end in a partial word
+    // (except codes of 4 bytes) are an exception: reading that word costs the popcount kernel more than preparing
+    // tiles.
+    const int64_t few_queries = search.code_bytes < 64 ? 2 : 4;
+    const bool has_whole_words = search.code_bytes % 8 == 0 || search.code_bytes == 4;
+    if (search.query_count <= few_queries && has_whole_words) return kHammingPopcnt;
+    if (search.code_bytes <= kHammingAvx2.max_code_bytes) return kHammingAvx2;
+    return level == SimdLevel::kAvx512 ? kHammingAvx512 : kHammingPopcnt;
   }
 #elif defined(HE_ARM)
   // The NEON kernel reads codes of the usual lengths without preparing them, so it also serves few queries.
@@ -48,16 +48,19 @@ const HammingKernel& hamming_kernel([[maybe_unused]] SimdLevel level, [[maybe_un
   return kHammingScalar;
 }
 
-const HammingKernel* bitsliced_hamming_kernel([[maybe_unused]] SimdLevel level, const HammingSearch& search) {
-  const HammingKernel* kernel = nullptr;
+std::array<const HammingKernel*, 2> bitsliced_hamming_kernels([[maybe_unused]] SimdLevel level,
+                                                              const HammingSearch& search) {
+  std::array<const HammingKernel*, 2> kernels{};
 #ifdef HE_X86
-  if (level == SimdLevel::kAvx512) kernel = &kHammingBitslicedAvx512;
-  if (level == SimdLevel::kAvx2) kernel = &kHammingBitslicedAvx2;
+  if (level == SimdLevel::kAvx512) kernels = {&kHammingBitslicedAvx512, &kHammingBitslicedAvx2};
+  if (level == SimdLevel::kAvx2) kernels = {&kHammingBitslicedAvx2};
 #elif defined(HE_ARM)
-  if (level == SimdLevel::kNeon) kernel = &kHammingBitslicedNeon;
+  if (level == SimdLevel::kNeon) kernels = {&kHammingBitslicedNeon};
 #endif
-  const bool fits = kernel && search.code_bytes <= kernel->max_code_bytes;
-  return fits && search.code_count >= kMinBitslicedCodes ? kernel : nullptr;
+  for (const HammingKernel*& kernel : kernels)
+    if (kernel && (search.code_bytes > kernel->max_code_bytes || search.code_count < kMinBitslicedCodes))
+      kernel = nullptr;
+  return kernels;
 }
 
 HammingPlan::HammingPlan(const HammingKernel& chosen_kernel, const HammingSearch& search, int64_t bytes_per_query,

@@ -6,6 +6,7 @@
 // many queries, the speed is limited by the arithmetic of the scan; with a single query, by the memory bandwidth.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 
@@ -18,10 +19,13 @@ constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;        // so that positions
 constexpr int64_t kThreadScratchBytes = int64_t(24) << 20;  // for all queries of a block; a single query may take more
 
 // The kernel of a SIMD level that takes any number of queries.
+//
+// The level AVX-512 takes the kernels of AVX2 except where its own were faster in a measurement (on Zen 4): for blocks
+// of many queries. AVX2 has no vector kernel for the longest codes.
 const HammingKernel& hamming_kernel(SimdLevel level, const HammingSearch& search);
-// The kernel of a SIMD level for blocks of many queries. Null if there is none for codes of this length, or if there
-// are too few codes to repay building the tables of a block.
-const HammingKernel* bitsliced_hamming_kernel(SimdLevel level, const HammingSearch& search);
+// The kernels of a SIMD level for blocks of many queries, the one for the largest blocks first. An entry is null if
+// there is no kernel for codes of this length, or if there are too few codes to repay building the tables of a block.
+std::array<const HammingKernel*, 2> bitsliced_hamming_kernels(SimdLevel level, const HammingSearch& search);
 
 struct HammingPlan {
   const HammingKernel* kernel;

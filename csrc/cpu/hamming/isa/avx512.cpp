@@ -1,9 +1,8 @@
-// Hamming search with AVX-512's population count: xor, vpopcntq, add, and subtraction of the bound. Each instruction
-// processes eight codes.
+// Hamming search for codes that are too long for the kernels of AVX2, with AVX-512's population count: xor, vpopcntq
+// and add, and subtraction of the bound. Each instruction processes eight codes.
 //
 // A tile consists of groups of eight codes, stored word by word: vector w of a group holds the w-th eight bytes of
-// every code, zero-padded at the end of the code. Eight queries share each load of a vector, so that codes of 64 bits
-// take about 4 instructions per eight distances.
+// every code, zero-padded at the end of the code. Eight queries share each load of a vector.
 
 #include "cpu/hamming/kernel.h"
 
@@ -53,10 +52,10 @@ __attribute__((noinline)) void push_group(const int64_t distances[kGroup], const
   for (int64_t i = 0; i < present; ++i) selector.push(uint32_t(distances[i]), tile.position_of(first_code + i));
 }
 
-// Scans the whole tile for kQueries queries. kWords: the number of words of a code as a constant; 0: any number.
-template <int kQueries, int kWords>
+// Scans the whole tile for kQueries queries.
+template <int kQueries>
 HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* queries, Selector* selectors) {
-  const int64_t words = kWords ? kWords : words_of(tile.code_bytes);
+  const int64_t words = words_of(tile.code_bytes);
   const auto* vectors = reinterpret_cast<const __m512i*>(tile.prepared);
   __m512i bounds[kQueries];
 #pragma GCC unroll 8
@@ -90,27 +89,13 @@ HE_TARGET_AVX512 void scan_queries(const HammingTile& tile, const int64_t* queri
   }
 }
 
-template <int kWords>
-void scan_words(const HammingTile& tile, const int64_t* queries, int64_t query_count, Selector* selectors) {
+void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selectors) {
+  const auto* query = reinterpret_cast<const int64_t*>(queries.prepared);
   const int64_t words = words_of(tile.code_bytes);
   int64_t q = 0;
-  for (; q + kSharedQueries <= query_count; q += kSharedQueries)
-    scan_queries<kSharedQueries, kWords>(tile, queries + q * words, selectors + q);
-  for (; q < query_count; ++q) scan_queries<1, kWords>(tile, queries + q * words, selectors + q);
-}
-
-void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selectors) {
-  const auto* words = reinterpret_cast<const int64_t*>(queries.prepared);
-  switch (words_of(tile.code_bytes)) {
-    case 1: return scan_words<1>(tile, words, queries.count, selectors);
-    case 2: return scan_words<2>(tile, words, queries.count, selectors);
-    case 4: return scan_words<4>(tile, words, queries.count, selectors);
-    case 6: return scan_words<6>(tile, words, queries.count, selectors);
-    case 8: return scan_words<8>(tile, words, queries.count, selectors);
-    case 12: return scan_words<12>(tile, words, queries.count, selectors);
-    case 16: return scan_words<16>(tile, words, queries.count, selectors);
-    default: return scan_words<0>(tile, words, queries.count, selectors);
-  }
+  for (; q + kSharedQueries <= queries.count; q += kSharedQueries)
+    scan_queries<kSharedQueries>(tile, query + q * words, selectors + q);
+  for (; q < queries.count; ++q) scan_queries<1>(tile, query + q * words, selectors + q);
 }
 
 HE_TARGET_AVX512 void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,

@@ -1,4 +1,4 @@
-// Hamming search for a few queries, or for very long codes, on x86 with AVX2 but without AVX-512.
+// Hamming search on x86 with AVX2 for a few queries or, without AVX-512, for very long codes.
 //
 // Preparing a tile for isa/avx2.cpp costs as much as scanning it for several queries. Therefore this kernel reads codes
 // in their stored form and counts bits by the scalar popcnt instruction, which every CPU with AVX2 has. For codes of 64

@@ -1,0 +1,111 @@
+"""`hamming --levels`: its result rows and table, its limits, the verification of its answers, and wrong options."""
+
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import timing
+from benchmarks.search import levels
+from benchmarks.search.row_names import FAISS
+from hashengine import HammingIndex, _native
+from tests.helpers.benchmarks import assert_refused, invoke, read_lines, run_command
+from tests.helpers.hamming_levels import native_levels
+
+pytest.importorskip("faiss")
+pytestmark = pytest.mark.skipif(not _native.available(), reason="the native module is not in use")
+
+SIZES = ("--codes", 300, "--bits", 32, "--bits", 64, "--queries", 1, "--queries", 3, "-k", 1, "-k", 7, "-k", 1000)
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    monkeypatch.setattr(timing, "_PAUSE_SECONDS_PER_TURN", 0)
+    monkeypatch.setattr(timing, "_BURST_SECONDS", 0.0005)
+
+
+@pytest.fixture
+def no_limits(monkeypatch):
+    """Such short searches are not faster at a higher level."""
+    monkeypatch.setattr(levels, "judge", lambda *arguments: [])
+
+
+def test_every_cell_gives_a_row_with_the_time_of_every_level(tmp_path, no_limits):
+    file = tmp_path / "rows.jsonl"
+    printed = invoke("hamming", "--levels", *SIZES, "--threads", 1, "--output", file)
+    rows = read_lines(file)
+    expected = [(bits, queries, k) for bits in (32, 64) for queries in (1, 3) for k in (1, 7)]  # k = 1,000 is too large
+    assert [(row["bits"], row["queries"], row["k"]) for row in rows] == expected
+    for row in rows:
+        has_limit = (row["bits"], row["queries"]) == (64, 1)
+        assert list(row["seconds"]) == native_levels() + ([FAISS] if has_limit else [])
+        assert all(times and min(times) > 0 for times in row["seconds"].values())
+    assert "32 bits, 300 codes" in printed and "64 bits, 300 codes" in printed and "k = 7" in printed
+
+
+@pytest.mark.parametrize(
+    ("cell", "seconds", "failures"),
+    [
+        ((32, 2, 10), {"scalar": 3.0, "avx2": 1.0, "avx512": 1.09}, []),
+        ((32, 2, 10), {"scalar": 3.0, "avx2": 1.0, "avx512": 1.2}, ["avx512 takes 1.20 times as long as avx2"]),
+        ((32, 2, 10), {"scalar": 1.0, "avx2": 2.0, "avx512": 2.0}, ["avx2 takes 2.00 .*scalar", "avx512 .*scalar"]),
+        ((64, 1, 10), {"scalar": 3.0, "avx2": 1.0, FAISS: 2.0}, ["scalar is 0.67 times as fast as FAISS, less than 1"]),
+        ((256, 1000, 10_000), {"scalar": 9.0, "avx2": 1.0, FAISS: 8.1}, []),
+        ((256, 1000, 10_000), {"scalar": 9.0, "avx2": 1.0, FAISS: 7.9}, ["avx2 is 7.90 times .* less than 8 times"]),
+    ],
+)
+def test_limits(cell, seconds, failures):
+    names = [name for name in seconds if name != FAISS]
+    found = levels.judge(levels.Cell(*cell), {name: [time] * 3 for name, time in seconds.items()}, names)
+    assert len(found) == len(failures)
+    for line, expected in zip(found, failures, strict=True):
+        assert line.startswith(f"{cell[0]} bits, {cell[1]:,} queries, k = {cell[2]:,}: ")
+        assert re.search(expected, line)
+
+
+def test_a_cell_that_fails_is_timed_again_and_named(monkeypatch):
+    rounds = []
+
+    def time_in_rounds(searches, count):
+        rounds.append((list(searches), count))
+        return {"low": [1.0] * count, "middle": [9.0] * count, "high": [1.5] * count}
+
+    monkeypatch.setattr(levels, "time_in_rounds", time_in_rounds)
+    names = ["low", "middle", "high"]
+    seconds, failures = levels.measure(levels.Cell(32, 2, 1), dict.fromkeys(names), 3, names)
+    assert rounds == [(names, 1), (["low", "high"], 3), (names, 9)]
+    assert [len(times) for times in seconds.values()] == [9, 9, 9]
+    assert [line.split(": ")[1] for line in failures] == [
+        "middle takes 9.00 times as long as low",
+        "high takes 1.50 times as long as low",
+    ]
+
+
+def test_a_level_is_set_for_its_own_searches_only(monkeypatch):
+    monkeypatch.setenv("HASHENGINE_SIMD_LEVEL", "auto")
+    index, codes = HammingIndex(16), np.arange(8, dtype=np.uint8).reshape(4, 2)
+    index.add(codes)
+    seen = []
+    monkeypatch.setattr(index, "search", lambda *_: seen.append(levels.os.environ["HASHENGINE_SIMD_LEVEL"]))
+    levels._search_at("scalar", index, codes, 1)
+    assert (seen, levels.os.environ["HASHENGINE_SIMD_LEVEL"]) == (["scalar"], "auto")
+    monkeypatch.delenv("HASHENGINE_SIMD_LEVEL")
+    levels._search_at("scalar", index, codes, 1)
+    assert (seen, "HASHENGINE_SIMD_LEVEL" in levels.os.environ) == (["scalar"] * 2, False)
+
+
+def test_wrong_answers_fail_the_command(monkeypatch):
+    search = HammingIndex.search
+
+    def other_ids(self, queries, k, **options):
+        distances, ids = search(self, queries, k, **options)
+        return distances, np.asarray(ids) + 1
+
+    monkeypatch.setattr(HammingIndex, "search", other_ids)
+    result = run_command("hamming", "--levels", *SIZES)
+    assert result.exit_code == 1 and "the answers of scalar must equal those of" in str(result.exception)
+
+
+def test_wrong_options_are_refused():
+    assert_refused("hamming: --levels must be alone", "hamming", "--levels", "--task", "map")
+    assert_refused("hamming: queries must be one number", "hamming", "--queries", 1, "--queries", 2)
