@@ -34,7 +34,7 @@ ThreadPool make_pool(int64_t threads) {
 // the stand-ins.
 void count_pushed(const HammingSearch& search, const uint8_t* stand_ins, int64_t radius, SimdLevel level,
                   int64_t* counts) {
-  const HammingKernel& kernel = *bitsliced_hamming_kernel(level, search);
+  const HammingKernel& kernel = *bitsliced_hamming_kernels(level, search)[0];
   PageBuffer buffer;
   uint8_t* const prepared = buffer.reserve(kernel.block_queries * kernel.query_bytes(search.code_bytes), false);
   kernel.prepare_queries(search.queries, search.query_count, search.code_bytes, prepared);

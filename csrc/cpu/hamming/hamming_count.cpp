@@ -1,49 +1,32 @@
 // Counts codes by Hamming distance on the CPU.
 //
-// Idea. The distances of a tile are computed first. Then one counter is incremented for each pair of a query and a
-// code. Neighbouring codes often have the same distance, and two increments of the same counter in a row are slow,
-// because the second must wait for the store of the first. Therefore each distance has kCounterBanks counters,
-// which consecutive codes use in turn.
+// Idea. The distances of a tile from a query are computed first. They become values: the values of
+// relevant codes follow those of all others, and a code that the query's filter excludes has the last value. Then a
+// histogram of the values is made (histogram.h): of pairs of values where there are enough codes to repay its counters,
+// otherwise in banks.
 
 #include <mutex>
 
+#include "cpu/hamming/histogram.h"
 #include "cpu/hamming/plan.h"
+#include "cpu/hamming/tile_labels.h"
 
 namespace hashengine {
 namespace {
 
 constexpr int64_t kMinChunkCodes = 1 << 14;
-constexpr int64_t kCounterBanks = 4;
+constexpr int64_t kMinCodesPerPair = 16;  // codes for each counter of a pair; fewer do not repay adding up the counters
+// Queries per block if pairs are counted. Of the 4 width^2 bytes of counters of a query, distances of random codes use
+// about a quarter; those of a block stay in the second-level cache.
+constexpr int64_t kPairedQueries = 32;
 
-bool is_relevant(const HammingLabels& labels, const uint64_t* a, const uint64_t* b) {
-  if (!labels.any) return std::equal(a, a + labels.words, b);
-  for (int64_t w = 0; w < labels.words; ++w)
-    if (a[w] & b[w]) return true;
-  return false;
-}
-
-// Replaces each distance d by 2 d, or by 2 d + 1 if the code is relevant.
-void add_relevance(const HammingLabels& labels, int64_t query, int64_t first_code, const HammingTile& tile,
-                   uint32_t* distances) {
-  const uint64_t* const query_label = labels.queries + query * labels.words;
-  const uint64_t* const code_labels = labels.codes + first_code * labels.words;
-  if (labels.words == 1 && !tile.positions) {  // the usual case, in a loop that the compiler vectorises
-    const uint64_t label = *query_label, any = labels.any ? ~uint64_t(0) : 0;
-    const uint64_t* const tile_labels = code_labels + tile.first_position;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      const uint64_t is_equal = tile_labels[i] == label, shares = (tile_labels[i] & label) != 0;
-      distances[i] = 2 * distances[i] + uint32_t((is_equal & ~any) | (shares & any));
-    }
-    return;
-  }
-  for (int64_t i = 0; i < tile.count; ++i)
-    distances[i] =
-        2 * distances[i] + is_relevant(labels, query_label, code_labels + tile.position_of(i) * labels.words);
-}
-
+template <typename Value>
 struct ThreadScratch {
-  std::vector<uint32_t> distances;  // from one query to the codes of a tile
-  std::vector<uint32_t> counts;     // [query, distance, relevance if there are labels, bank]
+  std::vector<Value> values;     // from one query to the codes of a tile
+  std::vector<uint16_t> pairs;   // of one query
+  std::vector<uint32_t> counts;  // [query, counter]
+  std::vector<int64_t> sums;     // [query, value]
+  TileLabels labels;
 };
 
 }  // namespace
@@ -51,38 +34,75 @@ struct ThreadScratch {
 void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels, int64_t* counts, int64_t* relevant,
                        SimdLevel level, const ThreadPool& pool) {
   const int64_t distance_count = search.distance_count(), kinds = labels ? 2 : 1;
-  const int64_t query_counters = distance_count * kinds * kCounterBanks;
   std::fill(counts, counts + search.query_count * distance_count, 0);
   if (labels) std::fill(relevant, relevant + search.query_count * distance_count, 0);
   if (search.query_count == 0) return;
-  const HammingPlan plan(hamming_kernel(level, search), search, query_counters * int64_t(sizeof(uint32_t)),
-                         kMinChunkCodes, pool.threads);
+
+  const int64_t excluded = kinds * distance_count, width = excluded + 1;
+  const HammingKernel& kernel = hamming_kernel(level, search);
+  const bool has_bytes = kernel.compute_byte_distances && search.code_bytes <= kMaxByteDistanceBytes;
+  const bool has_pairs = has_bytes && width <= kMaxPairWidth && search.code_count >= kMinCodesPerPair * width * width;
+  const int64_t query_counters = has_pairs ? width * width : width * kCounterBanks;
+  const int64_t min_chunk_codes = has_pairs ? kMinCodesPerPair * width * width : kMinChunkCodes;
+  const int64_t scratch_bytes = query_counters * int64_t(sizeof(uint32_t));
+  const HammingPlan plan(kernel, search, has_pairs ? kThreadScratchBytes / kPairedQueries : scratch_bytes,
+                         min_chunk_codes, pool.threads);
+  const LabelPlanes planes(labels ? *labels : HammingLabels{}, labels ? search.query_count : 0, search.code_count);
+
   std::mutex result_mutex;
-  for_each_item<ThreadScratch>(plan, search, pool, [&](WorkItem& item, ThreadScratch& scratch) {
-    scratch.counts.assign(size_t(item.queries.count * query_counters), 0);
-    item.for_each_tile_and_query(item.first_code, item.end_code, scratch.distances,
-                                 [&](int64_t q, const HammingTile& tile, uint32_t* distances) {
-                                   uint32_t* const counters = scratch.counts.data() + q * query_counters;
-                                   if (labels)
-                                     add_relevance(*labels, item.first_query + q, item.first_code, tile, distances);
-                                   if (const uint8_t* const filter = item.filter_of(q)) {
-                                     for (int64_t i = 0; i < tile.count; ++i)
-                                       counters[distances[i] * kCounterBanks + i % kCounterBanks] +=
-                                           passes(filter, tile.position_of(i));
-                                   } else {
-                                     for (int64_t i = 0; i < tile.count; ++i)
-                                       ++counters[distances[i] * kCounterBanks + i % kCounterBanks];
-                                   }
-                                 });
+  const auto add_item = [&](const WorkItem& item, const auto& scratch) {
     const std::lock_guard lock(result_mutex);  // items of other chunks add to the same counts
-    for (int64_t row = 0; row < item.queries.count * distance_count; ++row) {
-      int64_t sums[2] = {0, 0};
-      for (int64_t i = 0; i < kinds * kCounterBanks; ++i)
-        sums[i / kCounterBanks] += scratch.counts[size_t(row * kinds * kCounterBanks + i)];
-      counts[item.first_query * distance_count + row] += sums[0] + sums[1];
-      if (labels) relevant[item.first_query * distance_count + row] += sums[1];
-    }
-  });
+    for (int64_t q = 0; q < item.queries.count; ++q)
+      for (int64_t distance = 0; distance < distance_count; ++distance) {
+        const int64_t* const sums = scratch.sums.data() + q * width + distance;
+        const int64_t at = (item.first_query + q) * distance_count + distance;
+        counts[at] += labels ? sums[0] + sums[distance_count] : sums[0];
+        if (labels) relevant[at] += sums[distance_count];
+      }
+  };
+  const auto count_items = [&](auto type) {
+    using Value = decltype(type);
+    using Scratch = ThreadScratch<Value>;
+    for_each_item<Scratch>(plan, search, pool, [&](WorkItem& item, Scratch& scratch) {
+      scratch.counts.assign(size_t(item.queries.count * query_counters), 0);
+      const auto count = [&](int64_t q, const HammingTile& tile, Value* values) {
+        uint32_t* const counters = scratch.counts.data() + q * query_counters;
+        if (labels) {
+          if (q == 0) scratch.labels.set(planes, item.first_code, tile);
+          scratch.labels.add_relevance(planes, item.first_query + q, Value(distance_count), values);
+        }
+        if (const uint8_t* const filter = item.filter_of(q))
+          for (int64_t i = 0; i < tile.count; ++i)
+            values[i] = passes(filter, tile.position_of(i)) ? values[i] : Value(excluded);
+        if constexpr (sizeof(Value) == 1) {
+          if (has_pairs) {
+            const int64_t padded = round_up(tile.count, 8);
+            std::fill(values + tile.count, values + padded, Value(excluded));
+            scratch.pairs.resize(size_t(padded));
+            return count_pairs(values, padded, uint16_t(width), scratch.pairs.data(), counters);
+          }
+        }
+        count_in_banks(values, tile.count, counters);
+      };
+      item.for_each_tile_and_query(item.first_code, item.end_code, scratch.values, count);
+
+      scratch.sums.assign(size_t(item.queries.count * width), 0);
+      for (int64_t q = 0; q < item.queries.count; ++q) {
+        const uint32_t* const counters = scratch.counts.data() + q * query_counters;
+        int64_t* const sums = scratch.sums.data() + q * width;
+        const int64_t columns = has_pairs ? width : kCounterBanks;
+        for (int64_t value = 0; value < width; ++value)
+          for (int64_t column = 0; column < columns; ++column) {
+            sums[value] += counters[value * columns + column];
+            if (has_pairs) sums[column] += counters[value * columns + column];
+          }
+      }
+      add_item(item, scratch);
+    });
+  };
+  // With labels, values of codes of more than 126 bits may exceed a byte.
+  if (has_bytes && width <= kMaxPairWidth) return count_items(uint8_t{});
+  count_items(uint32_t{});
 }
 
 }  // namespace hashengine

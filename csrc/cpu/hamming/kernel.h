@@ -46,6 +46,11 @@ struct HammingKernel {
   // Writes the distance of every code of the tile from one query. `distances` has room for tile.count rounded up to a
   // multiple of kDistancesMultiple.
   void (*compute_distances)(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint32_t* distances);
+  // Writes the distances of every code of the tile from two queries: `query`, which is even, and the next one. Each
+  // array has the same room as above. Takes codes of at most kMaxByteDistanceBytes bytes. Null if computing bytes is
+  // not faster at this level.
+  void (*compute_byte_distances)(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint8_t* first,
+                                 uint8_t* second);
 
   int64_t max_code_bytes;  // for longer codes, the kernel's counters would overflow or another kernel is faster
   // For bit-sliced kernels: the number of queries per block, and the smallest number of queries for which building the
@@ -68,6 +73,7 @@ extern const HammingKernel kHammingBitslicedNeon;
 
 constexpr int64_t kTileBytes = 16384;  // half of a first-level cache of 32 KB
 constexpr int64_t kDistancesMultiple = 128;
+constexpr int64_t kMaxByteDistanceBytes = 31;  // a byte holds the distances of codes of up to 248 bits
 
 // Loads `count` bytes, at most 8, as a little-endian word. The missing high bytes are zero.
 inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {

@@ -32,6 +32,7 @@ struct HammingPlan {
   int64_t query_block, query_blocks;
   int64_t chunk_codes, chunks;
   int threads;
+  bool has_byte_distances;
   bool is_long = false;  // whether the search takes so long that zeroing some megabytes of huge pages costs little
 
   // bytes_per_query: the scratch memory of a thread for each query of a block. Every chunk but the last has at least
@@ -41,6 +42,13 @@ struct HammingPlan {
               int64_t min_chunk_codes, int max_threads, int64_t max_chunk_codes = kMaxChunkCodes);
 
   int64_t items() const { return query_blocks * chunks; }
+
+  // Calls body with a value of the type of the distances that the kernel computes: uint8_t or uint32_t.
+  template <typename Body>
+  void with_distance_type(Body body) const {
+    if (has_byte_distances) return body(uint8_t{});
+    body(uint32_t{});
+  }
 };
 
 // A growing buffer. A small one is on the heap, because mapping and faulting in new pages would take longer than a
@@ -85,14 +93,22 @@ class WorkItem {
   }
 
   // Calls work(query of the block, tile, distances) for each tile of the codes [begin, end) and each query of the
-  // block. The parameter `distances` provides memory for the distances of a tile.
-  template <typename Work>
-  void for_each_tile_and_query(int64_t begin, int64_t end, std::vector<uint32_t>& distances, Work work) {
-    distances.resize(size_t(round_up(tiles_.tile_codes(), kDistancesMultiple)));
+  // block. `Distance` is uint8_t or uint32_t; bytes are possible only if plan.has_byte_distances. `scratch` provides
+  // memory for the distances of a tile; `work` may overwrite them, and has room for a multiple of kDistancesMultiple.
+  template <typename Distance, typename Work>
+  void for_each_tile_and_query(int64_t begin, int64_t end, std::vector<Distance>& scratch, Work work) {
+    const int64_t room = round_up(tiles_.tile_codes(), kDistancesMultiple);
+    scratch.resize(size_t(2 * room));
+    Distance* const distances[2] = {scratch.data(), scratch.data() + room};
     for_each_tile(begin, end, [&](const HammingTile& tile) {
       for (int64_t q = 0; q < queries.count; ++q) {
-        plan_.kernel->compute_distances(tile, queries, q, distances.data());
-        work(q, tile, distances.data());
+        if constexpr (sizeof(Distance) == 1) {
+          if (q % 2 == 0) plan_.kernel->compute_byte_distances(tile, queries, q, distances[0], distances[1]);
+          work(q, tile, distances[q % 2]);
+        } else {
+          plan_.kernel->compute_distances(tile, queries, q, distances[0]);
+          work(q, tile, distances[0]);
+        }
       }
     });
   }

@@ -17,9 +17,10 @@ constexpr double kMinSampledNearest = 8;    // the smallest h; a smaller h would
 constexpr int64_t kMinCodesPerSample = 64;  // the sample contains at most one in 64 codes
 constexpr int64_t kRunCodes = 512;  // per run; a sample consists of runs of consecutive codes, at equal intervals
 
+template <typename Distance>
 struct ThreadScratch {
   std::vector<uint32_t> counts;  // [query, distance]
-  std::vector<uint32_t> distances;
+  std::vector<Distance> distances;
 };
 
 // The smallest bound with at least `wanted` sampled codes below it; distance_count if there is none.
@@ -46,23 +47,27 @@ std::vector<uint32_t> sample_bounds(const HammingSearch& search, int64_t k, Simd
 
   const HammingPlan plan(hamming_kernel(level, search), search, distance_count * int64_t(sizeof(uint32_t)),
                          search.code_count, pool.threads);
-  for_each_item<ThreadScratch>(plan, search, pool, [&](WorkItem& item, ThreadScratch& scratch) {
-    if (item.chunk > 0) return;  // a database of more than 2^31 codes has several chunks; the first suffices
-    scratch.counts.assign(size_t(item.queries.count * distance_count), 0);
-    const int64_t stride = (item.end_code / runs) & ~int64_t(63);
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t begin = run * stride, end = begin + kRunCodes;
-      item.for_each_tile_and_query(begin, end, scratch.distances,
-                                   [&](int64_t q, const HammingTile& tile, const uint32_t* distances) {
-                                     uint32_t* const counts = scratch.counts.data() + q * distance_count;
-                                     const uint8_t* const filter = item.filter_of(q);
-                                     for (int64_t i = 0; i < tile.count; ++i)
-                                       counts[distances[i]] += filter == nullptr || passes(filter, tile.position_of(i));
-                                   });
-    }
-    for (int64_t q = 0; q < item.queries.count; ++q)
-      bounds[size_t(item.first_query + q)] =
-          bound_from_counts(scratch.counts.data() + q * distance_count, distance_count, wanted);
+  plan.with_distance_type([&](auto type) {
+    using Distance = decltype(type);
+    using Scratch = ThreadScratch<Distance>;
+    for_each_item<Scratch>(plan, search, pool, [&](WorkItem& item, Scratch& scratch) {
+      if (item.chunk > 0) return;  // a database of more than 2^31 codes has several chunks; the first suffices
+      scratch.counts.assign(size_t(item.queries.count * distance_count), 0);
+      const int64_t stride = (item.end_code / runs) & ~int64_t(63);
+      for (int64_t run = 0; run < runs; ++run) {
+        const int64_t begin = run * stride, end = begin + kRunCodes;
+        const auto count = [&](int64_t q, const HammingTile& tile, const Distance* distances) {
+          uint32_t* const counts = scratch.counts.data() + q * distance_count;
+          const uint8_t* const filter = item.filter_of(q);
+          for (int64_t i = 0; i < tile.count; ++i)
+            counts[distances[i]] += filter == nullptr || passes(filter, tile.position_of(i));
+        };
+        item.for_each_tile_and_query(begin, end, scratch.distances, count);
+      }
+      for (int64_t q = 0; q < item.queries.count; ++q)
+        bounds[size_t(item.first_query + q)] =
+            bound_from_counts(scratch.counts.data() + q * distance_count, distance_count, wanted);
+    });
   });
   return bounds;
 }

@@ -39,9 +39,9 @@ HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock&
 
 }  // namespace
 
-const HammingKernel kHammingBitslicedAvx2 = {Scan::tile_codes, no_tile_bytes, Scan::query_bytes, prepare_nothing,
-                                             prepare_queries,  scan,          compute_distances, 8 * kMaxBitslicedWords,
-                                             Scan::kQueries,   kMinQueries};
+const HammingKernel kHammingBitslicedAvx2 = {Scan::tile_codes,       no_tile_bytes,  Scan::query_bytes, prepare_nothing,
+                                             prepare_queries,        scan,           compute_distances, nullptr,
+                                             8 * kMaxBitslicedWords, Scan::kQueries, kMinQueries};
 
 }  // namespace hashengine
 

@@ -51,8 +51,8 @@ HE_TARGET_AVX512 void compute_distances(const HammingTile& tile, const QueryBloc
 }  // namespace
 
 const HammingKernel kHammingBitslicedAvx512 = {
-    Scan::tile_codes,  no_tile_bytes,          Scan::query_bytes, prepare_nothing, prepare_queries, scan,
-    compute_distances, 8 * kMaxBitslicedWords, Scan::kQueries,    kMinQueries};
+    Scan::tile_codes,  no_tile_bytes, Scan::query_bytes,      prepare_nothing, prepare_queries, scan,
+    compute_distances, nullptr,       8 * kMaxBitslicedWords, Scan::kQueries,  kMinQueries};
 
 }  // namespace hashengine
 

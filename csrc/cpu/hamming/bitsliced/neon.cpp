@@ -38,9 +38,9 @@ void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64
 
 }  // namespace
 
-const HammingKernel kHammingBitslicedNeon = {Scan::tile_codes, no_tile_bytes, Scan::query_bytes, prepare_nothing,
-                                             prepare_queries,  scan,          compute_distances, 8 * kMaxBitslicedWords,
-                                             Scan::kQueries,   kMinQueries};
+const HammingKernel kHammingBitslicedNeon = {Scan::tile_codes,       no_tile_bytes,  Scan::query_bytes, prepare_nothing,
+                                             prepare_queries,        scan,           compute_distances, nullptr,
+                                             8 * kMaxBitslicedWords, Scan::kQueries, kMinQueries};
 
 }  // namespace hashengine
 

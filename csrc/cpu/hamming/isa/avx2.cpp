@@ -285,10 +285,26 @@ HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock&
   }
 }
 
+HE_TARGET_AVX2 void compute_byte_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
+                                           uint8_t* first, uint8_t* second) {
+  static_assert(2 * kMaxByteDistanceBytes <= kMaxBlockPlanes);
+  const int64_t group_planes = 2 * tile.code_bytes;
+  const uint8_t* const tables = queries.prepared + query * query_bytes(tile.code_bytes);
+  const auto* planes = reinterpret_cast<const Vector*>(tile.prepared);
+  for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
+    const Sums sums = sum_block(planes, group_planes, tables, 0, group_planes);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      _mm256_storeu_si256(reinterpret_cast<Vector*>(first + code) + g, sums.first[g]);
+      _mm256_storeu_si256(reinterpret_cast<Vector*>(second + code) + g, sums.second[g]);
+    }
+  }
+}
+
 }  // namespace
 
 const HammingKernel kHammingAvx2 = {
-    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances,
+    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances, compute_byte_distances,
     1024,  // bytes; for longer codes, isa/popcnt.cpp is as fast
     0,          0};
 

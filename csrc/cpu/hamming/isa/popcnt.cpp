@@ -101,9 +101,9 @@ HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock&
 
 }  // namespace
 
-const HammingKernel kHammingPopcnt = {
-    tile_codes, no_tile_bytes, no_query_bytes, prepare_nothing, prepare_nothing, scan, compute_distances, INT64_MAX, 0,
-    0};
+const HammingKernel kHammingPopcnt = {tile_codes, no_tile_bytes,     no_query_bytes, prepare_nothing, prepare_nothing,
+                                      scan,       compute_distances, nullptr,        INT64_MAX,       0,
+                                      0};
 
 }  // namespace hashengine
 
