@@ -395,7 +395,7 @@ def map_rows(file: BinaryIO, count: int, bytes_per_row: int) -> Tensor:
     """
     rows = _reserve_address_space(count, bytes_per_row) if sys.platform == "linux" else None
     if rows is None:
-        return torch.from_numpy(np.memmap(file, np.uint8, mode="c", shape=(count, bytes_per_row)))
+        return _ordinary_tensor(np.memmap(file, np.uint8, mode="c", shape=(count, bytes_per_row)))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -405,7 +405,13 @@ def map_rows(file: BinaryIO, count: int, bytes_per_row: int) -> Tensor:
     if mapped == _MAP_FAILED:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), file.name)
-    return torch.from_numpy(rows)
+    return _ordinary_tensor(rows)
+
+
+def _ordinary_tensor(rows: np.ndarray) -> Tensor:
+    """`rows` as a tensor that may be written outside of inference mode, even if it is made inside."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(rows)
 
 
 def _reserve_address_space(count: int, bytes_per_row: int) -> np.ndarray | None:

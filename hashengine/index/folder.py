@@ -161,15 +161,16 @@ def _locked(path: Path) -> Iterator[None]:
 def _append(path: Path, kind: str, rows: Rows | None, base: FileEntry | None) -> FileEntry | None:
     """Write `rows` to a file: append to the file of `base`, which contains the first rows, or write a new file.
 
-    If the file of `base` is missing or has become shorter than its entry says, a new file replaces it.
+    If the file of `base` is missing, has become shorter than its entry says, or has more rows, a new file replaces it.
     """
     if rows is None:
         return None
-    if base is not None and not _holds(path / base["file"], base["bytes"]):
-        base = None
+    row_bytes = max(rows[:1].nbytes, 1)
+    if base is not None:
+        fits = base["bytes"] <= len(rows) * row_bytes
+        base = base if fits and _holds(path / base["file"], base["bytes"]) else None
     entry = base or {"file": f"{kind}-{secrets.token_hex(4)}.bin", "bytes": 0, "crc32": 0}
     size, checksum = entry["bytes"], entry["crc32"]
-    row_bytes = max(rows[:1].nbytes, 1)
     with open(path / entry["file"], "r+b" if base else "xb") as file:
         file.truncate(size)
         file.seek(size)

@@ -416,8 +416,8 @@ class HammingIndex:
                 with self._explain_out_of_memory("compact", self._bytes_per_device(snapshot.count)):
                     blocks = snapshot.codes.blocks(snapshot.live_rows())
                     codes = GrowingCodes.from_blocks(blocks, snapshot.count, self.bits // 8, self._code_devices)
+                    self._last_saved = None  # first, because Ctrl-C may end this after the rows have moved
                     self._publish_codes(codes, snapshot.count, snapshot.live_ids(), None, snapshot.next_id)
-                self._last_saved = None  # rows have moved
 
     # Folders, devices, copies.
 

@@ -17,7 +17,7 @@ Qiu, Su, Ou, Yu and Chen, "Unsupervised Hashing with Contrastive Information Bot
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -77,25 +77,13 @@ class CibHashMethod(HashingMethod):
         return {"contrastive": contrastive, "bottleneck": self.options.bottleneck_weight * bottleneck}
 
     def binarise(self, u: Tensor) -> Tensor:
-        """The sign of u, with the gradient of sigmoid(u)."""
-        return _SignOfSigmoid.apply(u)
+        """The sign of u, with the gradient of sigmoid(u).
 
-
-class _SignOfSigmoid(torch.autograd.Function):
-    """sign(u), with the gradient of sigmoid(u).
-
-    It is not computed as sign(sigmoid(u) - 0.5). That would be wrong for tiny negative u, whose sigmoid rounds to 0.5.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor) -> Tensor:
-        ctx.save_for_backward(u)
-        return torch.where(u >= 0, 1.0, -1.0).to(u.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        p = torch.sigmoid(ctx.saved_tensors[0])
-        return gradients[0] * p * (1 - p)
+        It is not computed as sign(sigmoid(u) - 0.5). That would be wrong for tiny negative u, whose sigmoid rounds to
+        0.5.
+        """
+        p = torch.sigmoid(u)
+        return torch.where(u >= 0, 1.0, -1.0).to(u.dtype) + (p - p.detach())  # p - p is zero and has p's gradient
 
 
 def _at_least_float32(u: Tensor) -> Tensor:

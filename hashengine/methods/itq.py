@@ -55,8 +55,9 @@ class ItqMethod(HashingMethod):
         The computation is in float64 on the features' device. The head has the features' dtype.
 
         Raises:
-            InputError: the features are no floating-point tensor of at least 2 rows or are not finite, or `bits` is
-                below 1 or exceeds the rank that the centred features can have.
+            InputError: the features are no floating-point tensor of at least 2 rows, are not finite or are so large
+                that sums of their squares are not, or `bits` is below 1 or exceeds the rank that the centred features
+                can have.
         """
         if not isinstance(features, Tensor):
             raise invalid(self.name, "features", "a torch tensor", type(features).__name__)
@@ -71,7 +72,10 @@ class ItqMethod(HashingMethod):
         wide = features.double()
         mean = wide.mean(0)
         centred = wide - mean
-        directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -bits:]  # those of the largest eigenvalues
+        covariance = centred.T @ centred
+        if not bool(torch.isfinite(covariance).all()):
+            raise invalid(self.name, "features", "finite, with finite sums of squares", "larger ones", "divide them")
+        directions = torch.linalg.eigh(covariance).eigenvectors[:, -bits:]  # those of the largest eigenvalues
         components = centred @ directions
 
         generator = torch.Generator().manual_seed(self.options.rotation_seed)

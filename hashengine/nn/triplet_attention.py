@@ -136,12 +136,12 @@ class TripletAttention(Layer):
             pools = triplet_pool(x)
             return triplet_gate(x, *(gate(pools[i]) for i, gate in enumerate(gates)))
         training, eps = norms[0].training, norms[0].eps
-        conv_weight = [conv._parameters["weight"] for conv in convolutions]
+        conv_weight = [_parameter(conv, "weight") for conv in convolutions]
         bn_weight, bn_bias, running_mean, running_var = [], [], [], []
         for bn in norms:  # one loop, because four comprehensions take longer
-            parameters, buffers = bn._parameters, bn._buffers
-            bn_weight.append(parameters["weight"])
-            bn_bias.append(parameters["bias"])
+            buffers = bn._buffers
+            bn_weight.append(_parameter(bn, "weight"))
+            bn_bias.append(_parameter(bn, "bias"))
             running_mean.append(buffers["running_mean"])
             running_var.append(buffers["running_var"])
         if not training and (needs_plain_torch() or not _needs_gradient(x, conv_weight, bn_weight, bn_bias)):
@@ -184,7 +184,9 @@ def _can_fuse(gates: list[nn.Sequential], convolutions: list[Any], norms: list[A
             return False
         if kernel[0] % 2 == 0 or conv.padding != (kernel[0] // 2, kernel[0] // 2) or conv.padding_mode != "zeros":
             return False
-        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv._parameters["bias"] is not None:
+        if conv.stride != (1, 1) or conv.dilation != (1, 1) or _parameter(conv, "bias") is not None:
+            return False
+        if _parameter(conv, "weight") is None:
             return False
         if not (bn.affine and bn.track_running_stats) or _lacks_a_part(bn):
             return False
@@ -197,8 +199,20 @@ def _is_traced_by_fx(x: Any) -> bool:
     return isinstance(x, torch.fx.Proxy)
 
 
+def _parameter(module: nn.Module, name: str) -> Any:
+    """A parameter of a module; None if it is missing.
+
+    It is a plain attribute, without an entry in `_parameters`, in a replica that `nn.DataParallel` makes, in FSDP1, and
+    where another network computes it.
+    """
+    parameter = module._parameters.get(name)
+    return module.__dict__.get(name) if parameter is None else parameter
+
+
 def _lacks_a_part(bn: nn.BatchNorm2d) -> bool:
-    parts: Any = (*bn._parameters.values(), *bn._buffers.values())
+    if _parameter(bn, "weight") is None or _parameter(bn, "bias") is None:
+        return True
+    parts: Any = bn._buffers.values()
     return any(part is None for part in parts)
 
 

@@ -50,12 +50,12 @@ def pack_filter(mask: Tensor) -> Tensor:
         last code are 0.
 
     Raises:
-        InputError: `mask` is not a tensor of bool.
+        InputError: `mask` is not a tensor of bool with at least one dimension.
     """
     if not isinstance(mask, Tensor):
         raise invalid("pack_filter", "mask", "a torch tensor of bool", type(mask).__name__)
-    if mask.dtype != torch.bool:
-        raise invalid("pack_filter", "mask", "bool", dtype_name(mask))
+    if mask.dtype != torch.bool or mask.dim() == 0:
+        raise invalid("pack_filter", "mask", "bool [..., N]", f"{dtype_name(mask)} {list(mask.shape)}")
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)

@@ -98,7 +98,7 @@ def _grad_through_importance(grad: Tensor, d: Tensor, variance: Tensor, n: Any, 
     """
     shifted = variance + lam
     direct = grad * d / (2 * shifted)
-    through_variance = d * ((grad * d.square()).sum((2, 3), keepdim=True) / (2 * n * shifted.square()))
+    through_variance = d * ((direct * d).sum((2, 3), keepdim=True) / (n * shifted))  # V^2 would overflow earlier
     return direct - direct.mean((2, 3), keepdim=True) - through_variance
 
 

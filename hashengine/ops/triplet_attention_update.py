@@ -94,7 +94,7 @@ def _check(
 
 _update = define_op(
     "triplet_attention_update(Tensor mean, Tensor var, Tensor(a!)[] running_mean, Tensor(b!)[] running_var, "
-    "Tensor(c!)[] num_batches_tracked, int[] counts, float? momentum) -> ()",
+    "Tensor(c!)[] num_batches_tracked, SymInt[] counts, float? momentum) -> ()",
     reference=_reference,
     fake=_check,
 )

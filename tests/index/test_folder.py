@@ -402,3 +402,46 @@ def test_a_copy_of_a_mapped_index_maps_no_other_file(tmp_path):
     file.write_bytes(bytes(80))
     for other in (copy.copy(index), pickle.loads(pickle.dumps(index))):
         assert torch.equal(other.codes, index.codes)
+
+
+def test_an_interrupted_compaction_does_not_mix_old_and_new_rows(tmp_path, monkeypatch):
+    index = index_of(40)
+    index.save(tmp_path)
+    index.remove(np.arange(5))
+    publish = HammingIndex._publish_codes
+
+    def interrupted(self, *arguments):
+        publish(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HammingIndex, "_publish_codes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.compact()
+    monkeypatch.undo()
+    for added in (0, 10):  # fewer rows than in the folder, then more
+        if added:
+            index.add(codes_of(added, seed=9))
+        index.save(tmp_path)
+        loaded = HammingIndex.load(tmp_path)
+        assert torch.equal(loaded.codes, index.codes) and torch.equal(loaded.ids, index.ids)
+
+
+def test_a_file_with_more_rows_than_the_index_is_written_anew(tmp_path):
+    index = index_of(40)
+    index.save(tmp_path)
+    manifest = folder.read_manifest(tmp_path)
+    entry = folder._append(tmp_path, "codes", codes_of(3), manifest["codes"])
+    assert entry["file"] != manifest["codes"]["file"] and entry["bytes"] == codes_of(3).nbytes
+
+
+@pytest.mark.parametrize("make", [lambda index: index, copy.copy, lambda index: pickle.loads(pickle.dumps(index))])
+def test_an_index_that_is_mapped_in_inference_mode_can_grow_afterwards(tmp_path, make, monkeypatch):
+    index_of(10).save(tmp_path)
+    for reserve in (True, False):
+        if not reserve:
+            monkeypatch.setattr("hashengine.index.code_memory._reserve_address_space", lambda *arguments: None)
+        with torch.inference_mode():
+            index = make(HammingIndex.load(tmp_path, mmap=True))
+        index.add(codes_of(3))
+        index.update(np.array([1]), codes_of(1))
+        assert len(index) == 13

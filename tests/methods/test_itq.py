@@ -96,6 +96,8 @@ def test_too_many_bits_and_features_that_are_not_finite_are_rejected():
         fitted(features(count=10), bits=16)
     with pytest.raises(InputError, match="^itq: features must be finite"):
         fitted(torch.full((30, 24), float("nan")))
+    with pytest.raises(InputError, match="^itq: features must be finite, with finite sums of squares, got larger ones"):
+        fitted(features().double() * 1e200)
 
 
 @pytest.mark.parametrize("bits", [0, -1, True, 3.0, "3", None])

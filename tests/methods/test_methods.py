@@ -75,6 +75,16 @@ def test_the_terms_of_the_loss_have_gradients_for_the_head_and_the_method(name):
 
 
 @trained_methods
+def test_the_sign_can_be_transformed(name):
+    method, u = methods.create(name), torch.tensor([[0.5, -0.25, 2.0], [-1.0, 3.0, -0.5]])
+    inputs = u.clone().requires_grad_()
+    method.binarise(inputs).sum().backward()
+    assert torch.allclose(torch.func.grad(lambda u: method.binarise(u).sum())(u), inputs.grad)
+    assert torch.allclose(torch.func.jvp(method.binarise, (u,), (torch.ones_like(u),))[1], inputs.grad)
+    assert torch.equal(torch.func.vmap(method.binarise)(u[:, None])[:, 0], method.binarise(u))
+
+
+@trained_methods
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_loss_does_not_overflow_in_half_precision(name, dtype):
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,14 @@
 """The layers: official state dicts, other classes of BatchNorm, factories, and training in a network."""
 
+import copy
+import importlib
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from hashengine import ops
@@ -261,3 +266,76 @@ def test_an_attached_network_can_be_traced(layer):
     attach(model, layer)
     traced = torch.jit.trace(model, images())
     torch.testing.assert_close(traced(images(seed=1)), model(images(seed=1)))
+
+
+def replicas(module: nn.Module, count: int, monkeypatch) -> list[nn.Module]:
+    """Copies as nn.DataParallel makes them, on the CPU: only the functions that copy between GPUs are replaced."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *arguments: device)
+    copy_all = lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copy_all)
+    return replicate.replicate(module, [torch.device("cpu")] * count)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_replicas_of_data_parallel_run_the_fused_op(training, monkeypatch):
+    layer, x = nn.Sequential(TripletAttention(), SimAM()).train(training), torch.randn(3, 4, 5, 6)
+    want = copy.deepcopy(layer)(x)
+    copies = replicas(layer, 2, monkeypatch)
+    assert "weight" not in copies[1][0].cw.conv.conv._parameters
+    monkeypatch.setattr("hashengine.nn.triplet_attention.triplet_gate", None)  # the separate ops
+    got = copies[1](x)
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_layers_run_in_the_older_fsdp(use_orig_params):
+    """Without `use_orig_params`, the default, parameters are plain attributes: views of one flat parameter."""
+    layer, x = nn.Sequential(nn.Conv2d(4, 4, 1), TripletAttention()), torch.randn(3, 4, 5, 6)
+    want = copy.deepcopy(layer)(x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        device = torch.device("cpu")
+        wrapped = FullyShardedDataParallel(layer, device_id=device, use_orig_params=use_orig_params)
+        got = wrapped(x)
+        got.sum().backward()
+        assert torch.equal(got, want) and all(parameter.grad is not None for parameter in wrapped.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("place", ["conv.weight", "bn.weight", "bn.bias"])
+def test_a_parameter_that_another_network_computes_is_used(place):
+    layer, x = TripletAttention(), torch.randn(3, 4, 5, 6)
+    other = copy.deepcopy(layer)
+    part, name = place.split(".")
+    module = getattr(layer.cw.conv, part)
+    computed = getattr(module, name).detach() * 2 + 1
+    delattr(module, name)
+    setattr(module, name, computed.requires_grad_())
+    getattr(getattr(other.cw.conv, part), name).data.copy_(computed.detach())
+    got = layer(x)
+    assert torch.equal(got, other(x))
+    got.sum().backward()
+    assert computed.grad is not None and computed.grad.abs().sum() > 0
+
+
+def test_a_compiled_layer_in_training_takes_any_batch():
+    layer, graphs = TripletAttention(), []
+    want = copy.deepcopy(layer)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, backend=count, dynamic=True, fullgraph=True)
+    for batch in range(2, 14):
+        x = torch.randn(batch, 4, 5, 6)
+        assert torch.equal(compiled(x), want(x))
+    assert len(graphs) == 1 and torch.equal(layer.cw.conv.bn.running_mean, want.cw.conv.bn.running_mean)
+    x = torch.randn(3, 4, 5, 6)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(TripletAttention(), backend="aot_eager")(x)

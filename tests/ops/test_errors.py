@@ -335,7 +335,8 @@ def test_nan_is_refused_because_it_has_no_sign(dtype, position):
             lambda: ops.hamming_count(CODES, CODES, labels=LABELS),
             "hamming_count: labels must be a pair (query_labels, code_labels), got Tensor",
         ),
-        (lambda: ops.pack_filter(CODES), "pack_filter: mask must be bool, got uint8"),
+        (lambda: ops.pack_filter(CODES), "pack_filter: mask must be bool [..., N], got uint8 [5, 8]"),
+        (lambda: ops.pack_filter(torch.tensor(True)), "pack_filter: mask must be bool [..., N], got bool []"),
         (lambda: ops.pack_filter(MASK.numpy()), "pack_filter: mask must be a torch tensor of bool, got ndarray"),
     ],
 )

@@ -105,6 +105,21 @@ def test_values_and_gradients_are_as_accurate_as_eager(dtype, scale):
         assert_as_accurate_as_eager(*grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [2e9, 1e12, 1e15, 1e17])
+def test_gradients_of_huge_values_are_as_accurate_as_eager(dtype, scale):
+    x, grad = (feature_map("contiguous", dtype, (2, 3, 8, 9), seed=seed) for seed in (0, 1))
+    for memory_format in MEMORY_FORMATS.values():
+        assert_accurate((x * scale).contiguous(memory_format=memory_format), grad)
+    for function, eager_function in ((ops.simam, eager_simam), (ops.simam_energy, eager_energy)):
+        grads = []
+        for op, inputs in ((function, x), (eager_function, x), (eager_function, x.double())):
+            inputs = (inputs * scale).requires_grad_()
+            op(inputs, 1e-4).backward(grad.to(inputs.dtype))
+            grads.append(inputs.grad)
+        assert_as_accurate_as_eager(*grads)
+
+
 def test_the_gate_of_a_plane_without_variance_is_sigmoid_of_one_half():
     gate = torch.sigmoid(torch.tensor(0.5))
     for x in (torch.full((1, 2, 1, 1), 3.0), torch.full((1, 2, 4, 4), -2.0)):

@@ -59,23 +59,23 @@ struct SimamGate {
   HE_INLINE Lanes<T> forward(Lanes<T> x) const { return x / (1 + inverse_odds(x - mean)); }
 
   // Returns the terms of the gradient that do not depend on sums over the plane: grad_y * g + s, where s is the
-  // gradient through d. The terms through mean and variance need the sums of u = s * 2 (v + lam) and of u * d. Adds
-  // this vector's u and u * d to sum_u and sum_ud.
-  HE_INLINE Lanes<T> backward(Lanes<T> grad_y, Lanes<T> x, Lanes<T>& sum_u, Lanes<T>& sum_ud) const {
+  // gradient through d. The terms through mean and variance need the sums of s and of s * d. Adds this vector's s and
+  // s * d to sum_s and sum_sd.
+  HE_INLINE Lanes<T> backward(Lanes<T> grad_y, Lanes<T> x, Lanes<T>& sum_s, Lanes<T>& sum_sd) const {
     const Lanes<T> d = x - mean;
     const Lanes<T> w = inverse_odds(d);
     const Lanes<T> g = 1 / (1 + w);
     const Lanes<T> grad = grad_y * g;
-    const Lanes<T> u = grad * x * (w * g) * d;
-    sum_u += u;
-    sum_ud += u * d;
-    return grad + u * (2 * energy_scale);
+    const Lanes<T> s = grad * (x * (w * g)) * (d * (2 * energy_scale));
+    sum_s += s;
+    sum_sd += s * d;
+    return grad + s;
   }
 
   // The other terms are -mean_s and -(x - mean) * slope. mean_s() and slope() compute mean_s and slope from the
-  // plane's sums of u and u * d. finish() adds the terms to `direct`, the result of backward().
-  HE_INLINE S mean_s(S sum_u, int64_t positions) const { return sum_u * (2 * energy_scale) / T(positions); }
-  HE_INLINE S slope(S sum_ud, double n) const { return sum_ud * energy_scale * (8 / T(n) * energy_scale); }
+  // plane's sums of s and s * d. finish() adds the terms to `direct`, the result of backward().
+  HE_INLINE S mean_s(S sum_s, int64_t positions) const { return sum_s / T(positions); }
+  HE_INLINE S slope(S sum_sd, double n) const { return sum_sd * (4 / T(n) * energy_scale); }
   HE_INLINE Lanes<T> finish(Lanes<T> direct, Lanes<T> x, S mean_s, S slope) const {
     return direct - mean_s - (x - mean) * slope;
   }

@@ -149,11 +149,11 @@ struct ForwardPlanes {
   }
 };
 
-// The two sums over a plane that the backward needs, of u and of ud = u * d. SimamGate::backward (formulas.h) defines
-// u.
+// The two sums over a plane that the backward needs, of s and of sd = s * d. SimamGate::backward (formulas.h) defines
+// s.
 struct PlaneSums {
-  double u = 0;
-  double ud = 0;
+  double s = 0;
+  double sd = 0;
 };
 
 // The first pass over a plane. Returns the sums, and stores in `direct` those terms of grad_x that do not depend on
@@ -163,19 +163,19 @@ HE_INLINE PlaneSums backward_plane(const SimamGate<T, T>& gate, const T* grad_y,
                                    const Vectors<T>& vectors) {
   PlaneSums sums;
   // The last vector overlaps the vector before it, so it is computed first and stored last.
-  Lanes<T> u{}, ud{}, last{};
+  Lanes<T> s{}, sd{}, last{};
   if (vectors.rest) {
-    last = gate.backward(load(grad_y + vectors.last), load(x + vectors.last), u, ud);
-    u = vectors.only_fresh(u);
-    ud = vectors.only_fresh(ud);
+    last = gate.backward(load(grad_y + vectors.last), load(x + vectors.last), s, sd);
+    s = vectors.only_fresh(s);
+    sd = vectors.only_fresh(sd);
   }
   for (int64_t begin = 0; begin < vectors.whole; begin += kChunk) {
     const int64_t end = std::min(begin + kChunk, vectors.whole);
     for (int64_t i = begin; i < end; i += kLanes)
-      store(direct + i, gate.backward(load(grad_y + i), load(x + i), u, ud));
-    sums.u += double(sum_lanes(u));
-    sums.ud += double(sum_lanes(ud));
-    u = ud = Lanes<T>{};
+      store(direct + i, gate.backward(load(grad_y + i), load(x + i), s, sd));
+    sums.s += double(sum_lanes(s));
+    sums.sd += double(sum_lanes(sd));
+    s = sd = Lanes<T>{};
   }
   if (vectors.rest) store(direct + vectors.last, last);
   return sums;
@@ -186,8 +186,8 @@ HE_INLINE PlaneSums backward_plane(const SimamGate<T, T>& gate, const T* grad_y,
 template <typename T, typename Element>
 HE_INLINE void finish_plane(const SimamGate<T, T>& gate, const PlaneSums& sums, const T* direct, const T* x,
                             Element* grad_x, const Vectors<T>& vectors, int64_t positions) {
-  const T mean_s = gate.mean_s(T(sums.u), positions);
-  const T slope = gate.slope(T(sums.ud), simam_divisor(positions));
+  const T mean_s = gate.mean_s(T(sums.s), positions);
+  const T slope = gate.slope(T(sums.sd), simam_divisor(positions));
   Lanes<T> last{};
   if (vectors.rest) last = gate.finish(load(direct + vectors.last), load(x + vectors.last), mean_s, slope);
   for (int64_t i = 0; i < vectors.whole; i += kLanes)

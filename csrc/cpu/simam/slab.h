@@ -149,10 +149,10 @@ class SimamSlabBackward {
  public:
   SimamSlabBackward(int64_t vectors, int64_t positions)
       : gates_(vectors),
-        u_(vectors),
-        ud_(vectors),
-        wide_u_(vectors),
-        wide_ud_(vectors),
+        s_(vectors),
+        sd_(vectors),
+        wide_s_(vectors),
+        wide_sd_(vectors),
         mean_s_(vectors),
         slope_(vectors),
         scratch_(kInPlace ? 0 : size_t(vectors * positions * kLanes)) {}
@@ -161,13 +161,13 @@ class SimamSlabBackward {
                      double lam) {
     const int64_t vectors = slab.vectors();
     gates_.set(slab, stats, lam);
-    wide_u_.clear();
-    wide_ud_.clear();
+    wide_s_.clear();
+    wide_sd_.clear();
     for (int64_t begin = 0; begin < slab.positions; begin += kRows)
       add_rows(slab, grad_y, x, grad_x, begin, std::min(begin + kRows, slab.positions));
     for (int64_t v = 0; v < vectors; ++v) {
-      mean_s_.set(v, gates_[v].mean_s(from_double<T>(wide_u_[v]), slab.positions));
-      slope_.set(v, gates_[v].slope(from_double<T>(wide_ud_[v]), simam_divisor(slab.positions)));
+      mean_s_.set(v, gates_[v].mean_s(from_double<T>(wide_s_[v]), slab.positions));
+      slope_.set(v, gates_[v].slope(from_double<T>(wide_sd_[v]), simam_divisor(slab.positions)));
     }
     for (int64_t row = 0; row < slab.positions; ++row) {
       const auto finish = [&](int64_t v, Lanes<T> value) HE_INLINE_LAMBDA {
@@ -186,20 +186,20 @@ class SimamSlabBackward {
   // not depend on the sums.
   HE_INLINE void add_rows(const Slab& slab, const Element* grad_y, const Element* x, Element* grad_x, int64_t begin,
                           int64_t end) {
-    u_.clear();
-    ud_.clear();
+    s_.clear();
+    sd_.clear();
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t v = 0; v < slab.vectors(); ++v) {
         const int64_t at = row * slab.stride + slab.plane(v);
-        Lanes<T> u = u_[v], ud = ud_[v];
-        store(direct(slab, grad_x, row, v), gates_[v].backward(load(grad_y + at), load(x + at), u, ud));
-        u_.set(v, u);
-        ud_.set(v, ud);
+        Lanes<T> s = s_[v], sd = sd_[v];
+        store(direct(slab, grad_x, row, v), gates_[v].backward(load(grad_y + at), load(x + at), s, sd));
+        s_.set(v, s);
+        sd_.set(v, sd);
       }
     }
     for (int64_t v = 0; v < slab.vectors(); ++v) {
-      wide_u_.add(v, to_double<T>(u_[v]));
-      wide_ud_.add(v, to_double<T>(ud_[v]));
+      wide_s_.add(v, to_double<T>(s_[v]));
+      wide_sd_.add(v, to_double<T>(sd_[v]));
     }
   }
 
@@ -213,8 +213,8 @@ class SimamSlabBackward {
   }
 
   SlabGates<T> gates_;
-  LaneArray<T> u_, ud_;
-  LaneArray<double> wide_u_, wide_ud_;
+  LaneArray<T> s_, sd_;
+  LaneArray<double> wide_s_, wide_sd_;
   LaneArray<T> mean_s_, slope_;
   std::vector<T> scratch_;
 };
