@@ -215,7 +215,8 @@ def check_output(
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir():
         raise invalid(where, "output", "a path in a folder", f"{str(path)!r}, and {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    is_written_into = is_folder and marker is None and target.is_dir()
+    if not os.access(target if is_written_into else existing, os.W_OK | os.X_OK):
         raise invalid(where, "output", "in a folder that can be written to", repr(str(path)))
 
 
@@ -284,8 +285,14 @@ def version_of(path: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
+def make_parent(path: Path) -> None:
+    """Create the folder in which `replace_file` creates the file `path`, or the target of the link `path`."""
+    make_folder(Path(os.path.realpath(path)).parent)
+
+
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents durably; an existing folder is left as it is."""
+    """Create a folder and its missing parents durably; an existing folder is left as it is. A link is followed."""
+    path = Path(os.path.realpath(path))
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):

@@ -86,12 +86,14 @@ def missing_package(where: str, package: str, extra: str) -> InputError:
 
 
 def input_error(error: ValidationError, where: str) -> InputError:
-    """Convert the first failure of a pydantic validation to an `InputError` that names `where` and the field.
+    """Convert a failure of a pydantic validation to an `InputError` that names `where` and the field.
+
+    It is the first one. A missing field comes last, because it may have been given under a mistyped name.
 
     A validator of a field raises `ValueError("must be <expected>")`. A validator of a whole options class raises
     `ValueError("<field> must be <expected>, got <actual>")`.
     """
-    first = error.errors(include_url=False)[0]
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] == "missing")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):  # a validator has written the whole message
         return cause

@@ -160,15 +160,31 @@ def is_image(path: Path) -> bool:
     with open(path, "rb") as file:
         if _unknown_format(file.read(16)):
             return True
-        with contextlib.suppress(Exception), named_warnings(str(path)) as warned, Image.open(file) as image:
-            warned.clear()  # reading the image issues these warnings again
-            return image.format not in _WITHOUT_PIXELS
-    return False
+        try:
+            with named_warnings(str(path)) as warned, Image.open(file) as image:
+                warned.clear()  # reading the image issues these warnings again
+                return image.format not in _WITHOUT_PIXELS
+        except Image.DecompressionBombError:  # an image that is too large; reading it gives the reason
+            return True
+        except Exception:  # decoders raise OSError, SyntaxError, ValueError and others
+            return False
 
 
 def _unknown_format(start: bytes) -> str:
     """The format of an image that Pillow may not know, by the first bytes of the file; "" for any other file."""
     return next((name for name, position, mark in _UNKNOWN_TO_PILLOW if start[position:].startswith(mark)), "")
+
+
+def _is_decodable(start: bytes, known: str) -> bool:
+    """Whether Pillow, or a plugin of it, decodes a file of the format `known` with these first bytes."""
+    Image.init()
+    for name, (_, accept) in Image.OPEN.items():
+        if name == "AVIF" != known:  # Pillow's decoder of AVIF also looks at files of HEIC
+            continue
+        with contextlib.suppress(Exception):  # a function of a plugin
+            if accept is not None and accept(start) is True:  # a text says what is missing to decode it
+                return True
+    return False
 
 
 @contextlib.contextmanager
@@ -187,9 +203,13 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
             raise
         except UnidentifiedImageError:
             with open(path, "rb") as file:
-                known = _unknown_format(file.read(16))
-            reason = "; ".join(warned) or (f"{known}, which this Pillow cannot decode" if known else "another content")
-            advice = "; convert it to JPEG or PNG" if known else ""
+                start = file.read(16)
+            advice, found = "", "another content"
+            if known := _unknown_format(start):
+                is_damaged = _is_decodable(start, known)
+                found = f"a damaged {known}" if is_damaged else f"{known}, which this Pillow cannot decode"
+                advice = "" if is_damaged else "; convert it to JPEG or PNG"
+            reason = "; ".join(warned) or found
             raise InputError(f"{name}: the file must be a readable image, got {reason}{advice}") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -272,3 +272,27 @@ def test_every_name_of_stdout_is_known():
     assert all(_files.is_stdout(_files.Path(name)) for name in names)
     others = ("/dev/stderr", "/dev/fd/2", "/dev/fd/11", "out", "/dev/fd/" + 30 * "1")
     assert not any(_files.is_stdout(_files.Path(name)) for name in others)
+
+
+def test_the_folder_itself_must_be_writable_if_files_are_written_into_it(tmp_path, monkeypatch):
+    inner = tmp_path / "folder"
+    inner.mkdir()
+    may_write = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(inner) and may_write(path, mode))
+    with pytest.raises(InputError, match="^fit: output must be in a folder that can be written to, got '.*folder'"):
+        _files.check_output("fit", inner, is_folder=True)
+    with pytest.raises(InputError, match="^fit: output must be in a folder that can be written to, got '.*new'"):
+        _files.check_output("fit", inner / "new", is_folder=True)
+    _files.check_output(
+        "encode", inner, is_folder=True, marker=_files.Marker("encode.json")
+    )  # it is replaced, in tmp_path
+
+
+def test_the_target_of_a_link_gets_its_folder(tmp_path):
+    (tmp_path / "file").symlink_to("missing/file.json")
+    (tmp_path / "folder").symlink_to("also/missing")
+    _files.make_parent(tmp_path / "file")
+    _files.write_file(tmp_path / "file", "{}")
+    assert (tmp_path / "missing" / "file.json").read_text() == "{}"
+    _files.make_folder(tmp_path / "folder")
+    assert (tmp_path / "also" / "missing").is_dir()

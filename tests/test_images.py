@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from hashengine.errors import InputError
 from hashengine.images import find_images, image_tensor, label_of, list_images, read_header, read_image
@@ -314,3 +314,23 @@ for _ in range(20):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('Incorrect count for "RowsPerStrip"') == 20
+
+
+@pytest.mark.parametrize("name", ["huge.png", "huge", "slide.svs"])
+def test_an_image_that_is_too_large_is_an_image_with_a_reason(tmp_path, name, monkeypatch):
+    Image.new("L", (100, 50)).save(tmp_path / name, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert find_images(tmp_path).images == [tmp_path / name]
+    with pytest.raises(InputError, match=f"{name}: the file must be a readable image, got Image size .5000 pixels. ex"):
+        read_image(tmp_path / name)
+
+
+def test_a_damaged_image_of_a_format_that_pillow_decodes_is_called_damaged(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "a.avif")
+    content = (tmp_path / "a.avif").read_bytes()
+    for name in ("a.avif", "a"):
+        (tmp_path / name).write_bytes(content[:100])
+        with pytest.raises(InputError, match=f"{name}: the file must be a readable image, got a damaged AVIF$"):
+            read_image(tmp_path / name)

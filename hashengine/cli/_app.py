@@ -213,6 +213,7 @@ def command(app: typer.Typer, before: Callable[[], None] | None = None, **settin
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def run(**given: Any) -> None:
+            _check_working_folder()
             if before is not None:
                 before()
             _apply(given.pop("threads"), given.pop("quiet"), given.pop("log_json"))
@@ -227,6 +228,15 @@ def command(app: typer.Typer, before: Callable[[], None] | None = None, **settin
         return function
 
     return decorate
+
+
+def _check_working_folder() -> None:
+    """Require a working folder. Without one, libraries that torch loads end the process with messages of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        advice = "change to another folder"
+        raise invalid("hashengine", "the working folder", "present", "one that was removed", advice) from None
 
 
 def _apply(threads: int | None, quiet: bool, log_json: bool) -> None:

@@ -77,7 +77,11 @@ def sweep(
     """
     _interrupt.keeps("the complete runs are kept, and the same command continues the sweep")
     from_file = {} if config is None else read_yaml(config, "train sweep")
-    varied = dict(_axis(axis) for axis in grid or [])
+    varied: dict[str, list[Any]] = {}
+    for option, axis in map(_axis, grid or []):
+        if option in varied:
+            raise invalid("train sweep", "grid", "each option once, with all its values", f"{option!r} twice")
+        varied[option] = axis
     of_method = unknown_options("train sweep", context.args)
     values = from_file | given(FitConfig, options) | given(SweepConfig, options) | of_method
     if varied:

@@ -95,6 +95,7 @@ def start_over(output: Path, data: str) -> None:
 
 def steps(data: str, output: Path, bits: int) -> list[Step]:
     """The steps, in their order."""
+    data = f"./{data}" if data.startswith("-") else data  # so that the printed command does not read it as an option
     images, model, index = output / "images", output / "model", output / "index"
     results, evaluation, page = output / "results.json", output / "evaluation.json", output / "report.html"
     flip = data not in _WITHOUT_MIRRORING

@@ -22,6 +22,7 @@ from hashengine.evaluation.records import (
     EncodeRecord,
     Item,
     Unreadable,
+    check_items,
     items_digest,
     read_items,
     write_items,
@@ -45,6 +46,11 @@ class CodesFolder:
     items: list[Item]
     record: EncodeRecord
 
+    def described(self) -> EncodeRecord:
+        """The record of these codes and items. A caller may have made them from those that `record` describes."""
+        digests = {"codes_sha256": _sha256(self.codes), "items_sha256": items_digest(self.items)}
+        return self.record.model_copy(update=digests | {"count": len(self.items)})
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the codes to `folder`; an earlier codes folder there is replaced atomically.
 
@@ -55,7 +61,7 @@ class CodesFolder:
         with replace_folder(folder, marker=CODES_MARKER, where="encode") as temporary:
             np.save(temporary / "codes.npy", self.codes)
             write_items(temporary / "items.csv", self.items)
-            self.record.write(temporary / "encode.json")
+            self.described().write(temporary / "encode.json")
 
     @classmethod
     def load(
@@ -80,6 +86,7 @@ class CodesFolder:
             raise invalid(where, argument, "a codes folder written by 'hashengine encode'", repr(str(folder)))
         record = EncodeRecord.read(folder / "encode.json", where, argument, "hashengine encode")
         items = read_items(folder / "items.csv", where, argument)
+        check_items(items, [record], folder / "items.csv", where, argument)
         path = folder / "codes.npy"
         if not path.is_file():  # opening a pipe would wait
             raise invalid(where, argument, "a codes folder with a file codes.npy", f"{str(folder)!r} without one")
@@ -136,7 +143,7 @@ def encode_folder(
     """
     # A tensor cannot be split into parts of a size beyond 63 bits.
     batch_size = min(check_integer(where, "batch_size", batch_size, 1), 1 << 31)
-    folder = check_path(where, "folder", folder).absolute()
+    folder = _normal(check_path(where, "folder", folder))
     model = check_path(where, "model", model)
     is_single = folder.is_file()
     found = FoundImages([folder], [], []) if is_single else find_images(folder, where)
@@ -187,6 +194,15 @@ def encode_folder(
         no_images=[str(path) for path in found.others],
     )
     return CodesFolder(rows, items, record)
+
+
+def _normal(folder: Path) -> Path:
+    """The absolute path without "..", so that the same folder has the same name; with it, if it is behind a link."""
+    normal = Path(os.path.abspath(folder))
+    try:
+        return normal if normal.samefile(folder) else folder.absolute()
+    except OSError:  # a mistake, which is reported later
+        return folder.absolute()
 
 
 def _batches(

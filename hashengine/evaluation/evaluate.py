@@ -53,6 +53,7 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
         np.array([number[item.label] for item in queries.items]),
         np.array([number.get(item.label, -1) for item in index.items]),  # -1: a class without queries
     )
+    described = queries.described()
     depths = [depth for depth in DEPTHS if depth <= len(index.items)]
     curve = counts.precision_recall_curve()
     return Evaluation(
@@ -62,6 +63,8 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
         database=len(index.items),
         queries=len(queries.items),
         source=queries.record.source,
+        codes_sha256=described.codes_sha256,
+        items_sha256=described.items_sha256,
         without_relevant=int((counts.relevant.sum(1) == 0).sum()),
         classes=len(classes),
         at=at,

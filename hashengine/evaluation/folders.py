@@ -44,7 +44,7 @@ def index_codes(
     )
     added = CodesFolder.load(codes, "index")
     if not append:
-        used = Path(model or added.record.model)
+        used = check_path("index", "the model of the codes", model or added.record.model)
         if used.resolve() != (output / "model").resolve():  # of which the new index will have a copy
             check_output("index", output, keeps=(used,), is_folder=True)
         return ImageIndex.build(added, output, model)

@@ -23,6 +23,7 @@ from hashengine.evaluation.records import (
     Item,
     QueryResult,
     SearchResults,
+    check_items,
     read_items,
     write_items,
 )
@@ -89,7 +90,7 @@ class ImageIndex:
             IndexRecord(
                 bits=codes.record.bits,
                 fingerprint=codes.record.fingerprint,
-                sources=[codes.record],
+                sources=[codes.described()],
                 seconds=time.perf_counter() - start,
             ).write(temporary / "index.json")
         return cls.load(folder)
@@ -121,6 +122,7 @@ class ImageIndex:
         if counted != len(hamming):
             expected = f"a folder whose index.json describes {len(hamming)} codes"
             raise invalid(where, "index", expected, counted, "build it again")
+        check_items(items, record.sources, folder / "items.csv", where, "index")
         return cls(folder, hamming, items[: len(hamming)], record)  # an interrupted append leaves further items
 
     @classmethod
@@ -165,7 +167,7 @@ class ImageIndex:
         hamming.add(codes.codes)
         items = [*self.items, *(Item(first + item.id, item.path, item.label) for item in codes.items)]
         write_items(self.folder / "items.csv", items)
-        sources = [*self.record.sources, codes.record]
+        sources = [*self.record.sources, codes.described()]
         seconds = self.record.seconds + time.perf_counter() - start
         record = self.record.model_copy(update={"sources": sources, "seconds": seconds})
         record.write(self.folder / "index.json")
@@ -211,7 +213,7 @@ class ImageIndex:
             k=k,
             seconds=seconds,
             queries_per_second=len(queries.items) / seconds,
-            encode=queries.record,
+            encode=queries.described(),
             queries=[
                 QueryResult(path=query.path, label=query.label, hits=self._hits(row_distances, row_ids))
                 for query, row_distances, row_ids in zip(queries.items, distances, ids, strict=True)

@@ -44,7 +44,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from hashengine._files import make_folder, read_file, write_file
+from hashengine._files import make_parent, read_file, write_file
 from hashengine._text import to_json
 from hashengine.errors import InputError, brief, input_error, invalid
 
@@ -68,7 +68,7 @@ class Record(Part):
 
     def write(self, path: Path) -> None:
         """Replace `path` atomically; its folder is created if it does not exist."""
-        make_folder(path.parent)
+        make_parent(path)
         write_file(path, to_json(self, indent=2) + "\n")
 
     @classmethod
@@ -253,6 +253,7 @@ class Evaluation(Record):
     Attributes:
         identity: the identity of the index; "" in files of older versions.
         source: the folder of the query images; "" in files of older versions.
+        codes_sha256, items_sha256: as in the `EncodeRecord` of the queries.
         at: the number of ranked images that the mAP covers; None: all.
         without_relevant: the number of queries whose class no image of the index has; their figures count as 0. None in
             files of older versions.
@@ -264,6 +265,8 @@ class Evaluation(Record):
     database: PositiveInt
     queries: PositiveInt
     source: str = ""
+    codes_sha256: str = ""
+    items_sha256: str = ""
     without_relevant: NonNegativeInt | None = None
     classes: PositiveInt
     at: PositiveInt | None
@@ -297,6 +300,22 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 def items_digest(items: Iterable[Item]) -> str:
     """SHA-256 of the paths and labels of `items`."""
     return hashlib.sha256(to_json([[item.path, item.label] for item in items]).encode()).hexdigest()
+
+
+def check_items(items: list[Item], sources: Iterable[EncodeRecord], path: Path, where: str, argument: str) -> None:
+    """Require that `items`, read from `path`, are those of `sources`, one source after the other.
+
+    Raises:
+        InputError: a path or a label is another one; the error names `where` and `argument`.
+    """
+    first = 0
+    for source in sources:
+        found = items[first : first + source.count]
+        first += source.count
+        if source.items_sha256 not in ("", items_digest(found)):
+            expected = f"a folder whose {path.name} has the images that were encoded"
+            actual = f"others in {str(path)!r}, which is damaged or was changed"
+            raise invalid(where, argument, expected, actual, "encode the images again")
 
 
 def read_items(path: Path, where: str, argument: str) -> list[Item]:

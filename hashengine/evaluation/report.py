@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
 from hashengine import _environment
 from hashengine._defaults import REPORT_ROWS, SEED
-from hashengine._files import check_output, make_folder, read_file, write_file
+from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
@@ -59,6 +59,7 @@ class Report(Record):
 
     Attributes:
         source: the folder or image of the queries.
+        has_other_queries: whether the evaluation is that of other queries.
         seed: the seed with which the queries were drawn.
         drawn: the queries drawn at random.
         worst: the queries with the most hits of another class.
@@ -69,6 +70,7 @@ class Report(Record):
     database: int
     queries: int
     source: str = ""
+    has_other_queries: bool = False
     evaluation: Evaluation | None
     timings: list[Timing]
     environment: dict[str, str]
@@ -142,6 +144,7 @@ def write_report(
         database=found.database,
         queries=len(found.queries),
         source=found.encode.source,
+        has_other_queries=measured is not None and _has_other_queries(measured, found),
         evaluation=measured,
         timings=timings(indexed, found, measured, trained),
         environment=_environment.describe_machine(),
@@ -149,10 +152,18 @@ def write_report(
         drawn=drawn,
         worst=worst(found.queries, WORST_ROWS),
     )
-    make_folder(output.parent)
+    make_parent(output)
     write_file(output, render(report))
     report.write(figures)
     return report
+
+
+def _has_other_queries(measured: Evaluation, found: SearchResults) -> bool:
+    """Whether an evaluation is known to be that of other queries than those of a search."""
+    queries = found.encode
+    if measured.items_sha256 and queries.items_sha256:
+        return (measured.codes_sha256, measured.items_sha256) != (queries.codes_sha256, queries.items_sha256)
+    return bool(measured.source) and (measured.source, measured.queries) != (queries.source, len(found.queries))
 
 
 def _is_report(path: Path) -> bool:

@@ -155,8 +155,10 @@ def _digest(data: bytes | str) -> str:
     return hashlib.sha256(data.encode(errors="surrogateescape") if isinstance(data, str) else data).hexdigest()
 
 
-def _draw(labels: list[str], count: int, seed: int) -> set[int]:
+def _draw(labels: list[str], count: int, seed: int, others: int = 0) -> set[int]:
     """Draw the indices of `count` images at random, from each class in proportion to its size, but never a whole class.
+
+    `others` is the number of images that cannot be drawn because they have copies; an error counts them.
 
     Each class gives its proportion, rounded down. The images that are then missing come one by one from the classes
     with the largest remainders.
@@ -166,7 +168,8 @@ def _draw(labels: list[str], count: int, seed: int) -> set[int]:
         members.setdefault(label, []).append(index)
     most = len(labels) - len(members)
     if count > most:
-        expected = f"at most {most} of these {len(labels)} images, because one of each class must remain"
+        expected = f"at most {most} of these {len(labels) + others} images, because one of each class must remain"
+        expected += f" and {others} have identical copies" if others else ""
         raise invalid(WHERE, "queries", expected, count)
     quota = {label: count * len(indices) / len(labels) for label, indices in members.items()}
     share = {label: int(quota[label]) for label in members}
@@ -182,8 +185,8 @@ def _draw(labels: list[str], count: int, seed: int) -> set[int]:
     return {index for label in sorted(members) for index in random.permutation(members[label])[: share[label]].tolist()}
 
 
-def _hold_out(pictures: list[Picture], count: int, seed: int) -> Split:
-    chosen = _draw([picture.label for picture in pictures], count, seed)
+def _hold_out(pictures: list[Picture], count: int, seed: int, others: int = 0) -> Split:
+    chosen = _draw([picture.label for picture in pictures], count, seed, others)
     return Split(
         [picture for index, picture in enumerate(pictures) if index not in chosen],
         [picture for index, picture in enumerate(pictures) if index in chosen],
@@ -206,13 +209,13 @@ def _torchvision(dataset: str) -> Callable[[int, int | None, Path | None], Split
             from torchvision import datasets
         except ImportError:
             raise missing_package(WHERE, "torchvision", "train") from None
-        sides = []
+        sides, folder = [], root or default_root()
         for train in (True, False):
             try:
-                data = getattr(datasets, dataset)(root or default_root(), train=train, download=True)
+                data = getattr(datasets, dataset)(folder, train=train, download=True)
             except (OSError, RuntimeError) as error:
                 reason = " ".join(str(error).split())
-                actual = f"{str(root or default_root())!r}: {reason}"
+                actual = f"{str(folder)!r}: {reason}"
                 expected = f"a folder with {dataset}, or one to which it can be downloaded"
                 raise invalid(WHERE, "root", expected, actual, "name the folder that holds it with --root") from None
             names = [data.classes[int(label)].replace("/", "-") for label in data.targets]
@@ -226,8 +229,15 @@ def _torchvision(dataset: str) -> Callable[[int, int | None, Path | None], Split
 
 
 def default_root() -> Path:
-    """The user's cache folder for downloaded data sets."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hashengine"
+    """The user's cache folder for downloaded data sets.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hashengine"
+    except RuntimeError:  # no HOME, and a user without an entry in the system's list, as in many containers
+        raise invalid(WHERE, "root", "given with --root", "nothing, and this user has no home folder") from None
 
 
 def _numbered(pixels: np.ndarray, labels: Iterable[str]) -> list[Picture]:
@@ -256,7 +266,7 @@ def _class_folders(folder: Path, seed: int, queries: int | None) -> Split:
             expected = "a folder with a class of at least two different images"
             raise invalid(WHERE, "source", expected, f"{str(folder)!r}, which has none")
         queries = min(max(1, round(FOLDER_QUERY_SHARE * len(pictures))), most)
-    query = _hold_out(unique, queries, seed).query
+    query = _hold_out(unique, queries, seed, len(pictures) - len(unique)).query
     held_out = {picture.content for picture in query}
     return Split([picture for picture in pictures if picture.content not in held_out], query)
 

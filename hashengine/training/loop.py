@@ -29,7 +29,7 @@ from hashengine.models.checkpoint import (
 )
 from hashengine.training import data
 from hashengine.training.config import FitConfig
-from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run
+from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, check_evaluation_file
 
 _ENCODE_BATCH = 512
 
@@ -81,10 +81,10 @@ def fit(config: FitConfig) -> Run:
         "device": _environment.device_name(device),
         "versions": {name: _environment.versions()[name] for name in ("hashengine", "torch", "python")},
     }
-    (config.output / EVALUATION_FILE).unlink(missing_ok=True)  # that of an earlier network
     network.save_pretrained(config.output)
     record["fingerprint"] = fingerprint(config.output, "fit")
     write_file(config.output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    (config.output / EVALUATION_FILE).unlink(missing_ok=True)  # that of an earlier network
     return Run(config.output, record)
 
 
@@ -96,6 +96,7 @@ def check_model_output(where: str, config: FitConfig) -> None:
     """
     folder = config.output
     check_output(where, folder, outside=(config.images,), is_folder=True)
+    check_evaluation_file(where, folder)
     replaced = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE) if (folder / name).exists()]
     if replaced and not is_model_folder(folder):
         actual = f"{str(folder)!r}, which has another {replaced[0]}"

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hashengine._files import check_output, make_folder, read_file, write_file
+from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
 from hashengine._validation import check_path
-from hashengine.errors import invalid
+from hashengine.errors import InputError, invalid
+from hashengine.models.checkpoint import WEIGHTS_FILE, fingerprint
 
 if TYPE_CHECKING:
     from hashengine.models import HashNet
@@ -46,7 +47,7 @@ class Run:
         """Read the record in a model folder.
 
         Raises:
-            InputError: `folder` holds no training.json, or a damaged one.
+            InputError: `folder` holds no training.json, a damaged one, or one of another network.
         """
         path = Path(folder, RECORD_FILE)
         try:
@@ -56,6 +57,7 @@ class Run:
             if not math.isfinite(math.fsum([record["seconds"], *figures])):
                 raise ValueError("a number that is not finite")
             operator.index(record["options"].get("seed", 0))
+            found = str(record.get("fingerprint", ""))
         except OSError as error:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
@@ -63,6 +65,10 @@ class Run:
             raise invalid(
                 str(path), "the file", "the record of a training run", f"a damaged one: {type(error).__name__}: {error}"
             ) from None
+        if found and Path(folder, WEIGHTS_FILE).exists() and fingerprint(folder, "Run.load") != found:
+            expected = f"the record of the network in {str(folder)!r}"
+            advice = "train it again, or put the files of one run together"
+            raise invalid(str(path), "the file", expected, "that of another network", advice)
         return cls(Path(folder), record)
 
     @property
@@ -101,17 +107,50 @@ class Run:
         if evaluation.is_file():
             try:
                 found = json.loads(read_file(evaluation).decode("utf-8-sig"))
+                check_evaluation_is_own("train report", found, self.folder)
                 figures["mAP"] = float(found["mean_average_precision"]["expected"])
                 if found.get("fingerprint") != self.record.get("fingerprint"):
-                    raise ValueError("that of another network")
+                    expected, actual = "the evaluation of the network beside it", "that of an earlier network"
+                    raise invalid(str(evaluation), "the file", expected, actual, "remove it, or evaluate again")
                 if not math.isfinite(figures["mAP"]):
                     raise ValueError("a number that is not finite")
+            except InputError:
+                raise
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 actual = f"a damaged one: {type(error).__name__}: {error}"
                 raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
         last = self.record["epochs"][-1]
         figures |= {name: value for name, value in last.items() if name != "epoch"}
         return figures | {"seconds": self.record["seconds"]}
+
+
+def check_evaluation_is_own(where: str, evaluation: Any, folder: Path) -> None:
+    """Require that `evaluation`, the content of the evaluation.json in `folder`, is one that a sweep wrote.
+
+    `hashengine evaluate` writes other fields into files that may have the same name.
+
+    Raises:
+        InputError: it is another one; the error names `where`.
+    """
+    if not isinstance(evaluation, dict) or not evaluation.keys() >= {"version", "mean_average_precision"}:
+        expected = f"one that 'hashengine train sweep' wrote, or missing, in {str(folder)!r}"
+        raise invalid(where, EVALUATION_FILE, expected, "another file", "move it to another folder")
+
+
+def check_evaluation_file(where: str, folder: Path) -> None:
+    """Require that the folder of a run has no evaluation.json that no sweep wrote, because it would be replaced.
+
+    Raises:
+        InputError: it has one; the error names `where`.
+    """
+    path = folder / EVALUATION_FILE
+    if not path.exists():
+        return
+    try:
+        found = json.loads(read_file(path).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    check_evaluation_is_own(where, found, folder)
 
 
 @dataclass(frozen=True)
@@ -194,7 +233,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         raise invalid("train report", "folders", "at least one folder", "none")
     results = table(runs)
     if output is not None:
-        make_folder(output.parent)
+        make_parent(output)
         write_file(output, results.to_markdown() if output.suffix == ".md" else results.to_json())
     return results
 

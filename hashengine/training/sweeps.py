@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from hashengine import _progress, metrics
-from hashengine._files import check_output, read_file, write_file
+from hashengine._files import check_output, locked, make_folder, read_file, write_file
 from hashengine._validation import check_device
 from hashengine.errors import invalid
 from hashengine.training import data
 from hashengine.training.config import FitConfig, SweepConfig
 from hashengine.training.loop import check_model_output, fit
-from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, RunTable, table
+from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, RunTable, check_evaluation_file, table
 
 TABLE_FILES = ("table.md", "table.json")
 
@@ -27,7 +27,7 @@ def sweep(config: SweepConfig) -> RunTable:
 
     Complete runs are kept; therefore an interrupted sweep continues after the last complete run. If `config.queries` is
     given, `evaluate` is called for each run that has not been evaluated with these queries. After each run, the table
-    is written to table.md and table.json in `config.output`.
+    is written to table.md and table.json in `config.output`. A second sweep into the same folder waits for the first.
 
     The names and the sizes of the image files show whether a folder of images has changed since a run or an evaluation;
     this is not checked for a folder that has been removed since.
@@ -45,6 +45,9 @@ def sweep(config: SweepConfig) -> RunTable:
     unfinished = [options for options, run in zip(planned, finished, strict=True) if run is None]
     for options in unfinished:
         check_model_output("train sweep", options)
+    if config.queries is not None:
+        for options in planned:
+            check_evaluation_file("train sweep", options.output)
     queries = set() if config.queries is None else {config.queries}
     needed = {options.images for options in unfinished} | (queries if unfinished else set())
     # A mistake in a folder is reported here, before the first run.
@@ -54,15 +57,17 @@ def sweep(config: SweepConfig) -> RunTable:
         if run is not None:
             _check_images(run, digests)
     runs: list[Run] = []
-    for number, options in enumerate(planned, start=1):
-        run = _finished(options)
-        if run is None:
-            _progress.note(f"run {number} of {len(planned)}: {options.output}")
-            run = fit(options)
-        if config.queries is not None and not _is_evaluated(run, config.queries, digests):
-            evaluate(run, config.queries)
-        runs.append(run)
-        _write(config.output, table(runs))
+    make_folder(config.output)
+    with locked(config.output, lambda: _progress.note(f"waiting for another sweep in {config.output}")):
+        for number, options in enumerate(planned, start=1):
+            run = _finished(options)
+            if run is None:
+                _progress.note(f"run {number} of {len(planned)}: {options.output}")
+                run = fit(options)
+            if config.queries is not None and not _is_evaluated(run, config.queries, digests):
+                evaluate(run, config.queries)
+            runs.append(run)
+            _write(config.output, table(runs))
     return table(runs)
 
 

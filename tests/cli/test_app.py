@@ -348,3 +348,13 @@ def test_a_full_disk_behind_stdout_is_one_line(arguments, unbuffered):
 
 def test_an_error_keeps_the_blanks_of_a_name(tmp_path):
     assert "'two  blanks\\\\t'" in refuse("search", tmp_path, "two  blanks\\t")
+
+
+def test_a_working_folder_that_was_removed_is_named(tmp_path):
+    script = "import os; os.rmdir(os.getcwd()); from hashengine.cli import app; app()"
+    (tmp_path / "gone").mkdir()
+    command = [sys.executable, "-c", script, "search", str(tmp_path), "query.png"]
+    result = subprocess.run(command, cwd=tmp_path / "gone", env=os.environ | {"PYTHONPATH": str(ROOT)},
+                            capture_output=True, text=True)  # fmt: skip
+    expected = "the working folder must be present, got one that was removed; change to another folder"
+    assert (result.returncode, result.stderr) == (2, f"error: hashengine: {expected}\n")

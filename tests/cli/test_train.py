@@ -82,6 +82,11 @@ def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
             ["sweep", "--images", "good", "--grid", "bits"],
             "train sweep: grid must be OPTION=VALUE,VALUE,..., got 'bits'",
         ),
+        (
+            ["sweep", "--images", "good", "--grid", "bits=8", "--grid", "bits=16"],
+            "train sweep: grid must be each option once, with all its values, got 'bits' twice",
+        ),
+        (["fit", "--imgaes", "good"], "fit: 'imgaes' must be an option of training or of the method"),
         (["sweep", "--images", "good", "--grid", "bits=12"], "train sweep: bits must be a multiple of 8, got 12"),
         (["sweep", "--images", "good", "--grid", "device=tpu"], "fit: device must be 'auto', 'cpu', .*got 'tpu'"),
         (["report", "good"], "train report: run must be a model folder with training.json, or a folder of them"),

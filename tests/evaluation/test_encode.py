@@ -1,12 +1,13 @@
 """Encoding a folder of images, and folders of codes."""
 
+import json
 import os
 
 import numpy as np
 import pytest
 
 from hashengine import InputError
-from hashengine.evaluation import CodesFolder, encode_folder
+from hashengine.evaluation import CodesFolder, ImageIndex, encode_folder, index_codes
 from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation.records import Item
 from hashengine.images import read_image
@@ -172,3 +173,41 @@ def test_a_pipe_in_place_of_a_file_of_the_model_is_refused_and_not_opened(images
     os.mkfifo(model / name)
     with pytest.raises(InputError, match="model must be"):
         encode_folder(images, model)
+
+
+@pytest.mark.parametrize("damage", ["cut", "label", "path"])
+def test_other_images_than_those_that_were_encoded_are_refused(codes, tmp_path, damage):
+    codes.save(tmp_path / "codes")
+    index = ImageIndex.build(codes, tmp_path / "index").folder
+    for folder in (tmp_path / "codes", index):
+        text = (folder / "items.csv").read_bytes()
+        last = text.splitlines()[-1]
+        other = {"cut": last[:-3], "label": last + b"x", "path": last.replace(b".png", b".jpg")}[damage]
+        (folder / "items.csv").write_bytes(text.replace(last, other))
+    expected = "must be a folder whose items.csv has the images that were encoded, got others in .*; encode"
+    with pytest.raises(InputError, match=f"^CodesFolder.load: codes {expected}"):
+        CodesFolder.load(tmp_path / "codes")
+    with pytest.raises(InputError, match=f"^ImageIndex.load: index {expected}"):
+        ImageIndex.load(index)
+
+
+def test_a_folder_has_one_name(images, model):
+    spelled = images / ".." / images.name
+    assert encode_folder(spelled, model).items == encode_folder(images, model).items
+
+
+def test_a_folder_behind_a_link_keeps_its_name(images, model, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(images / "bars")
+    through = tmp_path / "link" / ".." / images.name  # not tmp_path / images.name
+    with pytest.raises(InputError, match="folder must be a folder of images"):
+        encode_folder(through, model)
+    assert encode_folder(tmp_path / "link" / "..", model).record.count == encode_folder(images, model).record.count
+
+
+def test_a_model_whose_path_no_file_system_has_is_refused(codes, tmp_path):
+    codes.save(tmp_path / "codes")
+    record = json.loads((tmp_path / "codes" / "encode.json").read_text())
+    (tmp_path / "codes" / "encode.json").write_text(json.dumps(record | {"model": "\ud800"}))
+    with pytest.raises(InputError, match="^index: the model of the codes must be a path that a file system can have"):
+        index_codes(tmp_path / "codes", tmp_path / "index")

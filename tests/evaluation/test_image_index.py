@@ -230,7 +230,7 @@ def test_a_load_beside_a_change_reads_one_state(index, codes, queries, monkeypat
         assert sum(source.count for source in found.record.sources) == len(found.hamming) == len(found.items) == 27
     else:
         assert found.items == other.items and np.array_equal(np.asarray(found.hamming.codes), other.codes)
-        assert found.record.sources == [other.record]
+        assert found.record.sources == [other.described()]
 
 
 def test_an_index_has_no_copy_of_a_model_that_was_saved_during_the_build(codes, model, tmp_path, monkeypatch):

@@ -191,7 +191,15 @@ def test_results_of_images_with_other_labels_are_refused(index, images, model, s
 
 def test_the_head_of_the_page_says_that_the_figures_are_those_of_other_queries(index, queries, searched, tmp_path):
     figures = json.loads(searched["evaluation"].read_text())
-    for source, count in ((figures["source"], 0), ("/elsewhere", 1)):
-        searched["evaluation"].write_text(json.dumps(figures | {"source": source}))
+    without = {"items_sha256": "", "codes_sha256": ""}  # as in files of older versions
+    for change, count in (
+        ({}, 0),
+        (without, 0),
+        (without | {"source": "/elsewhere"}, 1),
+        ({"source": "/elsewhere"}, 0),  # another name of the same folder
+        ({"source": "/elsewhere", "items_sha256": "0" * 64}, 1),
+        ({"source": "/elsewhere", "codes_sha256": "0" * 64}, 1),
+    ):
+        searched["evaluation"].write_text(json.dumps(figures | change))
         write_report(tmp_path / "report.html", index.folder, **searched)
         assert (tmp_path / "report.html").read_text().count("other queries, from /elsewhere") == count

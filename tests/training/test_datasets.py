@@ -160,3 +160,23 @@ def test_the_default_number_of_queries_is_at_most_the_number_of_images_without_a
     record = prepare(images, tmp_path / "split")
     assert record["query"]["images"] == 3  # of the 5 images without a copy, one of each class is kept
     assert record["queries_identical_to_a_database_image"] == 0
+
+
+def test_too_many_queries_are_counted_among_all_images(tmp_path):
+    for number in range(15):
+        image = Image.new("L", (4, 4), number if number < 6 else 200)
+        path = tmp_path / "images" / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    expected = "at most 3 of these 15 images, because one of each class must remain and 9 have identical copies"
+    with pytest.raises(InputError, match=f"queries must be {expected}, got 4$"):
+        prepare(tmp_path / "images", tmp_path / "split", queries=4)
+
+
+def test_a_user_without_a_home_folder_is_told_to_name_the_root(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(InputError, match="root must be given with --root, got nothing, and this user has no home"):
+        prepare("fashion-mnist", tmp_path / "split")

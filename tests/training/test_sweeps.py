@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_figure_of_an_earlier_network_is_not_shown(data):
     fit(FitConfig(images=data / "database", output=run, epochs=1, batch_size=8, widths=(8,), bits=16, device="cpu"))
     assert not evaluation.exists()
     evaluation.write_bytes(old)
-    with pytest.raises(InputError, match="evaluation.json: the file must be the evaluation of a run, got .* another"):
+    with pytest.raises(InputError, match="evaluation.json: the file must be the evaluation of the network beside"):
         report([run])
     (run / "training.json").unlink()  # as after an interruption
     sweep(config(data, grid={"seed": [0]}, bits=24))
@@ -211,6 +212,7 @@ def test_a_damaged_or_missing_run_is_refused(tmp_path):
 
 
 DAMAGED = [b"{", b"\xff" * 100_000, b'{"epochs": []}', b"[1]", b"[" * 100_000]
+OTHER_FILES = [b'{"epochs": []}', b"[1]"]
 DAMAGED_RUNS = [
     b'{"options": {}, "epochs": [1], "seconds": 1}',
     b'{"options": [], "epochs": [{"loss": "a"}], "seconds": 1}',
@@ -224,7 +226,8 @@ DAMAGED_RUNS = [
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [(name, content) for name in ("training.json", "evaluation.json") for content in DAMAGED]
+    [("training.json", content) for content in DAMAGED]
+    + [("evaluation.json", content) for content in DAMAGED if content not in OTHER_FILES]
     + [("training.json", content) for content in DAMAGED_RUNS],
 )
 def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content):
@@ -243,3 +246,93 @@ def test_a_sweep_says_how_many_queries_have_no_relevant_image(data, monkeypatch)
     sweep(config(data, grid={}))
     assert "2 of 6 queries have no relevant image and count as 0" in notes
     assert json.loads((data / "runs" / "run" / "evaluation.json").read_text())["without_relevant"] == 2
+
+
+@pytest.mark.parametrize("content", [*OTHER_FILES, b"{", None], ids=["object", "list", "damaged", "folder"])
+def test_a_foreign_evaluation_is_neither_replaced_nor_removed(data, content):
+    run = data / "runs" / "seed=0"
+    run.mkdir(parents=True)
+    foreign = run / "evaluation.json"
+    if content is None:
+        foreign.mkdir()
+    else:
+        foreign.write_bytes(content)
+    options = {
+        "images": data / "database",
+        "output": run,
+        "epochs": 1,
+        "batch_size": 8,
+        "widths": (8,),
+        "device": "cpu",
+    }
+    with pytest.raises(InputError, match="^fit: evaluation.json must be one that 'hashengine train sweep' wrote"):
+        fit(FitConfig(**options))
+    with pytest.raises(InputError, match="^train sweep: evaluation.json must be one that"):
+        sweep(config(data, grid={"seed": [0]}))
+    assert list(run.iterdir()) == [foreign] and (content is None or foreign.read_bytes() == content)
+
+
+def test_a_foreign_evaluation_in_a_finished_run_is_kept_and_named(data):
+    sweep(config(data, grid={"seed": [0]}))
+    run = data / "runs" / "seed=0"
+    (run / "evaluation.json").write_text('{"index": "elsewhere", "mean_average_precision": {"expected": 0.5}}')
+    with pytest.raises(InputError, match="^train sweep: evaluation.json must be one that"):
+        sweep(config(data, grid={"seed": [0]}))
+    with pytest.raises(InputError, match="^train report: evaluation.json must be one that .*; move it to another"):
+        report([run])
+    assert "elsewhere" in (run / "evaluation.json").read_text()
+
+
+def test_the_record_of_another_network_is_refused(data):
+    sweep(config(data, grid={"seed": [0, 1]}))
+    first, second = data / "runs" / "seed=0", data / "runs" / "seed=1"
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(second / name, first / name)
+    expected = "training.json: the file must be the record of the network in .*, got that of another network"
+    with pytest.raises(InputError, match=expected):
+        report([first])
+    (first / "evaluation.json").unlink()
+    with pytest.raises(InputError, match=expected):
+        sweep(config(data, grid={"seed": [0, 1]}))
+    assert not (first / "evaluation.json").exists()
+    (first / "model.safetensors").unlink()  # the record alone can be reported
+    assert report([first]).groups[0].seeds == [0]
+
+
+def test_a_kill_between_the_network_and_its_record_is_noticed(data, monkeypatch):
+    sweep(config(data, grid={"seed": [0]}))
+    run = data / "runs" / "seed=0"
+    monkeypatch.setattr("hashengine.training.loop.write_file", lambda *arguments: 1 / 0)
+    options = {
+        "images": data / "database",
+        "output": run,
+        "epochs": 1,
+        "batch_size": 8,
+        "widths": (8,),
+        "device": "cpu",
+    }
+    with pytest.raises(ZeroDivisionError):
+        fit(FitConfig(bits=16, seed=9, **options))
+    with pytest.raises(InputError, match="training.json: the file must be the record of the network"):
+        report([run])
+
+
+def test_two_sweeps_into_one_folder_take_turns(data):
+    """The second one finds the runs of the first, and trains nothing."""
+    trained, tables = [], []
+
+    def start():
+        tables.append(sweep(config(data, grid={"seed": [0, 1]})).to_json())
+
+    def counting(options):
+        trained.append(options.seed)
+        return fit(options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hashengine.training.sweeps.fit", counting)
+        threads = [threading.Thread(target=start) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(trained) == [0, 1] and tables[0] == tables[1]
