@@ -180,9 +180,15 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
                 ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble());
     results[0] = grad_x;
     const Tensor* gradients[] = {&grad_conv_weight, &grad_bn_weight, &grad_bn_bias};
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      const Tensor gradient = gradients[i / branches]->select(0, int64_t(i % branches));
-      results[1 + i] = gradient.view_symint(parameters[i].sym_sizes()).to(parameters[i].scalar_type());
+    for (size_t i = 0; i < parameters.size(); i += branches) {
+      // One conversion for all branches, if their parameters have the dtype of the first; the other one does nothing.
+      const Tensor of_list = gradients[i / branches]->to(parameters[i].scalar_type());
+      for (size_t branch = 0; branch < branches; ++branch) {
+        const Tensor& parameter = parameters[i + branch];
+        const bool is_like_first = parameter.scalar_type() == parameters[i].scalar_type();
+        const Tensor gradient = (is_like_first ? of_list : *gradients[i / branches]).select(0, int64_t(branch));
+        results[1 + i + branch] = gradient.view_symint(parameter.sym_sizes()).to(parameter.scalar_type());
+      }
     }
     return results;
   }

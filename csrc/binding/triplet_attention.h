@@ -3,10 +3,14 @@
 #pragma once
 
 #include <ATen/core/TensorBody.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "binding/feature_map.h"
 #include "hashengine/triplet_attention.h"
@@ -16,31 +20,68 @@ namespace hashengine::binding {
 // y, mean, var, pooled, index, response (TripletSaved).
 using TripletOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// One parameter of the op, such as bn_weight: a list of one tensor per branch. The constructor checks the tensors, and
-// makes them contiguous and of wide_dtype(x) for the kernel. The object owns the memory that the kernel reads.
-class TripletParameter {
+// The parameters of the op: up to five lists, such as bn_weight, of one tensor per branch. The constructor checks the
+// tensors, and makes them contiguous and of wide_dtype(x) for the kernel. The object owns the memory that the kernel
+// reads.
+class TripletParameters {
  public:
-  TripletParameter(const char* op, const char* name, at::TensorList tensors, size_t branches, const at::Tensor& x) {
-    TORCH_CHECK_VALUE(tensors.size() == branches, op, ": ", name, " must be ", branches,
-                      " tensors, as many as conv_weight, got ", tensors.size());
-    for (size_t i = 0; i < branches; ++i) {
-      const at::Tensor& tensor = tensors[i];
-      TORCH_CHECK_VALUE(floating_dtype(tensor.scalar_type()), op, ": ", name, "[", i,
-                        "] must be float64, float32, float16 or bfloat16, got ", dtype_name(tensor));
-      TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, "[", i, "] must be on x's device, ", x.device(),
-                        ", got ", tensor.device(), "; move one of them");
-      tensors_[i] = tensor.to(wide_dtype(x)).contiguous();
-      pointers_[i] = tensors_[i].const_data_ptr();
+  using List = std::pair<const char*, at::TensorList>;  // its name and its tensors
+
+  TripletParameters(const char* op, const at::Tensor& x, size_t branches, std::initializer_list<List> lists) {
+    const at::ScalarType wide = wide_dtype(x);
+    size_t converted = 0;
+    at::ScalarType dtype = wide;
+    for (const auto& [name, tensors] : lists) {
+      TORCH_CHECK_VALUE(tensors.size() == branches, op, ": ", name, " must be ", branches,
+                        " tensors, as many as conv_weight, got ", tensors.size());
+      for (size_t i = 0; i < branches; ++i) {
+        const at::Tensor& tensor = tensors[i];
+        TORCH_CHECK_VALUE(floating_dtype(tensor.scalar_type()), op, ": ", name, "[", i,
+                          "] must be float64, float32, float16 or bfloat16, got ", dtype_name(tensor));
+        TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, "[", i, "] must be on x's device, ",
+                          x.device(), ", got ", tensor.device(), "; move one of them");
+        if (tensor.scalar_type() == wide) continue;
+        dtype = converted == 0 || tensor.scalar_type() == dtype ? tensor.scalar_type() : wide;
+        ++converted;
+      }
+    }
+    // The parameters of a network in half precision are converted together: on a GPU, that is two kernels, not fifteen.
+    const bool together = converted > 1 && dtype != wide;
+    std::vector<at::Tensor> flat;
+    size_t list = 0;
+    for (const auto& [name, tensors] : lists) {
+      for (size_t i = 0; i < branches; ++i) {
+        if (together && tensors[i].scalar_type() == dtype) {
+          flat.push_back(tensors[i].reshape(-1));
+        } else {
+          owned_.push_back(tensors[i].to(wide).contiguous());
+          pointers_[list][i] = owned_.back().const_data_ptr();
+        }
+      }
+      ++list;
+    }
+    if (!together) return;
+    owned_.push_back(at::cat(flat).to(wide));
+    const auto* next = static_cast<const uint8_t*>(owned_.back().const_data_ptr());
+    list = 0;
+    for (const auto& [name, tensors] : lists) {
+      for (size_t i = 0; i < branches; ++i) {
+        if (tensors[i].scalar_type() != dtype) continue;
+        pointers_[list][i] = next;
+        next += tensors[i].numel() * int64_t(c10::elementSize(wide));
+      }
+      ++list;
     }
   }
 
-  void copy_pointers_to(const void* (&pointers)[kTripletBranches]) const {
-    std::copy(pointers_.begin(), pointers_.end(), pointers);
+  // The pointers to the tensors of the list with this number.
+  void copy_pointers_to(size_t list, const void* (&pointers)[kTripletBranches]) const {
+    std::copy(pointers_[list].begin(), pointers_[list].end(), pointers);
   }
 
  private:
-  std::array<at::Tensor, kTripletBranches> tensors_;
-  std::array<const void*, kTripletBranches> pointers_{};
+  c10::SmallVector<at::Tensor, 5 * kTripletBranches> owned_;
+  std::array<std::array<const void*, kTripletBranches>, 5> pointers_{};
 };
 
 // Checks `x`, the number of branches, the sizes of the convolution's weights, and eps as BatchNorm does. In training,
@@ -88,11 +129,12 @@ class TripletForwardParameters {
  public:
   TripletForwardParameters(const char* op, const at::Tensor& x, at::TensorList conv_weight, at::TensorList bn_weight,
                            at::TensorList bn_bias, at::TensorList running_mean, at::TensorList running_var)
-      : conv_weight_(op, "conv_weight", conv_weight, conv_weight.size(), x),
-        bn_weight_(op, "bn_weight", bn_weight, conv_weight.size(), x),
-        bn_bias_(op, "bn_bias", bn_bias, conv_weight.size(), x),
-        running_mean_(op, "running_mean", running_mean, conv_weight.size(), x),
-        running_var_(op, "running_var", running_var, conv_weight.size(), x) {
+      : parameters_(op, x, conv_weight.size(),
+                    {{"conv_weight", conv_weight},
+                     {"bn_weight", bn_weight},
+                     {"bn_bias", bn_bias},
+                     {"running_mean", running_mean},
+                     {"running_var", running_var}}) {
     const std::pair<const char*, at::TensorList> scalars[] = {
         {"bn_weight", bn_weight}, {"bn_bias", bn_bias}, {"running_mean", running_mean}, {"running_var", running_var}};
     for (const auto& [name, tensors] : scalars)
@@ -104,16 +146,16 @@ class TripletForwardParameters {
   // Params: TripletForward or TripletInference.
   template <typename Params>
   void copy_pointers_to(Params& params, double eps) const {
-    conv_weight_.copy_pointers_to(params.parameters.conv_weight);
-    bn_weight_.copy_pointers_to(params.parameters.bn_weight);
-    bn_bias_.copy_pointers_to(params.parameters.bn_bias);
-    running_mean_.copy_pointers_to(params.running_mean);
-    running_var_.copy_pointers_to(params.running_var);
+    parameters_.copy_pointers_to(0, params.parameters.conv_weight);
+    parameters_.copy_pointers_to(1, params.parameters.bn_weight);
+    parameters_.copy_pointers_to(2, params.parameters.bn_bias);
+    parameters_.copy_pointers_to(3, params.running_mean);
+    parameters_.copy_pointers_to(4, params.running_var);
     params.parameters.eps = eps;
   }
 
  private:
-  TripletParameter conv_weight_, bn_weight_, bn_bias_, running_mean_, running_var_;
+  TripletParameters parameters_;
 };
 
 // launch(const TripletForward&) runs the kernel.
@@ -184,9 +226,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_backward(
   TripletBackward params{};
   params.shape = check_triplet_shape(op, x, conv_weight, training, eps);
   const int64_t branches = params.shape.branches, numel = params.shape.maps_numel();
-  const TripletParameter weights(op, "conv_weight", conv_weight, size_t(branches), x);
-  const TripletParameter scales(op, "bn_weight", bn_weight, size_t(branches), x);
-  const TripletParameter shifts(op, "bn_bias", bn_bias, size_t(branches), x);
+  const TripletParameters parameters(op, x, size_t(branches),
+                                     {{"conv_weight", conv_weight}, {"bn_weight", bn_weight}, {"bn_bias", bn_bias}});
   const at::ScalarType saved_dtype = wide_dtype(x);
   check_gradient(op, "grad_y", grad_y, x);
   check_like(op, "mean", mean, {branches}, saved_dtype, x);
@@ -209,9 +250,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> triplet_backward(
   const at::Tensor native_x = in_layout(x, *layout), native_grad_y = in_layout(grad_y, *layout);
   const std::array<at::Tensor, 5> saved{pooled.contiguous(), index.contiguous(), response.contiguous(),
                                         mean.contiguous(), var.contiguous()};
-  weights.copy_pointers_to(params.parameters.conv_weight);
-  scales.copy_pointers_to(params.parameters.bn_weight);
-  shifts.copy_pointers_to(params.parameters.bn_bias);
+  parameters.copy_pointers_to(0, params.parameters.conv_weight);
+  parameters.copy_pointers_to(1, params.parameters.bn_weight);
+  parameters.copy_pointers_to(2, params.parameters.bn_bias);
   params.parameters.eps = eps;
   params.grad_y = native_grad_y.const_data_ptr();
   params.x = native_x.const_data_ptr();

@@ -254,6 +254,19 @@ def test_a_constant_plane(emulation, channels_last):
     torch.testing.assert_close(case.backward(emulation, stats), case.grad_y * half)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [7, 11, 14, 22, 31, 56])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_constant_plane_in_half_precision_has_no_variance(emulation, dtype, side, channels_last):
+    """For sides of 11, 22 and 31, value * H * W * (1 / (H * W)) is not the value in float32."""
+    case = Case((1, 8, side * side), dtype, channels_last)
+    values = torch.tensor([1.0, 3.0, 1.1, -7.3, 0.013, 100.0, 1e-3, -1.9]).to(dtype)
+    case.x.copy_(values[:, None].expand(8, side * side))
+    for capability in (80, 90):
+        stats = case.forward(emulation, capability=capability)[1]
+        assert torch.equal(stats, torch.stack([values.float(), torch.zeros(8)], 1)[None])
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_an_empty_map(emulation, shape, channels_last):

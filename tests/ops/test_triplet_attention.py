@@ -1,5 +1,7 @@
 """triplet_attention: SIMD levels, dtypes, layouts, unusual shapes, NaN and ties against the formula in torch."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,6 +232,38 @@ def test_parameters_of_another_dtype_are_converted():
     half = triplet_parameters(3, torch.bfloat16)
     single = [[tensor.float() for tensor in kind] for kind in half]
     assert_same_bits(run_native(x, grad_y, half, True), run_native(x, grad_y, single, True))
+
+
+def test_parameters_of_several_dtypes_and_strides_are_converted():
+    x, grad_y = feature_map("contiguous"), feature_map("contiguous", seed=3)
+    params = triplet_parameters(3, torch.float32)
+    dtypes = itertools.cycle([torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.float16])
+    mixed = [[tensor.to(dtype) for tensor, dtype in zip(kind, dtypes, strict=False)] for kind in params]
+    transposed = [tensor.half().mT.contiguous().mT for tensor in params[0]]
+    for given in (mixed, [transposed, *([tensor.half() for tensor in kind] for kind in params[1:])]):
+        single = [[tensor.float().contiguous() for tensor in kind] for kind in given]
+        assert_same_bits(run_native(x, grad_y, given, True), run_native(x, grad_y, single, True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_in_half_precision_are_converted_together(training):
+    """Each conversion is a kernel on a GPU, which takes as long as the whole op on a small map."""
+    params = [[t.bfloat16().requires_grad_() for t in kind] for kind in triplet_parameters(3, torch.float32)[:3]]
+    statistics = [[tensor.bfloat16() for tensor in kind] for kind in triplet_parameters(3, torch.float32)[3:]]
+    x = feature_map("contiguous", torch.bfloat16).requires_grad_()
+    with torch.profiler.profile() as forward:
+        y = OPS.triplet_attention(x, *params, *statistics, training, EPS)[0]
+    with torch.profiler.profile() as backward:
+        y.backward(torch.ones_like(y))
+    assert count(forward, "aten::_to_copy") == count(forward, "aten::cat") == 1
+    assert count(backward, "aten::cat") == 1 and count(backward, "aten::_to_copy") == 4  # and the three gradients
+    for tensor in sum(params, []):
+        assert tensor.grad is not None and tensor.grad.dtype == torch.bfloat16 and tensor.grad.shape == tensor.shape
+
+
+def count(profile: torch.profiler.profile, op: str) -> int:
+    """The number of calls of an op."""
+    return sum(event.count for event in profile.key_averages() if event.key == op)
 
 
 def test_an_empty_batch_gives_empty_results_and_zero_gradients():

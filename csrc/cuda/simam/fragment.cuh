@@ -11,15 +11,26 @@ namespace hashengine::simam {
 // The constants that are the same for all planes.
 template <typename Real>
 struct Constants {
+  Real positions;          // H * W
   Real inverse_positions;  // 1 / (H * W)
   Real inverse_freedom;    // 1 / n, see simam.h
   double lam;
 
   Constants(const SimamShape& shape, double lambda)
-      : inverse_positions(static_cast<Real>(1.0 / static_cast<double>(shape.positions))),
+      : positions(static_cast<Real>(shape.positions)),
+        inverse_positions(static_cast<Real>(1.0 / static_cast<double>(shape.positions))),
         inverse_freedom(static_cast<Real>(1.0 / static_cast<double>(shape.positions > 1 ? shape.positions - 1 : 1))),
         lam(lambda) {}
 };
+
+// sum / count, given 1 / count. The correction makes the mean of equal values exact where their sum is, as in half
+// precision. Otherwise a plane of equal values would have a variance, and with a tiny lam another gate than sigmoid(1 /
+// 2).
+template <typename Real>
+__device__ __forceinline__ Real mean_of(Real sum, Real count, Real inverse_count) {
+  const Real mean = sum * inverse_count;
+  return fma(fma(-mean, count, sum), inverse_count, mean);
+}
 
 // The gate: value = sigmoid(energy) with energy = d^2 * energy_scale + 1/2, and complement = 1 - value, computed
 // without cancellation.

@@ -45,7 +45,8 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   Fragment::sum(x, place, means);
   slab_sums<Fragment::kLayout>(plan, scratch + moment_values, means);
 #pragma unroll
-  for (int c = 0; c < Fragment::kChannels; ++c) means[c] *= constants.inverse_positions;
+  for (int c = 0; c < Fragment::kChannels; ++c)
+    means[c] = mean_of(means[c], constants.positions, constants.inverse_positions);
 
   Real moments[Fragment::kMoments] = {};
   Fragment::sum_moments(x, place, means, moments);

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   Real means[1] = {}, moments[Fragment::kMoments] = {}, stats[2];
   Fragment::sum(x, place, means);
   team_sums(place.team_log2, means);
-  means[0] *= constants.inverse_positions;
+  means[0] = mean_of(means[0], constants.positions, constants.inverse_positions);
   Fragment::sum_moments(x, place, means, moments);
   team_sums(place.team_log2, moments);
   Fragment::correct(means, moments, constants.inverse_positions, stats);

@@ -44,15 +44,15 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   typename Fragment::Vectors x;
   Fragment::load(params.x, place, x);
 
-  const Real inverse_count = Real(1) / static_cast<Real>(place.rows * (Fragment::kWidth / Fragment::kChannels));
+  const auto count = static_cast<Real>(place.rows * (Fragment::kWidth / Fragment::kChannels));
   Real means[Fragment::kChannels] = {}, moments[Fragment::kMoments] = {}, pairs[2 * Fragment::kChannels];
   Fragment::sum(x, place, means);
   slab_sums<Fragment::kLayout>(plan, scratch + moment_values, means);
 #pragma unroll
-  for (int c = 0; c < Fragment::kChannels; ++c) means[c] *= inverse_count;
+  for (int c = 0; c < Fragment::kChannels; ++c) means[c] = mean_of(means[c], count, Real(1) / count);
   Fragment::sum_moments(x, place, means, moments);
   slab_sums<Fragment::kLayout>(plan, scratch, moments);
-  Fragment::correct(means, moments, inverse_count, pairs);
+  Fragment::correct(means, moments, Real(1) / count, pairs);
   store_partials(plan, place, partials, pairs);
 }
 
