@@ -1,14 +1,14 @@
-"""The CUDA kernels compile with nvcc without warnings, register spills or stack frames."""
+"""The CUDA kernels compile with nvcc without warnings, register spills or stack frames.
 
-import os
+A kernel that may start before the previous one has finished accesses no global memory before it waits.
+"""
+
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
-from hashengine import _toolchain
+from benchmarks.kernels.disassembly import Code, Instruction, compile_cubin, disassemble, find_cuobjdump, find_nvcc
 from tests.emulation.harness import KERNELS
 from tests.helpers.paths import CSRC
 
@@ -27,17 +27,61 @@ ARCHITECTURES = ("90a", *(pytest.param(name, marks=pytest.mark.slow) for name in
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", KERNELS, ids=lambda source: str(source.relative_to(CSRC)))
 def test_nvcc_compiles_without_warning_or_spill(source, architecture, tmp_path):
-    torch_cuda = torch.version.cuda or "13.0"
-    nvcc = _toolchain.find_nvcc(os.environ, torch_cuda, _toolchain.wheel_homes(torch_cuda))
-    if isinstance(nvcc, _toolchain.Missing):
-        pytest.skip(str(nvcc))
+    nvcc = find_nvcc()
+    if isinstance(nvcc, str):
+        pytest.skip(nvcc)
     if int(architecture.rstrip("a")) not in nvcc.arches:
         pytest.skip(f"nvcc {nvcc.release} does not support sm_{architecture}")
-    command = [f"{nvcc.home}/bin/nvcc", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
-    command += [f"-arch=sm_{architecture}", f"-I{CSRC / 'include'}", f"-I{CSRC}"]
-    command += [str(source), "-o", str(tmp_path / "kernel.cubin")]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
-    assert bool(frames) == has_kernel(source), compiled.stderr
-    assert set(frames) <= {("0", "0", "0")}, compiled.stderr
+    cubin = tmp_path / "kernel.cubin"
+    printed = compile_cubin(source, architecture, cubin, ["-Werror", "all-warnings", "-Xptxas", "-v"])
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", printed)
+    assert bool(frames) == has_kernel(source), printed
+    assert set(frames) <= {("0", "0", "0")}, printed
+    if frames and not isinstance(find_cuobjdump(), str):
+        codes = disassemble(cubin)
+        assert codes and not list(filter(None, map(early_access, codes)))
+
+
+def early_access(code: Code) -> str:
+    """The first access to global memory before the wait for the previous kernel; "" if there is none.
+
+    The compiler may move a load that it takes for constant in front of the wait.
+    """
+    for instruction in code.instructions:
+        if instruction.opcode.startswith("ACQBULK"):
+            return next(
+                (
+                    f"{code.kernel}: {early.opcode} before the wait"
+                    for early in code.instructions
+                    if early.address < instruction.address and early.accesses_global_memory
+                ),
+                "",
+            )
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "is_wrong"),
+    [
+        (["LDC", "PREEXIT", "ACQBULK", "LDG.E.64"], False),
+        (["LDC", "LDS", "ULDC.64", "ACQBULK", "LDG.E.64"], False),
+        (["LDG.E.CONSTANT", "LDC"], False),  # waits for nothing
+        (["LDG.E.CONSTANT", "ACQBULK"], True),
+        (["PREEXIT", "ATOMG.E.ADD.STRONG.GPU", "ACQBULK"], True),
+        (["LD.E", "ACQBULK"], True),
+        (["LDGSTS.E", "ACQBULK"], True),
+    ],
+    ids=str,
+)
+def test_an_access_before_the_wait_is_found(opcodes, is_wrong):
+    instructions = tuple(Instruction(16 * i, opcode, "") for i, opcode in enumerate(opcodes))
+    assert bool(early_access(Code("kernel", "90a", instructions))) == is_wrong
+
+
+def test_some_kernels_wait(tmp_path):
+    for missing in (find_nvcc(), find_cuobjdump()):
+        if isinstance(missing, str):
+            pytest.skip(missing)
+    (source,) = [kernel for kernel in KERNELS if kernel.stem == "select"]
+    compile_cubin(source, "90a", tmp_path / "kernel.cubin")
+    assert any(code.has("ACQBULK") for code in disassemble(tmp_path / "kernel.cubin"))
