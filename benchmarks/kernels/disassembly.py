@@ -153,3 +153,23 @@ def _dump(option: str, file: Path) -> str:
     if isinstance(tool, str):
         raise RuntimeError(tool)
     return subprocess.run([str(tool), option, str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def loads_in_flight(code: Code, opcode: str = "LDG.E.128") -> int:
+    """The most loads that are issued one after the other before an instruction uses the result of one of them.
+
+    The instructions are taken in the order of their addresses; jumps are not followed.
+    """
+    most, pending = 0, dict[str, int]()  # the registers of each pending load
+    for instruction in code.instructions:
+        used = set(re.findall(r"\bR\d+\b", instruction.operands))
+        if instruction.opcode.startswith(opcode):
+            target, *address = re.findall(r"\bR\d+\b", instruction.operands)
+            if not pending.keys().isdisjoint(address):
+                pending = {}
+            first = int(target[1:])
+            pending |= {f"R{first + i}": instruction.address for i in range(int(opcode.rsplit(".", 1)[1]) // 32)}
+            most = max(most, len(set(pending.values())))
+        elif not pending.keys().isdisjoint(used):
+            pending = {}
+    return most

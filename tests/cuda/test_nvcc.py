@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels.disassembly import Code, Instruction, compile_cubin, disassemble, find_cuobjdump, find_nvcc
+from benchmarks.kernels.disassembly import (
+    Code,
+    Instruction,
+    compile_cubin,
+    disassemble,
+    find_cuobjdump,
+    find_nvcc,
+    loads_in_flight,
+)
 from tests.emulation.harness import KERNELS
 from tests.helpers.paths import CSRC
 
@@ -85,3 +93,58 @@ def test_some_kernels_wait(tmp_path):
     (source,) = [kernel for kernel in KERNELS if kernel.stem == "select"]
     compile_cubin(source, "90a", tmp_path / "kernel.cubin")
     assert any(code.has("ACQBULK") for code in disassemble(tmp_path / "kernel.cubin"))
+
+
+# The 16-byte loads that a thread has in flight, as the banners of the sources say: by kernel and by dtype.
+LOADS = {
+    "reduce_kernel<PoolSource": {"__nv_bfloat16": 4, "__half": 4, "float": 4},
+    "reduce_kernel<ProductSource": {"__nv_bfloat16": 8, "__half": 8, "float": 8},
+    "apply_kernel<ApplyGate<": {"__nv_bfloat16": 2, "__half": 2, "float": 2},
+    "apply_kernel<ApplyGateBackward": {"__nv_bfloat16": 2, "__half": 2, "float": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["reduce", "apply"])
+def test_loads_of_the_triplet_passes_are_in_flight_together(name, tmp_path):
+    """The compiler may use the result of a load before it issues the next one."""
+    for missing in (find_nvcc(), find_cuobjdump()):
+        if isinstance(missing, str):
+            pytest.skip(missing)
+    (source,) = [kernel for kernel in KERNELS if kernel.parent.name == "triplet" and kernel.stem == name]
+    compile_cubin(source, "90a", tmp_path / "kernel.cubin")
+    found: dict[tuple[str, str], set[int]] = {}
+    for code in disassemble(tmp_path / "kernel.cubin"):
+        for kernel, dtypes in LOADS.items():
+            for dtype in dtypes:
+                if is_instance(code.kernel, kernel, dtype) and code.has("LDG.E.128"):
+                    found.setdefault((kernel, dtype), set()).add(loads_in_flight(code))
+    expected = {
+        (kernel, dtype): {loads}
+        for kernel, dtypes in LOADS.items()
+        for dtype, loads in dtypes.items()
+        if kernel.startswith(name)
+    }
+    assert found == expected
+
+
+def is_instance(mangled: str, kernel: str, dtype: str) -> bool:
+    """Whether a mangled name is that of `kernel`, such as "reduce_kernel<PoolSource", for the dtype."""
+    function, argument = kernel.rstrip("<").split("<")
+    letters = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16"}[dtype]
+    return f"{len(function)}{function}" in mangled and f"{len(argument)}{argument}I{letters}" in mangled
+
+
+@pytest.mark.parametrize(
+    ("lines", "loads"),
+    [
+        (["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x10]", "FADD R0, R4, R8"], 2),
+        (["LDG.E.128 R4, desc[UR4][R2.64]", "FADD R0, R7, R1", "LDG.E.128 R8, desc[UR4][R2.64]"], 1),
+        (["LDG.E.128 R4, desc[UR4][R2.64]", "FADD R0, R8, R1", "LDG.E.128 R8, desc[UR4][R2.64]"], 2),
+        (["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R4.64]"], 1),  # the address comes from a load
+        (["LDG.E R4, desc[UR4][R2.64]"], 0),
+    ],
+)
+def test_loads_in_flight_are_counted(lines, loads):
+    split = [line.partition(" ") for line in lines]
+    code = Code("kernel", "90a", tuple(Instruction(16 * i, op, rest) for i, (op, _, rest) in enumerate(split)))
+    assert loads_in_flight(code) == loads

@@ -1,6 +1,8 @@
 // The maximum of two values; NaN if either is NaN, like torch.maximum.
 #pragma once
 
+#include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/common/vec.cuh"
@@ -22,23 +24,52 @@ __device__ __forceinline__ double maximum(double a, double b) { return a > b || 
 __device__ __forceinline__ __half maximum(__half a, __half b) { return __hmax_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat16 maximum(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmax_nan(a, b); }
 
-// The elementwise maximum. Elements of two bytes are processed in pairs, which halves the number of instructions.
+// kWidth maxima. Those of two-byte elements are in 32-bit words, two in each: one instruction updates both, and the
+// compiler does not unpack them.
 template <typename T, int kWidth>
-__device__ __forceinline__ Vector<T, kWidth> maximum(const Vector<T, kWidth>& a, const Vector<T, kWidth>& b) {
-  Vector<T, kWidth> larger;
-  if constexpr (sizeof(T) == 2 && kWidth % 2 == 0) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+class Maxima {
+ public:
+  __device__ __forceinline__ Maxima() {
+    Vector<T, kWidth> start;
 #pragma unroll
-    for (int i = 0; i < kWidth; i += 2) {
-      const Pair pair = __hmax2_nan(Pair{a.at[i], a.at[i + 1]}, Pair{b.at[i], b.at[i + 1]});
-      larger.at[i] = pair.x;
-      larger.at[i + 1] = pair.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) larger.at[i] = maximum(a.at[i], b.at[i]);
+    for (int i = 0; i < kWidth; ++i) start.at[i] = narrow<T>(-Arithmetic<T>(INFINITY));
+    std::memcpy(&values_, &start, sizeof(values_));
   }
-  return larger;
-}
+
+  __device__ __forceinline__ void add(const Vector<T, kWidth>& others) {
+    if constexpr (kIsPaired) {
+      Storage theirs;
+      std::memcpy(&theirs, &others, sizeof(theirs));
+#pragma unroll
+      for (int i = 0; i < kWidth / 2; ++i) {
+        using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+        Pair a, b;
+        std::memcpy(&a, &values_.at[i], sizeof(a));
+        std::memcpy(&b, &theirs.at[i], sizeof(b));
+        a = __hmax2_nan(a, b);
+        std::memcpy(&values_.at[i], &a, sizeof(a));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) values_.at[i] = maximum(values_.at[i], others.at[i]);
+    }
+  }
+
+  __device__ __forceinline__ T at(int i) const {
+    if constexpr (kIsPaired) {
+      const auto half = static_cast<uint16_t>(values_.at[i / 2] >> (16 * (i % 2)));
+      T value;
+      std::memcpy(&value, &half, sizeof(value));
+      return value;
+    } else {
+      return values_.at[i];
+    }
+  }
+
+ private:
+  static constexpr bool kIsPaired = sizeof(T) == 2 && kWidth % 2 == 0;
+  using Storage = std::conditional_t<kIsPaired, Vector<uint32_t, kIsPaired ? kWidth / 2 : 1>, Vector<T, kWidth>>;
+  Storage values_;
+};
 
 }  // namespace hashengine

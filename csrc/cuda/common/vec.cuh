@@ -38,6 +38,27 @@ __device__ __forceinline__ Vector<T, kWidth>& vector_at(T* array, int64_t begin)
   return *reinterpret_cast<Vector<T, kWidth>*>(array + begin);
 }
 
+// The bytes of a vector as 32-bit words, where that is possible. The compiler splits a loaded Vector of two-byte
+// elements right behind the load, and thus waits for it. Several loads are in flight only if their results stay words
+// until the last load is issued.
+template <typename T, int kWidth>
+using Words =
+    std::conditional_t<kWidth * sizeof(T) == 16, uint4,
+                       std::conditional_t<kWidth * sizeof(T) == 8, uint2,
+                                          std::conditional_t<kWidth * sizeof(T) == 4, uint32_t, Vector<T, kWidth>>>>;
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Words<T, kWidth> words_at(const T* array, int64_t begin) {
+  return *reinterpret_cast<const Words<T, kWidth>*>(array + begin);
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ Vector<T, kWidth> as_vector(const Words<T, kWidth>& words) {
+  Vector<T, kWidth> vector;
+  std::memcpy(&vector, &words, sizeof(vector));
+  return vector;
+}
+
 // The type in which kernels compute with elements of type T and accumulate them.
 template <typename T>
 using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;

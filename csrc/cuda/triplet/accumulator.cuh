@@ -3,8 +3,6 @@
 // A2, to a single line; then the caller combines the kWidth results.
 #pragma once
 
-#include <cmath>
-
 #include "cuda/common/maximum.cuh"
 #include "cuda/common/vec.cuh"
 
@@ -13,20 +11,18 @@ namespace hashengine::triplet {
 template <typename Value, int kWidth, bool kHasMaximum>
 struct Accumulator {
   using Real = Arithmetic<Value>;
-  Vector<Value, kWidth> largest;  // unused unless kHasMaximum
+  struct Nothing {};
+  std::conditional_t<kHasMaximum, Maxima<Value, kWidth>, Nothing> largest;
   Real sum[kWidth];
 
   __device__ __forceinline__ Accumulator() {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      sum[i] = 0;
-      if constexpr (kHasMaximum) largest.at[i] = narrow<Value>(-Real(INFINITY));
-    }
+    for (int i = 0; i < kWidth; ++i) sum[i] = 0;
   }
   __device__ __forceinline__ void add(const Vector<Value, kWidth>& values) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] += widen(values.at[i]);
-    if constexpr (kHasMaximum) largest = maximum(largest, values);
+    for (int i = 0; i < kWidth; ++i) sum[i] += widen_at(values, i);
+    if constexpr (kHasMaximum) largest.add(values);
   }
 };
 

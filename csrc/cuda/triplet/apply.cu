@@ -58,7 +58,7 @@ struct ApplyGate {
     if constexpr (kSavesIndex) update_argmax<1>(vector, own, cache, place);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i)
-      vector.at[i] = narrow<T>(widen(vector.at[i]) * (own.field[0].at[i] + column_gates.at[i] + row_gate));
+      vector.at[i] = narrow<T>(widen_at(vector, i) * (own.field[0].at[i] + column_gates.at[i] + row_gate));
   }
 
   template <int kAxis>
@@ -117,7 +117,7 @@ struct ApplyGateBackward {
     const auto row_index = cache.index()[place.row_at] - static_cast<int32_t>(place.column);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      Real gradient = widen(vector.at[i]) * (own.field[0].at[i] + column_gates.at[i] + row_gate);
+      Real gradient = widen_at(vector, i) * (own.field[0].at[i] + column_gates.at[i] + row_gate);
       gradient += own.field[1].at[i] + column_means.at[i] + row_mean;
       if (own.index.at[i] == static_cast<int32_t>(place.slice)) gradient += own.field[2].at[i];
       if (column_index.at[i] == static_cast<int32_t>(place.row)) gradient += column_maxima.at[i];

@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kPassThreads, Apply::kBlocksPerSm)
     __syncthreads();
     const int64_t begin = tile.slice_begin(geometry, first);
     for (int batch = positions.slot; batch < slices; batch += kBatch * positions.slots) {
-      Vector<typename Apply::Element, kWidth> values[kBatch][kVectors];
+      using Element = typename Apply::Element;
+      Words<Element, kWidth> loaded[kBatch][kVectors];
       const auto each_vector = [&](auto function) {
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
@@ -185,14 +186,16 @@ __global__ void __launch_bounds__(kPassThreads, Apply::kBlocksPerSm)
           for (int k = 0; k < kVectors; ++k) {
             const int slice = batch + b * positions.slots;
             if (slice < slices && positions.has(k))
-              function(values[b][k], slice, k,
+              function(loaded[b][k], slice, k,
                        begin + slice * slice_numel + positions.row(k) * geometry.size[2] + positions.column(k));
           }
         }
       };
       if constexpr (Apply::kReads)
-        each_vector([&](auto& vector, int, int, int64_t offset) { vector = vector_at<kWidth>(apply.in, offset); });
-      each_vector([&](auto& vector, int slice, int k, int64_t offset) {
+        each_vector([&](auto& words, int, int, int64_t offset) { words = words_at<kWidth>(apply.in, offset); });
+      each_vector([&]([[maybe_unused]] auto& words, int slice, int k, int64_t offset) {
+        Vector<Element, kWidth> vector;
+        if constexpr (Apply::kReads) vector = as_vector<Element, kWidth>(words);
         const VectorPlace place{tile.begin[0] + first + slice, tile.begin[1] + positions.row(k),
                                 tile.begin[2] + positions.column(k), cache.column_at(slice, positions.column(k)),
                                 cache.row_at(slice, positions.row(k))};

@@ -27,7 +27,7 @@ __device__ __forceinline__ void update_argmax(const Vector<typename Apply::Eleme
   unsigned column_hits = 0, row_hits = 0;  // one bit per element
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const Real x = widen(vector.at[i]);
+    const Real x = widen_at(vector, i);
     const bool is_nan = x != x;
     if ((x == own.field[kField].at[i] || is_nan) && slice < own.index.at[i]) own.index.at[i] = slice;
     if (x == column_largest.at[i] || is_nan) column_hits |= 1u << i;

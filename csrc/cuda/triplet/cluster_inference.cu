@@ -138,12 +138,12 @@ __device__ __forceinline__ void pool_axis(const ClusterBlock<T>& block, Emit emi
     Vector<float, kLineWidth> largest, sum;
 #pragma unroll
     for (int i = 0; i < kLineWidth; ++i) {
-      largest.at[i] = widen(running.largest.at[i]);
+      largest.at[i] = widen(running.largest.at(i));
       sum.at[i] = running.sum[i];
     }
 #pragma unroll
     for (int i = kLineWidth; i < kWidth; ++i) {
-      largest.at[0] = maximum(largest.at[0], widen(running.largest.at[i]));
+      largest.at[0] = maximum(largest.at[0], widen(running.largest.at(i)));
       sum.at[0] += running.sum[i];
     }
     for (int apart = distance; apart < lanes * distance; apart *= 2) {
@@ -276,7 +276,7 @@ __device__ __forceinline__ void apply_gates(const Params<T>& params, const Clust
       const float row_gate = gates[2][slice * rows + row];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i)
-        values.at[i] = narrow<T>(widen(values.at[i]) * (own_gates.at[i] + column_gates.at[i] + row_gate));
+        values.at[i] = narrow<T>(widen_at(values, i) * (own_gates.at[i] + column_gates.at[i] + row_gate));
       vector_at<kWidth>(out, offset) = values;
     }
   }

@@ -39,7 +39,8 @@ namespace hashengine::triplet {
 namespace {
 
 // A Source has these members: Element (the type that is loaded), Value (the type that is reduced; its sums have the
-// type Arithmetic<Value>), kHasMaximum, and load<kWidth>(offset).
+// type Arithmetic<Value>), kHasMaximum, load<kWidth>(offset), whose result can wait in registers while other loads are
+// issued, and values<kWidth>(loaded).
 
 template <typename T>
 struct PoolSource {
@@ -49,8 +50,12 @@ struct PoolSource {
   const T* x;
 
   template <int kWidth>
-  __device__ __forceinline__ Vector<T, kWidth> load(int64_t offset) const {
-    return vector_at<kWidth>(x, offset);
+  __device__ __forceinline__ Words<T, kWidth> load(int64_t offset) const {
+    return words_at<kWidth>(x, offset);
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ Vector<T, kWidth> values(const Words<T, kWidth>& loaded) {
+    return as_vector<T, kWidth>(loaded);
   }
 };
 
@@ -63,11 +68,20 @@ struct ProductSource {
   const T* grad_y;
 
   template <int kWidth>
-  __device__ __forceinline__ Vector<Value, kWidth> load(int64_t offset) const {
-    const Vector<T, kWidth> factors = vector_at<kWidth>(x, offset), gradients = vector_at<kWidth>(grad_y, offset);
+  struct Loaded {
+    Words<T, kWidth> x, grad_y;
+  };
+
+  template <int kWidth>
+  __device__ __forceinline__ Loaded<kWidth> load(int64_t offset) const {
+    return {words_at<kWidth>(x, offset), words_at<kWidth>(grad_y, offset)};
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ Vector<Value, kWidth> values(const Loaded<kWidth>& loaded) {
+    const auto factors = as_vector<T, kWidth>(loaded.x), gradients = as_vector<T, kWidth>(loaded.grad_y);
     Vector<Value, kWidth> products;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) products.at[i] = widen(factors.at[i]) * widen(gradients.at[i]);
+    for (int i = 0; i < kWidth; ++i) products.at[i] = widen_at(factors, i) * widen_at(gradients, i);
     return products;
   }
 };
@@ -143,7 +157,7 @@ struct Stage {
           emit(slice, item % vectors * kWidth + i, reduced_at(running, i));
         } else {
           shared.sum[item * kWidth + i] = running.sum[i];
-          if constexpr (Source::kHasMaximum) shared.maximum[item * kWidth + i] = running.largest.at[i];
+          if constexpr (Source::kHasMaximum) shared.maximum[item * kWidth + i] = running.largest.at(i);
         }
       }
     }
@@ -201,7 +215,7 @@ struct Stage {
   static __device__ __forceinline__ Reduced<Source> reduced_at(const Running<Source, kWidth>& running, int i) {
     Reduced<Source> reduced;
     reduced.sum = running.sum[i];
-    if constexpr (Source::kHasMaximum) reduced.largest = widen(running.largest.at[i]);
+    if constexpr (Source::kHasMaximum) reduced.largest = widen(running.largest.at(i));
     return reduced;
   }
 };
@@ -214,7 +228,7 @@ __device__ __forceinline__ void stage_slices(const Source& source, const Stage<S
                                              Running<Source, kWidth> (&running)[Stage<Source, kWidth>::kVectors]) {
   using Config = ReduceConfig<Source, kWidth>;
   for (int first = positions.slot; first < stage.slices; first += Config::kBatch * positions.slots) {
-    Vector<typename Source::Value, kWidth> loaded[Config::kBatch][Config::kVectors];
+    decltype(source.template load<kWidth>(0)) loaded[Config::kBatch][Config::kVectors];
 #pragma unroll
     for (int b = 0; b < Config::kBatch; ++b) {
 #pragma unroll
@@ -231,9 +245,10 @@ __device__ __forceinline__ void stage_slices(const Source& source, const Stage<S
       for (int k = 0; k < Config::kVectors; ++k) {
         const int slice = first + b * positions.slots;
         if (slice >= stage.slices || !positions.has(k)) continue;
-        running[k].add(loaded[b][k]);
+        const auto values = Source::template values<kWidth>(loaded[b][k]);
+        running[k].add(values);
         vector_at<kWidth>(stage.shared.stage, slice * stage.rows * stage.columns + positions.vector(k) * kWidth) =
-            loaded[b][k];
+            values;
       }
     }
   }
@@ -260,7 +275,7 @@ __device__ __forceinline__ void emit_positions(
     for (int i = 0; i < kWidth; ++i) {
       const int at = positions.slot * slice_values + positions.first * kWidth + i;
       stage.shared.sum[at] = running[0].sum[i];
-      if constexpr (Source::kHasMaximum) stage.shared.maximum[at] = running[0].largest.at[i];
+      if constexpr (Source::kHasMaximum) stage.shared.maximum[at] = running[0].largest.at(i);
     }
   }
   __syncthreads();

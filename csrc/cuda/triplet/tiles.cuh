@@ -173,11 +173,15 @@ struct Tile {
 // thread processes the vectors `first`, `first + kPassThreads` and so on.
 template <int kWidth>
 struct ThreadPositions {
+  static constexpr int kMostVectors = std::max(reduce_vectors(kWidth), apply_vectors(kWidth));
   int slice_vectors;
   int row_vectors;
   int slots;  // slices that the block processes at a time
   int slot;   // the slot of this thread
   int first;
+  // Row and first column of each vector. They are divided here, because the compiler does not move a division out of
+  // the loop in which it is guarded.
+  int rows[kMostVectors], columns[kMostVectors];
 
   explicit __device__ __forceinline__ ThreadPositions(const Tile& tile) {
     row_vectors = tile.size[2] / kWidth;
@@ -186,12 +190,17 @@ struct ThreadPositions {
     slots = slice_vectors < kPassThreads ? kPassThreads / slice_vectors : 1;
     slot = slots > 1 ? thread / slice_vectors : 0;
     first = slots > 1 ? thread % slice_vectors : thread;
+#pragma unroll
+    for (int k = 0; k < kMostVectors; ++k) {
+      rows[k] = vector(k) / row_vectors;
+      columns[k] = (vector(k) - rows[k] * row_vectors) * kWidth;
+    }
   }
   // About the thread's k-th vector: its number, whether it exists, its row, and the column of its first element.
   __device__ __forceinline__ int vector(int k) const { return first + k * kPassThreads; }
   __device__ __forceinline__ bool has(int k) const { return slot < slots && vector(k) < slice_vectors; }
-  __device__ __forceinline__ int row(int k) const { return vector(k) / row_vectors; }
-  __device__ __forceinline__ int column(int k) const { return vector(k) % row_vectors * kWidth; }
+  __device__ __forceinline__ int row(int k) const { return rows[k]; }
+  __device__ __forceinline__ int column(int k) const { return columns[k]; }
 };
 
 }  // namespace hashengine::triplet
