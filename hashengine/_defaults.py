@@ -25,3 +25,4 @@ IMAGE_SUFFIXES = frozenset(
 # How an earlier codes folder and an earlier index are recognised.
 CODES_MARKER = Marker("encode.json", ("fingerprint", "source"), ("codes.npy", "items.csv", "encode.json"))
 INDEX_MARKER = Marker("index.json", ("fingerprint", "sources"), ("codes", "items.csv", "index.json", "lock", "model"))
+SPLIT_FILE = "split.json"  # the record of 'hashengine train prepare'

@@ -23,7 +23,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -379,6 +379,9 @@ def _random_name_beside(path: Path) -> Path:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
+        for folder, _, _ in os.walk(path):  # files of a folder that may not be written to cannot be removed
+            with suppress(OSError):
+                os.chmod(folder, stat.S_IRWXU)
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

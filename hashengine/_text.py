@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any
 
-# Control characters, line separators and lone surrogates.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Control characters, line separators, lone surrogates, and marks that reverse the direction of the text after them.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object) -> str:

@@ -58,6 +58,7 @@ def invalid(where: str, what: str, expected: str, actual: object, advice: str = 
         actual: the value that was given, or its description; formatted with `str`.
         advice: what the user can do, if that does not follow from `expected`.
     """
+    where, what, expected, advice = (brief(part, _LONGEST_ACTUAL) for part in (where, what, expected, advice))
     got = brief(actual, _LONGEST_ACTUAL)
     return InputError(f"{where}: {what} must be {expected}, got {got}" + (f"; {advice}" if advice else ""))
 

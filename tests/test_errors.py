@@ -81,3 +81,8 @@ def test_a_long_text_loses_its_middle_and_its_line_breaks() -> None:
     assert brief(f"begin {LONG} end", 30) == "begin xxxxxx ... xxxxxxxx end"
     assert brief(" a  b\n c\n") == "a  b c"
     assert len(str(invalid("load", "the file", "JSON", LONG))) < 1100
+
+
+def test_a_message_is_one_line_whatever_its_parts_contain():
+    error = invalid("a\nb", "the size of x\ny", "at\nleast 1", "2\n3", "do\nthis")
+    assert str(error) == "a b: the size of x y must be at least 1, got 2 3; do this"

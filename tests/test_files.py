@@ -296,3 +296,17 @@ def test_the_target_of_a_link_gets_its_folder(tmp_path):
     assert (tmp_path / "missing" / "file.json").read_text() == "{}"
     _files.make_folder(tmp_path / "folder")
     assert (tmp_path / "also" / "missing").is_dir()
+
+
+def test_a_replaced_folder_that_was_read_only_leaves_nothing(tmp_path):
+    """As root, permissions do not matter; then this checks only that nothing is left."""
+    for folder in ("codes", "codes/inner"):
+        (tmp_path / folder).mkdir()
+    for file in ("codes/encode.json", "codes/inner/file"):
+        (tmp_path / file).write_text("{}")
+    for folder in ("codes/inner", "codes"):
+        (tmp_path / folder).chmod(0o555)
+    with _files.replace_folder(tmp_path / "codes", marker=_files.Marker("encode.json"), where="encode") as temporary:
+        (temporary / "encode.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+    assert [path.name for path in (tmp_path / "codes").iterdir()] == ["encode.json"]

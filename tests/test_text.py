@@ -41,3 +41,8 @@ def test_json_of_other_names_is_that_of_pydantic():
     assert to_json(Named(name="Zürich"), 2) == Named(name="Zürich").model_dump_json(indent=2)
     with pytest.raises(ValueError, match="Unable to serialize"):
         to_json(object())
+
+
+@pytest.mark.parametrize("mark", ["\u202e", "\u2066", "\u200f"])
+def test_marks_that_reverse_the_direction_are_escaped(mark):
+    assert printable(f"a{mark}gnp.b") == f"a\\u{ord(mark):04x}gnp.b"

@@ -83,6 +83,8 @@ def search(
         # A folder of images may also hold results, but no image of it may be replaced.
         is_input = query.is_file() or (query / "encode.json").is_file() or _may_be_image(output)
         check_output("search", output, outside=(index, model, query if is_input else None))
+        if query.is_file() and output.exists() and _may_be_image(output):
+            raise invalid("search", "output", "a file that is no image", f"{str(output)!r}, which would be replaced")
     from hashengine import evaluation
 
     results = evaluation.search_images(index, query, k, model=model, batch_size=batch_size, device=device)

@@ -87,9 +87,10 @@ def start_over(output: Path, data: str) -> None:
         )
     check_output("demo", output, is_folder=True, marker=MARKER)
     output = output.resolve()  # the target of a link
-    if output.exists():
-        shutil.rmtree(output)
     make_folder(output)
+    for path in output.iterdir():  # the marker stays, so that an interrupted demo can start over
+        if path.name != MARKER.name:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_file(output / MARKER.name, "Made by 'hashengine demo', which empties this folder when it starts over.\n")
 
 

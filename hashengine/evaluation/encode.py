@@ -48,7 +48,7 @@ class CodesFolder:
 
     def described(self) -> EncodeRecord:
         """The record of these codes and items. A caller may have made them from those that `record` describes."""
-        digests = {"codes_sha256": _sha256(self.codes), "items_sha256": items_digest(self.items)}
+        digests = {"codes_sha256": codes_digest(self.codes), "items_sha256": items_digest(self.items)}
         return self.record.model_copy(update=digests | {"count": len(self.items)})
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -96,17 +96,21 @@ class CodesFolder:
             raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
         if not isinstance(codes, np.ndarray):
             raise invalid(where, argument, f"an array in {str(path)!r}", "an archive of arrays")
-        shape = (len(items), record.bits // 8)
+        shape = (record.count, record.bits // 8)
+        if len(items) != record.count:
+            expected = f"a codes folder with {record.count} images in items.csv, as encode.json says"
+            raise invalid(where, argument, expected, len(items), "encode again")
         if codes.dtype != np.uint8 or codes.shape != shape:
             expected = f"uint8 {list(shape)} in {str(path)!r}, as items.csv and encode.json say"
             raise invalid(where, argument, expected, f"{codes.dtype} {list(codes.shape)}")
-        if record.codes_sha256 not in ("", _sha256(codes)):
+        if record.codes_sha256 not in ("", codes_digest(codes)):
             expected = f"the codes in {str(path)!r} that encode.json describes"
             raise invalid(where, argument, expected, "others: the file is damaged or was replaced", "encode again")
         return cls(codes, items, record)
 
 
-def _sha256(codes: np.ndarray) -> str:
+def codes_digest(codes: np.ndarray) -> str:
+    """SHA-256 of codes."""
     return hashlib.sha256(np.ascontiguousarray(codes).data).hexdigest()
 
 
@@ -186,7 +190,7 @@ def encode_folder(
         source=str(folder),
         model=str(model.absolute()),
         fingerprint=identity,
-        codes_sha256=_sha256(rows),
+        codes_sha256=codes_digest(rows),
         items_sha256=items_digest(items),
         device=str(chosen),
         seconds=time.perf_counter() - start,

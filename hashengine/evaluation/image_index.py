@@ -15,8 +15,8 @@ from hashengine import _progress
 from hashengine._defaults import INDEX_MARKER, NEIGHBOURS
 from hashengine._files import locked, read_unchanged, replace_folder
 from hashengine._validation import check_integer, check_path
-from hashengine.errors import invalid
-from hashengine.evaluation.encode import CodesFolder
+from hashengine.errors import InputError, invalid
+from hashengine.evaluation.encode import CodesFolder, codes_digest
 from hashengine.evaluation.records import (
     Hit,
     IndexRecord,
@@ -28,6 +28,7 @@ from hashengine.evaluation.records import (
     write_items,
 )
 from hashengine.index import HammingIndex, Searcher
+from hashengine.index.folder import open_folder
 from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 
 
@@ -113,6 +114,8 @@ class ImageIndex:
         if record.bits != hamming.bits:
             expected = f"a folder with codes of {record.bits} bits, as {str(folder / 'index.json')!r} says"
             raise invalid(where, "index", expected, f"codes of {hamming.bits} bits", "build it again")
+        if open_folder(folder / "codes").rows != len(hamming):  # some were removed
+            raise _other_codes(folder, where)
         items = read_items(folder / "items.csv", where, "index")
         if len(items) < len(hamming):
             expected = f"a folder with {len(hamming)} images in {str(folder / 'items.csv')!r}"
@@ -123,6 +126,8 @@ class ImageIndex:
             expected = f"a folder whose index.json describes {len(hamming)} codes"
             raise invalid(where, "index", expected, counted, "build it again")
         check_items(items, record.sources, folder / "items.csv", where, "index")
+        if not mmap:  # a mapped index is read to append to it, after it was loaded
+            _check_codes(hamming, record, folder, where)
         return cls(folder, hamming, items[: len(hamming)], record)  # an interrupted append leaves further items
 
     @classmethod
@@ -244,6 +249,22 @@ def _copy_model(model: Path, target: Path) -> None:
             shutil.copyfile(model / name, target / name)
 
     read_unchanged([model / CONFIG_FILE, model / WEIGHTS_FILE], copy)
+
+
+def _check_codes(hamming: HammingIndex, record: IndexRecord, folder: Path, where: str) -> None:
+    """Require that the codes of an index are those that its record describes, with the rows of items.csv as ids."""
+    codes, ids = np.asarray(hamming.codes), np.asarray(hamming.ids)
+    is_same, first = np.array_equal(ids, np.arange(len(codes))), 0
+    for source in record.sources:
+        is_same &= source.codes_sha256 in ("", codes_digest(codes[first : first + source.count]))
+        first += source.count
+    if not is_same:
+        raise _other_codes(folder, where)
+
+
+def _other_codes(folder: Path, where: str) -> InputError:
+    expected = f"a folder whose {str(folder / 'codes')!r} has the codes that index.json describes"
+    return invalid(where, "index", expected, "others, which were changed without the images", "build it again")
 
 
 def _check_is_index(folder: Path, where: str) -> None:

@@ -155,7 +155,7 @@ class IndexRecord(Record):
     bits: int
     fingerprint: str
     sources: list[EncodeRecord]
-    seconds: float
+    seconds: NonNegativeFloat
 
     def drop_unsaved(self, codes: int) -> None:
         """Remove the sources beyond `codes`, the number of saved codes: an interrupted append leaves such a source."""

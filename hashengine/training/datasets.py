@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hashengine import _progress
-from hashengine._defaults import DATA_SETS, SEED
+from hashengine._defaults import DATA_SETS, SEED, SPLIT_FILE
 from hashengine._files import Marker, check_output, read_file, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import invalid, missing_package
@@ -24,7 +24,6 @@ from hashengine.images import list_images
 from hashengine.training.data import files_digest, list_classes
 
 WHERE = "train prepare"  # the command that error messages name
-SPLIT_FILE = "split.json"
 DIGITS_QUERIES = 300
 FOLDER_QUERY_SHARE = 0.1
 
@@ -86,8 +85,9 @@ def prepare(
     is_folder = source not in SOURCES and Path(source).is_dir()
     check_output(WHERE, output, outside=(source,) if is_folder else (), is_folder=True)
     if is_folder:
-        digest = files_digest(Path(source), list_images(source, WHERE))
-        request |= {"source": str(Path(source).resolve()), "files_sha256": digest}
+        files = list_images(source, WHERE)
+        request |= {"source": str(Path(source).resolve()), "files_sha256": files_digest(Path(source), files)}
+        request |= {"contents_sha256": _contents_digest(Path(source), files)}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _same_split(output, request)
     if source in SOURCES:
@@ -117,7 +117,8 @@ def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     """The record in `output`; raises InputError if it is not the record of `request`."""
     try:
         record = json.loads(read_file(output / SPLIT_FILE).decode("utf-8-sig"))
-        is_same = all(record[key] == value for key, value in request.items())
+        missing = request.keys() & {"contents_sha256"} - record.keys()  # in files of older versions
+        is_same = all(record[key] == value for key, value in request.items() if key not in missing)
         # These expressions raise if the rest of the record has another form.
         int(record["queries_identical_to_a_database_image"])
         for side in (record["database"], record["query"]):
@@ -145,6 +146,12 @@ def _write(pictures: list[Picture], folder: Path) -> dict[str, str]:
             Image.fromarray(picture.content).save(path)
         digests[f"{picture.label}/{picture.name}"] = _content_digest(picture.content)
     return digests
+
+
+def _contents_digest(folder: Path, files: list[Path]) -> str:
+    """SHA-256 of the names and the contents of files in `folder`."""
+    paths = _progress.track(files, "reading files", len(files), "img")
+    return _digest("\n".join(f"{_content_digest(path)}  {path.relative_to(folder)}" for path in paths))
 
 
 def _content_digest(content: np.ndarray | Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hashengine import _environment, _progress, methods
+from hashengine._defaults import CODES_MARKER, INDEX_MARKER, SPLIT_FILE
 from hashengine._files import check_output, make_folder, write_file
 from hashengine._torch_defaults import torch_defaults
 from hashengine._validation import check_device
@@ -97,6 +98,10 @@ def check_model_output(where: str, config: FitConfig) -> None:
     folder = config.output
     check_output(where, folder, outside=(config.images,), is_folder=True)
     check_evaluation_file(where, folder)
+    for record in (CODES_MARKER.name, INDEX_MARKER.name, SPLIT_FILE):
+        if (folder / record).exists():
+            actual = f"{str(folder)!r}, which holds {record}"
+            raise invalid(where, "output", "a new folder or that of an earlier model", actual, "choose another folder")
     replaced = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE) if (folder / name).exists()]
     if replaced and not is_model_folder(folder):
         actual = f"{str(folder)!r}, which has another {replaced[0]}"

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 RECORD_FILE = "training.json"
 EVALUATION_FILE = "evaluation.json"
 
-_NOT_COMPARED = ("images", "output", "seed", "device")  # options whose values may differ within a group of runs
+# Options whose values may differ within a group of runs. The images must be the same, but may be in another folder.
+_NOT_COMPARED = ("output", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,15 @@ class Run:
             ("last epoch", ", ".join(f"{name} {value:.4f}" for name, value in last.items() if name != "epoch")),
         ]
 
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The folder of the queries of evaluation.json and the digest of its files; () without an evaluation."""
+        try:
+            found = json.loads(read_file(self.folder / EVALUATION_FILE).decode("utf-8-sig"))
+            return str(found["source"]), str(found.get("files_sha256", [""])[0])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return ()
+
     def figures(self) -> dict[str, float]:
         """The results by name: the mAP if there is evaluation.json, the values of the last epoch, and the duration."""
         figures: dict[str, float] = {}
@@ -109,11 +119,13 @@ class Run:
                 found = json.loads(read_file(evaluation).decode("utf-8-sig"))
                 check_evaluation_is_own("train report", found, self.folder)
                 figures["mAP"] = float(found["mean_average_precision"]["expected"])
-                if found.get("fingerprint") != self.record.get("fingerprint"):
+                own = self.record.get("fingerprint")
+                if found.get("fingerprint", own) != own:  # older files have none
                     expected, actual = "the evaluation of the network beside it", "that of an earlier network"
-                    raise invalid(str(evaluation), "the file", expected, actual, "remove it, or evaluate again")
-                if not math.isfinite(figures["mAP"]):
-                    raise ValueError("a number that is not finite")
+                    advice = "remove it; 'hashengine train sweep --queries' makes a new one"
+                    raise invalid(str(evaluation), "the file", expected, actual, advice)
+                if not -1e-6 <= figures["mAP"] <= 1 + 1e-6:
+                    raise ValueError("an mAP that is not from 0 to 1")
             except InputError:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -240,20 +252,31 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
 
 def table(runs: Sequence[Run]) -> RunTable:
     """Group `runs` by all options except the seed, the folders and the device."""
-    compared = [{name: _key(value) for name, value in run.options.items() if name not in _NOT_COMPARED} for run in runs]
+    compared = [
+        {name: _key(value) for name, value in run.options.items() if name not in _NOT_COMPARED}
+        | {"images": run.record.get("files_sha256") or _key(run.options.get("images"))}
+        for run in runs
+    ]
     names = list(dict.fromkeys(name for options in compared for name in options))
     differing = [name for name in names if len({options.get(name) for options in compared}) > 1]
     members: dict[tuple[str | None, ...], list[Run]] = {}
     for run, options in zip(runs, compared, strict=True):
         members.setdefault(tuple(options.get(name) for name in names), []).append(run)
     first = runs[0].options
-    common = {name: first[name] for name in names if name not in differing and name in first}
+    shared = [name for name in names if name not in differing and name != "images"]
+    common = {name: first[name] for name in shared if name in first}
     return RunTable(common, [_group(group, differing) for group in members.values()])
 
 
 def _group(runs: list[Run], differing: list[str]) -> Group:
     runs = sorted(runs, key=lambda run: run.options.get("seed", 0))
     figures = [run.figures() for run in runs]
+    queries = {run.queries for run in runs if run.queries}
+    if len(queries) > 1:
+        (first, *_), (other, *_) = sorted(queries)[:2]
+        advice = "evaluate all of them with one 'hashengine train sweep --queries'"
+        actual = f"those in {first!r} and in {other!r}"
+        raise invalid("train report", "the evaluations of a group", "of the same queries", actual, advice)
     names = [name for name in figures[0] if all(name in values for values in figures)]
     columns = {name: [values[name] for values in figures] for name in names}
     return Group(

@@ -14,6 +14,7 @@ from hashengine import _progress, metrics
 from hashengine._files import check_output, locked, make_folder, read_file, write_file
 from hashengine._validation import check_device
 from hashengine.errors import invalid
+from hashengine.models.checkpoint import WEIGHTS_FILE
 from hashengine.training import data
 from hashengine.training.config import FitConfig, SweepConfig
 from hashengine.training.loop import check_model_output, fit
@@ -155,8 +156,8 @@ def _check_images(run: Run, digests: dict[Path, str]) -> None:
 
 
 def _finished(config: FitConfig) -> Run | None:
-    """The complete run in the folder of `config`; None if the folder has no training.json, which is written last."""
-    if not (config.output / RECORD_FILE).is_file():
+    """The complete run in the folder of `config`; None if it lacks the network, or training.json, the last file."""
+    if not (config.output / RECORD_FILE).is_file() or not (config.output / WEIGHTS_FILE).is_file():
         return None
     run = Run.load(config.output)
     wanted, found = ({k: v for k, v in options.items() if k != "output"} for options in (config.record(), run.options))

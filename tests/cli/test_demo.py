@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,23 @@ def test_the_demo_follows_a_link_to_an_earlier_demo(tmp_path):
     (tmp_path / "link").symlink_to("demo")
     demo_module.start_over(tmp_path / "link", "digits")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "demo" / demo_module.MARKER.name).read_text()
+
+
+def test_an_interrupted_removal_of_an_earlier_demo_can_be_repeated(tmp_path, monkeypatch):
+    output = tmp_path / "demo"
+    demo_module.start_over(output, "digits")
+    for name in ("a", "b"):
+        (output / name).mkdir()
+    (output / "link").symlink_to(tmp_path)
+    rmtree = shutil.rmtree
+
+    def interrupted(path):
+        rmtree(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo_module.start_over(output, "digits")
+    monkeypatch.undo()
+    demo_module.start_over(output, "digits")
+    assert [path.name for path in output.iterdir()] == [".hashengine-demo"] and tmp_path.exists()

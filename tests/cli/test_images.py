@@ -239,6 +239,18 @@ def test_results_replace_no_image_whatever_its_name(folder, tmp_path, output):
     assert contents(tmp_path) == before
 
 
+def test_results_of_one_image_replace_no_other_image(folder, tmp_path):
+    photos = make_images(tmp_path / "photos", per_class=2) / "bars"
+    shutil.copyfile(photos / "1.png", photos / "plain")
+    before = contents(tmp_path)
+    for name in ("1.png", "plain"):
+        message = refuse("search", folder / "index", photos / "0.png", "--output", photos / name)
+        assert message.startswith("error: search: output must be a file that is no image")
+    assert contents(tmp_path) == before
+    succeed("search", folder / "index", photos / "0.png", "--output", photos / "new.json")
+    succeed("search", folder / "index", photos / "0.png", "--output", photos / "new.json")
+
+
 def test_mistakes_in_encode_are_refused(folder, tmp_path):
     model, output = ("--model", folder / "model"), ("--output", tmp_path / "codes")
     images = folder / "images" / "query"

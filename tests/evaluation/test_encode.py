@@ -211,3 +211,11 @@ def test_a_model_whose_path_no_file_system_has_is_refused(codes, tmp_path):
     (tmp_path / "codes" / "encode.json").write_text(json.dumps(record | {"model": "\ud800"}))
     with pytest.raises(InputError, match="^index: the model of the codes must be a path that a file system can have"):
         index_codes(tmp_path / "codes", tmp_path / "index")
+
+
+def test_a_record_with_another_count_is_refused(codes, tmp_path):
+    codes.save(tmp_path / "codes")
+    record = json.loads((tmp_path / "codes" / "encode.json").read_text())
+    (tmp_path / "codes" / "encode.json").write_text(json.dumps(record | {"count": 3, "items_sha256": ""}))
+    with pytest.raises(InputError, match="must be a codes folder with 3 images in items.csv, as encode.json says"):
+        CodesFolder.load(tmp_path / "codes")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hashengine import InputError, _progress
+from hashengine import HammingIndex, InputError, _progress
 from hashengine.evaluation import (
     CodesFolder,
     ImageIndex,
@@ -292,3 +292,25 @@ def test_the_sources_must_describe_every_code(index):
     (index.folder / "index.json").write_text(json.dumps(record | {"sources": []}))
     with pytest.raises(InputError, match="^ImageIndex.load: index must be .* index.json describes 21 codes"):
         ImageIndex.load(index.folder)
+
+
+@pytest.mark.parametrize("change", ["other codes", "updated", "removed", "replaced", "all removed"])
+def test_codes_that_were_changed_without_the_images_are_refused(index, queries, change):
+    saved = HammingIndex.load(index.folder / "codes")
+    if change == "other codes":
+        saved = HammingIndex(saved.bits)
+        saved.add(np.zeros((len(index.items), saved.bits // 8), np.uint8))
+    elif change == "updated":
+        saved.update(np.array([0]), ~saved.codes[:1])
+    elif change == "all removed":
+        saved.remove(saved.ids)
+    else:
+        saved.remove(np.array([0]))
+        if change == "replaced":
+            saved.add(np.zeros((1, saved.bits // 8), np.uint8))
+    saved.save(index.folder / "codes")
+    expected = "index must be a folder whose '.*codes' has the codes that index.json describes, got others, .*; build"
+    with pytest.raises(InputError, match=f"^search: {expected}"):
+        ImageIndex.load(index.folder, "search")
+    with pytest.raises(InputError, match=f"^index: {expected}"):
+        ImageIndex.append_to(index.folder, queries)

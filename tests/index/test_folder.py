@@ -445,3 +445,25 @@ def test_an_index_that_is_mapped_in_inference_mode_can_grow_afterwards(tmp_path,
         index.add(codes_of(3))
         index.update(np.array([1]), codes_of(1))
         assert len(index) == 13
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused_in_one_line(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "file").touch()
+    (tmp_path / "lock" / "lock").mkdir(parents=True)
+    (tmp_path / "manifest" / "manifest.json").mkdir(parents=True)
+    for name in ("a", "file/x", "lock", "manifest"):
+        with pytest.raises(InputError, match="^save: path must be ") as caught:
+            index_of(3).save(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_name_of_a_folder_with_a_line_break_is_in_one_line(tmp_path):
+    folder_name = tmp_path / "my\nindex"
+    index_of(10).save(folder_name)
+    [file] = folder_name.glob("codes-*.bin")
+    os.truncate(file, 3)
+    with pytest.raises(InputError) as caught:
+        HammingIndex.load(folder_name)
+    assert "\n" not in str(caught.value)

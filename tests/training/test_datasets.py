@@ -180,3 +180,23 @@ def test_a_user_without_a_home_folder_is_told_to_name_the_root(tmp_path, monkeyp
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     with pytest.raises(InputError, match="root must be given with --root, got nothing, and this user has no home"):
         prepare("fashion-mnist", tmp_path / "split")
+
+
+def test_a_split_of_other_contents_is_not_kept(tmp_path):
+    for label in "ab":
+        for number in range(6):
+            path = tmp_path / "images" / label / f"{number}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), 10 * number + (label == "b")).save(path)
+    record = prepare(tmp_path / "images", tmp_path / "split", queries=2)
+    assert prepare(tmp_path / "images", tmp_path / "split", queries=2) == record
+    (tmp_path / "images" / "a").rename(tmp_path / "images" / "c")
+    (tmp_path / "images" / "b").rename(tmp_path / "images" / "a")
+    (tmp_path / "images" / "c").rename(tmp_path / "images" / "b")  # the same names and sizes
+    with pytest.raises(InputError, match="output must be a new folder, or one with this very split"):
+        prepare(tmp_path / "images", tmp_path / "split", queries=2)
+    older = json.loads((tmp_path / "split" / "split.json").read_text())
+    (tmp_path / "split" / "split.json").write_text(
+        json.dumps({name: value for name, value in older.items() if name != "contents_sha256"})
+    )
+    assert prepare(tmp_path / "images", tmp_path / "split", queries=2)["seed"] == record["seed"]

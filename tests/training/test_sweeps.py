@@ -336,3 +336,52 @@ def test_two_sweeps_into_one_folder_take_turns(data):
         for thread in threads:
             thread.join()
     assert sorted(trained) == [0, 1] and tables[0] == tables[1]
+
+
+def test_runs_with_other_images_are_other_groups(data):
+    shutil.copytree(data / "database", data / "moved")  # the same images in another folder
+    shutil.copytree(data / "database", data / "other")
+    image = next((data / "other").rglob("*.png"))
+    shutil.copyfile(image, image.with_name("added.png"))
+    images = [str(data / name) for name in ("database", "moved", "other")]
+    header, rows = sweep(config(data, images=None, grid={"images": images})).cells()
+    assert header[:2] == ["images", "seeds"] and [row[:2] for row in rows] == [[images[0], "0, 0"], [images[2], "0"]]
+
+
+def test_evaluations_of_other_queries_are_not_averaged(data):
+    sweep(config(data, grid={"seed": [0, 1]}))
+    make_images(data / "others", per_class=3, seed=5)
+    sweep(config(data, grid={"seed": [1]}, queries=data / "others"))
+    expected = "train report: the evaluations of a group must be of the same queries, got those in .*others' and in"
+    with pytest.raises(InputError, match=expected):
+        report([data / "runs"])
+    assert len(report([data / "runs" / "seed=1"]).groups) == 1
+
+
+def test_an_evaluation_of_an_older_version_is_accepted(data):
+    sweep(config(data, grid={"seed": [0]}))
+    evaluation = data / "runs" / "seed=0" / "evaluation.json"
+    record = json.loads(evaluation.read_text())
+    evaluation.write_text(json.dumps({name: value for name, value in record.items() if name != "fingerprint"}))
+    assert report([data / "runs"]).groups[0].mean["mAP"] == record["mean_average_precision"]["expected"]
+    evaluation.write_text(json.dumps(record | {"mean_average_precision": {"expected": 7}}))
+    with pytest.raises(InputError, match="got a damaged one: ValueError: an mAP that is not from 0 to 1"):
+        report([data / "runs"])
+
+
+def test_a_run_without_its_network_is_trained_again(data):
+    sweep(config(data, grid={"seed": [0]}))
+    weights = data / "runs" / "seed=0" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    sweep(config(data, grid={"seed": [0]}))
+    assert weights.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["encode.json", "index.json", "split.json"])
+def test_a_folder_of_another_command_does_not_become_a_model(data, name):
+    (data / "out").mkdir()
+    (data / "out" / name).write_text("{}")
+    with pytest.raises(InputError, match=f"^fit: output must be a new folder or .* which holds {name}; choose another"):
+        fit(FitConfig(images=data / "database", output=data / "out", epochs=1, batch_size=8, widths=(8,)))
+    assert [path.name for path in (data / "out").iterdir()] == [name]
