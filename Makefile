@@ -37,7 +37,7 @@ WARNINGS := -Wall -Wextra -Wshadow -Wconversion -Werror
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full lint lint-fast lint-warnings format docs fuzz soak bench \
-	gpu-test gpu-sanitize gpu-soak gpu-bench gpu-bench-hamming gpu-profile clean
+	gpu-first gpu-test gpu-sanitize gpu-soak gpu-bench gpu-bench-hamming gpu-profile clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -118,6 +118,10 @@ soak: $(READY)  ## run random index operations on the CPU for MINUTES=6 and comp
 
 bench: $(READY)  ## time the pytest-benchmark cases
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+# Runs without a network and without the set-up. STEPS is a list of step names, such as "setup tests"; all by default.
+gpu-first:  ## on a GPU without a network: set up from WHEELS=folder, then check and measure, step by step
+	$(PYTHON) -m benchmarks.gpu_first $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
 
 gpu-test: $(READY)  ## on a machine with a GPU: run the tests that need one, with the CUDA build
 	$(BIN)/python -m pytest $(GPU_TESTS)
