@@ -36,7 +36,8 @@ STEP_SECONDS = 480.0
 _LARGE = re.compile(r"faiss|torch|nvidia|triton", re.IGNORECASE)  # wheels that `setup` does not install
 _PYTHON = str(ENVIRONMENT / "bin" / "python")
 _GPU_TESTS = ["-m", "pytest", "-q", "tests/gpu"]
-_SMALL = "packing or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))"  # SMALL of the Makefile
+# SMALL of the Makefile
+_SMALL = "packing or nan or (accurate and (7 or 11)) and not 2048 or (equals_the_cpu and (70 or 1000))"
 _SANITIZER = ["compute-sanitizer", "--error-exitcode", "1"]
 
 
