@@ -27,6 +27,12 @@ def config(data: Path, **options) -> SweepConfig:
     return SweepConfig(**{"output": data / "runs", "queries": data / "query", "grid": grid} | shared | options)
 
 
+def fit_into(output: Path, data: Path, **options) -> Run:
+    """A run that no sweep made."""
+    shared = {"images": data / "database", "epochs": 1, "batch_size": 8, "widths": (8,), "device": "cpu"}
+    return fit(FitConfig(output=output, **shared, **options))
+
+
 def folders(data: Path) -> list[str]:
     return sorted(path.name for path in (data / "runs").iterdir() if path.is_dir())
 
@@ -142,7 +148,7 @@ def test_a_figure_of_an_earlier_network_is_not_shown(data):
     sweep(config(data, grid={"seed": [0]}))
     run, evaluation = data / "runs" / "seed=0", data / "runs" / "seed=0" / "evaluation.json"
     old = evaluation.read_bytes()
-    fit(FitConfig(images=data / "database", output=run, epochs=1, batch_size=8, widths=(8,), bits=16, device="cpu"))
+    fit_into(run, data, bits=16)
     assert not evaluation.exists()
     evaluation.write_bytes(old)
     with pytest.raises(InputError, match="evaluation.json: the file must be the evaluation of the network beside"):
@@ -257,16 +263,8 @@ def test_a_foreign_evaluation_is_neither_replaced_nor_removed(data, content):
         foreign.mkdir()
     else:
         foreign.write_bytes(content)
-    options = {
-        "images": data / "database",
-        "output": run,
-        "epochs": 1,
-        "batch_size": 8,
-        "widths": (8,),
-        "device": "cpu",
-    }
     with pytest.raises(InputError, match="^fit: evaluation.json must be one that 'hashengine train sweep' wrote"):
-        fit(FitConfig(**options))
+        fit_into(run, data)
     with pytest.raises(InputError, match="^train sweep: evaluation.json must be one that"):
         sweep(config(data, grid={"seed": [0]}))
     assert list(run.iterdir()) == [foreign] and (content is None or foreign.read_bytes() == content)
@@ -303,16 +301,8 @@ def test_a_kill_between_the_network_and_its_record_is_noticed(data, monkeypatch)
     sweep(config(data, grid={"seed": [0]}))
     run = data / "runs" / "seed=0"
     monkeypatch.setattr("hashengine.training.loop.write_file", lambda *arguments: 1 / 0)
-    options = {
-        "images": data / "database",
-        "output": run,
-        "epochs": 1,
-        "batch_size": 8,
-        "widths": (8,),
-        "device": "cpu",
-    }
     with pytest.raises(ZeroDivisionError):
-        fit(FitConfig(bits=16, seed=9, **options))
+        fit_into(run, data, bits=16, seed=9)
     with pytest.raises(InputError, match="training.json: the file must be the record of the network"):
         report([run])
 
@@ -383,5 +373,5 @@ def test_a_folder_of_another_command_does_not_become_a_model(data, name):
     (data / "out").mkdir()
     (data / "out" / name).write_text("{}")
     with pytest.raises(InputError, match=f"^fit: output must be a new folder or .* which holds {name}; choose another"):
-        fit(FitConfig(images=data / "database", output=data / "out", epochs=1, batch_size=8, widths=(8,)))
+        fit_into(data / "out", data)
     assert [path.name for path in (data / "out").iterdir()] == [name]
