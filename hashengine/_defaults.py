@@ -24,5 +24,10 @@ IMAGE_SUFFIXES = frozenset(
 
 # How an earlier codes folder and an earlier index are recognised.
 CODES_MARKER = Marker("encode.json", ("fingerprint", "source"), ("codes.npy", "items.csv", "encode.json"))
-INDEX_MARKER = Marker("index.json", ("fingerprint", "sources"), ("codes", "items.csv", "index.json", "lock", "model"))
+INDEX_MARKER = Marker(
+    "index.json",
+    ("fingerprint", "sources"),
+    ("items.csv", "index.json", "lock", "model/config.json", "model/model.safetensors")
+    + ("codes/manifest.json", "codes/lock", "codes/codes-*.bin", "codes/ids-*.bin", "codes/live-*.bin"),
+)
 SPLIT_FILE = "split.json"  # the record of 'hashengine train prepare'

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import json
 import os
 import re
@@ -34,6 +35,9 @@ T = TypeVar("T")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _MANY_FILES = 1000  # for more files, one flush of the file system is assumed to be faster than one fsync per file
+
+# Names of files that systems leave in every folder, and of our temporary files and folders.
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+|\.[0-9a-f]{32}\.partial")
 
 _temporaries: set[Path] = set()  # the temporary files and folders that exist at the moment
 _moving = threading.Lock()  # held while one of them is renamed to its final name
@@ -101,7 +105,8 @@ class Marker(NamedTuple):
     Attributes:
         name: a file that the folder contains.
         fields: fields of that file, which is a JSON object; if empty, its content does not matter.
-        contents: everything that the folder may contain, except names that begin with a dot; if empty, anything.
+        contents: everything that the folder may contain, as patterns of paths in it; if empty, anything. Files that
+            systems leave in every folder, and temporary ones of interrupted writes, are allowed as well.
     """
 
     name: str
@@ -119,9 +124,25 @@ class Marker(NamedTuple):
                 found = None
             if not isinstance(found, dict) or not found.keys() >= set(self.fields):
                 return f", whose {self.name} is another file"
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        others = [name for name in names if self.contents and name not in self.contents]
-        return f", which also holds {others[0]!r}" if others else None
+        other = next(self._others(folder), None) if self.contents else None
+        return None if other is None else f", which also holds {other!r}"
+
+    def _others(self, folder: Path) -> Iterator[str]:
+        """The paths in `folder` that are not among `contents`."""
+        patterns = [pattern.split("/") for pattern in self.contents]
+        for parent, folders, files in os.walk(folder):
+            inside = Path(parent).relative_to(folder).parts
+            for name in sorted(folders + files):
+                depth, parts = len(inside) + 1, [*inside, name]
+                known = [
+                    pattern
+                    for pattern in patterns
+                    if len(pattern) >= depth and all(map(fnmatch.fnmatchcase, parts, pattern))
+                    and (name in folders or len(pattern) == depth)
+                ]  # fmt: skip
+                if not known and not _OF_SYSTEMS.fullmatch(name):
+                    yield "/".join(parts)
+            folders[:] = [name for name in folders if not _OF_SYSTEMS.fullmatch(name)]
 
 
 @contextmanager
@@ -158,7 +179,10 @@ def check_replaceable(path: Path, *, marker: Marker, where: str) -> None:
     if Path.cwd().is_relative_to(os.path.realpath(path)):
         expected = "a folder that is not the working folder or around it"
         raise invalid(where, "output", expected, repr(str(path)), "the folder would be replaced")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if os.path.ismount(path):
+        advice = "choose a folder in it"
+        raise invalid(where, "output", "a folder that can be replaced", f"the mount point {str(path)!r}", advice)
+    if not path.exists() or (path.is_dir() and all(_OF_SYSTEMS.fullmatch(name) for name in os.listdir(path))):
         return
     problem = marker.problem(path)
     if problem is not None:

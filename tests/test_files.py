@@ -249,7 +249,7 @@ MARKER = _files.Marker("record.json", ("ours",), ("record.json", "data"))
     ("files", "problem"),
     [
         ({"record.json": '{"ours": 1}'}, None),
-        ({"record.json": '{"ours": 1, "more": 2}', "data": "x", ".hidden": "x"}, None),
+        ({"record.json": '{"ours": 1, "more": 2}', "data": "x", ".DS_Store": "x"}, None),
         ({"record.json": '{"name": "a site"}', "data": "x"}, ", whose record.json is another file"),
         ({"record.json": '["ours"]'}, ", whose record.json is another file"),
         ({"record.json": "{"}, ", whose record.json is another file"),
@@ -310,3 +310,41 @@ def test_a_replaced_folder_that_was_read_only_leaves_nothing(tmp_path):
         (temporary / "encode.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["codes"]
     assert [path.name for path in (tmp_path / "codes").iterdir()] == ["encode.json"]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_known"),
+    [
+        ("codes.npy", True),
+        (".DS_Store", True),
+        (f".{'0' * 32}.partial/anything", True),
+        ("part/one.bin", True),
+        ("part/.notes", False),
+        ("part/notes.txt", False),
+        ("part/deep/one.bin", False),
+        ("part/codes.npy", False),
+        ("codes.npy.old", False),
+        (".git/HEAD", False),
+        (".notes", False),
+    ],
+)
+def test_every_file_in_an_earlier_output_must_be_known(tmp_path, path, is_known):
+    marker = _files.Marker("codes.npy", (), ("codes.npy", "part/*.bin"))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "codes.npy").touch()
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    problem = marker.problem(tmp_path)
+    assert (problem is None) == is_known
+    assert is_known or problem in (f", which also holds {path!r}", f", which also holds {path.rpartition('/')[0]!r}")
+
+
+def test_a_folder_of_temporary_files_alone_counts_as_empty(tmp_path):
+    (tmp_path / f".{'a' * 32}.partial").touch()
+    _files.check_replaceable(tmp_path, marker=_files.Marker("record"), where="test")
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path))
+    with pytest.raises(InputError, match="^test: output must be a folder that can be replaced, got the mount point"):
+        _files.check_replaceable(tmp_path, marker=_files.Marker("record"), where="test")

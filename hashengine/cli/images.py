@@ -83,8 +83,7 @@ def search(
         # A folder of images may also hold results, but no image of it may be replaced.
         is_input = query.is_file() or (query / "encode.json").is_file() or _may_be_image(output)
         check_output("search", output, outside=(index, model, query if is_input else None))
-        if query.is_file() and output.exists() and _may_be_image(output):
-            raise invalid("search", "output", "a file that is no image", f"{str(output)!r}, which would be replaced")
+        _refuse_image("search", output)
     from hashengine import evaluation
 
     results = evaluation.search_images(index, query, k, model=model, batch_size=batch_size, device=device)
@@ -116,6 +115,7 @@ def evaluate(
     output = stdout_for_dash(output)
     if output is not None:
         check_output("evaluate", output, outside=(index, queries))
+        _refuse_image("evaluate", output)
     from hashengine import evaluation
 
     found = evaluation.evaluate_folders(index, queries, at=at, radius=radius)
@@ -151,6 +151,11 @@ def report(
 def shortened(path: str) -> str:
     """`path` relative to the working folder, if it is in that folder; otherwise unchanged."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _refuse_image(where: str, output: Path) -> None:
+    if output.is_file() and _may_be_image(output):
+        raise invalid(where, "output", "a file that is no image", f"{str(output)!r}, which would be replaced")
 
 
 def _may_be_image(output: Path) -> bool:

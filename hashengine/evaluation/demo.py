@@ -81,7 +81,7 @@ def start_over(output: Path, data: str) -> None:
         InputError: `output` exists but is neither an empty folder nor one with this file, or it contains the folder
             `data`.
     """
-    if Path(data).is_dir() and Path(data).resolve().is_relative_to(output.resolve()):
+    if data not in DATA_SETS and Path(data).is_dir() and Path(data).resolve().is_relative_to(output.resolve()):
         raise invalid(
             "demo", "output", "a folder that does not contain the data", f"{str(output)!r}, which is emptied first"
         )

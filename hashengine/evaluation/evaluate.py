@@ -12,9 +12,9 @@ from hashengine import _progress, metrics
 from hashengine._defaults import RADIUS
 from hashengine._validation import check_integer
 from hashengine.errors import invalid
-from hashengine.evaluation.encode import CodesFolder
+from hashengine.evaluation.encode import CodesFolder, codes_digest
 from hashengine.evaluation.image_index import ImageIndex
-from hashengine.evaluation.records import Band, Curve, Evaluation
+from hashengine.evaluation.records import Band, Curve, Evaluation, labels_digest
 
 if TYPE_CHECKING:
     from hashengine.index import Searcher
@@ -53,7 +53,6 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
         np.array([number[item.label] for item in queries.items]),
         np.array([number.get(item.label, -1) for item in index.items]),  # -1: a class without queries
     )
-    described = queries.described()
     depths = [depth for depth in DEPTHS if depth <= len(index.items)]
     curve = counts.precision_recall_curve()
     return Evaluation(
@@ -63,8 +62,8 @@ def evaluate(index: ImageIndex, queries: CodesFolder, *, at: int | None = None, 
         database=len(index.items),
         queries=len(queries.items),
         source=queries.record.source,
-        codes_sha256=described.codes_sha256,
-        items_sha256=described.items_sha256,
+        codes_sha256=codes_digest(queries.codes),
+        labels_sha256=labels_digest(item.label for item in queries.items),
         without_relevant=int((counts.relevant.sum(1) == 0).sum()),
         classes=len(classes),
         at=at,

@@ -253,7 +253,8 @@ class Evaluation(Record):
     Attributes:
         identity: the identity of the index; "" in files of older versions.
         source: the folder of the query images; "" in files of older versions.
-        codes_sha256, items_sha256: as in the `EncodeRecord` of the queries.
+        codes_sha256: SHA-256 of the codes of the queries; "" in files of older versions.
+        labels_sha256: SHA-256 of the labels of the queries; "" in files of older versions.
         at: the number of ranked images that the mAP covers; None: all.
         without_relevant: the number of queries whose class no image of the index has; their figures count as 0. None in
             files of older versions.
@@ -266,7 +267,7 @@ class Evaluation(Record):
     queries: PositiveInt
     source: str = ""
     codes_sha256: str = ""
-    items_sha256: str = ""
+    labels_sha256: str = ""
     without_relevant: NonNegativeInt | None = None
     classes: PositiveInt
     at: PositiveInt | None
@@ -300,6 +301,11 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 def items_digest(items: Iterable[Item]) -> str:
     """SHA-256 of the paths and labels of `items`."""
     return hashlib.sha256(to_json([[item.path, item.label] for item in items]).encode()).hexdigest()
+
+
+def labels_digest(labels: Iterable[str]) -> str:
+    """SHA-256 of labels."""
+    return hashlib.sha256(to_json(list(labels)).encode()).hexdigest()
 
 
 def check_items(items: list[Item], sources: Iterable[EncodeRecord], path: Path, where: str, argument: str) -> None:

@@ -22,7 +22,14 @@ from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
-from hashengine.evaluation.records import Evaluation, IndexRecord, QueryResult, Record, SearchResults
+from hashengine.evaluation.records import (
+    Evaluation,
+    IndexRecord,
+    QueryResult,
+    Record,
+    SearchResults,
+    labels_digest,
+)
 from hashengine.images import read_image
 from hashengine.index.folder import open_folder
 
@@ -121,6 +128,9 @@ def write_report(
     trained = TrainingRecord.read(Path(training), "report", "training", "hashengine train fit") if training else None
     saved = open_folder(Path(index, "codes")).rows
     indexed.drop_unsaved(saved)
+    if (counted := sum(source.count for source in indexed.sources)) != saved:
+        expected = f"a folder whose index.json describes {saved} codes"
+        raise invalid("report", "index", expected, counted, "build it again")
     if found.encode.fingerprint != indexed.fingerprint:
         raise _other_index("results", index, f"those of {found.index!r}, an index of another model")
     if trained is not None and trained.fingerprint not in ("", indexed.fingerprint):
@@ -161,8 +171,9 @@ def write_report(
 def _has_other_queries(measured: Evaluation, found: SearchResults) -> bool:
     """Whether an evaluation is known to be that of other queries than those of a search."""
     queries = found.encode
-    if measured.items_sha256 and queries.items_sha256:
-        return (measured.codes_sha256, measured.items_sha256) != (queries.codes_sha256, queries.items_sha256)
+    if measured.labels_sha256 and queries.codes_sha256:
+        labels = labels_digest(query.label for query in found.queries)
+        return (measured.codes_sha256, measured.labels_sha256) != (queries.codes_sha256, labels)
     return bool(measured.source) and (measured.source, measured.queries) != (queries.source, len(found.queries))
 
 

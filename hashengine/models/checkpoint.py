@@ -89,9 +89,19 @@ def save(folder: Path, model: Model) -> None:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether config.json in `folder` is that of a model. The weights are not looked at."""
+    """Whether config.json in `folder`, or the copy of it in the weights if it is missing, is that of a model.
+
+    A save that was interrupted may leave only the weights.
+    """
     try:
-        header = _Header.model_validate(json.loads(read_file(folder / CONFIG_FILE)))
+        if (folder / CONFIG_FILE).exists():
+            text: Any = read_file(folder / CONFIG_FILE)
+        else:
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+                text = (weights.metadata() or {}).get("config", "")
+        header = _Header.model_validate(json.loads(text))
+    except SafetensorError:
+        return False
     except (OSError, ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         return False
     return "format" in header.model_fields_set

@@ -88,14 +88,14 @@ def prepare(
         files = list_images(source, WHERE)
         request |= {"source": str(Path(source).resolve()), "files_sha256": files_digest(Path(source), files)}
         request |= {"contents_sha256": _contents_digest(Path(source), files)}
+    if source not in SOURCES and not is_folder:
+        raise invalid(WHERE, "source", f"{', '.join(SOURCES)} or a folder of class folders", repr(source))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _same_split(output, request)
     if source in SOURCES:
         split = SOURCES[source](seed, queries, root)
-    elif Path(source).is_dir():
-        split = _class_folders(Path(source), seed, queries)
     else:
-        raise invalid(WHERE, "source", f"{', '.join(SOURCES)} or a folder of class folders", repr(source))
+        split = _class_folders(Path(source), seed, queries)
 
     with replace_folder(output, marker=Marker(SPLIT_FILE), where=WHERE) as temporary:
         digests = {side: _write(pictures, temporary / side) for side, pictures in split._asdict().items()}
@@ -127,6 +127,11 @@ def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
         is_same = False
     if not is_same:
         raise invalid(WHERE, "output", "a new folder, or one with this very split", repr(str(output)), "remove it")
+    for side in ("database", "query"):
+        count = sum(len(files) for _, _, files in os.walk(output / side))
+        if count != record[side]["images"]:
+            expected = f"a split with {record[side]['images']} images in {side!r}, as its {SPLIT_FILE} says"
+            raise invalid(WHERE, "output", expected, f"{count} in {str(output)!r}", "remove it")
     return record
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from hashengine.models.checkpoint import (
 )
 from hashengine.training import data
 from hashengine.training.config import FitConfig
-from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, check_evaluation_file
+from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, check_evaluation_file, is_record
 
 _ENCODE_BATCH = 512
 
@@ -98,17 +99,31 @@ def check_model_output(where: str, config: FitConfig) -> None:
     folder = config.output
     check_output(where, folder, outside=(config.images,), is_folder=True)
     check_evaluation_file(where, folder)
-    for record in (CODES_MARKER.name, INDEX_MARKER.name, SPLIT_FILE):
-        if (folder / record).exists():
-            actual = f"{str(folder)!r}, which holds {record}"
-            raise invalid(where, "output", "a new folder or that of an earlier model", actual, "choose another folder")
+    check_no_other_output(where, folder, "that of an earlier model")
+    check_no_other_output(where, folder.parent, "that of an earlier model", inside=folder)
     replaced = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE) if (folder / name).exists()]
-    if replaced and not is_model_folder(folder):
+    has_model = (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists()
+    if replaced and not (is_model_folder(folder) if has_model else is_record(folder / RECORD_FILE)):
         actual = f"{str(folder)!r}, which has another {replaced[0]}"
         raise invalid(where, "output", "a folder without foreign files", actual, "choose another folder")
-    if replaced and (folder.parent / "index.json").is_file():
-        actual = f"{str(folder)!r}, the model of an index"
-        raise invalid(where, "output", "a folder outside an index", actual, "choose another folder")
+
+
+def check_no_other_output(where: str, folder: Path, expected: str, inside: Path | None = None) -> None:
+    """Require that `folder` is no codes folder, index or split. They could not be replaced with a model in them.
+
+    Args:
+        where: the function or command to name in an error.
+        folder: the folder, which need not exist.
+        expected: what the output may be besides a new folder.
+        inside: the output, if it is in `folder`. A model may be beside the sides of a split.
+
+    Raises:
+        InputError: it is one; the error names `where`.
+    """
+    for record in (CODES_MARKER.name, INDEX_MARKER.name, *([] if inside else [SPLIT_FILE])):
+        if (folder / record).exists():
+            actual = f"{str(inside or folder)!r}, which {'is in a folder that ' if inside else ''}holds {record}"
+            raise invalid(where, "output", f"a new folder or {expected}", actual, "choose another folder")
 
 
 def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, HashingMethod]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
@@ -29,6 +30,13 @@ EVALUATION_FILE = "evaluation.json"
 
 # Options whose values may differ within a group of runs. The images must be the same, but may be in another folder.
 _NOT_COMPARED = ("output", "seed", "device")
+
+
+class Files(NamedTuple):
+    """A folder of image files: its path, and the digest of the files, which is "" in records of older versions."""
+
+    folder: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Run:
             ) from None
         if found and Path(folder, WEIGHTS_FILE).exists() and fingerprint(folder, "Run.load") != found:
             expected = f"the record of the network in {str(folder)!r}"
-            advice = "train it again, or put the files of one run together"
+            advice = "remove the folder and train again, or put the files of one run together"
             raise invalid(str(path), "the file", expected, "that of another network", advice)
         return cls(Path(folder), record)
 
@@ -102,13 +110,18 @@ class Run:
         ]
 
     @property
-    def queries(self) -> tuple[str, ...]:
-        """The folder of the queries of evaluation.json and the digest of its files; () without an evaluation."""
+    def images(self) -> Files:
+        """The images of the training."""
+        return Files(str(self.options.get("images")), str(self.record.get("files_sha256") or ""))
+
+    @property
+    def queries(self) -> Files | None:
+        """The queries of evaluation.json; None without an evaluation."""
         try:
             found = json.loads(read_file(self.folder / EVALUATION_FILE).decode("utf-8-sig"))
-            return str(found["source"]), str(found.get("files_sha256", [""])[0])
+            return Files(str(found["source"]), str(found.get("files_sha256", [""])[0]))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return ()
+            return None
 
     def figures(self) -> dict[str, float]:
         """The results by name: the mAP if there is evaluation.json, the values of the last epoch, and the duration."""
@@ -147,6 +160,14 @@ def check_evaluation_is_own(where: str, evaluation: Any, folder: Path) -> None:
     if not isinstance(evaluation, dict) or not evaluation.keys() >= {"version", "mean_average_precision"}:
         expected = f"one that 'hashengine train sweep' wrote, or missing, in {str(folder)!r}"
         raise invalid(where, EVALUATION_FILE, expected, "another file", "move it to another folder")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of a training run, as `Run.load` reads it."""
+    try:
+        return {"options", "network", "epochs"} <= dict(json.loads(read_file(path).decode("utf-8-sig"))).keys()
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def check_evaluation_file(where: str, folder: Path) -> None:
@@ -251,36 +272,64 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
 
 
 def table(runs: Sequence[Run]) -> RunTable:
-    """Group `runs` by all options except the seed, the folders and the device."""
-    compared = [
-        {name: _key(value) for name, value in run.options.items() if name not in _NOT_COMPARED}
-        | {"images": run.record.get("files_sha256") or _key(run.options.get("images"))}
-        for run in runs
-    ]
+    """Group `runs` by all options except the seed, the folders and the device.
+
+    The images of a group are the same, and so are the queries of its evaluations.
+    """
+    compared = []
+    asked = _names([run.queries for run in runs])
+    for run, images, queries in zip(runs, _names([run.images for run in runs]), asked, strict=True):
+        options = {name: value for name, value in run.options.items() if name not in _NOT_COMPARED}
+        compared.append(options | {"images": images} | ({} if queries is None else {"queries": queries}))
+    if len(set(asked) - {None}) == 1:  # a run that is not evaluated is of the same group
+        for options in compared:
+            options.pop("queries", None)
     names = list(dict.fromkeys(name for options in compared for name in options))
-    differing = [name for name in names if len({options.get(name) for options in compared}) > 1]
-    members: dict[tuple[str | None, ...], list[Run]] = {}
-    for run, options in zip(runs, compared, strict=True):
-        members.setdefault(tuple(options.get(name) for name in names), []).append(run)
-    first = runs[0].options
-    shared = [name for name in names if name not in differing and name != "images"]
-    common = {name: first[name] for name in shared if name in first}
-    return RunTable(common, [_group(group, differing) for group in members.values()])
+    keys = [tuple(_key(options[name]) if name in options else None for name in names) for options in compared]
+    differing = [name for name, values in zip(names, zip(*keys, strict=True), strict=True) if len(set(values)) > 1]
+    members: dict[tuple[str | None, ...], list[int]] = {}
+    for number, key in enumerate(keys):
+        members.setdefault(key, []).append(number)
+    shared = [name for name in names if name not in (*differing, "images")]
+    common = {name: compared[0][name] for name in shared}
+    groups = []
+    for numbers in members.values():
+        options = {name: value for name, value in compared[numbers[0]].items() if name in differing}
+        groups.append(_group([runs[number] for number in numbers], options))
+    return RunTable(common, groups)
 
 
-def _group(runs: list[Run], differing: list[str]) -> Group:
+def _names(found: Sequence[Files | None]) -> list[str | None]:
+    """A name for each folder of files, which is that of another one exactly if their files are the same.
+
+    Files without a digest are those of the same folder if that had the same files in all other records.
+    """
+    digests: dict[str, set[str]] = {}
+    for files in found:
+        if files is not None and files.digest:
+            digests.setdefault(os.path.realpath(files.folder), set()).add(files.digest)
+    identities = []
+    for files in found:
+        known = set() if files is None else digests.get(os.path.realpath(files.folder), set())
+        only = next(iter(known)) if len(known) == 1 else ""
+        identities.append(None if files is None else files.digest or only or os.path.realpath(files.folder))
+    first: dict[str, str] = {}
+    for files, identity in zip(found, identities, strict=True):
+        if files is not None and identity is not None:
+            first.setdefault(identity, files.folder)
+    folders = list(first.values())
+    return [
+        None if i is None else first[i] if folders.count(first[i]) == 1 else f"{first[i]} ({i[:8]})" for i in identities
+    ]
+
+
+def _group(runs: list[Run], options: dict[str, Any]) -> Group:
     runs = sorted(runs, key=lambda run: run.options.get("seed", 0))
     figures = [run.figures() for run in runs]
-    queries = {run.queries for run in runs if run.queries}
-    if len(queries) > 1:
-        (first, *_), (other, *_) = sorted(queries)[:2]
-        advice = "evaluate all of them with one 'hashengine train sweep --queries'"
-        actual = f"those in {first!r} and in {other!r}"
-        raise invalid("train report", "the evaluations of a group", "of the same queries", actual, advice)
     names = [name for name in figures[0] if all(name in values for values in figures)]
     columns = {name: [values[name] for values in figures] for name in names}
     return Group(
-        options={name: runs[0].options[name] for name in differing if name in runs[0].options},
+        options=options,
         seeds=[run.options.get("seed", 0) for run in runs],
         mean={name: statistics.fmean(values) for name, values in columns.items()},
         deviation={name: statistics.stdev(values) if len(values) > 1 else None for name, values in columns.items()},

@@ -14,10 +14,10 @@ from hashengine import _progress, metrics
 from hashengine._files import check_output, locked, make_folder, read_file, write_file
 from hashengine._validation import check_device
 from hashengine.errors import invalid
-from hashengine.models.checkpoint import WEIGHTS_FILE
+from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from hashengine.training import data
 from hashengine.training.config import FitConfig, SweepConfig
-from hashengine.training.loop import check_model_output, fit
+from hashengine.training.loop import check_model_output, check_no_other_output, fit
 from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, RunTable, check_evaluation_file, table
 
 TABLE_FILES = ("table.md", "table.json")
@@ -41,6 +41,7 @@ def sweep(config: SweepConfig) -> RunTable:
     planned = list(plan(config))
     images = {options.images for options in planned}
     check_output("train sweep", config.output, outside=(*images, config.queries), is_folder=True)
+    check_no_other_output("train sweep", config.output, "that of an earlier sweep")
     _check_table(config.output)
     finished = [_finished(options) for options in planned]
     unfinished = [options for options, run in zip(planned, finished, strict=True) if run is None]
@@ -157,7 +158,7 @@ def _check_images(run: Run, digests: dict[Path, str]) -> None:
 
 def _finished(config: FitConfig) -> Run | None:
     """The complete run in the folder of `config`; None if it lacks the network, or training.json, the last file."""
-    if not (config.output / RECORD_FILE).is_file() or not (config.output / WEIGHTS_FILE).is_file():
+    if not all((config.output / name).is_file() for name in (RECORD_FILE, WEIGHTS_FILE, CONFIG_FILE)):
         return None
     run = Run.load(config.output)
     wanted, found = ({k: v for k, v in options.items() if k != "output"} for options in (config.record(), run.options))

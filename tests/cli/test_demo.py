@@ -135,3 +135,10 @@ def test_an_interrupted_removal_of_an_earlier_demo_can_be_repeated(tmp_path, mon
     monkeypatch.undo()
     demo_module.start_over(output, "digits")
     assert [path.name for path in output.iterdir()] == [".hashengine-demo"] and tmp_path.exists()
+
+
+def test_a_folder_named_like_a_data_set_can_start_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        demo_module.start_over(Path("digits"), "digits")
+    assert (tmp_path / "digits" / ".hashengine-demo").exists()

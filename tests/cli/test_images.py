@@ -239,16 +239,23 @@ def test_results_replace_no_image_whatever_its_name(folder, tmp_path, output):
     assert contents(tmp_path) == before
 
 
-def test_results_of_one_image_replace_no_other_image(folder, tmp_path):
+def test_results_and_figures_replace_no_image(folder, tmp_path):
     photos = make_images(tmp_path / "photos", per_class=2) / "bars"
     shutil.copyfile(photos / "1.png", photos / "plain")
+    queries = tmp_path / "queries"
+    succeed("encode", folder / "images" / "query", "--model", folder / "model", "--output", queries)
     before = contents(tmp_path)
-    for name in ("1.png", "plain"):
-        message = refuse("search", folder / "index", photos / "0.png", "--output", photos / name)
-        assert message.startswith("error: search: output must be a file that is no image")
+    for name, command in (
+        ("1.png", ("search", folder / "index", photos / "0.png")),
+        ("plain", ("search", folder / "index", queries)),
+        ("1.png", ("search", folder / "index", folder / "images" / "query")),
+        ("plain", ("evaluate", folder / "index", queries)),
+    ):
+        message = refuse(*command, "--output", photos / name)
+        assert message.startswith(f"error: {command[0]}: output must be a file that is no image")
     assert contents(tmp_path) == before
-    succeed("search", folder / "index", photos / "0.png", "--output", photos / "new.json")
-    succeed("search", folder / "index", photos / "0.png", "--output", photos / "new.json")
+    for _ in range(2):
+        succeed("search", folder / "index", photos / "0.png", "--output", photos / "new.json")
 
 
 def test_mistakes_in_encode_are_refused(folder, tmp_path):
@@ -500,7 +507,7 @@ def test_a_model_inside_the_index_that_is_built_again_is_not_lost(folder, tmp_pa
     shutil.copytree(folder / "model", tmp_path / "index" / "model" / "extra")
     extra = tmp_path / "index" / "model" / "extra"
     line = refuse("index", folder / "database", "-o", tmp_path / "index", "--model", extra)
-    assert "output must be a path that destroys no input" in line
+    assert "which also holds 'model/extra'" in line
     assert (tmp_path / "index" / "model" / "extra" / "config.json").is_file()
 
 

@@ -1,29 +1,16 @@
 """What the code of a build can do, for each list of architectures and each device that runs it.
 
 The launchers decide by the architecture of the code that the device runs (`kernel_code` in launch.cuh). Here nvcc
-builds the lists, and the decisions are compared with the instructions that are in the code. The searches and layers run
-in the emulation with every pair of a device and a code that the lists give.
+builds the lists, and the decisions are compared with the instructions that are in the code. The tests of the kernels
+run them in the emulation with every pair of a device and a code that the lists give.
 """
 
 import pytest
-import torch
 
 from benchmarks.kernels.disassembly import compile_object, disassemble, find_cuobjdump, find_nvcc, intermediate_code
 from setup import choose_arches
-from tests.cuda.test_hamming_topk import make_search, topk
-from tests.cuda.test_simam import Case as SimamCase
-from tests.cuda.test_simam import check as check_simam
-from tests.emulation.harness import load_emulation
-from tests.helpers.hamming_levels import assert_same, nearest
-from tests.helpers.triplet_cases import AttentionCase
+from tests.helpers.architectures import DEVICES, LISTS
 
-DEVICES = [80, 86, 89, 90, 100, 103, 120, 121]
-# For each list, the code that each device runs; 0: none.
-LISTS = {
-    "8.0+PTX": dict.fromkeys(DEVICES, 80),
-    "8.0+PTX 9.0a": {80: 80, 86: 80, 89: 80, 90: 90, 100: 80, 103: 80, 120: 80, 121: 80},
-    "8.0 8.6 8.9 9.0a 10.0 12.0+PTX": {80: 80, 86: 86, 89: 89, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120},
-}
 FIRST_WITH_CLUSTERS = 90  # kClusterArchitecture in launch.cuh
 
 # The instructions of the machine code, and those of PTX, by which a feature is recognised.
@@ -85,19 +72,3 @@ def test_the_last_list_is_the_default_one():
     if isinstance(nvcc, str):
         pytest.skip(nvcc)
     assert choose_arches({}, nvcc, []) == list(LISTS)[-1] or max(nvcc.arches) != 121
-
-
-PAIRS = sorted({(device, code) for devices in LISTS.values() for device, code in devices.items()})
-
-
-@pytest.mark.parametrize(("device", "code"), PAIRS)
-def test_every_device_gives_right_answers_with_the_code_that_it_runs(device, code):
-    emulation = load_emulation()
-    with emulation.device(code=code):
-        for queries in (1, 5, 67):
-            search = make_search("random", 9001, 64, queries)
-            assert_same(topk(emulation, search, 50, device)[0], nearest(search.queries, search.codes, 50))
-        check_simam(emulation, SimamCase((1, 8, 3000), torch.bfloat16, channels_last=True), capability=device)
-        case = AttentionCase(torch.randn(2, 66, 9, 10, generator=torch.Generator().manual_seed(0)).bfloat16())
-        y, exact = case.inference(emulation, capability=device), case.formula(torch.float64, False)["y"]
-        assert (y.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()

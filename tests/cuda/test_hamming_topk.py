@@ -13,6 +13,7 @@ import torch
 
 from tests.emulation.harness import FORWARD, SCHEDULES, Emulation, Host, array, load_emulation
 from tests.emulation.on_gpu import OnGpu, load_on_gpu
+from tests.helpers.architectures import PAIRS
 from tests.helpers.hamming_levels import all_distances, assert_same, make_codes, make_filter, nearest
 
 POPCOUNT, MMA, WGMMA = range(3)
@@ -113,14 +114,15 @@ def test_topk(machine, capability, queries, bits, kind):
     assert fallbacks == 0
 
 
-@pytest.mark.parametrize("queries", [1, 5, 67])
-@pytest.mark.parametrize("capability", [90, 100, 120])
-def test_no_kernel_starts_early_in_code_that_does_not_wait(capability, queries):
+@pytest.mark.parametrize(("device", "code"), PAIRS)
+def test_every_device_gives_the_answers_with_the_code_that_it_runs(device, code):
+    """No kernel starts early in code that does not wait."""
     emulation = load_emulation()
-    search = make_search("random", 9001, 64, queries)
-    with emulation.device(code=80):
-        got, _ = topk(emulation, search, 50, capability)
-    assert_same(got, nearest(search.queries, search.codes, 50))
+    for queries in (1, 5, 67):
+        search = make_search("random", 9001, 64, queries)
+        with emulation.device(code=code):
+            got, _ = topk(emulation, search, 50, device)
+        assert_same(got, nearest(search.queries, search.codes, 50))
 
 
 @pytest.mark.parametrize("count", [1, 31, 33, 1000, 8192])

@@ -9,6 +9,7 @@ import torch
 
 from hashengine.ops._check import wide_dtype
 from tests.emulation.harness import FORWARD, SCHEDULES, Emulation, array, load_emulation, sparse_array
+from tests.helpers.architectures import PAIRS
 
 LAM = 0.01
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -241,6 +242,15 @@ def test_a_nan_affects_its_own_plane_only(emulation, shape, capability, channels
         assert after[-1, 1].isnan().all()
         after[-1, 1] = before[-1, 1]
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("device", "code"), PAIRS)
+def test_every_device_gives_the_results_with_the_code_that_it_runs(emulation, device, code):
+    """No cluster is launched with code in which a cluster is a single block."""
+    with emulation.device(code=code):
+        check(
+            emulation, Case((1, 8, 3000), torch.bfloat16, channels_last=True), schedules=(FORWARD,), capability=device
+        )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.emulation.harness import FORWARD, SCHEDULES, Emulation, load_emulation, to_c
+from tests.helpers.architectures import PAIRS
 from tests.helpers.numerics import assert_as_accurate_as_eager
 from tests.helpers.triplet_cases import DTYPES, H200_MULTIPROCESSORS, LAYOUTS, AttentionCase, Launchers, normal
 
@@ -133,3 +134,10 @@ def test_no_cluster_is_launched_where_it_cannot_run(emulation, shape, blocks, ca
     for largest in (1, 4, 8):
         with emulation.device(largest_cluster=largest):
             check(emulation, case, blocks if blocks <= largest else 0, capability=capability)
+
+
+@pytest.mark.parametrize(("device", "code"), PAIRS)
+def test_every_device_gives_the_results_with_the_code_that_it_runs(emulation, device, code):
+    case = AttentionCase(normal(0, 2, 66, 9, 10).bfloat16())
+    with emulation.device(code=code):
+        check(emulation, case, 8 if code >= 90 else 0, capability=device)

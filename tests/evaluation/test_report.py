@@ -191,13 +191,13 @@ def test_results_of_images_with_other_labels_are_refused(index, images, model, s
 
 def test_the_head_of_the_page_says_that_the_figures_are_those_of_other_queries(index, queries, searched, tmp_path):
     figures = json.loads(searched["evaluation"].read_text())
-    without = {"items_sha256": "", "codes_sha256": ""}  # as in files of older versions
+    without = {"labels_sha256": "", "codes_sha256": ""}  # as in files of older versions
     for change, count in (
         ({}, 0),
         (without, 0),
         (without | {"source": "/elsewhere"}, 1),
         ({"source": "/elsewhere"}, 0),  # another name of the same folder
-        ({"source": "/elsewhere", "items_sha256": "0" * 64}, 1),
+        ({"source": "/elsewhere", "labels_sha256": "0" * 64}, 1),
         ({"source": "/elsewhere", "codes_sha256": "0" * 64}, 1),
     ):
         searched["evaluation"].write_text(json.dumps(figures | change))

@@ -200,3 +200,29 @@ def test_a_split_of_other_contents_is_not_kept(tmp_path):
         json.dumps({name: value for name, value in older.items() if name != "contents_sha256"})
     )
     assert prepare(tmp_path / "images", tmp_path / "split", queries=2)["seed"] == record["seed"]
+
+
+@pytest.mark.parametrize("change", ["removed", "added"])
+def test_a_split_whose_images_are_missing_is_not_confirmed(tmp_path, change):
+    write_noise(tmp_path / "images", {"a": 9, "b": 9})
+    prepare(tmp_path / "images", tmp_path / "split", queries=2)
+    if change == "removed":
+        shutil.rmtree(tmp_path / "split" / "database")
+    else:
+        (tmp_path / "split" / "database" / "a" / "added.png").write_bytes(b"")
+    with pytest.raises(InputError, match="output must be a split with 16 images in 'database', as its split.json says"):
+        prepare(tmp_path / "images", tmp_path / "split", queries=2)
+
+
+def test_a_missing_source_is_named_before_the_output(tmp_path):
+    write_noise(tmp_path / "images", {"a": 9, "b": 9})
+    prepare(tmp_path / "images", tmp_path / "split", queries=2)
+    with pytest.raises(InputError, match="source must be digits, .*nowhere"):
+        prepare(tmp_path / "nowhere", tmp_path / "split", queries=2)
+
+
+def test_a_class_folder_that_is_a_link_is_named(tmp_path):
+    write_noise(tmp_path / "images", {"a": 3, "b": 3})
+    (tmp_path / "images" / "c").symlink_to(tmp_path / "images" / "a")
+    with pytest.raises(InputError, match="every class folder must be a folder, because links .* got the link '.*/c'"):
+        prepare(tmp_path / "images", tmp_path / "split", queries=2)
