@@ -24,10 +24,15 @@ IMAGE_SUFFIXES = frozenset(
 
 # How an earlier codes folder and an earlier index are recognised.
 CODES_MARKER = Marker("encode.json", ("fingerprint", "source"), ("codes.npy", "items.csv", "encode.json"))
+_TOKEN = "[0-9a-f]" * 8  # in the names of the files that HammingIndex.save writes
 INDEX_MARKER = Marker(
     "index.json",
     ("fingerprint", "sources"),
     ("items.csv", "index.json", "lock", "model/config.json", "model/model.safetensors")
-    + ("codes/manifest.json", "codes/lock", "codes/codes-*.bin", "codes/ids-*.bin", "codes/live-*.bin"),
+    + (
+        "codes/manifest.json",
+        "codes/lock",
+        *(f"codes/{kind}-{'[0-9a-f]' * 8}.bin" for kind in ("codes", "ids", "live")),
+    ),
 )
 SPLIT_FILE = "split.json"  # the record of 'hashengine train prepare'

@@ -37,7 +37,8 @@ _AT_FDCWD = -100
 _MANY_FILES = 1000  # for more files, one flush of the file system is assumed to be faster than one fsync per file
 
 # Names of files that systems leave in every folder, and of our temporary files and folders.
-_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+|\.[0-9a-f]{32}\.partial")
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")
 
 _temporaries: set[Path] = set()  # the temporary files and folders that exist at the moment
 _moving = threading.Lock()  # held while one of them is renamed to its final name
@@ -140,9 +141,9 @@ class Marker(NamedTuple):
                     if len(pattern) >= depth and all(map(fnmatch.fnmatchcase, parts, pattern))
                     and (name in folders or len(pattern) == depth)
                 ]  # fmt: skip
-                if not known and not _OF_SYSTEMS.fullmatch(name):
+                if not known and not _is_of_systems(Path(parent, name)):
                     yield "/".join(parts)
-            folders[:] = [name for name in folders if not _OF_SYSTEMS.fullmatch(name)]
+            folders[:] = [name for name in folders if not _PARTIAL.fullmatch(name)]
 
 
 @contextmanager
@@ -182,12 +183,23 @@ def check_replaceable(path: Path, *, marker: Marker, where: str) -> None:
     if os.path.ismount(path):
         advice = "choose a folder in it"
         raise invalid(where, "output", "a folder that can be replaced", f"the mount point {str(path)!r}", advice)
-    if not path.exists() or (path.is_dir() and all(_OF_SYSTEMS.fullmatch(name) for name in os.listdir(path))):
+    if not path.exists() or (path.is_dir() and is_empty(path)):
         return
     problem = marker.problem(path)
     if problem is not None:
         expected = f"a new folder or an earlier output that holds {marker.name}"
         raise invalid(where, "output", expected, f"{str(path)!r}{problem}")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but files of systems and our own temporary files and folders."""
+    return all(_is_of_systems(folder / name) for name in os.listdir(folder))
+
+
+def _is_of_systems(path: Path) -> bool:
+    if _PARTIAL.fullmatch(path.name):
+        return True
+    return _OF_SYSTEMS.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def _check_links(path: Path, where: str) -> None:

@@ -326,6 +326,8 @@ def test_a_replaced_folder_that_was_read_only_leaves_nothing(tmp_path):
         ("codes.npy.old", False),
         (".git/HEAD", False),
         (".notes", False),
+        ("._mine/notes", False),
+        ("._resource", True),
     ],
 )
 def test_every_file_in_an_earlier_output_must_be_known(tmp_path, path, is_known):

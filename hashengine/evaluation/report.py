@@ -117,6 +117,8 @@ def write_report(
     figures = output.with_suffix(".json")
     for written in (output, figures):
         check_output("report", written, outside=(index, results, evaluation, training))
+    if os.path.realpath(figures) == os.path.realpath(output):
+        raise invalid("report", "output", "another file than its figures", repr(str(output)), "choose another name")
     if figures.exists() and (figures.resolve() == output.resolve() or not _is_report(figures)):
         actual = f"{str(output)!r}, and {figures.name!r} there is another file"
         raise invalid("report", "output", "a name without a foreign .json beside it", actual, "choose another name")
@@ -171,9 +173,11 @@ def write_report(
 def _has_other_queries(measured: Evaluation, found: SearchResults) -> bool:
     """Whether an evaluation is known to be that of other queries than those of a search."""
     queries = found.encode
+    if measured.codes_sha256 and queries.codes_sha256 and measured.codes_sha256 != queries.codes_sha256:
+        return True
     if measured.labels_sha256 and queries.codes_sha256:
         labels = labels_digest(query.label for query in found.queries)
-        return (measured.codes_sha256, measured.labels_sha256) != (queries.codes_sha256, labels)
+        return measured.labels_sha256 != labels
     return bool(measured.source) and (measured.source, measured.queries) != (queries.source, len(found.queries))
 
 

@@ -88,23 +88,34 @@ def save(folder: Path, model: Model) -> None:
     write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: to_json(described, indent=2).encode() + b"\n"})
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether config.json in `folder`, or the copy of it in the weights if it is missing, is that of a model.
-
-    A save that was interrupted may leave only the weights.
-    """
+def has_config(folder: Path) -> bool:
+    """Whether config.json in `folder` is that of a model."""
     try:
-        if (folder / CONFIG_FILE).exists():
-            text: Any = read_file(folder / CONFIG_FILE)
-        else:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-                text = (weights.metadata() or {}).get("config", "")
-        header = _Header.model_validate(json.loads(text))
-    except SafetensorError:
+        return _is_header(read_file(folder / CONFIG_FILE))
+    except OSError:
         return False
-    except (OSError, ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether model.safetensors in `folder` is that of a model: it holds a copy of config.json.
+
+    Weights that were cut off count as such if config.json is that of a model.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():  # opening a pipe would wait
         return False
-    return "format" in header.model_fields_set
+    try:
+        with path.open("rb") as opened, safe_open(_utf8_path(path, opened), framework="pt") as weights:
+            return _is_header((weights.metadata() or {}).get("config", ""))
+    except (OSError, ValueError, SafetensorError):
+        return has_config(folder)
+
+
+def _is_header(text: str | bytes) -> bool:
+    try:
+        return "format" in _Header.model_validate(json.loads(text)).model_fields_set
+    except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
+        return False
 
 
 def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> str:

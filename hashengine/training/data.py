@@ -62,10 +62,12 @@ def list_classes(folder: Path, where: str = "fit") -> dict[str, list[Path]]:
     if "" in images:
         raise invalid(where, "every image", "in a class folder", repr(str(images[""][0])), "move it to one")
     for subfolder in sorted(folder.iterdir()):
+        if subfolder.name.startswith("."):
+            continue
         if subfolder.is_symlink() and subfolder.is_dir() and subfolder.name not in images:
             expected = "a folder, because links to folders are not followed"
             raise invalid(where, "every class folder", expected, f"the link {str(subfolder)!r}")
-        if subfolder.is_dir() and not subfolder.name.startswith(".") and subfolder.name not in images:
+        if subfolder.is_dir() and subfolder.name not in images:
             raise invalid(where, "every class folder", "non-empty", f"no image in {str(subfolder)!r}")
     if len(images) < 2:
         raise invalid(where, "images", "in at least two class folders", f"only {min(images)!r} in {str(folder)!r}")

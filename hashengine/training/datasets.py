@@ -17,10 +17,10 @@ from PIL import Image
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS, SEED, SPLIT_FILE
-from hashengine._files import Marker, check_output, read_file, replace_folder
+from hashengine._files import Marker, check_output, is_empty, read_file, replace_folder
 from hashengine._validation import check_integer, check_path
-from hashengine.errors import invalid, missing_package
-from hashengine.images import list_images
+from hashengine.errors import InputError, invalid, missing_package
+from hashengine.images import find_images, list_images
 from hashengine.training.data import files_digest, list_classes
 
 WHERE = "train prepare"  # the command that error messages name
@@ -90,7 +90,7 @@ def prepare(
         request |= {"contents_sha256": _contents_digest(Path(source), files)}
     if source not in SOURCES and not is_folder:
         raise invalid(WHERE, "source", f"{', '.join(SOURCES)} or a folder of class folders", repr(source))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or not is_empty(output)):
         return _same_split(output, request)
     if source in SOURCES:
         split = SOURCES[source](seed, queries, root)
@@ -128,11 +128,19 @@ def _same_split(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     if not is_same:
         raise invalid(WHERE, "output", "a new folder, or one with this very split", repr(str(output)), "remove it")
     for side in ("database", "query"):
-        count = sum(len(files) for _, _, files in os.walk(output / side))
+        count = _count_images(output / side)
         if count != record[side]["images"]:
             expected = f"a split with {record[side]['images']} images in {side!r}, as its {SPLIT_FILE} says"
             raise invalid(WHERE, "output", expected, f"{count} in {str(output)!r}", "remove it")
     return record
+
+
+def _count_images(side: Path) -> int:
+    """The number of images in a side of a split. A folder of results, or of a model, may be beside them."""
+    try:
+        return len(find_images(side, WHERE).images)
+    except InputError:  # there are none
+        return 0
 
 
 def _write(pictures: list[Picture], folder: Path) -> dict[str, str]:

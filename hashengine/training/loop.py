@@ -27,11 +27,12 @@ from hashengine.models.checkpoint import (
     Model,
     document,
     fingerprint,
-    is_model_folder,
+    has_config,
+    has_weights,
 )
 from hashengine.training import data
 from hashengine.training.config import FitConfig
-from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, check_evaluation_file, is_record
+from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, check_evaluation_file, has_record
 
 _ENCODE_BATCH = 512
 
@@ -102,9 +103,9 @@ def check_model_output(where: str, config: FitConfig) -> None:
     check_no_other_output(where, folder, "that of an earlier model")
     check_no_other_output(where, folder.parent, "that of an earlier model", inside=folder)
     replaced = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE) if (folder / name).exists()]
-    has_model = (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists()
-    if replaced and not (is_model_folder(folder) if has_model else is_record(folder / RECORD_FILE)):
-        actual = f"{str(folder)!r}, which has another {replaced[0]}"
+    is_own = {CONFIG_FILE: has_config, WEIGHTS_FILE: has_weights, RECORD_FILE: has_record}
+    if foreign := [name for name in replaced if not is_own[name](folder)]:
+        actual = f"{str(folder)!r}, which has another {foreign[0]}"
         raise invalid(where, "output", "a folder without foreign files", actual, "choose another folder")
 
 
@@ -120,10 +121,11 @@ def check_no_other_output(where: str, folder: Path, expected: str, inside: Path 
     Raises:
         InputError: it is one; the error names `where`.
     """
-    for record in (CODES_MARKER.name, INDEX_MARKER.name, *([] if inside else [SPLIT_FILE])):
-        if (folder / record).exists():
-            actual = f"{str(inside or folder)!r}, which {'is in a folder that ' if inside else ''}holds {record}"
-            raise invalid(where, "output", f"a new folder or {expected}", actual, "choose another folder")
+    found = [m.name for m in (CODES_MARKER, INDEX_MARKER) if m._replace(contents=()).problem(folder) is None]
+    found += [SPLIT_FILE] if inside is None and (folder / SPLIT_FILE).exists() else []
+    for record in found:
+        actual = f"{str(inside or folder)!r}, which {'is in a folder that ' if inside else ''}holds {record}"
+        raise invalid(where, "output", f"a new folder or {expected}", actual, "choose another folder")
 
 
 def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, HashingMethod]:

@@ -29,6 +29,7 @@ RECORD_FILE = "training.json"
 EVALUATION_FILE = "evaluation.json"
 
 # Options whose values may differ within a group of runs. The images must be the same, but may be in another folder.
+_UNKNOWN = "unknown"  # the queries of an evaluation of an older version
 _NOT_COMPARED = ("output", "seed", "device")
 
 
@@ -119,7 +120,7 @@ class Run:
         """The queries of evaluation.json; None without an evaluation."""
         try:
             found = json.loads(read_file(self.folder / EVALUATION_FILE).decode("utf-8-sig"))
-            return Files(str(found["source"]), str(found.get("files_sha256", [""])[0]))
+            return Files(str(found.get("source", _UNKNOWN)), str(found.get("files_sha256", [""])[0]))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
@@ -162,10 +163,11 @@ def check_evaluation_is_own(where: str, evaluation: Any, folder: Path) -> None:
         raise invalid(where, EVALUATION_FILE, expected, "another file", "move it to another folder")
 
 
-def is_record(path: Path) -> bool:
-    """Whether a file is the record of a training run, as `Run.load` reads it."""
+def has_record(folder: Path) -> bool:
+    """Whether training.json in `folder` is the record of a training run."""
     try:
-        return {"options", "network", "epochs"} <= dict(json.loads(read_file(path).decode("utf-8-sig"))).keys()
+        found = json.loads(read_file(folder / RECORD_FILE).decode("utf-8-sig"))
+        return {"options", "network", "epochs"} <= dict(found).keys()
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 
@@ -300,7 +302,7 @@ def table(runs: Sequence[Run]) -> RunTable:
 
 
 def _names(found: Sequence[Files | None]) -> list[str | None]:
-    """A name for each folder of files, which is that of another one exactly if their files are the same.
+    """A name for each folder of files, which is that of another one exactly if the names and sizes of its files are.
 
     Files without a digest are those of the same folder if that had the same files in all other records.
     """

@@ -25,7 +25,6 @@ def test_files_load_correctly_or_raise_an_error_of_one_line(tmp_path, name, mmap
     ("check", "name"),
     [
         ("_check_rows", "ids_twice"),
-        ("_check_manifest", "file_name_newline"),
         ("_check_manifest", "bytes_not_an_integer"),
     ],
 )

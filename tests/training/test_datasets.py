@@ -210,6 +210,7 @@ def test_a_split_whose_images_are_missing_is_not_confirmed(tmp_path, change):
         shutil.rmtree(tmp_path / "split" / "database")
     else:
         (tmp_path / "split" / "database" / "a" / "added.png").write_bytes(b"")
+    (tmp_path / "split" / "query" / ".DS_Store").touch()
     with pytest.raises(InputError, match="output must be a split with 16 images in 'database', as its split.json says"):
         prepare(tmp_path / "images", tmp_path / "split", queries=2)
 
@@ -226,3 +227,19 @@ def test_a_class_folder_that_is_a_link_is_named(tmp_path):
     (tmp_path / "images" / "c").symlink_to(tmp_path / "images" / "a")
     with pytest.raises(InputError, match="every class folder must be a folder, because links .* got the link '.*/c'"):
         prepare(tmp_path / "images", tmp_path / "split", queries=2)
+
+
+def test_files_that_are_no_images_do_not_change_a_split(tmp_path):
+    write_noise(tmp_path / "images", {"a": 9, "b": 9})
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / ".DS_Store").touch()
+    record = prepare(tmp_path / "images", tmp_path / "split", queries=2)
+    (tmp_path / "split" / "query" / ".DS_Store").touch()
+    (tmp_path / "split" / "query" / "results.json").write_text("{}")
+    assert prepare(tmp_path / "images", tmp_path / "split", queries=2) == record
+
+
+def test_a_hidden_link_among_class_folders_is_skipped(tmp_path):
+    write_noise(tmp_path / "images", {"a": 9, "b": 9})
+    (tmp_path / "images" / ".cache").symlink_to(tmp_path)
+    assert prepare(tmp_path / "images", tmp_path / "split", queries=2)["query"]["images"] == 2

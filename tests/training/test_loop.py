@@ -160,6 +160,6 @@ def test_foreign_files_are_not_replaced(images, tmp_path, name):
 def test_an_earlier_model_is_replaced_but_not_that_of_an_index(images, tmp_path):
     fit(tiny(images, tmp_path / "model", epochs=1))
     assert len(fit(tiny(images, tmp_path / "model", epochs=2)).record["epochs"]) == 2
-    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "index.json").write_text('{"fingerprint": "", "sources": []}')
     with pytest.raises(InputError, match="^fit: output must be .* which is in a folder that holds index.json"):
         fit(tiny(images, tmp_path / "model"))

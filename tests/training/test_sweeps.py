@@ -1,12 +1,15 @@
 """A sweep trains one run per combination of options, continues after an interruption, and writes a table."""
 
 import json
+import os
 import re
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from hashengine.errors import InputError
 from hashengine.training import FitConfig, Run, SweepConfig, fit, report, sweep
@@ -418,23 +421,72 @@ def test_a_damaged_digest_of_files_gives_a_table(data):
     assert len(report([data / "model"]).groups) == 1
 
 
-@pytest.mark.parametrize("name", ["encode.json", "index.json", "split.json"])
+RECORDS = {
+    "encode.json": '{"fingerprint": "", "source": ""}',
+    "index.json": '{"fingerprint": "", "sources": []}',
+    "split.json": "{}",
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_sweep_writes_into_no_folder_of_another_command(data, name):
     (data / "runs").mkdir()
-    (data / "runs" / name).write_text("{}")
+    (data / "runs" / name).write_text(RECORDS[name])
     with pytest.raises(InputError, match=f"^train sweep: output must be a new folder or .* holds {name}; choose"):
         sweep(config(data))
     (data / "out").mkdir()
-    (data / "out" / name).write_text("{}")
+    (data / "out" / name).write_text(RECORDS[name])
     if name != "split.json":  # a model may be beside the sides of a split
         with pytest.raises(InputError, match=f"^fit: output must be .* in a folder that holds {name}; choose"):
             fit_into(data / "out" / "model", data)
 
 
-@pytest.mark.parametrize("name", ["encode.json", "index.json", "split.json"])
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_folder_of_another_command_does_not_become_a_model(data, name):
     (data / "out").mkdir()
-    (data / "out" / name).write_text("{}")
+    (data / "out" / name).write_text(RECORDS[name])
     with pytest.raises(InputError, match=f"^fit: output must be a new folder or .* which holds {name}; choose another"):
         fit_into(data / "out", data)
     assert [path.name for path in (data / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["encode.json", "index.json"])
+def test_a_foreign_file_of_such_a_name_does_not_matter(data, name):
+    (data / "web").mkdir()
+    (data / "web" / name).write_text('{"site": 1}')
+    fit_into(data / "web" / "model", data)
+    assert (data / "web" / name).read_text() == '{"site": 1}'
+
+
+@pytest.mark.parametrize("name", ["training.json", "model.safetensors", "config.json"])
+def test_every_file_that_is_replaced_must_be_that_of_a_model(data, name):
+    fit_into(data / "model", data)
+    (data / "model" / name).write_bytes(b"my notes" if name != "model.safetensors" else save({"mine": torch.zeros(3)}))
+    before = (data / "model" / name).read_bytes()
+    with pytest.raises(InputError, match=f"^fit: output must be a folder without foreign .* which has another {name}"):
+        fit_into(data / "model", data)
+    assert (data / "model" / name).read_bytes() == before
+
+
+def test_a_pipe_in_place_of_the_weights_is_refused_and_not_opened(data):
+    (data / "model").mkdir()
+    os.mkfifo(data / "model" / "model.safetensors")
+    with pytest.raises(InputError, match="which has another model.safetensors"):
+        fit_into(data / "model", data)
+
+
+def test_weights_in_a_folder_whose_name_is_no_utf8_are_recognised(data):
+    folder = data / os.fsdecode(b"n\xff")
+    fit_into(folder, data)
+    (folder / "config.json").unlink()
+    fit_into(folder, data)
+    assert (folder / "config.json").is_file()
+
+
+def test_an_evaluation_with_unknown_queries_is_not_averaged_with_others(data):
+    sweep(config(data, grid={"seed": [0, 1]}))
+    path = data / "runs" / "seed=0" / "evaluation.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in record.items() if k not in ("source", "files_sha256", "fingerprint")}))
+    header, rows = report([data / "runs"]).cells()
+    assert header[0] == "queries" and [row[0] for row in rows] == ["unknown", str(data / "query")]

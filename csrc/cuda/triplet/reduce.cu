@@ -91,8 +91,8 @@ struct ReduceConfig {
   using Value = typename Source::Value;
   using Real = Arithmetic<Value>;
   static constexpr int kVectors = reduce_vectors(kWidth);  // vectors of a slice per thread
-  // The number of slices that are loaded before the first is used.
-  static constexpr int kBatch = kWidth * sizeof(typename Source::Element) == kVectorBytes ? 2 : 4;
+  // The number of slices that are loaded before the first is used. There are no registers for more.
+  static constexpr int kBatch = kWidth * sizeof(typename Source::Element) >= 8 ? 2 : 4;
   static constexpr int kPositions = kPassThreads * kVectors * kWidth;
   static constexpr int kStageValues = (32 << 10) / sizeof(Value);
   static constexpr int kScratchValues = kPassThreads * kWidth;
