@@ -92,7 +92,7 @@ struct ReduceConfig {
   using Real = Arithmetic<Value>;
   static constexpr int kVectors = reduce_vectors(kWidth);  // vectors of a slice per thread
   // The number of slices that are loaded before the first is used. There are no registers for more.
-  static constexpr int kBatch = kWidth * sizeof(typename Source::Element) >= 8 ? 2 : 4;
+  static constexpr int kBatch = kWidth == 1 || kWidth * sizeof(typename Source::Element) == kVectorBytes ? 2 : 4;
   static constexpr int kPositions = kPassThreads * kVectors * kWidth;
   static constexpr int kStageValues = (32 << 10) / sizeof(Value);
   static constexpr int kScratchValues = kPassThreads * kWidth;
