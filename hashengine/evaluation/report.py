@@ -118,8 +118,9 @@ def write_report(
     for written in (output, figures):
         check_output("report", written, outside=(index, results, evaluation, training))
     if os.path.realpath(figures) == os.path.realpath(output):
-        raise invalid("report", "output", "another file than its figures", repr(str(output)), "choose another name")
-    if figures.exists() and (figures.resolve() == output.resolve() or not _is_report(figures)):
+        expected = "a name without a foreign .json beside it, and no link to it"
+        raise invalid("report", "output", expected, repr(str(output)), "choose another name")
+    if figures.exists() and not _is_report(figures):
         actual = f"{str(output)!r}, and {figures.name!r} there is another file"
         raise invalid("report", "output", "a name without a foreign .json beside it", actual, "choose another name")
     if not Path(index, "index.json").is_file():  # opening a pipe would wait
