@@ -32,7 +32,7 @@ INDEX_MARKER = Marker(
     + (
         "codes/manifest.json",
         "codes/lock",
-        *(f"codes/{kind}-{'[0-9a-f]' * 8}.bin" for kind in ("codes", "ids", "live")),
+        *(f"codes/{kind}-{_TOKEN}.bin" for kind in ("codes", "ids", "live")),
     ),
 )
 SPLIT_FILE = "split.json"  # the record of 'hashengine train prepare'

@@ -315,7 +315,7 @@ void bench_wgmma() {
     Sample s = measure([&] {
       wgmma_kernel<N, FromRegisters, Tiles, Depth><<<g_sms, 128 * groups, 320 * kRowBytes>>>(g_sink, g_cycles, rounds);
     });
-    double issued = double(rounds) * Tiles * Depth * groups;  // a multiprocessor
+    double issued = double(rounds) * Tiles * Depth * groups;  // instructions per multiprocessor
     std::printf(
         "wgmma m64n%-3dk256 %s tiles=%d depth=%d warpgroups=%d: %6.1f cycles, %6.1f dist/clk/SM, "
         "%6.0f TOPS at %.0f MHz\n",
@@ -338,7 +338,7 @@ void bench_wgmma_shape() {
 
 template <int Chains, class Kernel>
 void bench_mma(const char* name, Kernel kernel, double macs) {
-  constexpr int rounds = 4000, blocks = 2, warps = 16;  // blocks a multiprocessor, warps a block
+  constexpr int rounds = 4000, blocks = 2, warps = 16;  // blocks per multiprocessor, warps per block
   Sample s = measure([&] { kernel<<<g_sms * blocks, 32 * warps>>>(g_sink, g_cycles, rounds); });
   double issued = double(rounds) * Chains * warps * blocks;
   std::printf("%-10s chains=%d: %6.3f MMA/clk/SM, %6.0f TOPS at %.0f MHz\n", name, Chains, issued / s.cycles,

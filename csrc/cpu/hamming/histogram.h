@@ -29,7 +29,7 @@ void count_in_banks(const Value* values, int64_t count, uint32_t* counters) {
   for (; i < count; ++i) ++counters[values[i] * kCounterBanks];
 }
 
-// counters: [width, width]. count: a multiple of 8. pairs: memory for count / 2 numbers of pairs.
+// counters: [second value, first value]. count: a multiple of 8. pairs: scratch memory for count / 2 values.
 inline void count_pairs(const uint8_t* values, int64_t count, uint16_t width, uint16_t* pairs, uint32_t* counters) {
   for (int64_t i = 0; i < count / 2; ++i) {
     uint16_t both;

@@ -33,7 +33,7 @@ struct Level {
 };
 using Scan = BitslicedScan<Level>;
 
-constexpr int64_t kMinQueries = 288;  // with fewer, half of each vector would be unused
+constexpr int64_t kMinQueries = 288;  // with fewer, almost half of the 512 bits of a vector would be unused
 
 HE_TARGET_AVX512 void prepare_queries(const uint8_t* queries, int64_t count, int64_t code_bytes, uint8_t* prepared) {
   Scan::prepare_queries(queries, count, code_bytes, prepared);
