@@ -6,17 +6,12 @@ import pytest
 from tests.helpers.hamming_levels import LevelLibrary, assert_same, counts_by_distance, make_codes, make_filter
 
 # (bits, codes, queries). Some code lengths have a partial 64-bit word. One size has a single code. Others have more
-# codes than a tile or a word of a bitmap holds, or so many that pairs of distances are counted. The last one compares enough bytes for several threads.
+# codes than a tile or a word of a bitmap holds, or so many that pairs of distances are counted. The last one compares
+# enough bytes for several threads.
 SIZES = [
-    (8, 1, 1),
-    (8, 6001, 5),
-    (16, 20_003, 4),
-    (24, 70, 3),
-    (64, 3000, 5),
-    (256, 700, 33),
-    (1000, 130, 2),
+    (8, 1, 1), (8, 6001, 5), (16, 20_003, 4), (24, 70, 3), (64, 3000, 5), (256, 700, 33), (1000, 130, 2),
     (1000, 1300, 30),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
