@@ -9,6 +9,7 @@ import typer
 from benchmarks import compare as comparing
 from benchmarks import report as reports
 from benchmarks.harness import append_rows
+from benchmarks.kernels import instructions as instruction_counts
 from benchmarks.kernels import measure as kernel_measurements
 from benchmarks.kernels import profiling
 from benchmarks.kernels.inputs import Dtype, Layout
@@ -382,6 +383,18 @@ def compare(
         append_rows(output, comparing.rows(comparisons))
     if any(comparison.is_slower for comparison in comparisons):
         raise typer.Exit(1)
+
+
+@app.command()
+def instructions(
+    only: Annotated[str, typer.Option(help="Count only the paths whose name contains this text.")] = "",
+    branches: Annotated[bool, typer.Option("--branches", help="List the branches of each kernel as well.")] = False,
+) -> None:
+    """Count the machine instructions that CUDA kernels execute, and print what their banners say.
+
+    No GPU is needed, but one release of nvcc.
+    """
+    typer.echo(instruction_counts.run(only, branches))
 
 
 @app.command()

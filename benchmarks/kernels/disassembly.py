@@ -1,6 +1,7 @@
 """Compiles a CUDA source with nvcc, and reads the machine code of its kernels.
 
-The disassembler, cuobjdump, comes with the CUDA toolkit, and with the package triton that torch installs on Linux.
+The disassemblers, cuobjdump and nvdisasm, come with the CUDA toolkit, and with the package triton that torch installs
+on Linux.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +23,10 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 # A global memory access: a load, a store, an atomic operation or a reduction, also one whose address may be global.
 _GLOBAL_ACCESS = re.compile(r"(LDG|STG|ATOMG|REDG|LD|ST|ATOM|RED|LDGSTS|UBLKCP|UTMALDG|UTMASTG)(\.|$)")
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?(?:U?P\d+|U?PT)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P(?:\d+|T))\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_KERNEL = re.compile(r"^//-+ \.text\.(\S+)")
+_LABEL = re.compile(r"^(\.L_\w+|\$[^:\s]+):")
+_SOURCE_LINE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)')
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,15 @@ class Instruction:
         address: its byte offset in the function.
         opcode: such as "LDG.E.64".
         operands: the rest of the line.
+        predicate: the register on which its execution depends, such as "P0" or "!UP1"; "" if there is none.
+        source: the file and the line that it was compiled from; None if this was not read.
     """
 
     address: int
     opcode: str
     operands: str
+    predicate: str = ""
+    source: tuple[Path, int] | None = None
 
     @property
     def accesses_global_memory(self) -> bool:
@@ -53,11 +61,13 @@ class Code:
         kernel: the mangled name.
         architecture: such as "90a".
         instructions: in the order of their addresses.
+        labels: the index of the instruction that follows each label; empty if this was not read.
     """
 
     kernel: str
     architecture: str
     instructions: tuple[Instruction, ...]
+    labels: Mapping[str, int] = field(default_factory=dict)
 
     def has(self, opcode: str) -> bool:
         """Whether an instruction's opcode begins with `opcode`."""
@@ -71,14 +81,14 @@ def find_nvcc() -> _toolchain.Nvcc | str:
     return str(found) if isinstance(found, _toolchain.Missing) else found
 
 
-def find_cuobjdump() -> Path | str:
-    """The disassembler, or a line that says that there is none."""
+def find_disassembler(name: str) -> Path | str:
+    """The program "cuobjdump" or "nvdisasm", or a line that says that it is missing."""
     nvcc = find_nvcc()
     folders = [] if isinstance(nvcc, str) else [Path(nvcc.home, "bin")]
     if (triton := importlib.util.find_spec("triton")) and triton.origin:
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders))) or shutil.which("cuobjdump")
-    return Path(found) if found else "cuobjdump is missing; it comes with the CUDA toolkit and with triton"
+    found = shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name)
+    return Path(found) if found else f"{name} is missing; it comes with the CUDA toolkit and with triton"
 
 
 def compile_cubin(source: Path, architecture: str, output: Path, flags: Sequence[str] = ()) -> str:
@@ -129,7 +139,7 @@ def disassemble(file: Path) -> list[Code]:
         if kernel:
             codes.append(Code(kernel, architecture, tuple(instructions)))
 
-    for line in _dump("-sass", file).splitlines():
+    for line in _run("cuobjdump", "-sass", str(file)).splitlines():
         if found := re.match(r"\s*code for sm_(\w+)", line):
             finish()
             architecture, kernel = found[1], ""
@@ -137,22 +147,52 @@ def disassemble(file: Path) -> list[Code]:
             finish()
             kernel, instructions = found[1], []
         elif found := _INSTRUCTION.match(line):
-            instructions.append(Instruction(int(found[1], 16), found[2], found[3].strip()))
+            instructions.append(Instruction(int(found[1], 16), found[3], found[4].strip(), found[2] or ""))
+    finish()
+    return codes
+
+
+def disassemble_with_lines(cubin: Path, architecture: str) -> list[Code]:
+    """The machine code of every kernel in a cubin, with labels and, if it was compiled with -lineinfo, source lines.
+
+    Raises:
+        RuntimeError: the disassembler is missing.
+    """
+    codes: list[Code] = []
+    kernel, source = "", None
+    instructions, labels = list[Instruction](), dict[str, int]()
+
+    def finish() -> None:
+        if kernel:
+            codes.append(Code(kernel, architecture, tuple(instructions), labels))
+
+    for line in _run("nvdisasm", "--print-code", "--print-line-info", str(cubin)).splitlines():
+        if found := _KERNEL.match(line):
+            finish()
+            kernel, source = found[1], None
+            instructions, labels = [], {}
+        elif found := _SOURCE_LINE.match(line):
+            source = Path(found[1]), int(found[2])
+        elif found := _LABEL.match(line):
+            labels[found[1]] = len(instructions)
+        elif found := _INSTRUCTION.match(line):
+            operands = found[4].strip()
+            instructions.append(Instruction(int(found[1], 16), found[3], operands, found[2] or "", source))
     finish()
     return codes
 
 
 def intermediate_code(file: Path) -> dict[str, str]:
     """The PTX in an object, by architecture, such as {"80": "..."}."""
-    parts = re.split(r"^\.target sm_(\w+)", _dump("-ptx", file), flags=re.MULTILINE)
+    parts = re.split(r"^\.target sm_(\w+)", _run("cuobjdump", "-ptx", str(file)), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _dump(option: str, file: Path) -> str:
-    tool = find_cuobjdump()
+def _run(name: str, *arguments: str) -> str:
+    tool = find_disassembler(name)
     if isinstance(tool, str):
         raise RuntimeError(tool)
-    return subprocess.run([str(tool), option, str(file)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def loads_in_flight(code: Code, opcode: str = "LDG.E.128") -> int:

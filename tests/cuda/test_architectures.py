@@ -7,7 +7,7 @@ run them in the emulation with every pair of a device and a code that the lists 
 
 import pytest
 
-from benchmarks.kernels.disassembly import compile_object, disassemble, find_cuobjdump, find_nvcc, intermediate_code
+from benchmarks.kernels.disassembly import compile_object, disassemble, find_disassembler, find_nvcc, intermediate_code
 from setup import choose_arches
 from tests.helpers.architectures import DEVICES, LISTS
 
@@ -46,7 +46,7 @@ def code_for(device: int, binaries: list[str], intermediates: list[str]) -> int:
 
 @pytest.mark.parametrize("arch_list", LISTS)
 def test_code_has_clusters_and_waits_exactly_from_the_architecture_that_the_launchers_ask_for(arch_list, tmp_path):
-    nvcc, tool = find_nvcc(), find_cuobjdump()
+    nvcc, tool = find_nvcc(), find_disassembler("cuobjdump")
     for missing in (nvcc, tool):
         if isinstance(missing, str):
             pytest.skip(missing)

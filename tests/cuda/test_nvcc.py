@@ -13,7 +13,7 @@ from benchmarks.kernels.disassembly import (
     Instruction,
     compile_cubin,
     disassemble,
-    find_cuobjdump,
+    find_disassembler,
     find_nvcc,
     loads_in_flight,
 )
@@ -45,7 +45,7 @@ def test_nvcc_compiles_without_warning_or_spill(source, architecture, tmp_path):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", printed)
     assert bool(frames) == has_kernel(source), printed
     assert set(frames) <= {("0", "0", "0")}, printed
-    if frames and not isinstance(find_cuobjdump(), str):
+    if frames and not isinstance(find_disassembler("cuobjdump"), str):
         codes = disassemble(cubin)
         assert codes and not list(filter(None, map(early_access, codes)))
 
@@ -87,7 +87,7 @@ def test_an_access_before_the_wait_is_found(opcodes, is_wrong):
 
 
 def test_some_kernels_wait(tmp_path):
-    for missing in (find_nvcc(), find_cuobjdump()):
+    for missing in (find_nvcc(), find_disassembler("cuobjdump")):
         if isinstance(missing, str):
             pytest.skip(missing)
     (source,) = [kernel for kernel in KERNELS if kernel.stem == "select"]
@@ -107,7 +107,7 @@ LOADS = {
 @pytest.mark.parametrize("name", ["reduce", "apply"])
 def test_loads_of_the_triplet_passes_are_in_flight_together(name, tmp_path):
     """The compiler may use the result of a load before it issues the next one."""
-    for missing in (find_nvcc(), find_cuobjdump()):
+    for missing in (find_nvcc(), find_disassembler("cuobjdump")):
         if isinstance(missing, str):
             pytest.skip(missing)
     (source,) = [kernel for kernel in KERNELS if kernel.parent.name == "triplet" and kernel.stem == name]
