@@ -58,7 +58,8 @@ def hamming(
         typer.Option(
             help="search: the k nearest codes; filter: the k nearest of the codes that a random filter selects; range: "
             "all codes within a radius, which is chosen so that it holds about k codes per query; map: mean average "
-            "precision over the full ranking. May be repeated; default: search.",
+            "precision over the full ranking; count, only on the CPU: the number of codes at each distance. May be "
+            "repeated; default: search.",
             show_default=False,
         ),
     ] = None,
@@ -145,6 +146,8 @@ def hamming(
         return
     if threads is not None:
         raise invalid("hamming", "threads", f"left out with --device {device}", threads)
+    if Task.count in (task or []):
+        raise invalid("hamming", "--task", f"map, which also counts, with --device {device}", Task.count.value)
     steps = [(gpu_suite.SEARCH, case) for case in cases]
     gpu_suite.run(steps, where="hamming", device=device, minutes=math.inf, rounds=rounds, images=images, output=output)
 

@@ -18,12 +18,19 @@ class Task(str, enum.Enum):
     - `filter`: the k nearest of the codes that a random filter selects.
     - `range`: all codes within a radius that holds about k codes per query.
     - `map`: mean average precision over the full ranking, which has no k.
+    - `count`: the number of codes at each distance, without and with labels; it has no k either.
     """
 
     search = "search"
     filter = "filter"
     range = "range"
     map = "map"
+    count = "count"
+
+    @property
+    def has_k(self) -> bool:
+        """Whether the task has a number of neighbours."""
+        return self not in (Task.map, Task.count)
 
 
 class Case(NamedTuple):
@@ -33,7 +40,7 @@ class Case(NamedTuple):
         codes: the number of codes in the database.
         bits: the length of a code.
         queries: the number of queries in the batch.
-        k: the number of neighbours; for `Task.range`, about that number; None for `Task.map`.
+        k: the number of neighbours; for `Task.range`, about that number; None if the task has none.
         task: the kind of search.
         data: how the codes are made.
         share: the share of the codes that the filter selects; 1 without a filter.
@@ -78,7 +85,7 @@ def make_cases(
         Case(codes, length, queries, k, task, data, share if task is Task.filter else 1.0)
         for length in bits
         for task in tasks
-        for k in ((None,) if task is Task.map else ks)
+        for k in (ks if task.has_k else (None,))
     ]
 
 

@@ -29,7 +29,7 @@ from benchmarks.search.data import make_codes
 from benchmarks.search.mean_precision import average_precision, mean_average_precision
 from benchmarks.search.oracle import distances_to
 from benchmarks.search.report import cpu_caption, cpu_columns
-from benchmarks.search.row_names import BARE_LOOP, FAISS, OURS, READ, READ_BEYOND
+from benchmarks.search.row_names import BARE_LOOP, FAISS, LABELLED, OURS, READ, READ_BEYOND
 from benchmarks.search.synthetic_codes import Codes
 from benchmarks.tables import rich_table
 from benchmarks.timing import last_level_cache, median_ratio, time_in_rounds
@@ -146,11 +146,14 @@ def _buffers_to_read(codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def verified_calls(case: Case, codes: Codes) -> dict[str, Callable[[], Any]]:
-    """For hashengine and, unless the task is `map`, for each mode of FAISS: a call that answers all queries.
+    """For hashengine and, if it has the task, for each mode of FAISS: a call that answers all queries.
 
     Raises:
-        WrongAnswer: answers to the first queries differ from FAISS's or, for `map`, from a computation in numpy.
+        WrongAnswer: answers to the first queries differ from FAISS's or, for `map` and `count`, from a computation in
+            numpy.
     """
+    if case.task is Task.count:
+        return _verified_counts(case, codes)
     if case.task is Task.map:
         _verify_map(codes)
         return {OURS: lambda: _mean_average_precision(codes)}
@@ -180,6 +183,22 @@ def _make_searches(case: Case, codes: Codes) -> dict[str, Callable[[np.ndarray],
         f"{FAISS} heap": lambda batch: oracle.search(batch, case.k, use_heap=True),
         f"{FAISS} counting": lambda batch: oracle.search(batch, case.k, use_heap=False),
     }
+
+
+def _verified_counts(case: Case, codes: Codes) -> dict[str, Callable[[], Any]]:
+    index = HammingIndex(case.bits)
+    index.add(codes.database)
+    labels = (codes.query_labels, codes.labels)
+    few, few_labels = codes.queries[:_VERIFIED_RANKINGS], codes.query_labels[:_VERIFIED_RANKINGS]
+    counts, relevant = index.count(few, labels=(few_labels, codes.labels))
+    if not np.array_equal(counts, index.count(few)):
+        raise WrongAnswer(f"hamming: {case}: counts with and without labels must be equal before they are timed")
+    for row, (query, label) in enumerate(zip(few, few_labels, strict=True)):
+        distances = distances_to(codes.database, query)
+        for found, counted in ((counts, distances), (relevant, distances[codes.labels == label])):
+            if not np.array_equal(found[row], np.bincount(counted, minlength=case.bits + 1)):
+                raise WrongAnswer(f"hamming: {case}: the counts must equal numpy's before they are timed")
+    return {OURS: lambda: index.count(codes.queries), LABELLED: lambda: index.count(codes.queries, labels=labels)}
 
 
 def _mean_average_precision(codes: Codes) -> Any:

@@ -15,6 +15,7 @@ from benchmarks.search.row_names import (
     FAISS,
     GRAPH,
     HOST_TO_HOST,
+    LABELLED,
     NATIVE,
     NATIVE_ONE_CODE,
     ONE_QUERY,
@@ -72,7 +73,7 @@ def cpu_columns(rows: Sequence[Row]) -> Columns:
     columns["k"] = _k
     columns[OURS] = lambda row: _cpu_rate(row, OURS)
     columns["FAISS's best"] = lambda row: _cpu_rate(row, row.get("faiss_best"))
-    for name in (*_CPU_PEERS, BARE_LOOP):
+    for name in (LABELLED, *_CPU_PEERS, BARE_LOOP):
         if _has(rows, name):
             columns[name] = lambda row, name=name: _cpu_rate(row, name)
     columns["queries/s"] = lambda row: f"{row['queries'] / statistics.median(row['seconds'][OURS]):,.0f}"
@@ -111,7 +112,7 @@ def cpu_tables(rows: list[Row]) -> str:
     ]
     for data in dict.fromkeys(row["data"] for row in rows):
         parts.append(f"Data: {data}.")
-        parts.append(_cpu_overview([row for row in rows if row["data"] == data and row["task"] != Task.map.value]))
+        parts.append(_cpu_overview([row for row in rows if row["data"] == data and Task(row["task"]).has_k]))
     parts.append(f"All rows; {cpu_caption(rows)}:")
     parts.append(markdown_table(cpu_columns(rows), rows))
     return "\n\n".join(parts)

@@ -5,6 +5,8 @@ GRAPH = "hashengine graph"  # the search of OURS, replayed as a CUDA graph
 ONE_QUERY = "hashengine one query"  # a search of only the first query of the batch
 WHOLE_MAP = "hashengine mAP"  # mean average precision; in rows with it, OURS computes only the counts by distance
 
+LABELLED = "hashengine with labels"  # in rows of the task count: also counts the relevant codes
+
 ONE_THREAD = "hashengine one thread"
 TENSOR = "hashengine tensor"  # the query is a tensor, not an array
 OP = "hashengine op"  # the op instead of the index

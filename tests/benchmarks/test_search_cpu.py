@@ -45,7 +45,7 @@ def test_hamming_prints_the_table_and_appends_the_results(tmp_path, faiss, data)
         options = ["--bits", 72, *tasks, "--data", data, "--threads", 1, "--output", output]
         assert "times FAISS" in invoke("hamming", *SMALL, *options)
     rows = read_lines(output)
-    once = [(bits, task) for bits in (64, 72) for task in ("search", "filter", "range", "map")]
+    once = [(bits, task) for bits in (64, 72) for task in ("search", "filter", "range", "map", "count")]
     assert [(row["bits"], row["task"]) for row in rows] == 2 * once
     for row in rows:
         assert {"cpu", "commit", "torch", "faiss", "simd_level", "threads"} <= row.keys()
@@ -74,6 +74,24 @@ def test_a_wrong_mean_average_precision_fails_the_command(faiss, folder, monkeyp
     assert result.exit_code != 0 and "must equal numpy's before it is timed" in result.output
 
 
+def test_counts_are_measured_with_and_without_labels(faiss, folder):
+    (row,) = measured(folder, *SMALL, "--task", "count")
+    assert row["k"] is None and {"hashengine", "hashengine with labels"} <= row["seconds"].keys()
+
+
+@pytest.mark.parametrize("wrong_part", [0, 1])
+def test_wrong_counts_fail_the_command(faiss, monkeypatch, wrong_part):
+    def wrong_with_labels(self, queries, **options):
+        answer = count(self, queries, **options)
+        return tuple(part + (i == wrong_part) for i, part in enumerate(answer)) if options.get("labels") else answer
+
+    count = HammingIndex.count
+    monkeypatch.setattr(HammingIndex, "count", wrong_with_labels)
+    result = run_command("hamming", *SMALL, "--task", "count")
+    message = ("counts with and without labels must be equal", "the counts must equal numpy's")[wrong_part]
+    assert result.exit_code != 0 and message in result.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -81,6 +99,10 @@ def test_a_wrong_mean_average_precision_fails_the_command(faiss, folder, monkeyp
         (["-k", 9999], "hamming: k must be at most the number of codes, 3000, got 9999"),
         (["--device", "tpu9"], "hamming: device must be 'cpu', 'cuda', 'cuda:1' or a torch.device, got 'tpu9'"),
         (["--device", "cuda", "--threads", 2], "hamming: threads must be left out with --device cuda, got 2"),
+        (
+            ["--device", "cuda", "--task", "count"],
+            "hamming: --task must be map, which also counts, with --device cuda, got 'count'",
+        ),
     ],
 )
 def test_wrong_options_give_an_error_of_one_line(options, message):

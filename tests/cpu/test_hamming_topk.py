@@ -104,3 +104,25 @@ def test_a_misleading_sample_does_not_change_the_answer(
         for threads in (1, 3):
             got = level_library.topk(level, threads, queries, codes, k, filter)
             assert_same(got, nearest(queries, codes, k, filter))
+
+
+# (bits, codes, queries, k) of searches that rank all codes. Distances are stored in 8, 16 and 32 bits. In the second
+# case they take more memory than a batch of queries may have.
+RANKED_SIZES = [
+    (24, 20_000, 5, 20_000),
+    (64, 70_000, 131, 4500),
+    (256, 9000, 4, 9000),
+    (1000, 6000, 3, 5000),
+    (65_536, 4200, 2, 4150),
+]
+
+
+@pytest.mark.parametrize("own", [None, False, True], ids=["no filter", "shared filter", "filter per query"])
+def test_rankings_of_all_codes_equal_the_definition(level_library: LevelLibrary, level: str, own: bool | None) -> None:
+    rng = np.random.default_rng(6)
+    for bits, count, query_count, k in RANKED_SIZES:
+        codes, queries = make_codes("random", count, bits, rng), make_codes("random", query_count, bits, rng)
+        filter = None if own is None else make_filter(rng, count, query_count, 0.6, own)
+        expected = nearest(queries, codes, k, filter)
+        for threads in (1, 3):
+            assert_same(level_library.topk(level, threads, queries, codes, k, filter), expected)

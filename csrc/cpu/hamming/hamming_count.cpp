@@ -40,8 +40,7 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
 
   const int64_t excluded = kinds * distance_count, width = excluded + 1;
   const HammingKernel& kernel = hamming_kernel(level, search);
-  const bool has_bytes = kernel.compute_byte_distances && search.code_bytes <= kMaxByteDistanceBytes;
-  const bool has_pairs = has_bytes && width <= kMaxPairWidth && search.code_count >= kMinCodesPerPair * width * width;
+  const bool has_pairs = width <= kMaxPairWidth && search.code_count >= kMinCodesPerPair * width * width;
   const int64_t query_counters = has_pairs ? width * width : width * kCounterBanks;
   const int64_t min_chunk_codes = has_pairs ? kMinCodesPerPair * width * width : kMinChunkCodes;
   const int64_t scratch_bytes = query_counters * int64_t(sizeof(uint32_t));
@@ -100,8 +99,9 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
       add_item(item, scratch);
     });
   };
-  // With labels, values of codes of more than 126 bits may exceed a byte.
-  if (has_bytes && width <= kMaxPairWidth) return count_items(uint8_t{});
+  // With labels, there are twice as many values as distances.
+  if (width <= 1 << 8) return count_items(uint8_t{});
+  if (width <= 1 << 16) return count_items(uint16_t{});
   count_items(uint32_t{});
 }
 

@@ -44,13 +44,16 @@ struct HammingKernel {
   // selector's bound. May also push other codes, which the selector rejects.
   void (*scan)(const HammingTile& tile, const QueryBlock& queries, Selector* selectors);
   // Writes the distance of every code of the tile from one query. `distances` has room for tile.count rounded up to a
-  // multiple of kDistancesMultiple.
+  // multiple of kDistancesMultiple. Null for kernels that only scan, and for those that have the next two functions and
+  // take no longer codes.
   void (*compute_distances)(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint32_t* distances);
-  // Writes the distances of every code of the tile from two queries: `query`, which is even, and the next one. Each
-  // array has the same room as above. Takes codes of at most kMaxByteDistanceBytes bytes. Null if computing bytes is
-  // not faster at this level.
+  // Write the distances of every code of the tile from two queries: `query`, which is even, and the next one. Each
+  // array has the same room as above. For codes of at most kMaxByteDistanceBytes or kMaxShortDistanceBytes bytes. Null
+  // if computing two queries together is not faster at this level.
   void (*compute_byte_distances)(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint8_t* first,
                                  uint8_t* second);
+  void (*compute_short_distances)(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint16_t* first,
+                                  uint16_t* second);
 
   int64_t max_code_bytes;  // for longer codes, the kernel's counters would overflow or another kernel is faster
   // For bit-sliced kernels: the number of queries per block, and the smallest number of queries for which building the
@@ -73,7 +76,16 @@ extern const HammingKernel kHammingBitslicedNeon;
 
 constexpr int64_t kTileBytes = 16384;  // half of a first-level cache of 32 KB
 constexpr int64_t kDistancesMultiple = 128;
-constexpr int64_t kMaxByteDistanceBytes = 31;  // a byte holds the distances of codes of up to 248 bits
+// The longest codes whose distances, and one more value for a code that a filter excludes, fit in 8 and in 16 bits.
+constexpr int64_t kMaxByteDistanceBytes = 31, kMaxShortDistanceBytes = 8191;
+
+// Calls body with a value of the smallest type that holds the distances: uint8_t, uint16_t or uint32_t.
+template <typename Body>
+void with_distance_type(int64_t code_bytes, Body body) {
+  if (code_bytes <= kMaxByteDistanceBytes) return body(uint8_t{});
+  if (code_bytes <= kMaxShortDistanceBytes) return body(uint16_t{});
+  body(uint32_t{});
+}
 
 // Loads `count` bytes, at most 8, as a little-endian word. The missing high bytes are zero.
 inline uint64_t load_code_word(const uint8_t* bytes, int64_t count) {

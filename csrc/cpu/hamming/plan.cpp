@@ -65,8 +65,7 @@ std::array<const HammingKernel*, 2> bitsliced_hamming_kernels([[maybe_unused]] S
 
 HammingPlan::HammingPlan(const HammingKernel& chosen_kernel, const HammingSearch& search, int64_t bytes_per_query,
                          int64_t min_chunk_codes, int max_threads, int64_t max_chunk_codes)
-    : kernel(&chosen_kernel),
-      has_byte_distances(kernel->compute_byte_distances && search.code_bytes <= kMaxByteDistanceBytes) {
+    : kernel(&chosen_kernel) {
   const int64_t compared_bytes = search.query_count * search.code_count * search.code_bytes;
   threads = compared_bytes < kMinParallelBytes ? 1 : max_threads;
   is_long = compared_bytes >= kLongSearchBytes;

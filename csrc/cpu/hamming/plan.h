@@ -32,7 +32,6 @@ struct HammingPlan {
   int64_t query_block, query_blocks;
   int64_t chunk_codes, chunks;
   int threads;
-  bool has_byte_distances;
   bool is_long = false;  // whether the search takes so long that zeroing some megabytes of huge pages costs little
 
   // bytes_per_query: the scratch memory of a thread for each query of a block. Every chunk but the last has at least
@@ -42,13 +41,6 @@ struct HammingPlan {
               int64_t min_chunk_codes, int max_threads, int64_t max_chunk_codes = kMaxChunkCodes);
 
   int64_t items() const { return query_blocks * chunks; }
-
-  // Calls body with a value of the type of the distances that the kernel computes: uint8_t or uint32_t.
-  template <typename Body>
-  void with_distance_type(Body body) const {
-    if (has_byte_distances) return body(uint8_t{});
-    body(uint32_t{});
-  }
 };
 
 // A growing buffer. A small one is on the heap, because mapping and faulting in new pages would take longer than a
@@ -92,23 +84,42 @@ class WorkItem {
     for (tiles_.start(first_code, begin, end); tiles_.next(tile);) work(tile);
   }
 
+  // The number of distances for which an array of those of one tile must have room.
+  int64_t tile_room() const { return round_up(tiles_.tile_codes(), kDistancesMultiple); }
+
+  // Writes the distances of every code of the tile from query `query` of the block, which is even, and from the next
+  // one. If there is no next one, `second` is undefined. `Distance` is the type of with_distance_type() or a larger
+  // one.
+  template <typename Distance>
+  void compute_distances(const HammingTile& tile, int64_t query, Distance* first, Distance* second) {
+    const HammingKernel& kernel = *plan_.kernel;
+    if constexpr (sizeof(Distance) == 1)
+      if (kernel.compute_byte_distances) return kernel.compute_byte_distances(tile, queries, query, first, second);
+    if constexpr (sizeof(Distance) == 2)
+      if (kernel.compute_short_distances) return kernel.compute_short_distances(tile, queries, query, first, second);
+    for (int64_t q = query; q < std::min(query + 2, queries.count); ++q) {
+      Distance* const distances = q == query ? first : second;
+      if constexpr (sizeof(Distance) == 4) {
+        kernel.compute_distances(tile, queries, q, distances);
+      } else {
+        wide_distances_.resize(size_t(tile_room()));
+        kernel.compute_distances(tile, queries, q, wide_distances_.data());
+        for (int64_t i = 0; i < tile.count; ++i) distances[i] = Distance(wide_distances_[size_t(i)]);
+      }
+    }
+  }
+
   // Calls work(query of the block, tile, distances) for each tile of the codes [begin, end) and each query of the
-  // block. `Distance` is uint8_t or uint32_t; bytes are possible only if plan.has_byte_distances. `scratch` provides
-  // memory for the distances of a tile; `work` may overwrite them, and has room for a multiple of kDistancesMultiple.
+  // block. `scratch` provides memory for the distances of a tile; `work` may overwrite them, and has room for a
+  // multiple of kDistancesMultiple.
   template <typename Distance, typename Work>
   void for_each_tile_and_query(int64_t begin, int64_t end, std::vector<Distance>& scratch, Work work) {
-    const int64_t room = round_up(tiles_.tile_codes(), kDistancesMultiple);
-    scratch.resize(size_t(2 * room));
-    Distance* const distances[2] = {scratch.data(), scratch.data() + room};
+    scratch.resize(size_t(2 * tile_room()));
+    Distance* const distances[2] = {scratch.data(), scratch.data() + tile_room()};
     for_each_tile(begin, end, [&](const HammingTile& tile) {
       for (int64_t q = 0; q < queries.count; ++q) {
-        if constexpr (sizeof(Distance) == 1) {
-          if (q % 2 == 0) plan_.kernel->compute_byte_distances(tile, queries, q, distances[0], distances[1]);
-          work(q, tile, distances[q % 2]);
-        } else {
-          plan_.kernel->compute_distances(tile, queries, q, distances[0]);
-          work(q, tile, distances[0]);
-        }
+        if (q % 2 == 0) compute_distances(tile, q, distances[0], distances[1]);
+        work(q, tile, distances[q % 2]);
       }
     });
   }
@@ -132,6 +143,7 @@ class WorkItem {
   TileStream tiles_;
   PageBuffer memory_;
   uint8_t* prepared_queries_;
+  std::vector<uint32_t> wide_distances_;  // of a tile
 };
 
 // Calls work(item, state) for every item. states: one per thread of the plan.

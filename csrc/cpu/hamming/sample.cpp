@@ -47,7 +47,7 @@ std::vector<uint32_t> sample_bounds(const HammingSearch& search, int64_t k, Simd
 
   const HammingPlan plan(hamming_kernel(level, search), search, distance_count * int64_t(sizeof(uint32_t)),
                          search.code_count, pool.threads);
-  plan.with_distance_type([&](auto type) {
+  with_distance_type(search.code_bytes, [&](auto type) {
     using Distance = decltype(type);
     using Scratch = ThreadScratch<Distance>;
     for_each_item<Scratch>(plan, search, pool, [&](WorkItem& item, Scratch& scratch) {

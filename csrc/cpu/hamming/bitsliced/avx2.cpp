@@ -32,16 +32,11 @@ HE_TARGET_AVX2 void scan(const HammingTile& tile, const QueryBlock& queries, Sel
   Scan(tile, queries, selectors).run();
 }
 
-HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
-                                      uint32_t* distances) {
-  compute_unprepared_distances(tile, queries, query, distances);
-}
-
 }  // namespace
 
-const HammingKernel kHammingBitslicedAvx2 = {Scan::tile_codes,       no_tile_bytes,  Scan::query_bytes, prepare_nothing,
-                                             prepare_queries,        scan,           compute_distances, nullptr,
-                                             8 * kMaxBitslicedWords, Scan::kQueries, kMinQueries};
+const HammingKernel kHammingBitslicedAvx2 = {
+    Scan::tile_codes, no_tile_bytes, Scan::query_bytes, prepare_nothing,        prepare_queries, scan,
+    nullptr,          nullptr,       nullptr,           8 * kMaxBitslicedWords, Scan::kQueries,  kMinQueries};
 
 }  // namespace hashengine
 

@@ -32,15 +32,11 @@ void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selector
   Scan(tile, queries, selectors).run();
 }
 
-void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint32_t* distances) {
-  compute_unprepared_distances(tile, queries, query, distances);
-}
-
 }  // namespace
 
-const HammingKernel kHammingBitslicedNeon = {Scan::tile_codes,       no_tile_bytes,  Scan::query_bytes, prepare_nothing,
-                                             prepare_queries,        scan,           compute_distances, nullptr,
-                                             8 * kMaxBitslicedWords, Scan::kQueries, kMinQueries};
+const HammingKernel kHammingBitslicedNeon = {
+    Scan::tile_codes, no_tile_bytes, Scan::query_bytes, prepare_nothing,        prepare_queries, scan,
+    nullptr,          nullptr,       nullptr,           8 * kMaxBitslicedWords, Scan::kQueries,  kMinQueries};
 
 }  // namespace hashengine
 

@@ -149,6 +149,14 @@ HE_TARGET_AVX2 HE_INLINE void add_planes(const Vector* planes, int64_t group_pla
   }
 }
 
+int64_t block_count(int64_t planes) { return (planes + kMeanBlockPlanes - 1) / kMeanBlockPlanes; }
+
+// The first plane of a block. Blocks are as equal as multiples of three planes allow, because an equal share of the
+// bound is subtracted for each.
+HE_INLINE int64_t begin_of_block(int64_t block, int64_t planes, int64_t blocks) {
+  return block == blocks ? planes : block * planes / blocks / 3 * 3;
+}
+
 // Sums planes [begin, end), at most kMaxBlockPlanes.
 HE_TARGET_AVX2 HE_INLINE Sums sum_block(const Vector* planes, int64_t group_planes, const uint8_t* tables,
                                         int64_t begin, int64_t end) {
@@ -215,11 +223,8 @@ template <int kQueries, int kPlanes>
 HE_TARGET_AVX2 void scan_pair(const HammingTile& tile, const uint8_t* tables, const uint8_t* queries,
                               Selector* selectors) {
   const int64_t group_planes = kPlanes ? kPlanes : 2 * tile.code_bytes;
-  const int64_t blocks = kPlanes ? 1 : (group_planes + kMeanBlockPlanes - 1) / kMeanBlockPlanes;
-  // Blocks are as equal as multiples of three planes allow, because an equal share of the bound is subtracted for each.
-  const auto block_begin = [&](int64_t block) {
-    return block == blocks ? group_planes : block * group_planes / blocks / 3 * 3;
-  };
+  const int64_t blocks = kPlanes ? 1 : block_count(group_planes);
+  const auto block_begin = [&](int64_t block) { return begin_of_block(block, group_planes, blocks); };
   const auto* planes = reinterpret_cast<const Vector*>(tile.prepared);
   ByteBound bounds[kQueries];
   for (int q = 0; q < kQueries; ++q) bounds[q] = ByteBound::divide(selectors[q].bound(), blocks);
@@ -265,26 +270,6 @@ void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selector
   }
 }
 
-HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
-                                      uint32_t* distances) {
-  const int64_t group_planes = 2 * tile.code_bytes;
-  const uint8_t* const tables = queries.prepared + query / 2 * 2 * query_bytes(tile.code_bytes);
-  const auto* planes = reinterpret_cast<const Vector*>(tile.prepared);
-  for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
-    for (int64_t begin = 0; begin < group_planes; begin += kMaxBlockPlanes) {
-      const Sums sums = sum_block(planes, group_planes, tables, begin, std::min(begin + kMaxBlockPlanes, group_planes));
-      alignas(32) uint8_t bytes[kBatch];
-      for (int g = 0; g < kGroups; ++g)
-        _mm256_store_si256(reinterpret_cast<Vector*>(bytes) + g, query % 2 ? sums.second[g] : sums.first[g]);
-      for (int64_t i = 0; i < kBatch; i += 8) {
-        auto* const to = reinterpret_cast<Vector*>(distances + code + i);
-        const Vector wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)));
-        _mm256_storeu_si256(to, begin ? _mm256_add_epi32(_mm256_loadu_si256(to), wide) : wide);
-      }
-    }
-  }
-}
-
 HE_TARGET_AVX2 void compute_byte_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
                                            uint8_t* first, uint8_t* second) {
   static_assert(2 * kMaxByteDistanceBytes <= kMaxBlockPlanes);
@@ -301,12 +286,48 @@ HE_TARGET_AVX2 void compute_byte_distances(const HammingTile& tile, const QueryB
   }
 }
 
+// Adds the bytes to the distances of 32 codes, or writes them if they are the first.
+HE_TARGET_AVX2 HE_INLINE void add_bytes(Vector bytes, bool is_first, uint16_t* distances) {
+  auto* const to = reinterpret_cast<Vector*>(distances);
+  const Vector halves[2] = {_mm256_cvtepu8_epi16(_mm256_castsi256_si128(bytes)),
+                            _mm256_cvtepu8_epi16(_mm256_extracti128_si256(bytes, 1))};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    _mm256_storeu_si256(to + i, is_first ? halves[i] : _mm256_add_epi16(_mm256_loadu_si256(to + i), halves[i]));
+}
+
+HE_TARGET_AVX2 void compute_short_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
+                                            uint16_t* first, uint16_t* second) {
+  const int64_t group_planes = 2 * tile.code_bytes, blocks = block_count(group_planes);
+  const uint8_t* const tables = queries.prepared + query * query_bytes(tile.code_bytes);
+  const auto* planes = reinterpret_cast<const Vector*>(tile.prepared);
+  for (int64_t code = 0; code < tile.count; code += kBatch, planes += kGroups * group_planes) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Sums sums = sum_block(planes, group_planes, tables, begin_of_block(block, group_planes, blocks),
+                                  begin_of_block(block + 1, group_planes, blocks));
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        add_bytes(sums.first[g], block == 0, first + code + g * kGroup);
+        add_bytes(sums.second[g], block == 0, second + code + g * kGroup);
+      }
+    }
+  }
+}
+
 }  // namespace
 
-const HammingKernel kHammingAvx2 = {
-    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances, compute_byte_distances,
-    1024,  // bytes; for longer codes, isa/popcnt.cpp is as fast
-    0,          0};
+const HammingKernel kHammingAvx2 = {tile_codes,
+                                    tile_bytes,
+                                    query_bytes,
+                                    prepare_tile,
+                                    prepare_queries,
+                                    scan,
+                                    nullptr,
+                                    compute_byte_distances,
+                                    compute_short_distances,
+                                    1024,  // bytes; for longer codes, isa/popcnt.cpp is as fast
+                                    0,
+                                    0};
 
 }  // namespace hashengine
 

@@ -117,8 +117,17 @@ HE_TARGET_AVX512 void compute_distances(const HammingTile& tile, const QueryBloc
 
 }  // namespace
 
-const HammingKernel kHammingAvx512 = {tile_codes, tile_bytes,        query_bytes, prepare_tile, prepare_queries,
-                                      scan,       compute_distances, nullptr,     INT64_MAX,    0,
+const HammingKernel kHammingAvx512 = {tile_codes,
+                                      tile_bytes,
+                                      query_bytes,
+                                      prepare_tile,
+                                      prepare_queries,
+                                      scan,
+                                      compute_distances,
+                                      nullptr,
+                                      nullptr,
+                                      INT64_MAX,
+                                      0,
                                       0};
 
 }  // namespace hashengine

@@ -254,7 +254,7 @@ void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64
 }  // namespace
 
 const HammingKernel kHammingNeon = {
-    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances, nullptr,
+    tile_codes, tile_bytes, query_bytes, prepare_tile, prepare_queries, scan, compute_distances, nullptr, nullptr,
     8191,  // the distances of longer codes do not fit in 16 bits
     0,          0};
 

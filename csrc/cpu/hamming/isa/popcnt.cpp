@@ -10,6 +10,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 namespace hashengine {
 namespace {
 
@@ -81,28 +83,66 @@ HE_TARGET_AVX2 void scan_words(const HammingTile& tile, const uint8_t* query, Se
   for (; i < tile.count; ++i) selector.push(hamming_distance(query, tile.codes + 8 * i, 8), tile.position_of(i));
 }
 
-void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selectors) {
-  const auto scan_for = tile.code_bytes == 4     ? scan_codes<4>
-                        : tile.code_bytes == 8   ? scan_words
-                        : tile.code_bytes == 16  ? scan_codes<16>
-                        : tile.code_bytes == 32  ? scan_codes<32>
-                        : tile.code_bytes == 48  ? scan_codes<48>
-                        : tile.code_bytes == 64  ? scan_codes<64>
-                        : tile.code_bytes == 96  ? scan_codes<96>
-                        : tile.code_bytes == 128 ? scan_codes<128>
-                                                 : scan_codes<0>;
-  for (int64_t q = 0; q < queries.count; ++q) scan_for(tile, queries.codes + q * tile.code_bytes, selectors[q]);
+// Calls function with the length of a code as a constant, 0 if there is no loop for this length.
+template <typename Function>
+void with_constant_bytes(int64_t code_bytes, Function function) {
+  switch (code_bytes) {
+    case 4: return function(std::integral_constant<int, 4>());
+    case 8: return function(std::integral_constant<int, 8>());
+    case 16: return function(std::integral_constant<int, 16>());
+    case 32: return function(std::integral_constant<int, 32>());
+    case 48: return function(std::integral_constant<int, 48>());
+    case 64: return function(std::integral_constant<int, 64>());
+    case 96: return function(std::integral_constant<int, 96>());
+    case 128: return function(std::integral_constant<int, 128>());
+    default: return function(std::integral_constant<int, 0>());
+  }
 }
 
-HE_TARGET_AVX2 void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
-                                      uint32_t* distances) {
-  compute_unprepared_distances(tile, queries, query, distances);
+void scan(const HammingTile& tile, const QueryBlock& queries, Selector* selectors) {
+  with_constant_bytes(tile.code_bytes, [&](auto bytes) {
+    for (int64_t q = 0; q < queries.count; ++q) {
+      const uint8_t* const query = queries.codes + q * tile.code_bytes;
+      if constexpr (bytes() == 8)
+        scan_words(tile, query, selectors[q]);
+      else
+        scan_codes<bytes()>(tile, query, selectors[q]);
+    }
+  });
+}
+
+template <int kBytes>
+HE_TARGET_AVX2 void compute_code_distances(const HammingTile& tile, const uint8_t* query, uint32_t* distances) {
+  const int64_t bytes = kBytes ? kBytes : tile.code_bytes;
+  const uint8_t* code = tile.codes;
+  int64_t i = 0;
+  for (; i + kGroupCodes <= tile.count; i += kGroupCodes, code += kGroupCodes * bytes) {
+    prefetch_ahead(code, kGroupCodes * bytes);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kGroupCodes; ++j) distances[i + j] = hamming_distance(query, code + j * bytes, bytes);
+  }
+  for (; i < tile.count; ++i, code += bytes) distances[i] = hamming_distance(query, code, bytes);
+}
+
+void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query, uint32_t* distances) {
+  with_constant_bytes(tile.code_bytes, [&](auto bytes) {
+    compute_code_distances<bytes()>(tile, queries.codes + query * tile.code_bytes, distances);
+  });
 }
 
 }  // namespace
 
-const HammingKernel kHammingPopcnt = {tile_codes, no_tile_bytes,     no_query_bytes, prepare_nothing, prepare_nothing,
-                                      scan,       compute_distances, nullptr,        INT64_MAX,       0,
+const HammingKernel kHammingPopcnt = {tile_codes,
+                                      no_tile_bytes,
+                                      no_query_bytes,
+                                      prepare_nothing,
+                                      prepare_nothing,
+                                      scan,
+                                      compute_distances,
+                                      nullptr,
+                                      nullptr,
+                                      INT64_MAX,
+                                      0,
                                       0};
 
 }  // namespace hashengine

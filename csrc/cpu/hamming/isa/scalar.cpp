@@ -20,8 +20,17 @@ void compute_distances(const HammingTile& tile, const QueryBlock& queries, int64
 
 }  // namespace
 
-const HammingKernel kHammingScalar = {tile_codes, no_tile_bytes,     no_query_bytes, prepare_nothing, prepare_nothing,
-                                      scan,       compute_distances, nullptr,        INT64_MAX,       0,
+const HammingKernel kHammingScalar = {tile_codes,
+                                      no_tile_bytes,
+                                      no_query_bytes,
+                                      prepare_nothing,
+                                      prepare_nothing,
+                                      scan,
+                                      compute_distances,
+                                      nullptr,
+                                      nullptr,
+                                      INT64_MAX,
+                                      0,
                                       0};
 
 }  // namespace hashengine
