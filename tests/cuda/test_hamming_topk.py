@@ -333,6 +333,38 @@ def test_a_scan_of_many_queries(machine, name, queries, own):
         assert len(np.unique(got)) == len(got) and np.isin(got, within).all()
 
 
+@pytest.mark.parametrize("bits", [64, 256])
+def test_scan_wgmma_empties_a_full_queue(machine, bits):
+    """A part of every lane's sums has hits, for each of several tiles of queries and two rounds of codes."""
+    queries, count = 1600, 400
+    search = make_search("random", count, bits, queries)
+    keys = search.keys()
+    bounds = np.sort(keys, axis=1)[:, count // 4]
+    stored, _ = scan(machine, "wgmma", search, bounds, NEVER_TIGHTEN, count)
+    for row, bound, got in zip(keys, bounds, stored, strict=True):
+        np.testing.assert_array_equal(got, np.sort(row[row <= bound]))
+
+
+@pytest.mark.parametrize("bits", [64, 128])
+@pytest.mark.parametrize("name", SCANS)
+def test_hits_of_one_chunk_are_checked_against_the_bounds_of_this_chunk(machine, name, bits):
+    """Codes equal to the query are candidates up to the bound's position. For later chunks the distance 0 is too far.
+
+    Other queries lie so far from all codes that a warp has few hits per chunk.
+    """
+    count, last = 6000, 2900  # a block's second chunk of scan_wgmma begins at position 3072 or later
+    codes = np.full((count, bits // 8), 0x55, dtype=np.uint8)
+    codes[::16] = 0
+    queries = np.full((70, bits // 8), 0xAA, dtype=np.uint8)
+    queries[0] = 0
+    search = Search(queries, codes)
+    bounds = np.zeros(len(queries), np.uint64)
+    bounds[0] = last
+    stored, counts = scan(machine, name, search, bounds, NEVER_TIGHTEN, count)
+    np.testing.assert_array_equal(stored[0], np.arange(0, last + 1, 16))
+    assert not counts[1:].any()
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_a_shared_filter_zeroes_the_rows_of_excluded_codes(machine, own):
     """Zeroing only saves time, because add_if_within_bound checks the filter too. A filter per query zeroes no rows."""

@@ -56,14 +56,17 @@ __global__ void wgmma_kernel(const uint32_t* rows, const uint32_t* columns, uint
   __syncthreads();
   uint32_t own[4], sums[kWgmmaSums] = {};
   load_rows(rows, own);
-  uint64_t descriptor = column_tile_descriptor(tile);
+  uint64_t descriptor = column_tile_descriptor(lower_column_tile_descriptor(tile));
   if (mistake == kSwappedStrides)
     descriptor = (descriptor & 0x3fff) | (descriptor >> 32 & 0x3fff) << 16 | (descriptor >> 16 & 0x3fff) << 32;
   const bool is_first_warp = threadIdx.x < kWarpThreads;
   if (mistake != kNoFence) wgmma_fence();
-  wgmma_and_popcount(sums, own, descriptor, false);
+  wgmma_and_popcount<false>(sums, own, descriptor);
   if (mistake == kOneWarpStops && is_first_warp) return;
-  wgmma_and_popcount(sums, own, descriptor, mistake != kOneWarpDiffers || !is_first_warp);
+  if (mistake == kOneWarpDiffers && is_first_warp)
+    wgmma_and_popcount<false>(sums, own, descriptor);
+  else
+    wgmma_and_popcount<true>(sums, own, descriptor);
   if (mistake == kRowsChanged) own[0] = ~own[0];
   if (mistake == kColumnsOverwritten && threadIdx.x == 0) tile[0] = ~tile[0];
   if (mistake != kNoWait) wgmma_wait(sums);

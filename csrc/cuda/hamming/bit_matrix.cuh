@@ -35,13 +35,13 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kColumnTileBytes = kWgmmaColumns * kSliceWords * 4;  // a column tile is one slice of 256 columns
 
 // The row and the column of a lane's sum, where `sum` is its number in the table above.
-HE_HOST_DEVICE int row_of_sum(int lane, int sum) { return lane / 4 + 8 * (sum / 2 % 2); }
-HE_HOST_DEVICE int column_of_sum(int lane, int sum) { return 8 * (sum / 4) + 2 * (lane % 4) + sum % 2; }
+HE_HOST_DEVICE unsigned row_of_sum(unsigned lane, unsigned sum) { return lane / 4 + 8 * (sum / 2 % 2); }
+HE_HOST_DEVICE unsigned column_of_sum(unsigned lane, unsigned sum) { return 8 * (sum / 4) + 2 * (lane % 4) + sum % 2; }
 
 // The offset, in words, of word `word` of a column within a column tile in shared memory. A tile consists of core
 // matrices. A core matrix is contiguous and has 16 bytes of each of eight columns. The two core matrices of the same
 // columns are adjacent.
-HE_HOST_DEVICE int column_word(int column, int word) {
+HE_HOST_DEVICE unsigned column_word(unsigned column, unsigned word) {
   return (2 * (column / 8) + word / 4) * 32 + column % 8 * 4 + word % 4;
 }
 
@@ -49,10 +49,14 @@ HE_HOST_DEVICE int column_word(int column, int word) {
 // bytes, bits 0-13 are the tile's address in shared memory, bits 16-29 the stride between the two core matrices of the
 // same columns, and bits 32-45 the stride between groups of eight columns.
 constexpr uint64_t kDescriptorStrides = uint64_t{128 / 16} << 16 | uint64_t{256 / 16} << 32;
-HE_HOST_DEVICE uint32_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
-// The descriptor of the column tile that is stored `tiles` column tiles after `tile`.
-HE_HOST_DEVICE uint64_t advance_tiles(uint64_t tile, int tiles) {
-  return tile + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16);
+// The lower word of the descriptor of the column tile at `address`.
+HE_HOST_DEVICE uint32_t lower_descriptor(uint32_t address) {
+  return static_cast<uint32_t>(kDescriptorStrides) | (address & 0x3ffff) >> 4;
+}
+// The descriptor of the column tile that is stored `tiles` column tiles after the one whose descriptor has the lower
+// word `lower`. Addresses in shared memory are so small that the addition changes no stride.
+HE_HOST_DEVICE uint64_t column_tile_descriptor(uint32_t lower, int tiles = 0) {
+  return (kDescriptorStrides >> 32) << 32 | (lower + static_cast<uint32_t>(tiles) * (kColumnTileBytes / 16));
 }
 
 #if defined(__CUDACC__)
@@ -82,11 +86,10 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
 #endif
 }
 
-// The descriptor of a column tile.
-__device__ __forceinline__ uint64_t column_tile_descriptor(const uint32_t* tile) {
-  uint32_t begin = descriptor_address(static_cast<uint32_t>(__cvta_generic_to_shared(tile)));
-  asm volatile("" : "+r"(begin));  // keeps the compiler from recomputing it for each wgmma
-  return kDescriptorStrides | begin;
+// The lower word of a column tile's descriptor. A kernel should store it in a volatile variable in shared memory and
+// read it back once. Otherwise the compiler computes it again for each wgmma.
+__device__ __forceinline__ uint32_t lower_column_tile_descriptor(const uint32_t* tile) {
+  return lower_descriptor(static_cast<uint32_t>(__cvta_generic_to_shared(tile)));
 }
 
 // Call this after storing columns in shared memory and before the barrier. After the barrier, wgmma sees the stores.
@@ -97,6 +100,13 @@ template <size_t kCount>
 __device__ __forceinline__ void pin_registers(uint32_t (&values)[kCount]) {
 #pragma unroll
   for (size_t i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i]));
+}
+
+// a & b. Assembly ensures that a comparison of the result with zero takes no further instruction.
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("and.b32 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 
 // a | b | c. Assembly ensures that it is a single instruction.
@@ -117,12 +127,13 @@ __device__ __forceinline__ void mma_and_popcount(uint32_t (&sums)[4], const uint
   const uint32_t whole_rows[4] = {rows[0], rows[1], 0, 0}, whole_columns[2] = {columns[0], 0};
   emulation::mma_and_popcount(sums, whole_rows, whole_columns, before);
 }
-__device__ __forceinline__ uint64_t column_tile_descriptor(const uint32_t* tile) {
-  return kDescriptorStrides | descriptor_address(emulation::shared_address(tile));
+__device__ __forceinline__ uint32_t lower_column_tile_descriptor(const uint32_t* tile) {
+  return lower_descriptor(emulation::shared_address(tile));
 }
 __device__ __forceinline__ void fence_matrix_reads() {}
 template <size_t kCount>
 __device__ __forceinline__ void pin_registers(uint32_t (&)[kCount]) {}
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) { return a & b; }
 __device__ __forceinline__ uint32_t or3(uint32_t a, uint32_t b, uint32_t c) { return a | b | c; }
 
 #endif

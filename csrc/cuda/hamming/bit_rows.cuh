@@ -1,6 +1,6 @@
 // Codes as rows and queries as columns of 1-bit matrices. For each row and column, the matrix instructions compute a
 // sum: the number of ones in row & column. Rows and columns are built so that one bit of this sum tells whether the
-// code is within T, the query's maximum distance.
+// code is within T, the query's maximum distance. This file builds rows; query_columns.cuh builds columns.
 //
 // Idea. The distance must result from such a sum, and must be compared with T, which differs between queries. Therefore
 // rows and columns have extra bits: a complement, or a number n in unary ("n ones", followed by zeros). scan_mma.cu
@@ -22,10 +22,10 @@
 //   column  [q, b/2 ones, b/2 - floor((|q| - T) / 2) ones]
 //   sum     |q & d| - ceil(|d| / 2) - floor((|q| - T) / 2) + b; the bit of value b is set if distance <= T
 //
-// Because |d| / 2 and (|q| - T) / 2 are rounded, the bit is also set for some codes at distance T + 1. Therefore
-// Candidates::add_if_within_bound computes the exact distance of every hit. The column requires T <= |q|. If T is
-// larger, the column is all ones and admits every code. This would be frequent for codes with few ones. Therefore codes
-// and queries are first XORed with the same arbitrary bits, which does not change distances.
+// Only the last number of a column depends on T. Because |d| / 2 and (|q| - T) / 2 are rounded, the bit is also set for
+// some codes at distance T + 1; the exact distance of every hit is computed later. The column requires T <= |q|. If T
+// is larger, the column is all ones and admits every code. This would be frequent for codes with few ones. Therefore
+// codes and queries are first XORed with the same arbitrary bits, which does not change distances.
 #pragma once
 
 #include "cuda/hamming/bit_matrix.cuh"
@@ -60,7 +60,7 @@ struct BitRows {
     return ones_here == 32 ? ~0u : (1u << ones_here) - 1;
   }
 
-  // --- rows: a warp holds tiles of 16 codes; lane 4g + t has words t and t + 4 of each slice of codes g and g + 8 ---
+  // A warp holds tiles of 16 codes; lane 4g + t has words t and t + 4 of each slice of codes g and g + 8.
 
   // Loads the lane's words of codes g and g + 8 of each tile: words t, t + 4 and so on, or only word t % 2 if
   // kHasComplement. The first tile begins at position `first`. From position `end` on, rows repeat the code before
@@ -83,6 +83,17 @@ struct BitRows {
 #pragma unroll
       for (int i = 0; i < kLaneWords; ++i)
         words[row / 2][row % 2][i] = word + 4 * i < codes.words() ? codes.word(position, word + 4 * i) : 0;
+    }
+  }
+
+  // Loads all words of a code, and scrambles them.
+  static __device__ __forceinline__ void load_code(const CodeRows& codes, int64_t position, uint32_t (&words)[kWords]) {
+    if (codes.has_whole_words && codes.bytes == 4 * kWords) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = scramble(codes.whole_word(position, i), i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = scramble(i < codes.words() ? codes.word(position, i) : 0, i);
     }
   }
 
@@ -138,35 +149,6 @@ struct BitRows {
 #pragma unroll
         for (int i = half; i < kSliceLaneWords; i += 2) slices[slice][i] = 0;
     }
-  }
-
-  // --- columns ---
-
-  struct Column {
-    int ones;          // the number of ones in the scrambled query; not used if kHasComplement
-    int max_distance;  // T; -1: the column has no hits
-
-    // Word `index` of the column.
-    __device__ __forceinline__ uint32_t word(const CodeRows& queries, int64_t query, int index) const {
-      if (max_distance < 0) return 0;
-      if constexpr (kHasComplement) {
-        if (index >= 4) return unary(64 + max_distance, index - 4);
-        const uint32_t code = index % 2 < queries.words() ? queries.word(query, index % 2) : 0;
-        return index < 2 ? code : ~code;
-      } else {
-        if (max_distance > ones) return ~0u;
-        if (index < kWords) return scramble(index < queries.words() ? queries.word(query, index) : 0, index);
-        if (index < kWords + kWords / 2) return ~0u;
-        return unary(kHalfBits - (ones - max_distance) / 2, index - kWords - kWords / 2);
-      }
-    }
-  };
-
-  static __device__ __forceinline__ Column column(const CodeRows& queries, int64_t query, int max_distance) {
-    int ones = 0;
-    if constexpr (!kHasComplement)
-      for (int i = 0; i < kWords; ++i) ones += __popc(scramble(i < queries.words() ? queries.word(query, i) : 0, i));
-    return {ones, max_distance};
   }
 };
 

@@ -43,16 +43,21 @@ struct Candidates {
   unsigned k;               // results per query
   DeviceKeyFormat format;
 
-  // Computes the exact distance of a code. Adds the code to the candidates if it is within the query's bound and passes
-  // the filter. A scan may call this for any code, but at most once per query and code.
-  __device__ __forceinline__ void add_if_within_bound(const DeviceSearch& search, int64_t query,
-                                                      int64_t position) const {
-    const int distance = search.distance(query, position);
+  // Adds a code at the given distance to the candidates if it is within the query's bound and passes the filter. A scan
+  // may call this for any code, but at most once per query and code.
+  __device__ __forceinline__ void add_if_within_bound(const DeviceSearch& search, int64_t query, int64_t position,
+                                                      int distance) const {
     const uint64_t key = format.key(distance, position), bound = bounds[query];
     if (key > bound || !search.passes_filter(query, position)) return;
     atomicAdd(&margin_counts[query * kMargins + min(format.distance(bound) - distance, kMargins - 1)], 1u);
     const int64_t slot = atomicAdd(&counts[query], 1u);
     if (slot < capacity) keys[query * capacity + slot] = key;
+  }
+
+  // The same, with the distance that it computes.
+  __device__ __forceinline__ void add_if_within_bound(const DeviceSearch& search, int64_t query,
+                                                      int64_t position) const {
+    add_if_within_bound(search, query, position, search.distance(query, position));
   }
 
   // The largest distance at which a code at position `first` or later can still be among the k nearest codes; -1 if no

@@ -1,5 +1,5 @@
-// A queue of hits for scan_mma and scan_wgmma; each warp has one. A hit is a pair of a query and a position whose code
-// may be a candidate. To verify a hit, a lane computes the exact distance. A warp needs about one memory latency
+// A queue of hits for scan_mma; each warp has one. A hit is a pair of a query and a position whose code may be a
+// candidate. To verify a hit, a lane computes the exact distance. A warp needs about one memory latency
 // (estimated at 500 cycles) to verify one hit, and the same time to verify 32. Therefore the hits wait in shared memory
 // until there are at least 32 or the scan ends.
 #pragma once

@@ -5,17 +5,24 @@
 // sum per code and query. The candidate bit of a sum is set if the code is within the query's maximum distance. A block
 // keeps the columns of its queries in shared memory (up to 6,144 queries of 64 bits) and compares all codes of its
 // segment with them. While one of its warpgroups uses the matrix unit, the others check their sums. A three-input OR
-// checks two sums, so a thread checks its 128 sums with about 68 instructions. If the OR of all its sums lacks the
-// candidate bit, the thread does not look at each sum.
+// checks two sums. The ORs give one result for each part of a thread's 128 sums. If the candidate bit is set in one of
+// them, the thread queues the numbers of the parts (part_queue.cuh). The warp computes the distances of the queued
+// parts together, when many have accumulated.
+//
+// Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 83 to compare its 16 codes with
+// 256 queries; 68 of them are ORs and their test. If there are hits, it executes 26 more to queue those of all its
+// lanes, and later about 460 for each 32 entries of the queue.
 //
 // Time (estimated). 64 x 256 distances need one matrix instruction for codes of up to 128 bits, two for 256 bits, four
 // for 512 bits and eight for 1,024 bits. An instruction takes 128 cycles. The ORs occupy each of the SM's four
-// schedulers for about 150 cycles. The codes are read once per group of queries, 8 bytes per code of 64 bits. Memory is
-// not the bottleneck.
+// schedulers for about 136 cycles, two per instruction. The codes are read once per group of queries, 8 bytes per code
+// of 64 bits. Memory is not the bottleneck.
 //
-// Launch. Two or three warpgroups per block, one block per SM. Each block has a segment of the codes and a group of
-// queries. It processes the segment in chunks and updates the columns before each chunk. Each chunk is twice as long as
-// the one before, up to kMaxChunk.
+// Launch. Two or three warpgroups per block, one block per SM. Each block has a group of queries and a segment of the
+// codes. In each round a block compares the next 128 or 192 codes of its segment. The segments are interleaved: of
+// the codes that consecutive rounds compare, each segment has every n-th group of 128 or 192. The near codes of a
+// sorted database are thus distributed over the blocks. The columns are updated before each chunk of rounds. A chunk
+// has twice as many rounds as the one before, up to kMaxRounds.
 //
 // Limits. Codes of at most kMaxMatrixWords words. Compute capability 9.0, in code for 9.0a; in other code the kernel is
 // empty.
@@ -24,7 +31,8 @@
 
 #include "cuda/common/launch.cuh"
 #include "cuda/hamming/bit_rows.cuh"
-#include "cuda/hamming/hit_queue.cuh"
+#include "cuda/hamming/part_queue.cuh"
+#include "cuda/hamming/query_columns.cuh"
 #include "cuda/hamming/topk_steps.h"
 #include "cuda/hamming/wgmma.cuh"
 
@@ -45,10 +53,7 @@ template <int kWords>
 constexpr int kBlockThreads = kWarpgroups<kWords> * kWarpgroupThreads;
 template <int kWords>
 constexpr int kRoundCodes = kWarpgroups<kWords> * kWarpgroupCodes;  // codes that a block compares at a time
-template <int kWords>
-constexpr int64_t kFirstChunk = 4 * kRoundCodes<kWords>;
-template <int kWords>
-constexpr int64_t kMaxChunk = 64 * kRoundCodes<kWords>;
+[[maybe_unused]] constexpr int kFirstRounds = 4, kMaxRounds = 64;   // rounds of the first and of the longest chunk
 
 // A query tile is the columns of 256 queries: kSlices column tiles (bit_matrix.cuh), one after another.
 template <int kWords>
@@ -59,33 +64,18 @@ constexpr int kQueryTileWords = BitRows<kWords>::kSlices * kWgmmaColumns * kSlic
 // of about the time in which a warpgroup compares its codes with 256 queries (estimated).
 template <int kWords>
 __device__ __forceinline__ void update_columns(const DeviceSearch& search, const Candidates& candidates,
-                                               int64_t first_query, int queries, int query_tiles, int64_t first,
-                                               uint32_t* columns, int16_t* max_distances) {
+                                               int64_t first_query, int queries, int64_t first,
+                                               const QueryColumns<kWords>& columns) {
   constexpr int kQueries = 4, kThreads = kBlockThreads<kWords>;
-  const int column_count = query_tiles * kWgmmaColumns;
-  for (int begin = threadIdx.x; begin < column_count; begin += kQueries * kThreads) {
+  for (int begin = threadIdx.x; begin < queries; begin += kQueries * kThreads) {
     int updated[kQueries];
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i)
+      updated[i] = candidates.max_distance(first_query + min(begin + i * kThreads, queries - 1), first);
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const int q = begin + i * kThreads;
-      updated[i] = candidates.max_distance(first_query + min(q, queries - 1), first);
-      if (q >= queries) updated[i] = -1;
-    }
-#pragma unroll 1
-    for (int i = 0; i < kQueries; ++i) {
-      const int q = begin + i * kThreads;
-      if (q >= column_count) break;
-      // A variable index would move the array `updated` to local memory.
-      const int max_distance = i == 0 ? updated[0] : i == 1 ? updated[1] : i == 2 ? updated[2] : updated[3];
-      if (max_distance == max_distances[q]) continue;
-      max_distances[q] = static_cast<int16_t>(max_distance);
-      const int64_t query = first_query + min(q, queries - 1);
-      const auto column = BitRows<kWords>::column(search.queries, query, max_distance);
-      for (int word = 0; word < BitRows<kWords>::kRowWords; ++word) {
-        const int slice = q / kWgmmaColumns * BitRows<kWords>::kSlices + word / kSliceWords;
-        columns[slice * kWgmmaColumns * kSliceWords + column_word(q % kWgmmaColumns, word % kSliceWords)] =
-            column.word(search.queries, query, word);
-      }
+      if (q < queries) columns.update(search.queries, first_query + q, q, updated[i]);
     }
   }
   fence_matrix_reads();
@@ -100,47 +90,32 @@ __device__ __forceinline__ uint32_t or_all(const uint32_t* sums) {
   return any;
 }
 
-// Queues the hits among a lane's sums. The first row is the code at position `first`, and the first column is the query
-// `first_query`. Returns whether any sum has the candidate bit. Usually at most one sum has it. Therefore the function
-// checks quarters of the sums first, then the groups of a quarter, then the sums of a group.
-template <uint32_t kCandidateBit>
-__device__ __forceinline__ bool queue_hits(const DeviceSearch& search, const Candidates& candidates,
-                                           int64_t first_query, int64_t first, int64_t end,
-                                           const uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
-  constexpr int kQuarter = 32, kGroup = 8;  // sums per quarter and per group
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  uint32_t any[kWgmmaSums / kQuarter];
+// Queues the parts of a lane's sums that have hits. The warp's first code is at position `first`.
+template <int kWords>
+__device__ __forceinline__ void queue_hits(const uint32_t (&sums)[kWgmmaSums], int tile, int64_t first,
+                                           PartQueue<kWords>& queue, unsigned& queued) {
+  using Queue = PartQueue<kWords>;
+  constexpr uint32_t kBit = BitRows<kWords>::kCandidateBit;
+  uint32_t any[Queue::kParts];
 #pragma unroll
-  for (int quarter = 0; quarter < kWgmmaSums / kQuarter; ++quarter)
-    any[quarter] = or_all<kQuarter>(sums + kQuarter * quarter);
-  if (((any[0] | any[1] | any[2] | any[3]) & kCandidateBit) == 0) return false;
+  for (int part = 0; part < Queue::kParts; ++part) any[part] = or_all<Queue::kPartSums>(sums + Queue::kPartSums * part);
+  const bool has_hits = masked(or_all<Queue::kParts>(any), kBit) != 0;
+  const unsigned lanes = __ballot_sync(kWholeWarp, has_hits);
+  if (lanes == 0) return;
+  uint32_t parts = 0;
 #pragma unroll
-  for (int quarter = 0; quarter < kWgmmaSums / kQuarter; ++quarter) {
-    if ((any[quarter] & kCandidateBit) == 0) continue;
-    uint32_t hits = 0;  // one bit per sum of the quarter
-#pragma unroll
-    for (int group = 0; group < kQuarter; group += kGroup) {
-      if ((or_all<kGroup>(sums + kQuarter * quarter + group) & kCandidateBit) == 0) continue;
-#pragma unroll
-      for (int i = group; i < group + kGroup; ++i)
-        hits |= static_cast<uint32_t>((sums[kQuarter * quarter + i] & kCandidateBit) != 0) << i;
-    }
-    for (; hits != 0; hits &= hits - 1) {
-      const int sum = kQuarter * quarter + __ffs(static_cast<int>(hits)) - 1;
-      const int64_t position = first + row_of_sum(lane, sum);
-      if (position < end) queue.push(search, candidates, first_query + column_of_sum(lane, sum), position);
-    }
-  }
-  return true;
+  for (int part = 0; part < Queue::kParts; ++part) parts |= ((any[part] & kBit) / kBit) << part;
+  queue.push(has_hits, lanes, parts, tile, first, queued);
 }
 
-// Compares the warp's 16 codes, which start at position `first`, with all columns. Queues the hits. The four warps of a
-// warpgroup must call together, each with its 16 of the warpgroup's 64 codes.
-template <int kWords, typename Tile>
-__device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates, int64_t first_query,
-                                        int query_tiles, Tile first_tile,
-                                        uint32_t (&rows)[BitRows<kWords>::kBuiltSlices][4], int64_t first, int64_t end,
-                                        uint32_t (&sums)[kWgmmaSums], HitQueue& queue) {
+// Compares the warp's 16 codes, which start at position `first`, with all columns. Queues the hits, and adds them to
+// the candidates if there are at least `min_count` entries or the queue is full. The four warps of a warpgroup must
+// call together, each with its 16 of the warpgroup's 64 codes.
+template <int kWords>
+__device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates,
+                                        const QueryColumns<kWords>& columns, int64_t first_query, int query_tiles,
+                                        uint32_t first_tile, uint32_t (&rows)[BitRows<kWords>::kBuiltSlices][4],
+                                        int64_t first, unsigned min_count, PartQueue<kWords>& queue, unsigned& queued) {
   using Rows = BitRows<kWords>;
   uint32_t ones[4] = {~0u, ~0u, ~0u, ~0u};
   const auto pin_rows = [&] {
@@ -148,66 +123,75 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     for (int slice = 0; slice < Rows::kBuiltSlices; ++slice) pin_registers(rows[slice]);
     if constexpr (Rows::kOnesSlices != 0) pin_registers(ones);
   };
-  for (int tile = 0; tile < query_tiles; ++tile) {
-    pin_rows();
-    wgmma_fence();
+  for (int tile = 0; tile < query_tiles;) {
+    for (; tile < query_tiles && queued <= PartQueue<kWords>::kMaxCount; ++tile) {
+      uint32_t sums[kWgmmaSums];
+      pin_rows();
+      wgmma_fence();
+      wgmma_and_popcount<false>(sums, rows[0], column_tile_descriptor(first_tile, tile * Rows::kSlices));
 #pragma unroll
-    for (int slice = 0; slice < Rows::kSlices; ++slice)
-      wgmma_and_popcount(sums, slice < Rows::kBuiltSlices ? rows[slice] : ones,
-                         advance_tiles(first_tile, tile * Rows::kSlices + slice), slice != 0);
-    wgmma_wait(sums);
-    pin_rows();
-    const bool has_hits = queue_hits<Rows::kCandidateBit>(search, candidates, first_query + tile * kWgmmaColumns, first,
-                                                          end, sums, queue);
-    if (__any_sync(kWholeWarp, has_hits)) queue.drain(search, candidates, kWarpThreads);
+      for (int slice = 1; slice < Rows::kSlices; ++slice)
+        wgmma_and_popcount<true>(sums, slice < Rows::kBuiltSlices ? rows[slice] : ones,
+                                 column_tile_descriptor(first_tile, tile * Rows::kSlices + slice));
+      wgmma_wait(sums);
+      pin_rows();
+      queue_hits<kWords>(sums, tile, first, queue, queued);
+    }
+    if (queued >= min_count) queue.drain(search, candidates, columns, first_query, queued);
   }
 }
 
 template <int kWords>
 __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
-    wgmma_kernel(DeviceSearch search, Candidates candidates, int groups, int query_tiles, int64_t segment_codes) {
+    wgmma_kernel(DeviceSearch search, Candidates candidates, int groups, int query_tiles, int segments) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Rows = BitRows<kWords>;
   constexpr int kMaxQueries = kColumnBytes / (4 * Rows::kRowWords);
-  constexpr int kNoColumn = -2;  // not a maximum distance: the first update stores every column
-  __shared__ int16_t max_distances[kMaxQueries];
-  __shared__ HitQueue queues[kBlockThreads<kWords> / 32];
-  static_assert(sizeof(max_distances) + sizeof(queues) <= kMaxStaticSharedBytes);
-  auto* columns = dynamic_shared<uint32_t>();
-  columns += -reinterpret_cast<uintptr_t>(columns) % kColumnAlignment / sizeof(uint32_t);
+  __shared__ int16_t limits[kMaxQueries];
+  __shared__ PartQueue<kWords> queues[kBlockThreads<kWords> / kWarpThreads];
+  __shared__ volatile uint32_t lower_descriptor_of_first_tile;
+  static_assert(sizeof(limits) + sizeof(queues) + sizeof(lower_descriptor_of_first_tile) <= kMaxStaticSharedBytes);
+  auto* words = dynamic_shared<uint32_t>();
+  words += -reinterpret_cast<uintptr_t>(words) % kColumnAlignment / sizeof(uint32_t);
+  const QueryColumns<kWords> columns{words, limits};
   wait_for_previous_kernel();
   const int64_t first_query = static_cast<int64_t>(blockIdx.x % groups) * query_tiles * kWgmmaColumns;
   const int queries =
       static_cast<int>(min(static_cast<int64_t>(query_tiles) * kWgmmaColumns, search.queries.count - first_query));
-  const int64_t begin = blockIdx.x / groups * segment_codes, end = min(begin + segment_codes, search.codes.count);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int64_t count = search.codes.count, stride = int64_t{segments} * kRoundCodes<kWords>;
+  const int warp = static_cast<int>(threadIdx.x / kWarpThreads), first_of_warp = 16 * warp;
 
-  for (int q = threadIdx.x; q < query_tiles * kWgmmaColumns; q += kBlockThreads<kWords>) max_distances[q] = kNoColumn;
-  if (lane == 0) queues[warp].count = 0;
-  const auto first_tile = column_tile_descriptor(columns);
-  int64_t chunk_codes = kFirstChunk<kWords>;
-  for (int64_t chunk = begin; chunk < end;
-       chunk += chunk_codes, chunk_codes = min(2 * chunk_codes, kMaxChunk<kWords>)) {
+  for (int q = threadIdx.x; q < query_tiles * kWgmmaColumns; q += kBlockThreads<kWords>) {
+    if (q < queries)
+      columns.store(search.queries, first_query + q, q);
+    else
+      columns.store_empty(q);
+  }
+  if (threadIdx.x == 0) lower_descriptor_of_first_tile = lower_column_tile_descriptor(words);
+  int64_t first = blockIdx.x / groups * kRoundCodes<kWords>;  // the position of the round's first code
+  uint32_t loaded[1][2][Rows::kLaneWords];
+  Rows::load(search.codes, first + first_of_warp, count, loaded);
+  unsigned queued = 0;
+  for (int rounds = kFirstRounds; first < count; rounds = min(2 * rounds, kMaxRounds)) {
     __syncthreads();
-    update_columns<kWords>(search, candidates, first_query, queries, query_tiles, chunk, columns, max_distances);
+    update_columns<kWords>(search, candidates, first_query, queries, first, columns);
     __syncthreads();
-    const int64_t chunk_end = min(chunk + chunk_codes, end);
-    uint32_t words[1][2][Rows::kLaneWords], sums[kWgmmaSums] = {};
-    Rows::load(search.codes, chunk + warp / 4 * kWarpgroupCodes + warp % 4 * 16, chunk_end, words);
+    const uint32_t first_tile = lower_descriptor_of_first_tile;
     // The warps of a warpgroup must execute wgmma together. Therefore all of them make the same number of iterations,
     // even if the last warps have no codes.
-    for (int64_t first = chunk + warp / 4 * kWarpgroupCodes; first < chunk_end; first += kRoundCodes<kWords>) {
-      const int64_t warp_first = first + warp % 4 * 16;
+    for (int round = 0; round < rounds && first < count; ++round) {
       uint32_t rows[Rows::kBuiltSlices][4];
-      Rows::build(words[0], rows);
-      Rows::clear_filtered_rows(search, warp_first, chunk_end, rows);
+      Rows::build(loaded[0], rows);
+      Rows::clear_filtered_rows(search, first + first_of_warp, count, rows);
       // Load the next codes while these are compared.
-      Rows::load(search.codes, warp_first + kRoundCodes<kWords>, chunk_end, words);
-      compare<kWords>(search, candidates, first_query, query_tiles, first_tile, rows, warp_first, chunk_end, sums,
-                      queues[warp]);
+      Rows::load(search.codes, first + stride + first_of_warp, count, loaded);
+      // No hit may wait while the columns are updated: a limit is valid only for codes from some position on.
+      const bool is_last = round == rounds - 1 || first + stride >= count;
+      compare<kWords>(search, candidates, columns, first_query, query_tiles, first_tile, rows, first + first_of_warp,
+                      is_last ? 1 : kWarpThreads, queues[warp], queued);
+      first += stride;
     }
   }
-  queues[warp].drain(search, candidates, 1);
 #endif
 }
 
@@ -217,12 +201,12 @@ void launch_wgmma(const HammingSearch& search, const Candidates& candidates, cud
   const int64_t all_query_tiles = ceil_div<int64_t>(search.query_count, kWgmmaColumns);
   const int64_t groups = ceil_div(all_query_tiles, kColumnBytes / kQueryTileBytes);
   const int64_t query_tiles = ceil_div(all_query_tiles, groups);
-  const int64_t segments = std::max<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount) / groups, 1);
-  const int64_t segment_codes = round_up(ceil_div(search.code_count, segments), kRoundCodes<kWords>);
-  const LaunchShape shape{ceil_div(search.code_count, segment_codes) * groups, kBlockThreads<kWords>,
-                          query_tiles * kQueryTileBytes + kColumnAlignment, 1, true};
+  const int64_t max_segments = std::max<int64_t>(device_attribute(cudaDevAttrMultiProcessorCount) / groups, 1);
+  const int64_t segments = std::min<int64_t>(max_segments, ceil_div<int64_t>(search.code_count, kRoundCodes<kWords>));
+  const LaunchShape shape{segments * groups, kBlockThreads<kWords>, query_tiles * kQueryTileBytes + kColumnAlignment, 1,
+                          true};
   launch(wgmma_kernel<kWords>, shape, stream, DeviceSearch(search), candidates, static_cast<int>(groups),
-         static_cast<int>(query_tiles), segment_codes);
+         static_cast<int>(query_tiles), static_cast<int>(segments));
 }
 
 }  // namespace
