@@ -224,6 +224,34 @@ def poisson_tail(mean: float, minimum: int) -> float:
     return sum(math.exp(i * math.log(mean) - mean - math.lgamma(i + 1)) for i in range(minimum, minimum + 400))
 
 
+def plan(machine: Machine, queries: int, count: int, k: int, device_bytes: int = 16 << 30) -> list[int]:
+    """Return the size of the sample, the rank, the capacity, and the queries per batch."""
+    out = torch.zeros(4, dtype=torch.int64)
+    machine.call("hamming_topk_plan", Host(torch.tensor([queries, count, 8, 0])), k, device_bytes, Host(out))
+    return out.tolist()
+
+
+@pytest.mark.parametrize("queries", [1, 1667, 10_000, 1_000_000])
+@pytest.mark.parametrize("count, k", [(10_000_000, 10), (100_000_000, 1), (2**32 - 1, 4096)])
+@pytest.mark.parametrize("gigabytes", [8, 40, 80, 141, 288])
+def test_the_candidates_of_a_batch_take_a_share_of_the_memory(machine, gigabytes, count, k, queries):
+    """The batches are about equal; they are whole tiles of 256 queries if the memory suffices for a tile more."""
+    _, _, capacity, batch = plan(machine, queries, count, k, gigabytes << 30)
+    share = min(max(512 << 20, (gigabytes << 30) // 32), 4 << 30)
+    most = max(share // (8 * capacity), 1)
+    assert 1 <= batch <= min(queries, most)
+    batches = math.ceil(queries / batch)
+    assert batches <= math.ceil(queries / most)
+    equal = math.ceil(queries / math.ceil(queries / most))
+    assert equal <= batch < equal + 256
+    if batches > 1 and equal + 255 <= most:
+        assert batch % 256 == 0
+
+
+def test_ten_thousand_queries_are_one_batch_on_an_h200(machine):
+    assert plan(machine, 10_000, 10_000_000, 10, 141 << 30)[3] == 10_000
+
+
 @pytest.mark.parametrize("queries", [1, 100])
 @pytest.mark.parametrize("count", [8193, 100_000, 1_000_000, 100_000_000, 2**32 - 1])
 @pytest.mark.parametrize("k", [1, 10, 100, 256, 257, 1000, 4096])
@@ -232,9 +260,7 @@ def test_too_few_and_too_many_candidates_are_each_rarer_than_1_in_100_000(machin
 
     It has too many if the sample contains fewer than `rank` of its `capacity` nearest codes.
     """
-    plan = torch.zeros(3, dtype=torch.int64)
-    machine.call("hamming_topk_plan", Host(torch.tensor([queries, count, 8, 0])), k, Host(plan))
-    samples, rank, capacity = plan.tolist()
+    samples, rank, capacity, _ = plan(machine, queries, count, k)
     fraction = samples / count
     assert poisson_tail(k * fraction, rank) < 1e-5
     assert capacity == count or 1 - poisson_tail(capacity * fraction, rank) < 1e-5

@@ -88,6 +88,9 @@ struct cudaFuncAttributes {
   int ptxVersion;
   int numRegs;
 };
+struct cudaDeviceProp {
+  size_t totalGlobalMem;
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -110,6 +113,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {size_t{16} << 30};
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   emulation::synchronise();

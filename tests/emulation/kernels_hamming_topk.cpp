@@ -40,19 +40,20 @@ void hamming_topk(const uint8_t* queries, const uint8_t* codes, const int64_t* s
   launch_hamming_topk(search_of(queries, codes, sizes, filter), k, distances, positions, workspace, nullptr);
 }
 
-// Stores sample.count, sample.rank and capacity of the plan in `out`.
-void hamming_topk_plan(const int64_t* sizes, int64_t k, int64_t* out) {
-  const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k);
+// Stores sample.count, sample.rank, capacity and batch of the plan in `out`.
+void hamming_topk_plan(const int64_t* sizes, int64_t k, int64_t device_bytes, int64_t* out) {
+  const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k, device_bytes);
   out[0] = plan.sample.count;
   out[1] = plan.sample.rank;
   out[2] = plan.capacity;
+  out[3] = plan.batch;
 }
 
 // Runs hamming_topk in batches of `batch` queries. The workspace has the size for a single batch of all queries.
 void hamming_topk_in_batches(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
                              int64_t k, int64_t batch, int32_t* distances, int64_t* positions, void* workspace) {
   const HammingSearch search = search_of(queries, codes, sizes, filter);
-  HammingTopkPlan plan(search, k);
+  HammingTopkPlan plan(search, k, device_memory_bytes());
   plan.batch = batch;
   launch_hamming_topk(search, plan, distances, positions, workspace, nullptr);
 }
@@ -60,7 +61,7 @@ void hamming_topk_in_batches(const uint8_t* queries, const uint8_t* codes, const
 // Stores in `offset` the byte at which Candidates::counts begins in the workspace, and in `capacity` the number of
 // candidates for which each query has memory.
 void hamming_topk_counts(const int64_t* sizes, int64_t k, int64_t* offset, int64_t* capacity) {
-  const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k);
+  const HammingTopkPlan plan(search_of(nullptr, nullptr, sizes, nullptr), k, device_memory_bytes());
   const Candidates candidates = plan.candidates(nullptr);
   *offset = reinterpret_cast<intptr_t>(candidates.counts);
   *capacity = candidates.capacity;

@@ -37,6 +37,15 @@ auto remembered(const Key& key, Make make) {
   return found != results.end() ? found->second : results.emplace(key, make()).first->second;
 }
 
+// The size of the current device's memory, in bytes.
+inline int64_t device_memory_bytes() {
+  return remembered(current_device(), []() -> int64_t {
+    cudaDeviceProp properties{};
+    cudaGetDeviceProperties(&properties, current_device());
+    return static_cast<int64_t>(properties.totalGlobalMem);
+  });
+}
+
 // The code that the current device runs for a kernel. A kernel may be compiled for several architectures. A device can
 // have a feature that its code does not use: a device of 9.0 runs code for 8.x if the module has no newer code for it.
 struct KernelCode {

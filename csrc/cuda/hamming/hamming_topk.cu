@@ -5,8 +5,10 @@
 // together read the codes about once. For a small database only select.cu is launched, and selects from all codes.
 // choose_scan() chooses the scan for the device and the search. topk_steps.h declares the steps.
 //
-// Launch. The queries are divided into batches, so that the candidates of a batch fit in kMaxCandidateBytes. The three
-// steps are launched once per batch.
+// Launch. The queries are divided into batches, so that the candidates of a batch fit into a share of the device's
+// memory: a 32nd, but at least 512 MB and at most 4 GB. The share depends on the device alone, so that repeated calls
+// take the same memory, also during the capture of a CUDA graph. For 10,000 queries, k = 10 and ten million codes the
+// candidates take 2.8 GB, which is one batch on an H200. The three steps are launched once per batch.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +23,9 @@ namespace {
 constexpr int64_t kMaxSelectedK = 4096;        // select.cu sorts k keys in 32 KB of shared memory
 constexpr int64_t kSmallDatabaseCodes = 8192;  // the largest database for which only select.cu is launched
 constexpr int64_t kSmallK = 256;               // up to this k, a sample has at most kMaxCountForSmallK codes
-constexpr int64_t kMaxCandidateBytes = 512 << 20;
+constexpr int64_t kMinCandidateBytes = int64_t{512} << 20, kMaxCandidateBytes = int64_t{4} << 30;
+constexpr int64_t kCandidateShare = 32;  // the candidates of a batch take this fraction of the device's memory
+constexpr int64_t kWgmmaQueries = 256;   // scan_wgmma compares a code with this number of queries at a time
 
 enum class Scan { kPopcount, kMma, kWgmma };
 
@@ -53,7 +57,8 @@ Candidates take_candidates(const HammingTopkPlan& plan, Workspace& workspace) {
 
 }  // namespace
 
-HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t result_count) : k(result_count) {
+HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t result_count, int64_t device_bytes)
+    : k(result_count) {
   format.position_bits = bit_width(search.code_count - 1);
   const bool has_few_queries = search.query_count <= device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t max_sample = has_few_queries ? HammingSample::kMaxCountForFewQueries
@@ -68,9 +73,12 @@ HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t result_cou
   const double max_rank = double(sample.rank) + 6 * std::sqrt(double(sample.rank)) + 10;
   capacity = std::min<int64_t>(int64_t(std::ceil(max_rank / fraction)), search.code_count);
   const int64_t queries = std::max<int64_t>(search.query_count, 1);
-  const int64_t max_batch = std::max<int64_t>(kMaxCandidateBytes / (capacity * int64_t{sizeof(uint64_t)}), 1);
-  // Batches of about equal size, because a small last batch would be inefficient.
+  const int64_t candidate_bytes = std::clamp(device_bytes / kCandidateShare, kMinCandidateBytes, kMaxCandidateBytes);
+  const int64_t max_batch = std::max<int64_t>(candidate_bytes / (capacity * int64_t{sizeof(uint64_t)}), 1);
+  // Batches of about equal size, because a small last batch would be inefficient. If the memory suffices, all but the
+  // last are multiples of kWgmmaQueries.
   batch = ceil_div(queries, ceil_div(queries, max_batch));
+  if (batch < queries) batch = std::min(round_up(batch, kWgmmaQueries), max_batch);
 }
 
 Candidates HammingTopkPlan::candidates(void* workspace) const {
@@ -91,7 +99,7 @@ bool can_launch_hamming_topk(const HammingSearch& search, int64_t k) {
 
 int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {
   if (search.query_count == 0 || search.code_count <= kSmallDatabaseCodes) return 0;
-  return HammingTopkPlan(search, k).workspace_bytes();
+  return HammingTopkPlan(search, k, device_memory_bytes()).workspace_bytes();
 }
 
 void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& plan, int32_t* distances,
@@ -113,7 +121,7 @@ void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& pla
 void launch_hamming_topk(const HammingSearch& search, int64_t k, int32_t* distances, int64_t* positions,
                          void* workspace, cudaStream_t stream) {
   if (search.query_count == 0) return;
-  const HammingTopkPlan plan(search, k);
+  const HammingTopkPlan plan(search, k, device_memory_bytes());
   if (search.code_count <= kSmallDatabaseCodes)
     launch_hamming_select(search, nullptr, plan.format, k, distances, positions, stream);
   else

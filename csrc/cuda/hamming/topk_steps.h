@@ -47,7 +47,8 @@ struct HammingTopkPlan {
   int64_t capacity;  // candidates per query
   int64_t batch;     // queries per launch; their candidates are in memory at the same time
 
-  HammingTopkPlan(const HammingSearch& search, int64_t result_count);
+  // `device_bytes` is the size of the device's memory.
+  HammingTopkPlan(const HammingSearch& search, int64_t result_count, int64_t device_bytes);
 
   // The arrays of the candidates, in a workspace of workspace_bytes() bytes.
   Candidates candidates(void* workspace) const;

@@ -11,7 +11,8 @@ namespace hashengine {
 // (HammingRanking).
 bool can_launch_hamming_topk(const HammingSearch& search, int64_t k);
 
-// Bytes of workspace that launch_hamming_topk needs. The workspace may be uninitialized.
+// Bytes of workspace that launch_hamming_topk needs: up to about a 32nd of the device's memory, but at most about 4 GB,
+// and up to 512 MB on a device with less than 16 GB. The workspace may be uninitialized.
 int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k);
 
 // Computes the same results as hamming_topk_cpu.
