@@ -21,7 +21,7 @@ SCANS = {"popcount": POPCOUNT, "mma": MMA, "wgmma": WGMMA}
 # On compute capability 9.0, hamming_topk uses mma for 2 to 63 queries and wgmma for more; on 8.0, mma for 2 or more.
 # For a single query, and on 12.0 for any number, it uses population counts.
 CAPABILITIES = [90, 80, 120]
-MARGINS = 16  # Candidates::kMargins
+MARGINS = 32  # Candidates::kMargins
 POISON = -7
 NEVER_TIGHTEN = 2**31 - 1  # a k larger than any number of candidates: bounds are never tightened
 
@@ -421,6 +421,20 @@ def test_a_scan_tightens_its_bounds(machine, name, kind, schedule):
         assert np.isin(row[:k], got).all()
     if name != "popcount" and kind == "random":
         assert sum(map(len, stored)) < queries * count // 20  # half of the number of codes within the initial bounds
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bits", [64, 256])
+def test_scan_wgmma_tightens_a_bound_that_admits_every_code(machine, bits, schedule):
+    queries, count, k = 70, 12_000, 8
+    search = make_search("random", count, bits, queries)
+    keys = np.sort(search.keys(), axis=1)
+    bounds = np.full(queries, search.largest_bound, np.uint64)
+    stored, _ = scan(machine, "wgmma", search, bounds, k, count, schedule)
+    for row, got in zip(keys, stored, strict=True):
+        assert len(np.unique(got)) == len(got)
+        assert np.isin(row[:k], got).all()
+    assert sum(map(len, stored)) < queries * count // 2
 
 
 @pytest.mark.parametrize("k, size", [(1, 1), (1, 900), (7, 7), (64, 900), (700, 900), (900, 900)])

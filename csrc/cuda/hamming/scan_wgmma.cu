@@ -71,7 +71,7 @@ __device__ __forceinline__ void update_columns(const DeviceSearch& search, const
     int updated[kQueries];
 #pragma unroll
     for (int i = 0; i < kQueries; ++i)
-      updated[i] = candidates.max_distance(first_query + min(begin + i * kThreads, queries - 1), first);
+      updated[i] = candidates.published_max_distance(first_query + min(begin + i * kThreads, queries - 1), first);
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const int q = begin + i * kThreads;
@@ -79,6 +79,14 @@ __device__ __forceinline__ void update_columns(const DeviceSearch& search, const
     }
   }
   fence_matrix_reads();
+}
+
+// Publishes the margins of a share of the block's queries: of every `shares`-th query, beginning with query `share`.
+template <int kWords>
+__device__ __forceinline__ void tighten_share(const Candidates& candidates, int64_t first_query, int queries, int share,
+                                              int shares) {
+  for (int64_t q = share + int64_t{threadIdx.x} * shares; q < queries; q += int64_t{kBlockThreads<kWords>} * shares)
+    candidates.tighten(first_query + q);
 }
 
 // The OR of kCount sums; kCount is even.
@@ -172,6 +180,7 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
   uint32_t loaded[1][2][Rows::kLaneWords];
   Rows::load(search.codes, first + first_of_warp, count, loaded);
   unsigned queued = 0;
+  int shares = 1, turn = static_cast<int>(blockIdx.x) / groups;
   for (int rounds = kFirstRounds; first < count; rounds = min(2 * rounds, kMaxRounds)) {
     __syncthreads();
     update_columns<kWords>(search, candidates, first_query, queries, first, columns);
@@ -185,10 +194,19 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
       Rows::clear_filtered_rows(search, first + first_of_warp, count, rows);
       // Load the next codes while these are compared.
       Rows::load(search.codes, first + stride + first_of_warp, count, loaded);
-      // No hit may wait while the columns are updated: a limit is valid only for codes from some position on.
-      const bool is_last = round == rounds - 1 || first + stride >= count;
+      // The first time, each block publishes the margins of all its queries, because they have changed most; later of
+      // a smaller share, down to one per segment. The shares rotate, so that no query depends on a single block, which
+      // may start late. The block does so before the last round, so that other blocks see the margins in the next
+      // update.
+      if (round == rounds - 1) {
+        tighten_share<kWords>(candidates, first_query, queries, turn++ % shares, shares);
+        shares = min(4 * shares, segments);
+      }
+      // No hit may wait while the columns are updated, because a limit is valid only for codes from some position on.
+      // In the round before, none waits so that the counters are complete.
+      const bool adds_all_hits = round >= rounds - 2 || first + stride >= count;
       compare<kWords>(search, candidates, columns, first_query, query_tiles, first_tile, rows, first + first_of_warp,
-                      is_last ? 1 : kWarpThreads, queues[warp], queued);
+                      adds_all_hits ? 1 : kWarpThreads, queues[warp], queued);
       first += stride;
     }
   }
