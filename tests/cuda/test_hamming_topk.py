@@ -360,12 +360,16 @@ def test_a_scan_of_many_queries(machine, name, queries, own):
 
 
 @pytest.mark.parametrize("bits", [64, 256])
-def test_scan_wgmma_empties_a_full_queue(machine, bits):
-    """A part of every lane's sums has hits, for each of several tiles of queries and two rounds of codes."""
-    queries, count = 1600, 400
+@pytest.mark.parametrize("queries, count, share", [(1600, 400, 4), (70, 6000, 16)], ids=["full", "many"])
+def test_scan_wgmma_adds_all_queued_hits(machine, queries, count, share, bits):
+    """In each round of codes, nearly every lane of a warp has hits for each tile of queries.
+
+    With several tiles the queue becomes full within a round. With one tile it has many entries after a few rounds; then
+    the warp processes a multiple of 32 of them.
+    """
     search = make_search("random", count, bits, queries)
     keys = search.keys()
-    bounds = np.sort(keys, axis=1)[:, count // 4]
+    bounds = np.sort(keys, axis=1)[:, count // share]
     stored, _ = scan(machine, "wgmma", search, bounds, NEVER_TIGHTEN, count)
     for row, bound, got in zip(keys, bounds, stored, strict=True):
         np.testing.assert_array_equal(got, np.sort(row[row <= bound]))

@@ -1,10 +1,14 @@
 // A queue of parts that contain hits, for scan_wgmma; each warp has one. A hit is a pair of a query and a code whose
 // sum has the candidate bit (bit_rows.cuh). A lane's sums for 256 queries are divided into parts. A lane with hits
-// queues the numbers of its parts, and the scan continues. Once there are 32 entries, each lane takes one, computes the
-// distances of its parts, and adds the hits to the candidates. The entries thus share the instructions and the latency.
+// queues the numbers of its parts, and the scan continues. Later, each lane takes an entry, computes the distances of
+// its parts, and adds the hits to the candidates. 32 entries thus share the instructions and the latency.
 //
-// Instructions. The distances of a part take about 7 instructions per pair of a code and a query of 64 bits, and more
-// for longer codes. Longer codes therefore have smaller parts, although these take more instructions to queue.
+// Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 26 to queue the hits of all lanes,
+// and about 460 to process 32 entries that have one part and one hit each. About 300 of them compute the 32 distances
+// of a part. Longer codes have smaller parts, although these take more instructions to queue.
+//
+// Limits. An entry has one part or several, so a lane needs at most one entry for 256 queries. The queue is emptied
+// when it has no space for an entry of each lane, so it cannot overflow.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -39,15 +43,18 @@ struct PartQueue {
     count += __popc(lanes);
   }
 
-  // Adds the hits of all entries to the candidates. The queue is then empty. The whole warp must call.
+  // Adds hits to the candidates: those of all entries if `adds_all` is true or if there are fewer than 32, otherwise
+  // those of a multiple of 32 entries, so that every lane has an entry. The other entries remain. The whole warp must
+  // call.
   __device__ __forceinline__ void drain(const DeviceSearch& search, const Candidates& candidates,
-                                        const QueryColumns<kWords>& columns, int64_t first_query,
+                                        const QueryColumns<kWords>& columns, int64_t first_query, bool adds_all,
                                         unsigned& count) const {
+    const unsigned rest = adds_all || count < kWarpThreads ? 0 : count % kWarpThreads;
     __syncwarp();
-    for (unsigned i = threadIdx.x % kWarpThreads; i < count; i += kWarpThreads)
+    for (unsigned i = rest + threadIdx.x % kWarpThreads; i < count; i += kWarpThreads)
       add_hits(search, candidates, columns, first_query, entries[i]);
     __syncwarp();
-    count = 0;
+    count = rest;
   }
 
  private:

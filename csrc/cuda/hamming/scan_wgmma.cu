@@ -10,8 +10,9 @@
 // parts together, when many have accumulated.
 //
 // Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 83 to compare its 16 codes with
-// 256 queries; 68 of them are ORs and their test. If there are hits, it executes 26 more to queue those of all its
-// lanes, and later about 460 for each 32 entries of the queue.
+// 256 queries; 67 of them are ORs and the test of their result. If there are hits, it executes 26 more to queue those
+// of all its lanes, and later about 460 for each 32 entries of the queue. Before a chunk, 32 queries take 29, and 46
+// more if one of their maximum distances has changed.
 //
 // Time (estimated). 64 x 256 distances need one matrix instruction for codes of up to 128 bits, two for 256 bits, four
 // for 512 bits and eight for 1,024 bits. An instruction takes 128 cycles. The ORs occupy each of the SM's four
@@ -21,8 +22,9 @@
 // Launch. Two or three warpgroups per block, one block per SM. Each block has a group of queries and a segment of the
 // codes. In each round a block compares the next 128 or 192 codes of its segment. The segments are interleaved: of
 // the codes that consecutive rounds compare, each segment has every n-th group of 128 or 192. The near codes of a
-// sorted database are thus distributed over the blocks. The columns are updated before each chunk of rounds. A chunk
-// has twice as many rounds as the one before, up to kMaxRounds.
+// sorted database are thus distributed over the blocks. The columns are updated before each chunk of rounds, from
+// margins that the blocks compute in shares and publish (candidates.cuh). A chunk has twice as many rounds as the one
+// before, up to kMaxRounds.
 //
 // Limits. Codes of at most kMaxMatrixWords words. Compute capability 9.0, in code for 9.0a; in other code the kernel is
 // empty.
@@ -116,9 +118,14 @@ __device__ __forceinline__ void queue_hits(const uint32_t (&sums)[kWgmmaSums], i
   queue.push(has_hits, lanes, parts, tile, first, queued);
 }
 
-// Compares the warp's 16 codes, which start at position `first`, with all columns. Queues the hits, and adds them to
-// the candidates if there are at least `min_count` entries or the queue is full. The four warps of a warpgroup must
-// call together, each with its 16 of the warpgroup's 64 codes.
+// The number of entries that a warp's queue must have for the warp to add their hits after a round. The warps of a
+// warpgroup wait for each other at the next wgmma, so they should add hits after the same round. Their numbers of
+// entries differ, therefore the number is small after every fourth round and larger after the others.
+[[maybe_unused]] __device__ __forceinline__ unsigned min_entries(int round) { return round % 4 == 3 ? 24 : 64; }
+
+// Compares the warp's 16 codes, which start at position `first`, with all columns. Queues the hits. Adds queued hits to
+// the candidates if there are at least `min_count` entries, or the queue is full; all of them if min_count is 1. The
+// four warps of a warpgroup must call together, each with its 16 of the warpgroup's 64 codes.
 template <int kWords>
 __device__ __forceinline__ void compare(const DeviceSearch& search, const Candidates& candidates,
                                         const QueryColumns<kWords>& columns, int64_t first_query, int query_tiles,
@@ -145,7 +152,8 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
       pin_rows();
       queue_hits<kWords>(sums, tile, first, queue, queued);
     }
-    if (queued >= min_count) queue.drain(search, candidates, columns, first_query, queued);
+    if (queued >= min(min_count, PartQueue<kWords>::kMaxCount + 1))
+      queue.drain(search, candidates, columns, first_query, min_count == 1, queued);
   }
 }
 
@@ -204,9 +212,9 @@ __global__ void __launch_bounds__(kBlockThreads<kWords>, 1)
       }
       // No hit may wait while the columns are updated, because a limit is valid only for codes from some position on.
       // In the round before, none waits so that the counters are complete.
-      const bool adds_all_hits = round >= rounds - 2 || first + stride >= count;
+      const bool adds_all = round >= rounds - 2 || first + stride >= count;
       compare<kWords>(search, candidates, columns, first_query, query_tiles, first_tile, rows, first + first_of_warp,
-                      adds_all_hits ? 1 : kWarpThreads, queues[warp], queued);
+                      adds_all ? 1 : min_entries(round), queues[warp], queued);
       first += stride;
     }
   }
