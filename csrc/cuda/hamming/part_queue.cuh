@@ -3,7 +3,7 @@
 // queues the numbers of its parts, and the scan continues. Later, each lane takes an entry, computes the distances of
 // its parts, and adds the hits to the candidates. 32 entries thus share the instructions and the latency.
 //
-// Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 26 to queue the hits of all lanes,
+// Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 28 to queue the hits of all lanes,
 // and about 460 to process 32 entries that have one part and one hit each. About 300 of them compute the 32 distances
 // of a part. Longer codes have smaller parts, although these take more instructions to queue.
 //

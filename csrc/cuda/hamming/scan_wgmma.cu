@@ -9,8 +9,8 @@
 // them, the thread queues the numbers of the parts (part_queue.cuh). The warp computes the distances of the queued
 // parts together, when many have accumulated.
 //
-// Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 83 to compare its 16 codes with
-// 256 queries; 67 of them are ORs and the test of their result. If there are hits, it executes 26 more to queue those
+// Instructions, for codes of 64 bits (SASS of nvcc 13.0 for sm_90a). A warp executes 81 to compare its 16 codes with
+// 256 queries; 67 of them are ORs and the test of their result. If there are hits, it executes 28 more to queue those
 // of all its lanes, and later about 460 for each 32 entries of the queue. Before a chunk, 32 queries take 29, and 46
 // more if one of their maximum distances has changed.
 //
@@ -100,10 +100,11 @@ __device__ __forceinline__ uint32_t or_all(const uint32_t* sums) {
   return any;
 }
 
-// Queues the parts of a lane's sums that have hits. The warp's first code is at position `first`.
+// Queues the parts of a lane's sums that have hits. The warp's first code is at position `first`. If the queue then
+// lacks space for the hits of another tile, sets `end` to the next tile.
 template <int kWords>
 __device__ __forceinline__ void queue_hits(const uint32_t (&sums)[kWgmmaSums], int tile, int64_t first,
-                                           PartQueue<kWords>& queue, unsigned& queued) {
+                                           PartQueue<kWords>& queue, unsigned& queued, int& end) {
   using Queue = PartQueue<kWords>;
   constexpr uint32_t kBit = BitRows<kWords>::kCandidateBit;
   uint32_t any[Queue::kParts];
@@ -116,6 +117,7 @@ __device__ __forceinline__ void queue_hits(const uint32_t (&sums)[kWgmmaSums], i
 #pragma unroll
   for (int part = 0; part < Queue::kParts; ++part) parts |= ((any[part] & kBit) / kBit) << part;
   queue.push(has_hits, lanes, parts, tile, first, queued);
+  if (queued > Queue::kMaxCount) end = tile + 1;
 }
 
 // The number of entries that a warp's queue must have for the warp to add their hits after a round. The warps of a
@@ -139,7 +141,8 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
     if constexpr (Rows::kOnesSlices != 0) pin_registers(ones);
   };
   for (int tile = 0; tile < query_tiles;) {
-    for (; tile < query_tiles && queued <= PartQueue<kWords>::kMaxCount; ++tile) {
+    int end = query_tiles;  // the loop stops before this tile
+    for (; tile < end; ++tile) {
       uint32_t sums[kWgmmaSums];
       pin_rows();
       wgmma_fence();
@@ -150,7 +153,7 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
                                  column_tile_descriptor(first_tile, tile * Rows::kSlices + slice));
       wgmma_wait(sums);
       pin_rows();
-      queue_hits<kWords>(sums, tile, first, queue, queued);
+      queue_hits<kWords>(sums, tile, first, queue, queued, end);
     }
     if (queued >= min(min_count, PartQueue<kWords>::kMaxCount + 1))
       queue.drain(search, candidates, columns, first_query, min_count == 1, queued);
