@@ -34,12 +34,18 @@ __device__ __forceinline__ void compute_distances(const CodeRows& codes, int64_t
   }
   for (int i = 0; i < codes.words(); ++i) {
     const Vector<uint32_t, kQueries> words = query_words(i);
+    uint32_t code_words[kCodes];
+    if (codes.has_whole_words) {
 #pragma unroll
-    for (int c = 0; c < kCodes; ++c) {
-      const uint32_t word = codes.word(rows[c], i);
+      for (int c = 0; c < kCodes; ++c) code_words[c] = codes.whole_word(rows[c], i);
+    } else {
 #pragma unroll
-      for (int q = 0; q < kQueries; ++q) distances[c][q] += __popc(word ^ words.at[q]);
+      for (int c = 0; c < kCodes; ++c) code_words[c] = codes.word(rows[c], i);
     }
+#pragma unroll
+    for (int c = 0; c < kCodes; ++c)
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) distances[c][q] += __popc(code_words[c] ^ words.at[q]);
   }
 }
 
