@@ -279,24 +279,48 @@ def sampled_positions(samples: int, count: int) -> np.ndarray:
     return np.array([edges[i] + (hash32(i) * (edges[i + 1] - edges[i]) >> 32) for i in range(samples)])
 
 
-@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
-@pytest.mark.parametrize("queries", [1, 11, 40])
-@pytest.mark.parametrize("share", [None, 0.5, 0.01])
-def test_bounds(machine, share, queries, kind):
+def check_bounds(machine: Machine, search: Search, samples: int, rank: int, **call) -> None:
     """A bound is the key with the given rank among the sampled codes that pass the filter."""
+    queries = len(search.queries)
+    bounds, counts = array(queries, torch.int64), array(queries, torch.int32)
+    margin_counts = array(queries * MARGINS, torch.int32)
+    workspace = machine.workspace("hamming_bounds", Host(search.sizes), samples)
+    arguments = (*search.arguments, samples, rank, bounds, counts, margin_counts, search.position_bits, workspace)
+    machine.call("hamming_bounds", *arguments, **call)
+    count = len(search.codes)
+    sampled = np.sort(search.keys()[:, sampled_positions(samples, count)], axis=1)[:, rank - 1]
+    expected = np.where(sampled == ~np.uint64(0), np.uint64(search.largest_bound), sampled)
+    np.testing.assert_array_equal(bounds.numpy().view(np.uint64), expected)
+    assert not counts.any() and not margin_counts.any()
+
+
+# The emulated device has four multiprocessors: a block has 1, 2, 4 or 8 queries. The last block may have fewer.
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+@pytest.mark.parametrize("queries", [1, 7, 11, 39])
+@pytest.mark.parametrize("share", [None, 0.5, 0.01])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_bounds(machine, own, share, queries, kind):
     search = make_search(kind, 5001, 64, queries)
     if share is not None:
-        search = Search(search.queries, search.codes, make_filter(np.random.default_rng(2), 5001, queries, share, True))
-    keys = search.keys()
+        search = Search(search.queries, search.codes, make_filter(np.random.default_rng(2), 5001, queries, share, own))
     for samples, rank in ((640, 1), (640, 7), (640, 640), (2496, 100)):
-        bounds, counts = array(queries, torch.int64), array(queries, torch.int32)
-        margin_counts = array(queries * MARGINS, torch.int32)
-        arguments = (*search.arguments, samples, rank, bounds, counts, margin_counts, search.position_bits)
-        machine.call("hamming_bounds", *arguments)
-        sampled = np.sort(keys[:, sampled_positions(samples, 5001)], axis=1)[:, rank - 1]
-        expected = np.where(sampled == ~np.uint64(0), np.uint64(search.largest_bound), sampled)
-        np.testing.assert_array_equal(bounds.numpy().view(np.uint64), expected)
-        assert not counts.any() and not margin_counts.any()
+        check_bounds(machine, search, samples, rank)
+
+
+# From 1,288 bits on, a block has at most four queries, and from 5,120 bits on one. The longer the codes, the fewer
+# sections does the sample have.
+@pytest.mark.parametrize("bits", [8, 40, 128, 520, 1024, 1288, 2560, 5120, 8184])
+@pytest.mark.parametrize("queries", [3, 30])
+def test_bounds_for_codes_of_all_lengths(machine, queries, bits):
+    search = make_search("clustered", 5001, bits, queries, offset=bits % 3)
+    for samples, rank in ((1024, 5), (2496, 900)):
+        check_bounds(machine, search, samples, rank)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("queries", [2, 30])
+def test_bounds_do_not_depend_on_the_schedule(machine, queries, schedule):
+    check_bounds(machine, make_search("clustered", 5001, 64, queries), 2496, 300, schedule=schedule)
 
 
 def scan(

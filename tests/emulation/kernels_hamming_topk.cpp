@@ -67,13 +67,17 @@ void hamming_topk_counts(const int64_t* sizes, int64_t k, int64_t* offset, int64
   *capacity = candidates.capacity;
 }
 
+int64_t workspace_bytes_of_hamming_bounds(const int64_t* sizes, int64_t samples) {
+  return HammingSample{samples, 1}.workspace_bytes(sizes[2]);
+}
+
 // The following functions run one step each. Their arrays have the names of the members of Candidates.
 
 void hamming_bounds(const uint8_t* queries, const uint8_t* codes, const int64_t* sizes, const uint8_t* filter,
                     int64_t samples, int64_t rank, uint64_t* bounds, unsigned* counts, unsigned* margin_counts,
-                    int64_t position_bits) {
+                    int64_t position_bits, void* workspace) {
   launch_hamming_bounds(search_of(queries, codes, sizes, filter), {samples, rank},
-                        {nullptr, bounds, counts, margin_counts, 0, 0, {int(position_bits)}}, nullptr);
+                        {nullptr, bounds, counts, margin_counts, 0, 0, {int(position_bits)}}, workspace, nullptr);
 }
 
 // scan: 0 popcount, 1 mma, 2 wgmma.

@@ -66,7 +66,8 @@ HammingTopkPlan::HammingTopkPlan(const HammingSearch& search, int64_t result_cou
                                              : HammingSample::kMaxCount;
   constexpr int64_t kMinSample = 1024, kCodesPerSample = 32;
   sample.count = std::clamp<int64_t>(search.code_count / kCodesPerSample, kMinSample, max_sample) /
-                 HammingSample::kSections * HammingSample::kSections;
+                 HammingSample::kMultiple * HammingSample::kMultiple;
+  sample_bytes = sample.workspace_bytes(search.code_bytes);
   // The constants in the next four lines give the probabilities that topk_steps.h states.
   const double fraction = double(sample.count) / double(search.code_count), expected = double(k) * fraction;
   sample.rank = std::min<int64_t>(int64_t(std::ceil(expected + 4.5 * std::sqrt(expected) + 4)), sample.count);
@@ -86,9 +87,16 @@ Candidates HammingTopkPlan::candidates(void* workspace) const {
   return take_candidates(*this, arrays);
 }
 
+void* HammingTopkPlan::sample_workspace(void* workspace) const {
+  Workspace arrays(workspace);
+  take_candidates(*this, arrays);
+  return arrays.take<uint8_t>(sample_bytes);
+}
+
 int64_t HammingTopkPlan::workspace_bytes() const {
   Workspace measured(nullptr);
   take_candidates(*this, measured);
+  measured.take<uint8_t>(sample_bytes);
   return measured.bytes();
 }
 
@@ -105,9 +113,10 @@ int64_t hamming_topk_workspace_bytes(const HammingSearch& search, int64_t k) {
 void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& plan, int32_t* distances,
                          int64_t* positions, void* workspace, cudaStream_t stream) {
   const Candidates candidates = plan.candidates(workspace);
+  void* const sample_workspace = plan.sample_workspace(workspace);
   for (int64_t first = 0; first < search.query_count; first += plan.batch) {
     const HammingSearch batch = search.slice(first, plan.batch);
-    launch_hamming_bounds(batch, plan.sample, candidates, stream);
+    launch_hamming_bounds(batch, plan.sample, candidates, sample_workspace, stream);
     switch (choose_scan(batch)) {
       case Scan::kPopcount: launch_hamming_scan_popcount(batch, candidates, stream); break;
       case Scan::kMma: launch_hamming_scan_mma(batch, candidates, stream); break;

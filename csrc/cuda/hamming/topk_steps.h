@@ -17,10 +17,10 @@ inline int bit_width(int64_t value) {
 // The bounds are estimated from a sample of `count` codes, which are drawn from the whole database. A query's bound is
 // the key of its `rank`-th nearest code in the sample.
 struct HammingSample {
-  int64_t count;  // a multiple of kSections, at most half of the codes
+  int64_t count;  // a multiple of kMultiple, at most half of the codes
   int64_t rank;   // 1 to count
 
-  static constexpr int kSections = 64;
+  static constexpr int kMultiple = 64;
 
   // The largest sample if there are at most as many queries as SMs. Reading a sample is then a large part of the search
   // time.
@@ -33,6 +33,9 @@ struct HammingSample {
   static constexpr int kMaxCount = 16384;
 
   static constexpr int kMaxBins = 8192;  // counters per histogram, one per distance: at most 32 KB
+
+  // The size of the workspace in which launch_hamming_bounds stores the sample.
+  int64_t workspace_bytes(int64_t code_bytes) const;
 };
 
 // The sizes of a search: the sample, the capacity for candidates and the queries per batch.
@@ -46,12 +49,14 @@ struct HammingTopkPlan {
   int64_t k;         // results per query
   int64_t capacity;  // candidates per query
   int64_t batch;     // queries per launch; their candidates are in memory at the same time
+  int64_t sample_bytes;
 
   // `device_bytes` is the size of the device's memory.
   HammingTopkPlan(const HammingSearch& search, int64_t result_count, int64_t device_bytes);
 
-  // The arrays of the candidates, in a workspace of workspace_bytes() bytes.
+  // The arrays of the candidates and the workspace of the sample, in a workspace of workspace_bytes() bytes.
   Candidates candidates(void* workspace) const;
+  void* sample_workspace(void* workspace) const;
   int64_t workspace_bytes() const;
 };
 
@@ -59,9 +64,10 @@ struct HammingTopkPlan {
 void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& plan, int32_t* distances,
                          int64_t* positions, void* workspace, cudaStream_t stream);
 
-// Estimates candidates.bounds, and sets candidates.counts and candidates.margin_counts to zero.
+// Estimates candidates.bounds, and sets candidates.counts and candidates.margin_counts to zero. `workspace` has
+// sample.workspace_bytes(search.code_bytes) bytes.
 void launch_hamming_bounds(const HammingSearch& search, const HammingSample& sample, const Candidates& candidates,
-                           cudaStream_t stream);
+                           void* workspace, cudaStream_t stream);
 
 // Each scan adds the codes within a query's bound to the query's candidates. It may omit a code if at least k
 // candidates are nearer (candidates.cuh, Tightening).
