@@ -365,6 +365,23 @@ def test_candidates_are_the_codes_within_the_bound(machine, name, bits, kind):
         assert candidates == len(got)
 
 
+@pytest.mark.parametrize("queries", [1, 8, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("bits", [64, 128, 256])
+@pytest.mark.parametrize("share", [None, 0.3, 0.01])
+def test_scan_mma_compares_eight_to_32_queries_at_a_time(machine, share, bits, queries):
+    """With a filter that all queries share, some warps have no code to compare."""
+    count = 1501
+    search = make_search("random", count, bits, queries)
+    if share is not None:
+        mask = make_filter(np.random.default_rng(6), count, queries, share, own=False)
+        search = Search(search.queries, search.codes, mask)
+    bounds = draw_bounds(search)
+    stored, counts = scan(machine, "mma", search, bounds, NEVER_TIGHTEN, count)
+    for keys, bound, got, candidates in zip(search.keys(), bounds, stored, counts, strict=True):
+        np.testing.assert_array_equal(got, np.sort(keys[keys <= bound]))
+        assert candidates == len(got)
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("name, queries", [("popcount", 300), ("mma", 2100), ("wgmma", 600)])
 def test_a_scan_of_many_queries(machine, name, queries, own):

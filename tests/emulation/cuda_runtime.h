@@ -142,6 +142,12 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLau
   *clusters = emulation::max_active_clusters(*config);
   return cudaSuccess;
 }
+// A multiprocessor of the emulated device runs two blocks at a time, for every kernel.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 2;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>

@@ -143,6 +143,21 @@ bool can_launch_cluster(void (*kernel)(Parameters...), const LaunchShape& shape)
   });
 }
 
+// The number of blocks of this shape that a multiprocessor of the current device runs at a time; at least 1.
+template <typename... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  const auto key =
+      std::make_tuple(reinterpret_cast<const void*>(kernel), current_device(), shape.threads, shape.shared_bytes);
+  return remembered(key, [&]() -> int64_t {
+    const LaunchConfig<Parameters...> launch_config(kernel, shape, nullptr);  // requests the shared memory
+    int blocks = 0;
+    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads,
+                                                      static_cast<size_t>(shape.shared_bytes)) != cudaSuccess)
+      cudaGetLastError();  // otherwise the check after the next launch would report this error
+    return blocks > 1 ? blocks : 1;
+  });
+}
+
 // Launches the kernel. launch() calls a runtime function instead of using <<<>>>, because the tests compile the kernels
 // with a C++ compiler and run them on the host (tests/emulation). launch() does not report errors; the binding calls
 // C10_CUDA_KERNEL_LAUNCH_CHECK after the launch.

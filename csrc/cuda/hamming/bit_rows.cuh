@@ -134,9 +134,7 @@ struct BitRows {
   }
 
   // If all queries share one filter, sets the rows of the codes that it excludes to zero. Then no column has a hit with
-  // them. There is an exception in scan_mma.cu: a query whose maximum distance admits every code has hits, which the
-  // check of the filter rejects later. `slices` holds words of rows g and g + 8 alternately. The tile begins at
-  // position `first`.
+  // them. `slices` holds words of rows g and g + 8 alternately. The tile begins at position `first`.
   template <int kRowSlices, int kSliceLaneWords>
   static __device__ __forceinline__ void clear_filtered_rows(const DeviceSearch& search, int64_t first, int64_t end,
                                                              uint32_t (&slices)[kRowSlices][kSliceLaneWords]) {
