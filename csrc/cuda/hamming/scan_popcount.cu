@@ -12,7 +12,7 @@
 //
 // Launch. 256 threads per block. Each block has a segment of the codes and a group of queries. It processes the segment
 // in chunks and updates the queries' maximum distances before each chunk. Each chunk is twice as long as the one
-// before, up to kMaxChunk. The grid has about twice as many blocks as run at a time (kBlocksPerSm per SM).
+// before, up to kMaxChunk. The grid has about twice as many blocks as run at a time.
 //
 // Limits. Codes of more than 32 words have a kernel of their own. It reads them word by word, has no chunks and does
 // not use maximum distances.
@@ -92,9 +92,11 @@ __device__ __forceinline__ void compare(const DeviceSearch& search, const Candid
 #pragma unroll
     for (int c = 0; c < kCodes<kWords>; ++c)
       hits |= static_cast<unsigned>(distances[c] <= max_distance && first + c * kBlockThreads < end) << c;
-    for (; hits != 0; hits &= hits - 1)
-      candidates.add_if_within_bound(search, first_query + q,
-                                     first + (__ffs(static_cast<int>(hits)) - 1) * kBlockThreads);
+    for (; hits != 0; hits &= hits - 1) {
+      const int64_t position = first + (__ffs(static_cast<int>(hits)) - 1) * kBlockThreads;
+      if (search.passes_filter(first_query + q, position))
+        candidates.add_if_within_bound(search, first_query + q, position);
+    }
   }
 }
 
@@ -163,9 +165,10 @@ template <int kWords>
 void launch_popcount(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream) {
   const bool is_vector = search.code_bytes == 4 * kWords && is_aligned(search.codes, 4 * std::min(kWords, 4));
   constexpr int kWaves = 2;  // the number of times that the grid fills the device
-  const ScanGrid grid(search, kWaves * kBlocksPerSm<kWords>, kCodes<kWords> * kBlockThreads);
-  launch(is_vector ? popcount_kernel<kWords, true> : popcount_kernel<kWords, false>, grid.shape, stream,
-         DeviceSearch(search), candidates, static_cast<int>(grid.groups), grid.segment_codes);
+  const auto kernel = is_vector ? popcount_kernel<kWords, true> : popcount_kernel<kWords, false>;
+  const ScanGrid grid(search, kWaves * resident_blocks(kernel, {0, kBlockThreads}), kCodes<kWords> * kBlockThreads);
+  launch(kernel, grid.shape, stream, DeviceSearch(search), candidates, static_cast<int>(grid.groups),
+         grid.segment_codes);
 }
 
 }  // namespace
