@@ -18,7 +18,7 @@ from tests.helpers.hamming_levels import all_distances, assert_same, make_codes,
 
 POPCOUNT, MMA, WGMMA = range(3)
 SCANS = {"popcount": POPCOUNT, "mma": MMA, "wgmma": WGMMA}
-# On compute capability 9.0, hamming_topk uses mma for 2 to 63 queries and wgmma for more; on 8.0, mma for 2 or more.
+# On compute capability 9.0, hamming_topk uses mma for 2 to 159 queries and wgmma for more; on 8.0, mma for 2 or more.
 # For a single query, and on 12.0 for any number, it uses population counts.
 CAPABILITIES = [90, 80, 120]
 MARGINS = 32  # Candidates::kMargins
@@ -105,7 +105,7 @@ def make_search(kind: str, count: int, bits: int, queries: int, seed: int = 0, o
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("bits", [8, 64, 200])
-@pytest.mark.parametrize("queries", [1, 5, 67])
+@pytest.mark.parametrize("queries", [1, 5, 163])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_topk(machine, capability, queries, bits, kind):
     search = make_search(kind, 9001, bits, queries)
@@ -118,7 +118,7 @@ def test_topk(machine, capability, queries, bits, kind):
 def test_every_device_gives_the_answers_with_the_code_that_it_runs(device, code):
     """No kernel starts early in code that does not wait."""
     emulation = load_emulation()
-    for queries in (1, 5, 67):
+    for queries in (1, 5, 163):
         search = make_search("random", 9001, 64, queries)
         with emulation.device(code=code):
             got, _ = topk(emulation, search, 50, device)
@@ -135,7 +135,7 @@ def test_small_databases(machine, bits, count):
 
 
 @pytest.mark.parametrize("k", [1, 2, 1000, 4096])
-@pytest.mark.parametrize("queries", [2, 65])
+@pytest.mark.parametrize("queries", [2, 161])
 def test_topk_for_small_and_large_k(machine, queries, k):
     search = make_search("random", 20011, 64, queries)
     got, fallbacks = topk(machine, search, k)
@@ -145,7 +145,7 @@ def test_topk_for_small_and_large_k(machine, queries, k):
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("share", [0.5, 0.02, 0.001, 0.0])
-@pytest.mark.parametrize("queries", [1, 66])
+@pytest.mark.parametrize("queries", [1, 20, 162])
 def test_filters(machine, queries, share, own):
     search = make_search("clustered", 9003, 64, queries)
     search = Search(search.queries, search.codes, make_filter(np.random.default_rng(1), 9003, queries, share, own))
@@ -155,7 +155,7 @@ def test_filters(machine, queries, share, own):
 
 
 @pytest.mark.parametrize("order", ["nearest first", "nearest last"])
-@pytest.mark.parametrize("queries", [1, 64])
+@pytest.mark.parametrize("queries", [1, 160])
 def test_adverse_orders(machine, queries, order):
     search = make_search("random", 10007, 64, queries)
     search.queries[:] = search.queries[0]
@@ -166,8 +166,8 @@ def test_adverse_orders(machine, queries, order):
     assert fallbacks == 0
 
 
-# 3 queries use mma, 70 use wgmma. Codes of 72 bits are padded to 128 bits.
-@pytest.mark.parametrize("bits, queries", [(64, 3), (64, 70), (72, 70), (128, 70)])
+# 3 queries use mma, 170 use wgmma. Codes of 72 bits are padded to 128 bits.
+@pytest.mark.parametrize("bits, queries", [(64, 3), (64, 170), (72, 170), (128, 170)])
 def test_unaligned_rows(machine, bits, queries):
     search = make_search("clustered", 8500, bits, queries, offset=1)
     got, fallbacks = topk(machine, search, 10)
@@ -176,7 +176,7 @@ def test_unaligned_rows(machine, bits, queries):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("queries", [1, 3, 64])
+@pytest.mark.parametrize("queries", [1, 3, 160])
 def test_the_result_does_not_depend_on_the_schedule(machine, queries, schedule):
     search = make_search("clustered", 8300, 64, queries)
     got, _ = topk(machine, search, 30, schedule=schedule)
@@ -189,7 +189,7 @@ def test_sparse_codes(machine):
     codes = rng.integers(0, 256, (9000, 32), dtype=np.uint8)
     for _ in range(4):
         codes &= rng.integers(0, 256, codes.shape, dtype=np.uint8)
-    queries = codes[:70] & rng.integers(0, 256, (70, 32), dtype=np.uint8)
+    queries = codes[:170] & rng.integers(0, 256, (170, 32), dtype=np.uint8)
     queries[0], queries[1] = 0, 255
     got, fallbacks = topk(machine, Search(queries, codes), 40)
     assert_same(got, nearest(queries, codes, 40))

@@ -25,9 +25,13 @@ KINDS = ["random", "clustered", "duplicate"]
 FILTERS = ["none", "shared", "own", "few"]
 # (code_bytes, codes, queries)
 SIZES = [(1, 1, 1), (3, 70, 3), (8, 20_001, 9), (8, 300_000, 1), (16, 5000, 40), (33, 1000, 5), (128, 3000, 17)]
-# More than 8,192 codes, so that hamming_topk scans for candidates. On compute capability 9.0, 64 or more queries use
-# scan_wgmma, and codes of 200 bytes use scan_popcount.
-SCANNED_SIZES = [(8, 30_001, 300), (12, 9001, 70), (32, 20_003, 100), (64, 9001, 70), (128, 9001, 130), (200, 9001, 5)]
+# More than 8,192 codes, so that hamming_topk scans for candidates. On compute capability 9.0, 160 or more queries use
+# scan_wgmma, fewer use scan_mma, and codes of 200 bytes use scan_popcount.
+SCANNED_SIZES = [
+    *((8, 30_001, 300), (12, 9001, 170), (32, 20_003, 200), (64, 9001, 170), (128, 9001, 230)),
+    *((8, 30_001, 5), (8, 9001, 12), (8, 9001, 30), (8, 9001, 100), (12, 9001, 30), (128, 9001, 100)),
+    (200, 9001, 5),
+]
 FAISS_SIZES = [(8, 20_001, 9), (16, 5000, 300), (128, 9000, 17)]
 MAX_SELECTED_K = 4096  # for a larger k, hamming_topk runs the kernels of hamming_range.cu
 

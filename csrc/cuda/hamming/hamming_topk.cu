@@ -31,10 +31,11 @@ enum class Scan { kPopcount, kMma, kWgmma };
 
 // scan_popcount compares a code with one query at a time, scan_mma with eight, and scan_wgmma with 256. With fewer than
 // eight queries scan_mma takes as long as with eight; with fewer than 256 scan_wgmma takes as long as with 256.
-// scan_mma is assumed to be faster than scan_popcount from two queries on, and scan_wgmma faster than scan_mma from 64
-// queries on. No measurement of either number is recorded.
+// scan_mma is assumed to be faster than scan_popcount from two queries on. scan_wgmma is estimated to be faster than
+// scan_mma from about 160 queries on: with one tile of queries it is limited by memory latency. No measurement of
+// either number is recorded.
 Scan choose_scan(const HammingSearch& search) {
-  constexpr int64_t kMinMmaQueries = 2, kMinWgmmaQueries = 64;
+  constexpr int64_t kMinMmaQueries = 2, kMinWgmmaQueries = 160;
   const int64_t major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   const bool has_mma = major == 8 || major == 9;
   if (search.code_bytes > 4 * kMaxMatrixWords || search.query_count < kMinMmaQueries || !has_mma)
