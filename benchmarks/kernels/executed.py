@@ -96,7 +96,7 @@ def _target(instruction: Instruction) -> str:
 def _leaves(instruction: Instruction) -> bool:
     """Whether the instruction ends a block."""
     name = instruction.opcode.partition(".")[0]
-    if name in ("BRX", "JMP", "JMX", "BREAK"):
+    if name in ("BRX", "JMP", "JMX"):
         raise ValueError(f"the counter cannot follow {instruction.opcode}")
     return name in ("BRA", "EXIT", "RET")
 
