@@ -87,6 +87,22 @@ def test_maps_in_parts_in_half_precision(emulation, shape):
     check(emulation, AttentionCase(normal(0, *shape).bfloat16()))
 
 
+def test_stages_with_several_slices_at_a_time(emulation):
+    """The reduce pass has two slots. Its shared memory is enough for six slices, so the last stage has one slice."""
+    check(emulation, AttentionCase(normal(0, 1, 7, 56, 56).bfloat16(), kernel_size=3), True, (FORWARD, 7))
+
+
+def test_a_tile_with_a_single_row(emulation):
+    """The rows are divided into 16 tiles of 16 rows, of which the last has one."""
+    check(emulation, AttentionCase(normal(0, 1, 1, 241, 128).float(), kernel_size=1, offset=1))
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 37, 56), (1, 7, 3, 8)], ids=str)
+def test_saved_maps_at_an_unaligned_address(emulation, shape):
+    """The maps of C x W and of H x C precede that of H x W. They have 2 * 7 * (W + H) values, no multiple of 4."""
+    check(emulation, AttentionCase(normal(0, *shape).float(), kernel_size=1))
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_schedule_gives_the_same_bits(emulation, training, layout):

@@ -110,7 +110,7 @@ def test_special_values(emulation, dtype, layout):
 
 
 def test_the_reduce_pass_beyond_two_to_the_31_elements(emulation):
-    huge = HugeInput(rows=32)
+    huge = HugeInput(rows=64)
     x = huge.zeros()
     huge.tail(x)[:] = normal(0, 1, huge.c, huge.rows, huge.w)
     # The reduce pass is the forward's first pass over x. It stores the maximum and the sum in partial maps over C, H

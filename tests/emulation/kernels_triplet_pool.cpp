@@ -30,7 +30,7 @@ void triplet_pool_backward(const int64_t* shape, const void* const* grad_pools, 
 void triplet_reduce_pool(const int64_t* shape, const void* x, void* maps) {
   const triplet::Geometry geometry = triplet::Geometry::from_shape(triplet_shape(shape));
   const int width = triplet::widest_vector(geometry, Dtype::kFloat16);
-  const triplet::PassPlan plan = triplet::PassPlan::for_reduce(geometry, width);
+  const triplet::PassPlan plan = triplet::PassPlan::for_reduce<float>(geometry, width);
   Workspace workspace(maps);
   const auto partial_maps = triplet::partial_maps<float>(geometry, plan.tiling, 2, workspace);
   triplet::launch_reduce_pool(x, Dtype::kFloat16, geometry, plan, partial_maps, nullptr);

@@ -35,24 +35,14 @@ class Maxima {
     for (int i = 0; i < kWidth; ++i) start.at[i] = narrow<T>(-Arithmetic<T>(INFINITY));
     std::memcpy(&values_, &start, sizeof(values_));
   }
+  explicit __device__ __forceinline__ Maxima(const Vector<T, kWidth>& values) {
+    std::memcpy(&values_, &values, sizeof(values_));
+  }
 
-  __device__ __forceinline__ void add(const Vector<T, kWidth>& others) {
-    if constexpr (kIsPaired) {
-      Storage theirs;
-      std::memcpy(&theirs, &others, sizeof(theirs));
+  __device__ __forceinline__ void add(const Vector<T, kWidth>& others) { add(Maxima(others)); }
+  __device__ __forceinline__ void add(const Maxima& others) {
 #pragma unroll
-      for (int i = 0; i < kWidth / 2; ++i) {
-        using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-        Pair a, b;
-        std::memcpy(&a, &values_.at[i], sizeof(a));
-        std::memcpy(&b, &theirs.at[i], sizeof(b));
-        a = __hmax2_nan(a, b);
-        std::memcpy(&values_.at[i], &a, sizeof(a));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) values_.at[i] = maximum(values_.at[i], others.at[i]);
-    }
+    for (int i = 0; i < kWords; ++i) values_.at[i] = larger(values_.at[i], others.values_.at[i]);
   }
 
   __device__ __forceinline__ T at(int i) const {
@@ -66,9 +56,52 @@ class Maxima {
     }
   }
 
- private:
   static constexpr bool kIsPaired = sizeof(T) == 2 && kWidth % 2 == 0;
-  using Storage = std::conditional_t<kIsPaired, Vector<uint32_t, kIsPaired ? kWidth / 2 : 1>, Vector<T, kWidth>>;
+  using Folded = Maxima<T, kIsPaired ? 2 : 1>;
+  // The maxima of the elements with even indices and of those with odd indices if elements are paired, otherwise the
+  // maximum of all elements.
+  __device__ __forceinline__ Folded folded() const {
+    Storage words = values_;
+#pragma unroll
+    for (int half = kWords / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) words.at[i] = larger(words.at[i], words.at[i + half]);
+    }
+    Vector<T, kIsPaired ? 2 : 1> folded;
+    std::memcpy(&folded, &words, sizeof(folded));
+    return Folded(folded);
+  }
+  // Copies from and to an array, at an element that has the alignment of a Vector<T, kWidth>.
+  static __device__ __forceinline__ Maxima load(const T* array) {
+    return Maxima(as_vector<T, kWidth>(words_at<kWidth>(array, 0)));
+  }
+  __device__ __forceinline__ void store(T* array) const { *reinterpret_cast<Storage*>(array) = values_; }
+  // The maximum of all elements.
+  __device__ __forceinline__ Arithmetic<T> overall() const {
+    const Folded last = folded();
+    const Arithmetic<T> first = widen(last.at(0));
+    return kIsPaired ? maximum(first, widen(last.at(1))) : first;
+  }
+
+ private:
+  static constexpr int kWords = kIsPaired ? kWidth / 2 : kWidth;
+  using Word = std::conditional_t<kIsPaired, uint32_t, T>;
+  using Storage = Vector<Word, kWords>;
+
+  static __device__ __forceinline__ Word larger(Word a, Word b) {
+    if constexpr (kIsPaired) {
+      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+      Pair first, second;
+      std::memcpy(&first, &a, sizeof(first));
+      std::memcpy(&second, &b, sizeof(second));
+      first = __hmax2_nan(first, second);
+      std::memcpy(&a, &first, sizeof(a));
+      return a;
+    } else {
+      return maximum(a, b);
+    }
+  }
+
   Storage values_;
 };
 

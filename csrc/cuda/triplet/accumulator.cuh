@@ -19,6 +19,11 @@ struct Accumulator {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sum[i] = 0;
   }
+  explicit __device__ __forceinline__ Accumulator(const Vector<Value, kWidth>& values) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum[i] = widen_at(values, i);
+    if constexpr (kHasMaximum) largest = Maxima<Value, kWidth>(values);
+  }
   __device__ __forceinline__ void add(const Vector<Value, kWidth>& values) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sum[i] += widen_at(values, i);

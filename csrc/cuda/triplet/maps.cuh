@@ -31,24 +31,52 @@ struct AxisMap {
   Real scale;  // multiplies the sums
 };
 
+// The part of the map of one axis that a tile writes.
+template <typename Real>
+struct TileMap {
+  Real* first;  // the value at the tile's first position; null: no branch pools the axis
+  int64_t channel_stride;
+  int outer_stride;
+  Real scale;
+
+  // Stores kWidth values with adjacent inner indices. `outer` and `inner` are relative to the tile.
+  template <bool kHasMaximum, int kWidth>
+  __device__ __forceinline__ void store(int outer, int inner, const Vector<Real, kWidth>& maxima,
+                                        Vector<Real, kWidth> sums) const {
+    Real* at = first + int64_t{outer} * outer_stride + inner;
+    if constexpr (kHasMaximum) {
+      store_vector(maxima, at);
+      at += channel_stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums.at[i] *= scale;
+    store_vector(sums, at);
+  }
+
+ private:
+  // A saved map can begin at any value, because it follows the maps of other branches.
+  template <int kWidth>
+  static __device__ __forceinline__ void store_vector(const Vector<Real, kWidth>& values, Real* at) {
+    if (is_aligned(at, alignof(Vector<Real, kWidth>))) {
+      vector_at<kWidth>(at, 0) = values;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) at[i] = values.at[i];
+    }
+  }
+};
+
 template <typename Real>
 struct AxisMaps {
   AxisMap<Real> axis[3];
 
-  __device__ __forceinline__ bool has(int a) const { return axis[a].data != nullptr; }
-
-  // `outer` and `inner` are relative to the tile's first value.
-  template <bool kHasMaximum>
-  __device__ __forceinline__ void store(int a, const Tile& tile, int outer, int inner, Real largest, Real sum) const {
+  __device__ __forceinline__ TileMap<Real> of_tile(int a, const Tile& tile) const {
     const AxisMap<Real>& map = axis[a];
-    const int64_t row = tile.begin[a == 0 ? 1 : 0] + outer, column = tile.begin[a == 2 ? 1 : 2] + inner;
-    Real* at =
-        map.data + tile.index[a] * map.part_stride + tile.sample * map.sample_stride + row * map.outer_stride + column;
-    if constexpr (kHasMaximum) {
-      at[0] = largest;
-      at += map.channel_stride;
-    }
-    *at = sum * map.scale;
+    const int64_t outer = tile.begin[a == 0 ? 1 : 0], inner = tile.begin[a == 2 ? 1 : 2];
+    Real* first = map.data ? map.data + tile.index[a] * map.part_stride + tile.sample * map.sample_stride +
+                                 outer * map.outer_stride + inner
+                           : nullptr;
+    return {first, map.channel_stride, static_cast<int>(map.outer_stride), map.scale};
   }
 };
 

@@ -2,36 +2,39 @@
 // "the map" of that axis. triplet_attention and triplet_pool need the maximum and the sum of x; the gradients of the
 // gates need the sum of x * dy. tiles.cuh defines the axes, tile, slice, position and slot.
 //
-// Idea. A thread keeps the reduction along A0 of its positions in registers. Each slice is also staged in shared
-// memory, where other threads reduce it over its rows (A1) and over its columns (A2). Device memory is therefore read
-// once, and only the last steps of the reduction over columns use shuffles. If a tile does not span an axis, the map of
-// that axis is left in parts. The kernel that reads the map merges the parts in their order.
+// Idea. A thread loads one vector in each of several rows of a slice, and uses it from registers three times: for the
+// reduction along A0 of its positions, which stays in registers; for its columns (A1), over its rows; and for its rows
+// (A2), over the elements of each vector. The results for columns and rows go to shared memory. There, once per stage,
+// that is, for several slices together, threads merge them along each column and each row. If a tile does not span an
+// axis, the map of that axis is left in parts. The kernel that reads the map merges the parts in their order.
 //
 // Traffic, for N elements of s bytes. Reads Ns (2Ns with dy), the floor. Writes one partial map per axis and part: for
 // a tile of 56 x 56 x 56 elements, 3 * 56^2 values of two Reals each (one with dy). The next kernel finds them in L2.
 //
-// Instructions. Each of the three reductions processes each element once: with a conversion (half precision only), a
-// maximum (one instruction per element for float32, one per two elements for half precision) and an addition. Together
-// with loads, staging and the last steps, that is about 9 instructions per element for bfloat16 and 8 for float32.
-// Estimate: in the time that an H200 loads one element, it issues 12 for bfloat16 and 24 for float32.
+// Instructions, for samples of 256 x 56 x 56 in NCHW: the pool takes about 12 per element for bfloat16 and 18 for
+// float32, and the sums of x * dy about 12 per element for bfloat16. More than half of them are in the loop over
+// slices. Each of the three reductions processes each element once, with an addition and a maximum (one instruction per
+// element for float32, one per two elements for half precision). Estimate: in the time that an H200 loads one element,
+// it issues 12 for bfloat16 and 24 for float32.
 //
 // Launch. 256 threads per block, one tile of x per block (tiles.cuh). Each thread has four 16-byte vectors in flight:
 // 16 KB per block. The registers allow two blocks per multiprocessor, with 32 KB in flight. (The 4.8 TB/s of an H200 at
-// an assumed latency of 0.8 microseconds need 29 KB.) A block has 32 KB of slices and at most 12 KB of scratch in
-// shared memory, and two barriers per stage, that is, per filling of the 32 KB.
+// an assumed latency of 0.8 microseconds need 29 KB.) A block has 48 KB of shared memory for the results of a stage,
+// and two barriers per stage.
 //
-// Numerics. Sums in float32 (float64 for float64). A thread sums at most as many elements as the tile has along the
-// axis. Sums over lanes, groups, slots and parts follow (see below). The order depends on the shape, on the dtype, on
-// the alignment of the arrays and on the device's number of multiprocessors, but not on timing. A NaN makes the maxima
-// and sums of its lines NaN.
+// Numerics. Sums in float32 (float64 for float64). Along A0, a thread sums at most as many elements as the tile has
+// slices, and the slots follow. Along A1, a thread sums at most 8 elements, and the groups follow. Along A2, the
+// elements of a vector are summed pairwise, and the vectors follow. The parts are last. The order depends on the shape,
+// on the dtype, on the alignment of the arrays and on the device's number of multiprocessors, but not on timing. A NaN
+// makes the maxima and sums of its lines NaN.
 //
 // Limits. At most 2^31 - 1 tiles; each axis shorter than 2^31.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/common/launch.cuh"
 #include "cuda/common/maximum.cuh"
-#include "cuda/common/reduce.cuh"
 #include "cuda/triplet/accumulator.cuh"
 #include "cuda/triplet/passes.h"
 
@@ -86,246 +89,318 @@ struct ProductSource {
   }
 };
 
+// The sums and maxima of kCount adjacent columns or positions.
+template <typename Source, int kCount>
+using Running = Accumulator<typename Source::Value, kCount, Source::kHasMaximum>;
+
+// The sum and the maximum of the elements of a vector, or of several vectors of a row. Two half-precision maxima are in
+// one word, one of the elements with even indices and one of those with odd indices.
+template <typename Value, int kWidth, bool kHasMaximum>
+struct RowMaximum {
+  typename Maxima<Value, kWidth>::Folded largest;
+};
+template <typename Value, int kWidth>
+struct RowMaximum<Value, kWidth, false> {};
+
 template <typename Source, int kWidth>
-struct ReduceConfig {
+struct RowPart : RowMaximum<typename Source::Value, kWidth, Source::kHasMaximum> {
   using Value = typename Source::Value;
   using Real = Arithmetic<Value>;
-  static constexpr int kVectors = reduce_vectors(kWidth);  // vectors of a slice per thread
-  // The number of slices that are loaded before the first is used. There are no registers for more.
-  static constexpr int kBatch = kWidth == 1 || kWidth * sizeof(typename Source::Element) == kVectorBytes ? 2 : 4;
-  static constexpr int kPositions = kPassThreads * kVectors * kWidth;
-  static constexpr int kStageValues = (32 << 10) / sizeof(Value);
-  static constexpr int kScratchValues = kPassThreads * kWidth;
-  static_assert(kPositions <= kStageValues);
-
-  struct alignas(16) Shared {
-    Value stage[kStageValues];
-    Real sum[kScratchValues];
-    Value maximum[Source::kHasMaximum ? kScratchValues : 1];
-  };
-};
-
-template <typename Source, int kWidth>
-using Running = Accumulator<typename Source::Value, kWidth, Source::kHasMaximum>;
-
-// The maximum and the sum of a line of elements along one axis. The maximum is not used if kHasMaximum is false.
-template <typename Source>
-struct Reduced {
-  using Real = Arithmetic<typename Source::Value>;
-  Real largest = -Real(INFINITY);
   Real sum = 0;
 
-  __device__ __forceinline__ void add(Real other_largest, Real other_sum) {
-    sum += other_sum;
-    if constexpr (Source::kHasMaximum) largest = maximum(largest, other_largest);
+  RowPart() = default;
+  explicit __device__ __forceinline__ RowPart(const Vector<Value, kWidth>& values) {
+    Real sums[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] = widen_at(values, i);
+#pragma unroll
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    sum = sums[0];
+    if constexpr (Source::kHasMaximum) this->largest = Maxima<Value, kWidth>(values).folded();
+  }
+  __device__ __forceinline__ void add(const RowPart& other) {
+    sum += other.sum;
+    if constexpr (Source::kHasMaximum) this->largest.add(other.largest);
   }
 };
 
-// The slices that are staged in shared memory: [slices][rows][columns].
+// How the threads of a block divide a slice, and where they leave their results in shared memory. All fields are the
+// same for all blocks; the last tile along an axis may have fewer rows, columns or slices.
+//
+// A thread reduces one vector in each of the rows group, group + groups, and so on. If a slice needs at most half of
+// the threads, the block processes one slice per slot at a time. For each slice of a stage, the threads leave:
+//   row_parts       [slices][rows][row_pitch], the reduction of each vector. The pitch is odd, so that threads with
+//                   adjacent rows access different banks.
+//   column_sums     [slices][groups][columns], the sums over the rows of each thread
+//   column_maxima   [slices][groups][columns], the maxima
+// After the last stage, the memory of the columns is used to merge the slots.
 template <typename Source, int kWidth>
-struct Stage {
-  using Config = ReduceConfig<Source, kWidth>;
-  static constexpr int kVectors = Config::kVectors;
-  typename Config::Shared& shared;
-  int slices;
+struct ReduceLayout {
+  using Value = typename Source::Value;
+  using Real = Arithmetic<Value>;
+  using Row = RowPart<Source, kWidth>;
+  static constexpr int kRows = reduce_vectors<Real>(kWidth);  // rows per thread
+  static constexpr int kMergeWidth = std::min(kWidth, 4);     // columns that a thread merges together
+  static constexpr int kBytes = 48 << 10;                     // of shared memory
+
   int rows;
   int columns;
+  int groups;
+  int slots;
+  int row_pitch;
+  int max_slices;  // per stage, a multiple of the slots
+  int column_sums;
+  int column_maxima;     // as column_sums, in bytes from the begin of the shared memory
+  int row_part_stride;   // between a thread's vectors, in row_parts
+  int64_t row_stride;    // between a thread's vectors, in x
+  int64_t slice_stride;  // between a thread's slices, in x
 
-  __device__ __forceinline__ Vector<typename Source::Value, kWidth> vector(int slice, int row, int index) const {
-    return vector_at<kWidth>(shared.stage, (slice * rows + row) * columns + index * kWidth);
+  ReduceLayout(const Geometry& geometry, const Tiling& tiling)
+      : rows(tiling.tile_size[1]), columns(tiling.tile_size[2]) {
+    const int row_vectors = columns / kWidth;
+    groups = ceil_div(rows, kRows);
+    slots = kPassThreads / slice_threads();
+    row_pitch = row_vectors | 1;
+    constexpr int kColumnBytes = sizeof(Real) + (Source::kHasMaximum ? sizeof(Value) : 0);
+    // The padding makes row_parts at most 1.5 times as large.
+    static_assert(kPassThreads * (kRows * sizeof(Row) * 3 / 2 + kWidth * kColumnBytes) + 2 * kVectorBytes <= kBytes,
+                  "there is no room for one slice per slot");
+    const int row_bytes = rows * row_pitch * static_cast<int>(sizeof(Row));
+    max_slices = (kBytes - 2 * kVectorBytes) / (row_bytes + groups * columns * kColumnBytes);
+    max_slices -= max_slices % slots;
+    const auto after = [&](int begin, int slice_bytes) {
+      return begin + static_cast<int>(round_up(max_slices * slice_bytes, kVectorBytes));
+    };
+    column_sums = after(0, row_bytes);
+    column_maxima = after(column_sums, groups * columns * static_cast<int>(sizeof(Real)));
+    row_part_stride = groups * row_pitch;
+    row_stride = groups * geometry.size[2];
+    slice_stride = slots * geometry.size[1] * geometry.size[2];
   }
 
-  // The number of groups that divide the rows of a slice among them: group g reduces the rows g, g + groups, ...
-  __device__ __forceinline__ int groups(int max_slices) const {
-    const int wanted = kPassThreads / (max_slices * (columns / kWidth));
-    return wanted < 1 ? 1 : (wanted < rows ? wanted : rows);
-  }
+  HE_HOST_DEVICE int slice_threads() const { return groups * (columns / kWidth); }
+};
 
-  // The first half of the reduction over the rows: a thread reduces the rows of one group, for a vector of kWidth
-  // columns. With one group it calls emit(slice, column, reduced); with several groups it stores the result in scratch.
-  template <typename Emit>
-  __device__ __forceinline__ void reduce_rows(int group_count, Emit emit) {
-    const int vectors = columns / kWidth;
-    for (int item = threadIdx.x; item < slices * group_count * vectors; item += kPassThreads) {
-      const int group = item / vectors % group_count;
-      const int slice = item / (vectors * group_count);
-      Running<Source, kWidth> running;
-      for (int row = group; row < rows; row += group_count) running.add(vector(slice, row, item % vectors));
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        if (group_count == 1) {
-          emit(slice, item % vectors * kWidth + i, reduced_at(running, i));
-        } else {
-          shared.sum[item * kWidth + i] = running.sum[i];
-          if constexpr (Source::kHasMaximum) shared.maximum[item * kWidth + i] = running.largest.at(i);
-        }
-      }
-    }
-  }
+// The thread's place in a slice.
+template <int kWidth>
+struct ThreadPart {
+  int slot;
+  int group;
+  int column;  // the first of its kWidth columns
+  int rows;    // the number of its rows
 
-  // The second half, after a barrier: merges the results of the groups, in the order of the groups.
-  template <typename Emit>
-  __device__ __forceinline__ void merge_groups(int group_count, Emit emit) {
-    if (group_count == 1) return;
-    for (int item = threadIdx.x; item < slices * columns; item += kPassThreads) {
-      const int slice = item / columns, column = item % columns;
-      emit(slice, column, merge_scratch(slice * group_count * columns + column, group_count, columns));
-    }
-  }
-
-  __device__ __forceinline__ Reduced<Source> merge_scratch(int begin, int count, int stride) const {
-    Reduced<Source> reduced;
-    for (int i = 0; i < count; ++i) {
-      const int at = begin + i * stride;
-      reduced.add(Source::kHasMaximum ? widen(shared.maximum[at]) : 0, shared.sum[at]);
-    }
-    return reduced;
-  }
-
-  // Reduces over the columns and calls emit(slice, row, reduced). Several lanes of a warp share a row if there are too
-  // few rows to keep the block busy.
-  template <typename Emit>
-  __device__ __forceinline__ void reduce_columns(Emit emit) {
-    const int vectors = columns / kWidth;
-    int lanes = 1;
-    while (lanes < kWarpThreads && 2 * lanes <= vectors && slices * rows * lanes < 4 * kPassThreads) lanes *= 2;
-    const int items = slices * rows * lanes;
-    const int lane = threadIdx.x % kWarpThreads;
-    for (int warp_item = threadIdx.x - lane; warp_item < items; warp_item += kPassThreads) {
-      const int item = warp_item + lane;
-      const int line = item / lanes;
-      Running<Source, kWidth> running;
-      if (item < items)
-        for (int v = item % lanes; v < vectors; v += lanes) running.add(vector(0, line, v));
-      Reduced<Source> reduced;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) merge(reduced, reduced_at(running, i));
-      for (int distance = lanes / 2; distance > 0; distance /= 2) {
-        const auto sum = __shfl_xor_sync(kWholeWarp, reduced.sum, distance);
-        const auto largest = Source::kHasMaximum ? __shfl_xor_sync(kWholeWarp, reduced.largest, distance) : 0;
-        reduced.add(largest, sum);
-      }
-      if (item < items && item % lanes == 0) emit(line / rows, line % rows, reduced);
-    }
-  }
-
-  static __device__ __forceinline__ void merge(Reduced<Source>& into, const Reduced<Source>& other) {
-    into.add(other.largest, other.sum);
-  }
-  static __device__ __forceinline__ Reduced<Source> reduced_at(const Running<Source, kWidth>& running, int i) {
-    Reduced<Source> reduced;
-    reduced.sum = running.sum[i];
-    if constexpr (Source::kHasMaximum) reduced.largest = widen(running.largest.at(i));
-    return reduced;
+  template <typename Source>
+  __device__ __forceinline__ ThreadPart(const Tile& tile, const ReduceLayout<Source, kWidth>& layout) {
+    const unsigned slice_threads = layout.slice_threads(), row_vectors = layout.columns / kWidth;
+    const unsigned rest = threadIdx.x % slice_threads;
+    slot = static_cast<int>(threadIdx.x / slice_threads);
+    group = static_cast<int>(rest / row_vectors);
+    column = static_cast<int>(rest % row_vectors) * kWidth;
+    const bool is_inside = slot < layout.slots && group < tile.size[1] && column < tile.size[2];
+    rows = is_inside ? (tile.size[1] - group + layout.groups - 1) / layout.groups : 0;
   }
 };
 
-// Loads the slices, one per slot at a time. Adds them to the reductions of the thread's positions, and stages them.
+// The items that a thread merges: every kPassThreads-th of the items of a stage, from number `thread` on. Only the
+// constructor divides.
+struct SliceItems {
+  int per_slice;
+  int slice_step;
+  int item_step;
+  int slice;
+  int item;
+
+  __device__ __forceinline__ SliceItems(int slice_items, int thread)
+      : per_slice(slice_items),
+        slice_step(kPassThreads / slice_items),
+        item_step(kPassThreads % slice_items),
+        slice(thread / slice_items),
+        item(thread % slice_items) {}
+  __device__ __forceinline__ void step() {
+    slice += slice_step;
+    item += item_step;
+    if (item < per_slice) return;
+    item -= per_slice;
+    ++slice;
+  }
+};
+
+// The results in shared memory (ReduceLayout).
 template <typename Source, int kWidth>
-__device__ __forceinline__ void stage_slices(const Source& source, const Stage<Source, kWidth>& stage,
-                                             const ThreadPositions<kWidth>& positions, int64_t first_offset,
-                                             int64_t slice_numel, int64_t row_numel,
-                                             Running<Source, kWidth> (&running)[Stage<Source, kWidth>::kVectors]) {
-  using Config = ReduceConfig<Source, kWidth>;
-  for (int first = positions.slot; first < stage.slices; first += Config::kBatch * positions.slots) {
-    decltype(source.template load<kWidth>(0)) loaded[Config::kBatch][Config::kVectors];
+struct Stage {
+  using Layout = ReduceLayout<Source, kWidth>;
+  using Value = typename Source::Value;
+  using Real = Arithmetic<Value>;
+  using Row = typename Layout::Row;
+  static constexpr int kMergeWidth = Layout::kMergeWidth;
+  const Layout& layout;
+
+  __device__ __forceinline__ Row* row_parts(int slice, int row) const {
+    return dynamic_shared<Row>() + (slice * layout.rows + row) * layout.row_pitch;
+  }
+  __device__ __forceinline__ Real* column_sums() const {
+    return reinterpret_cast<Real*>(dynamic_shared<char>() + layout.column_sums);
+  }
+  __device__ __forceinline__ Value* column_maxima() const {
+    return reinterpret_cast<Value*>(dynamic_shared<char>() + layout.column_maxima);
+  }
+
+  // Merges the first `count` parts of a row, in their order.
+  __device__ __forceinline__ Row merged_row(int slice, int row, int count) const {
+    const Row* parts = row_parts(slice, row);
+    Row merged = parts[0];
+#pragma unroll 4
+    for (int i = 1; i < count; ++i) merged.add(parts[i]);
+    return merged;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void put_columns(int at, const Running<Source, kCount>& part) const {
+    Vector<Real, kCount> sums;
 #pragma unroll
-    for (int b = 0; b < Config::kBatch; ++b) {
+    for (int i = 0; i < kCount; ++i) sums.at[i] = part.sum[i];
+    vector_at<kCount>(column_sums(), at) = sums;
+    if constexpr (Source::kHasMaximum) part.largest.store(column_maxima() + at);
+  }
+  // Merges `count` parts of kMergeWidth columns, in their order. They are `stride` apart.
+  __device__ __forceinline__ Running<Source, kMergeWidth> merged_columns(int at, int count, int stride) const {
+    Running<Source, kMergeWidth> merged;
+#pragma unroll 2
+    for (int i = 0; i < count; ++i, at += stride) {
+      const Vector<Real, kMergeWidth> sums = vector_at<kMergeWidth>(column_sums(), at);
 #pragma unroll
-      for (int k = 0; k < Config::kVectors; ++k) {
-        const int slice = first + b * positions.slots;
-        if (slice < stage.slices && positions.has(k))
-          loaded[b][k] = source.template load<kWidth>(first_offset + slice * slice_numel +
-                                                      positions.row(k) * row_numel + positions.column(k));
-      }
+      for (int c = 0; c < kMergeWidth; ++c) merged.sum[c] += sums.at[c];
+      if constexpr (Source::kHasMaximum) merged.largest.add(Maxima<Value, kMergeWidth>::load(column_maxima() + at));
     }
+    return merged;
+  }
+};
+
+// Loads the slices of a stage, one per slot at a time. Adds them to the reductions of the thread's positions, and
+// stores the thread's parts of the reductions of rows and columns.
+template <typename Source, int kWidth, int kRows = ReduceLayout<Source, kWidth>::kRows>
+__device__ __forceinline__ void reduce_slices(const Source& source, const Stage<Source, kWidth>& stage, int slices,
+                                              const ThreadPart<kWidth>& part, int64_t first_offset,
+                                              Running<Source, kWidth> (&running)[kRows]) {
+  const ReduceLayout<Source, kWidth>& layout = stage.layout;
+  if (part.rows == 0) return;
+  for (int slice = part.slot; slice < slices; slice += layout.slots, first_offset += layout.slice_stride) {
+    decltype(source.template load<kWidth>(0)) loaded[kRows];
+    int64_t offset = first_offset;
 #pragma unroll
-    for (int b = 0; b < Config::kBatch; ++b) {
+    for (int k = 0; k < kRows; ++k, offset += layout.row_stride)
+      if (k == 0 || k < part.rows) loaded[k] = source.template load<kWidth>(offset);
+    Running<Source, kWidth> columns;
+    auto* row_part = stage.row_parts(slice, part.group) + part.column / kWidth;
 #pragma unroll
-      for (int k = 0; k < Config::kVectors; ++k) {
-        const int slice = first + b * positions.slots;
-        if (slice >= stage.slices || !positions.has(k)) continue;
-        const auto values = Source::template values<kWidth>(loaded[b][k]);
-        running[k].add(values);
-        vector_at<kWidth>(stage.shared.stage, slice * stage.rows * stage.columns + positions.vector(k) * kWidth) =
-            values;
+    for (int k = 0; k < kRows; ++k, row_part += layout.row_part_stride) {
+      if (k > 0 && k >= part.rows) break;
+      const auto values = Source::template values<kWidth>(loaded[k]);
+      running[k].add(values);
+      if (k == 0) {
+        columns = Running<Source, kWidth>(values);
+      } else {
+        columns.add(values);
       }
+      *row_part = RowPart<Source, kWidth>(values);
     }
+    stage.put_columns((slice * layout.groups + part.group) * layout.columns + part.column, columns);
   }
 }
 
-// Calls emit(row, column, reduced) with the reduction over A0 of each position, after the last slice. If there are
-// several slots, their results are merged through scratch.
-template <typename Source, int kWidth, typename Emit>
-__device__ __forceinline__ void emit_positions(
-    Stage<Source, kWidth>& stage, const ThreadPositions<kWidth>& positions,
-    const Running<Source, kWidth> (&running)[Stage<Source, kWidth>::kVectors], Emit emit) {
-  if (positions.slots == 1) {
+// Stores the maxima and the scaled sums of kCount adjacent values of a map.
+template <typename Source, int kCount, typename Real>
+__device__ __forceinline__ void store(const TileMap<Real>& map, int outer, int inner,
+                                      const Running<Source, kCount>& reduced) {
+  Vector<Real, kCount> maxima{}, sums;
 #pragma unroll
-    for (int k = 0; k < ReduceConfig<Source, kWidth>::kVectors; ++k) {
-      if (!positions.has(k)) break;
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (Source::kHasMaximum) maxima.at[i] = widen(reduced.largest.at(i));
+    sums.at[i] = reduced.sum[i];
+  }
+  map.template store<Source::kHasMaximum>(outer, inner, maxima, sums);
+}
+
+// Stores the reduction over A0 of each position, after the last slice. If there are several slots, their results are
+// merged in the order of the slots.
+template <typename Source, int kWidth, typename Real, int kRows = ReduceLayout<Source, kWidth>::kRows>
+__device__ __forceinline__ void store_positions(const TileMap<Real>& map, const Tile& tile,
+                                                const Stage<Source, kWidth>& stage, const ThreadPart<kWidth>& part,
+                                                const Running<Source, kWidth> (&running)[kRows]) {
+  const ReduceLayout<Source, kWidth>& layout = stage.layout;
+  if (layout.slots == 1) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) emit(positions.row(k), positions.column(k) + i, stage.reduced_at(running[k], i));
-    }
+    for (int k = 0; k < kRows; ++k)
+      if (k < part.rows) store<Source>(map, part.group + k * layout.groups, part.column, running[k]);
     return;
   }
-  const int slice_values = positions.slice_vectors * kWidth;
-  if (positions.slot < positions.slots) {
+  // The k-th rows of all groups are adjacent. At most half of the threads process them in one slot, so each thread
+  // merges at most kMergeWidth of their values.
+  constexpr int kMergeWidth = ReduceLayout<Source, kWidth>::kMergeWidth;
+  const int slot_values = layout.groups * layout.columns, at = static_cast<int>(threadIdx.x) * kMergeWidth;
+  const int group = at / layout.columns, column = at % layout.columns;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const int at = positions.slot * slice_values + positions.first * kWidth + i;
-      stage.shared.sum[at] = running[0].sum[i];
-      if constexpr (Source::kHasMaximum) stage.shared.maximum[at] = running[0].largest.at(i);
-    }
+  for (int k = 0; k < kRows; ++k) {
+    const int row = group + k * layout.groups;
+    if (k < part.rows)
+      stage.put_columns(part.slot * slot_values + part.group * layout.columns + part.column, running[k]);
+    __syncthreads();
+    if (group < layout.groups && row < tile.size[1] && column < tile.size[2])
+      store<Source>(map, row, column, stage.merged_columns(at, layout.slots, slot_values));
+    __syncthreads();
   }
-  __syncthreads();
-  for (int at = threadIdx.x; at < slice_values; at += kPassThreads)
-    emit(at / stage.columns, at % stage.columns, stage.merge_scratch(at, positions.slots, slice_values));
 }
 
 template <typename Source, int kWidth>
 __global__ void __launch_bounds__(kPassThreads, 2)
-    reduce_kernel(Source source, Geometry geometry, Tiling tiling, AxisMaps<Arithmetic<typename Source::Value>> maps) {
-  using Config = ReduceConfig<Source, kWidth>;
-  auto& shared = *dynamic_shared<typename Config::Shared>();
+    reduce_kernel(Source source, Geometry geometry, Tiling tiling, ReduceLayout<Source, kWidth> layout,
+                  AxisMaps<Arithmetic<typename Source::Value>> maps) {
+  using Real = Arithmetic<typename Source::Value>;
+  constexpr int kMergeWidth = ReduceLayout<Source, kWidth>::kMergeWidth;
   const Tile tile = Tile::of_block(geometry, tiling);
-  const ThreadPositions<kWidth> positions(tile);
-  Stage<Source, kWidth> stage{shared, 0, tile.size[1], tile.size[2]};
-  const int max_slices = min(Config::kStageValues / (stage.rows * stage.columns), tile.size[0]);
-  const int groups = stage.groups(max_slices);
-  Running<Source, kWidth> running[Config::kVectors];
+  const ThreadPart<kWidth> part(tile, layout);
+  const Stage<Source, kWidth> stage{layout};
+  // The threads with the highest numbers have the fewest columns to merge. They begin with the rows.
+  const SliceItems first_columns(tile.size[2] / kMergeWidth, static_cast<int>(threadIdx.x));
+  const SliceItems first_row(tile.size[1], kPassThreads - 1 - static_cast<int>(threadIdx.x));
+  const int groups = min(layout.groups, tile.size[1]);  // that have a row
+  const TileMap<Real> column_map = maps.of_tile(1, tile), row_map = maps.of_tile(2, tile);
+  const int64_t own_offset = part.group * geometry.size[2] + part.column;
+  Running<Source, kWidth> running[ReduceLayout<Source, kWidth>::kRows];
 
-  for (int first = 0; first < tile.size[0]; first += max_slices) {
-    stage.slices = min(max_slices, tile.size[0] - first);
-    stage_slices(source, stage, positions, tile.slice_begin(geometry, first), geometry.size[1] * geometry.size[2],
-                 geometry.size[2], running);
+  for (int first = 0; first < tile.size[0]; first += layout.max_slices) {
+    const int slices = min(layout.max_slices, tile.size[0] - first);
+    reduce_slices(source, stage, slices, part, tile.slice_begin(geometry, first + part.slot) + own_offset, running);
     __syncthreads();
-    const auto to_map_1 = [&](int slice, int column, const Reduced<Source>& reduced) {
-      maps.template store<Source::kHasMaximum>(1, tile, first + slice, column, reduced.largest, reduced.sum);
-    };
-    if (maps.has(1)) stage.reduce_rows(groups, to_map_1);
-    if (maps.has(2))
-      stage.reduce_columns([&](int slice, int row, const Reduced<Source>& reduced) {
-        maps.template store<Source::kHasMaximum>(2, tile, first + slice, row, reduced.largest, reduced.sum);
-      });
-    __syncthreads();  // the stage can be overwritten, and all groups are in scratch
-    if (maps.has(1)) stage.merge_groups(groups, to_map_1);
+    if (column_map.first)
+      for (SliceItems at = first_columns; at.slice < slices; at.step())
+        store<Source>(column_map, first + at.slice, at.item * kMergeWidth,
+                      stage.merged_columns(at.slice * layout.groups * layout.columns + at.item * kMergeWidth, groups,
+                                           layout.columns));
+    if (row_map.first)
+      for (SliceItems at = first_row; at.slice < slices; at.step()) {
+        const auto merged = stage.merged_row(at.slice, at.item, tile.size[2] / kWidth);
+        Vector<Real, 1> largest{};
+        if constexpr (Source::kHasMaximum) largest.at[0] = merged.largest.overall();
+        row_map.template store<Source::kHasMaximum>(first + at.slice, at.item, largest, Vector<Real, 1>{{merged.sum}});
+      }
+    __syncthreads();  // the shared memory can be overwritten
   }
-  __syncthreads();  // scratch can be overwritten
-  if (maps.has(0))
-    emit_positions(stage, positions, running, [&](int row, int column, const Reduced<Source>& reduced) {
-      maps.template store<Source::kHasMaximum>(0, tile, row, column, reduced.largest, reduced.sum);
-    });
+  const TileMap<Real> position_map = maps.of_tile(0, tile);
+  if (position_map.first) store_positions(position_map, tile, stage, part, running);
 }
 
 template <typename Source, typename Real>
 void launch_reduce(const Source& source, const Geometry& geometry, const PassPlan& plan, const AxisMaps<Real>& maps,
                    cudaStream_t stream) {
   with_vector_width<typename Source::Element>(plan.width, [&](auto width) {
-    using Config = ReduceConfig<Source, decltype(width)::value>;
+    using Layout = ReduceLayout<Source, decltype(width)::value>;
     launch(reduce_kernel<Source, decltype(width)::value>,
-           {plan.tiling.blocks(geometry.samples), kPassThreads, sizeof(typename Config::Shared)}, stream, source,
-           geometry, plan.tiling, maps);
+           {plan.tiling.blocks(geometry.samples), kPassThreads, Layout::kBytes}, stream, source, geometry, plan.tiling,
+           Layout(geometry, plan.tiling), maps);
   });
 }
 

@@ -23,8 +23,11 @@ namespace hashengine::triplet {
 constexpr int kPassThreads = 256;  // threads per block of a pass over x
 
 // The number of vectors of a slice per thread. The apply pass (apply.cuh) needs more registers per vector than the
-// reduce pass (reduce.cu).
-constexpr int reduce_vectors(int width) { return width == 1 ? 4 : 2; }
+// reduce pass (reduce.cu), in which the vectors of a thread are in different rows.
+template <typename Real>
+constexpr int reduce_vectors(int width) {
+  return width <= 2 && sizeof(Real) < 8 ? 8 : 4;
+}
 constexpr int apply_vectors(int width) { return width == 1 ? 2 : 1; }
 
 // An axis of x and the map of the branch that pools it. The map extends over the two remaining axes: "outer" and
@@ -72,14 +75,16 @@ struct Tiling {
 
   int64_t blocks(int64_t samples) const { return samples * tile_count[0] * tile_count[1] * tile_count[2]; }
 
-  // Makes tiles of at most `slice_values` values per slice, with rows of whole vectors. If a tile does not span an
-  // axis, the reduce pass writes the map of that axis in parts (AxisMap in maps.cuh). Square tiles give the fewest
-  // parts, so long rows are cut. A0 is cut only until the multiprocessors have enough blocks.
-  static Tiling make(const Geometry& geometry, int slice_values, int width, int64_t multiprocessors) {
+  // Makes tiles of rows of whole vectors. A slice has at most `thread_vectors` vectors per thread, if the threads that
+  // process the same columns process whole rows. If a tile does not span an axis, the reduce pass writes the map of
+  // that axis in parts (AxisMap in maps.cuh). Square tiles give the fewest parts, so long rows are cut. A0 is cut only
+  // until the multiprocessors have enough blocks.
+  static Tiling make(const Geometry& geometry, int thread_vectors, int width, int64_t multiprocessors) {
     constexpr int64_t kMaxColumns = 128, kMaxRows = 512, kMinSlices = 8, kBlocksPerMultiprocessor = 4;
     Tiling tiling;
     tiling.cut(geometry, 2, kMaxColumns, width);
-    tiling.cut(geometry, 1, std::min<int64_t>(kMaxRows, slice_values / tiling.tile_size[2]), 1);
+    const int row_vectors = tiling.tile_size[2] / width;
+    tiling.cut(geometry, 1, std::min<int64_t>(kMaxRows, kPassThreads / row_vectors * thread_vectors), 1);
     const int64_t blocks = std::max<int64_t>(1, geometry.samples * tiling.tile_count[1] * tiling.tile_count[2]);
     const int64_t slices = ceil_div(geometry.size[0], ceil_div(kBlocksPerMultiprocessor * multiprocessors, blocks));
     tiling.cut(geometry, 0, std::max(slices, kMinSlices), 1);
@@ -103,8 +108,10 @@ struct PassPlan {
   int width;  // elements per vector
   Tiling tiling;
 
+  // Real: the type of the sums.
+  template <typename Real>
   static PassPlan for_reduce(const Geometry& geometry, int width) {
-    return make(geometry, width, reduce_vectors(width));
+    return make(geometry, width, reduce_vectors<Real>(width));
   }
   static PassPlan for_apply(const Geometry& geometry, int width) { return make(geometry, width, apply_vectors(width)); }
   // Whether the lines along this axis are divided among several blocks.
@@ -112,8 +119,7 @@ struct PassPlan {
 
  private:
   static PassPlan make(const Geometry& geometry, int width, int thread_vectors) {
-    return {width, Tiling::make(geometry, kPassThreads * thread_vectors * width, width,
-                                device_attribute(cudaDevAttrMultiProcessorCount))};
+    return {width, Tiling::make(geometry, thread_vectors, width, device_attribute(cudaDevAttrMultiProcessorCount))};
   }
 };
 
@@ -169,11 +175,11 @@ struct Tile {
   }
 };
 
-// The positions of a slice that a thread processes. The vectors (of kWidth elements) of a slice are numbered. The
-// thread processes the vectors `first`, `first + kPassThreads` and so on.
+// The positions of a slice that a thread of the apply pass processes. The vectors (of kWidth elements) of a slice are
+// numbered. The thread processes the vectors `first`, `first + kPassThreads` and so on.
 template <int kWidth>
 struct ThreadPositions {
-  static constexpr int kMostVectors = std::max(reduce_vectors(kWidth), apply_vectors(kWidth));
+  static constexpr int kMostVectors = apply_vectors(kWidth);
   int slice_vectors;
   int row_vectors;
   int slots;  // slices that the block processes at a time

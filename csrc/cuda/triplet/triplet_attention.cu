@@ -37,7 +37,7 @@ struct Forward {
 
   Forward(const TripletForward& params, bool saves, int width, Workspace& workspace)
       : geometry(Geometry::from_shape(params.shape)),
-        reduce_plan(PassPlan::for_reduce(geometry, width)),
+        reduce_plan(PassPlan::for_reduce<Real>(geometry, width)),
         apply_plan(PassPlan::for_apply(geometry, width)),
         pooled(partial_maps<Real>(geometry, reduce_plan.tiling, 2, workspace)) {
     bool is_saved[kTripletBranches] = {};
@@ -121,7 +121,7 @@ struct Backward {
 
   Backward(const TripletBackward& params, int reduce_width, int apply_width, Workspace& workspace)
       : geometry(Geometry::from_shape(params.shape)),
-        reduce_plan(PassPlan::for_reduce(geometry, reduce_width)),
+        reduce_plan(PassPlan::for_reduce<Real>(geometry, reduce_width)),
         apply_plan(PassPlan::for_apply(geometry, apply_width)),
         products(partial_maps<Real>(geometry, reduce_plan.tiling, 1, workspace)),
         gates(GateMaps<Real>::make(geometry, params.parameters, params.saved.response, params.saved.mean,

@@ -109,7 +109,7 @@ struct MapBackward {
 
   MapBackward(const TripletShape& shape, int width, Workspace& workspace)
       : geometry(Geometry::from_shape(shape)),
-        plan(PassPlan::for_reduce(geometry, width)),
+        plan(PassPlan::for_reduce<Real>(geometry, width)),
         products(partial_maps<Real>(geometry, plan.tiling, 1, workspace)) {
     for (AxisMap<Real>& map : products.axis) map.scale = weight_of_branch<Real>(shape);
   }

@@ -143,7 +143,7 @@ struct PoolForward {
 
   PoolForward(const TripletShape& shape, int width, Workspace& workspace)
       : geometry(Geometry::from_shape(shape)),
-        reduce_plan(PassPlan::for_reduce(geometry, width)),
+        reduce_plan(PassPlan::for_reduce<Real>(geometry, width)),
         argmax_plan(PassPlan::for_apply(geometry, width)),
         parts(partial_maps<Real>(geometry, reduce_plan.tiling, 2, workspace)) {
     for (int a = 0; a < 3; ++a) parts.axis[a].scale = Real(1) / static_cast<Real>(geometry.size[a]);
