@@ -234,13 +234,13 @@ __device__ __forceinline__ int compute_gates(const Params<T>& params, const Clus
     const auto function = GateFunction<float>::load(axis.mean, axis.var, axis.bn_weight, axis.bn_bias, params.eps);
     const int first = task / inner * kRows, column = task % inner;
     const float* window = block.at(plan.plane[kAxis]) + first * pitch + column;
-    float responses[kRows] = {};
+    float responses[1][kRows] = {};
     correlate<kSize>(responses, window, pitch, weights, size);
     correlate<kSize>(responses, window + plan.area(kAxis), pitch, weights + size * size, size);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (first + r >= block.count[kAxis]) break;
-      const float gate = params.branch_weight * function.gate(responses[r]);
+      const float gate = params.branch_weight * function.gate(responses[0][r]);
       float* gates = block.at(plan.gate[kAxis]);
       if constexpr (kAxis > 0) {
         gates[(first + r) * inner + column] = gate;

@@ -8,17 +8,19 @@
 #include <algorithm>
 
 #include "cuda/common/maximum.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/triplet/maps.cuh"
 
 namespace hashengine::triplet {
 
-// The tiles of a branch's map. A thread processes kRows consecutive rows of one column of a tile.
+// The tiles of a branch's map. A thread processes kRows consecutive rows of one or two columns of a tile.
 struct MapTiling {
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 256;
   static constexpr int kRows = 8;
   int64_t first_block;    // the branch's first block in the grid
   int groups;             // threads per column of a tile
-  int columns;            // columns of a tile
+  int thread_columns;     // columns per thread
+  int columns;            // columns of a tile, a multiple of thread_columns
   unsigned row_tiles;     // number of tiles into which the rows of the map are divided
   unsigned column_tiles;  // number of tiles into which its columns are divided
 
@@ -26,17 +28,23 @@ struct MapTiling {
   __host__ __device__ int rows() const { return groups * kRows; }
 
   // Tiles are about square. A block needs shared memory for the weights and for `planes` arrays. Each array has the
-  // size of a tile with its border: kernel_size - 1 more rows and columns. All this must fit into kMaxSharedBytes.
-  static MapTiling make(int64_t map_rows, int64_t map_columns, int kernel_size, int planes, int value_bytes) {
-    constexpr int64_t kWantedColumns = 32, kMaxGroups = 16, kMaxSharedBytes = 96 << 10;
+  // size of a tile with its border: kernel_size - 1 more rows and columns. All this must fit into kMaxSharedBytes,
+  // unless a single thread needs more. response_backward.cu takes up to 14 KB in addition if kernel_size is 7.
+  static MapTiling make(int64_t map_rows, int64_t map_columns, int kernel_size, int thread_columns, int planes,
+                        int value_bytes) {
+    constexpr int64_t kWantedColumns = 64, kMaxGroups = 32, kMaxSharedBytes = 80 << 10;
     MapTiling tiling{};
-    const int64_t wanted = std::min(kMaxGroups, kThreads / std::min(map_columns, kWantedColumns));
-    tiling.groups = static_cast<int>(std::min(ceil_div<int64_t>(map_rows, kRows), wanted));
+    tiling.thread_columns = thread_columns;
+    const int64_t row_threads = ceil_div<int64_t>(std::min(map_columns, kWantedColumns), thread_columns);
+    const int64_t max_rows = std::min(kMaxGroups, kThreads / row_threads) * kRows;
+    const int64_t rows = ceil_div(map_rows, ceil_div(map_rows, max_rows));
+    tiling.groups = static_cast<int>(ceil_div<int64_t>(rows, kRows));
     const auto cut_columns = [&](int64_t max_columns) {
-      tiling.columns = static_cast<int>(ceil_div(map_columns, ceil_div(map_columns, max_columns)));
+      const int64_t columns = ceil_div(map_columns, ceil_div(map_columns, max_columns));
+      tiling.columns = static_cast<int>(round_up(columns, thread_columns));
     };
-    cut_columns(kThreads / tiling.groups);
-    while (tiling.groups * tiling.columns > 1 &&
+    cut_columns(kThreads / tiling.groups * thread_columns);
+    while (tiling.groups * tiling.columns > thread_columns &&
            tiling.shared_values(kernel_size, planes) * value_bytes > kMaxSharedBytes) {
       if (tiling.groups > 1) {
         tiling.groups /= 2;
@@ -99,7 +107,7 @@ struct BranchMaps {
   }
 
   static BranchMaps make(const Geometry& geometry, const TripletShape& shape, const TripletParameters& parameters,
-                         const AxisMaps<Real>& sources, int planes) {
+                         const AxisMaps<Real>& sources, int planes, int thread_columns) {
     BranchMaps maps{};
     maps.branches = geometry.branches;
     maps.kernel_size = shape.kernel_size;
@@ -119,7 +127,7 @@ struct BranchMaps {
       map.conv_weight = static_cast<const Real*>(parameters.conv_weight[axis.branch]);
       map.bn_weight = static_cast<const Real*>(parameters.bn_weight[axis.branch]);
       map.bn_bias = static_cast<const Real*>(parameters.bn_bias[axis.branch]);
-      map.tiling = MapTiling::make(map.rows, map.columns, shape.kernel_size, planes, sizeof(Real));
+      map.tiling = MapTiling::make(map.rows, map.columns, shape.kernel_size, thread_columns, planes, sizeof(Real));
     }
     for (int b = 1; b < maps.branches; ++b)
       maps.branch[b].tiling.first_block =
@@ -130,7 +138,7 @@ struct BranchMaps {
   // For a kernel without convolution and BatchNorm.
   static BranchMaps without_parameters(const Geometry& geometry, TripletShape shape, const AxisMaps<Real>& sources) {
     shape.kernel_size = 1;
-    return make(geometry, shape, {}, sources, 1);
+    return make(geometry, shape, {}, sources, 1, 1);
   }
 };
 
@@ -181,32 +189,128 @@ struct MapTile {
     rest /= tiling.column_tiles;
     row = static_cast<int64_t>(rest % tiling.row_tiles) * tiling.rows();
     sample = rest / tiling.row_tiles;
-    thread_group = static_cast<int>(threadIdx.x) / tiling.columns;
-    thread_column = static_cast<int>(threadIdx.x) % tiling.columns;
+    const int row_threads = tiling.columns / tiling.thread_columns;
+    thread_group = static_cast<int>(threadIdx.x) / row_threads;
+    thread_column = static_cast<int>(threadIdx.x) % row_threads * tiling.thread_columns;
   }
 
-  // About the thread's r-th value: whether it is inside the map, its row in the map, and its offset in the map.
-  __device__ __forceinline__ bool has(int r) const {
-    return thread_group < map.tiling.groups && value_row(r) < map.rows && column + thread_column < map.columns;
+  // About the thread's r-th value in its c-th column: whether it is inside the map, its row in the map, and, for the
+  // first column, its offset in the map.
+  __device__ __forceinline__ bool has(int r, int c = 0) const {
+    return thread_group < map.tiling.groups && value_row(r) < map.rows && column + thread_column + c < map.columns;
   }
   __device__ __forceinline__ int64_t value_row(int r) const { return row + thread_group * MapTiling::kRows + r; }
   __device__ __forceinline__ int64_t offset(int r) const { return value_row(r) * map.columns + column + thread_column; }
 };
 
-// sums[r] += the correlation of weights [size, size] with the window that begins r rows below `window`. kSize is the
-// size if it is known at compile time, otherwise 0. If it is known, the thread loads each value of its windows and each
-// weight once, for all of its kRows sums.
-template <int kSize, typename Real>
-__device__ __forceinline__ void correlate(Real (&sums)[MapTiling::kRows], const Real* window, int pitch,
-                                          const Real* weights, int size) {
-  const int n = kSize > 0 ? kSize : size;
-#pragma unroll 1
-  for (int x = 0; x < n; ++x) {
-#pragma unroll(kSize > 0 ? kSize : 1)
-    for (int y = 0; y < n; ++y) {
-      const Real weight = weights[y * n + x];
+// The values of a tile with its border that are inside the map, by lines: rows, or columns if kByColumns. Line l and
+// place i count from the first line and place of the border.
+template <bool kByColumns>
+struct BorderLines {
+  int64_t first_line;  // in the map, can be negative
+  int64_t first_place;
+  int begin, end;               // the lines inside the map
+  int place_begin, place_end;   // the places inside the map
+  int line_pitch, place_pitch;  // in an array of the size of the tile with its border
+
+  template <typename Real>
+  __device__ __forceinline__ BorderLines(const MapTile<Real>& tile, int kernel_size) {
+    const BranchMap<Real>& map = tile.map;
+    const int pitch = map.tiling.pitch(kernel_size), height = map.tiling.rows() + kernel_size - 1;
+    const int64_t first_row = tile.row - kernel_size / 2, first_column = tile.column - kernel_size / 2;
+    first_line = kByColumns ? first_column : first_row;
+    first_place = kByColumns ? first_row : first_column;
+    begin = max(0, -static_cast<int>(first_line));
+    end = end_of(first_line, kByColumns ? pitch : height, kByColumns ? map.columns : map.rows);
+    place_begin = max(0, -static_cast<int>(first_place));
+    place_end = end_of(first_place, kByColumns ? height : pitch, kByColumns ? map.rows : map.columns);
+    line_pitch = kByColumns ? 1 : pitch;
+    place_pitch = kByColumns ? pitch : 1;
+  }
+
+  // Calls load(offset) and then store(at, offset, value) with its result, for each value: `offset` is its place in the
+  // map, from the first value of the map on, if lines are line_stride apart there. `at` is its place in the array. The
+  // lanes of a warp are adjacent along a line. A lane calls load for kBatch lines before it calls store.
+  template <typename Value, typename Load, typename Store>
+  __device__ __forceinline__ void visit(int64_t line_stride, Load load, Store store) const {
+    constexpr int kBatch = 4, kWarps = MapTiling::kThreads / kWarpThreads;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+    const int64_t batch_stride = kWarps * line_stride;
+    for (int batch = begin + warp; batch < end; batch += kBatch * kWarps) {
+      int64_t offset = (first_line + batch) * line_stride + first_place + place_begin + lane;
+      int at = batch * line_pitch + (place_begin + lane) * place_pitch;
+      for (int i = place_begin + lane; i < place_end; i += kWarpThreads) {
+        Value values[kBatch] = {};
 #pragma unroll
-      for (int r = 0; r < MapTiling::kRows; ++r) sums[r] += weight * window[(r + y) * pitch + x];
+        for (int b = 0; b < kBatch; ++b)
+          if (batch + b * kWarps < end) values[b] = load(offset + b * batch_stride);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+          if (batch + b * kWarps < end) store(at + b * kWarps * line_pitch, offset + b * batch_stride, values[b]);
+        offset += kWarpThreads;
+        at += kWarpThreads * place_pitch;
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int end_of(int64_t first, int count, int64_t size) {
+    return static_cast<int>(min(static_cast<int64_t>(count), size - first));
+  }
+};
+
+// Stores the values of two adjacent columns, or only the first.
+template <typename Real>
+__device__ __forceinline__ void store_pair(Real* at, Real first, Real second, bool has_second) {
+  if (has_second && is_aligned(at, 2 * sizeof(Real))) {
+    vector_at<2>(at, 0) = {first, second};
+    return;
+  }
+  at[0] = first;
+  if (has_second) at[1] = second;
+}
+
+// sums[c][r] += the correlation of weights [size, size] with the window that begins r rows below and c columns to the
+// right of `window`. kSize is the size if it is known at compile time, otherwise 0. If it is known, the thread loads
+// each value of its windows once, for all of its sums. With two columns it loads two values at a time: the pitch must
+// be even, and `window` be aligned.
+template <int kSize, int kColumns, typename Real>
+__device__ __forceinline__ void correlate(Real (&sums)[kColumns][MapTiling::kRows], const Real* window, int pitch,
+                                          const Real* weights, int size) {
+  constexpr int kRows = MapTiling::kRows;
+  if constexpr (kSize > 0) {
+#pragma unroll(kColumns > 1 ? kSize : 1)
+    for (int first = 0; first < kSize + kColumns - 1; first += kColumns) {
+      Vector<Real, kColumns> values[kRows + kSize - 1];
+#pragma unroll
+      for (int y = 0; y < kRows + kSize - 1; ++y) values[y] = vector_at<kColumns>(window, y * pitch + first);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int x = first + i - c;  // the column of the weights
+          if (x < 0 || x >= kSize) continue;
+#pragma unroll
+          for (int y = 0; y < kSize; ++y) {
+            const Real weight = weights[y * kSize + x];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) sums[c][r] += weight * values[r + y].at[i];
+          }
+        }
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int x = 0; x < size; ++x) {
+#pragma unroll 1
+      for (int y = 0; y < size; ++y) {
+        const Real weight = weights[y * size + x];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) sums[c][r] += weight * window[(r + y) * pitch + x + c];
+        }
+      }
     }
   }
 }

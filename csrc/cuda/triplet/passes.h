@@ -27,6 +27,8 @@ void launch_reduce_products(const void* x, const void* grad_y, Dtype dtype, cons
 
 // --- response.cu: the convolution of the pooled maps, and the statistics that normalize its result ---
 
+constexpr int kResponseColumns = 2;  // columns per thread in response.cu (MapTiling)
+
 template <typename Real>
 struct Response {
   BranchMaps<Real> maps;

@@ -5,17 +5,21 @@
 // Idea. (1) affine_kernel merges the parts of the sums and multiplies the sums by the slope of the gate. It also sums
 // the terms of the gradients of BatchNorm's parameters; the block that finishes last adds up the sums of all blocks.
 // (2) convolution_kernel loads a tile of the response's gradient and of the pooled maps, with a border, into shared
-// memory. First, a thread correlates the gradient with the flipped weights for 8 values of a column. Then it computes a
-// part of the weights' gradients. For this part, if kernel_size is 7, the threads form 9 groups of 14, with one thread
-// per column of weights. A thread computes 7 weights' gradients, so that 22 loads serve 56 multiplications. (3)
-// weights_kernel sums the weights' gradients over the tiles, with one block per weight.
+// memory. First, a thread correlates the gradient with the flipped weights of both channels for 8 values of a column.
+// Then it computes a part of the weights' gradients. For this part, if kernel_size is 7, the threads form 18 groups of
+// 14, with one thread per column of weights. A thread computes 7 weights' gradients, so that 22 loads serve 56
+// multiplications. (3) weights_kernel sums the weights' gradients over the tiles, with one block per weight.
 //
 // Traffic. Maps only: per value of a map, about 7 Reals read and 3 written; per tile, 2 * kernel_size^2 Reals written
-// and read. The kernels are limited by arithmetic: 4 * kernel_size^2 multiplications per value, at about 1.3
-// instructions each.
+// and read.
 //
-// Launch. 128 threads per block (96 in weights_kernel) and tiles as in response.cu. For a kernel_size of 7, a block has
-// up to 26 KB of shared memory (52 KB for float64). A memset of 4 bytes precedes the first launch.
+// Instructions, for samples of 256 x 56 x 56 in NCHW: affine_kernel and convolution_kernel together take about 680 per
+// value of a map. The weights' gradients are about 230 of them and the correlation about 140, each with 98
+// multiplications.
+//
+// Launch. 256 threads per block (96 in weights_kernel) and tiles as in response.cu, with at most half as many values.
+// For a kernel_size of 7, a block has up to 51 KB of shared memory (94 KB for float64). A memset of 4 bytes precedes
+// the first launch.
 //
 // Numerics. Sums in Real within a tile, in float64 over the tiles. The launch plan fixes the order; there are no
 // atomics on floats.
@@ -65,28 +69,28 @@ __device__ __forceinline__ GateFunction<Real> gate_function(const ResponseBackwa
                                   tile.map.bn_bias, params.maps.eps);
 }
 
-// Sums the gradients of BatchNorm's parameters over the blocks. Only the block that finishes last calls it.
+// Sums the gradients of BatchNorm's parameters over the blocks, with one warp per branch. Only the block that finishes
+// last calls it.
 template <typename Real>
 __device__ __forceinline__ void merge_sums(const ResponseBackward<Real>& params, const BlockSums* blocks) {
-  for (int branch = 0; branch < params.maps.branches; ++branch) {
-    int64_t begin = 0, end = 0;
-    with_branch(branch, [&](int b) {
-      begin = params.maps.branch[b].tiling.first_block;
-      end = begin + params.maps.branch[b].tiling.blocks(params.maps.samples);
-    });
-    double affine = 0, affine_normalized = 0;
-    for (int64_t block = begin + threadIdx.x; block < end; block += kThreads) {
-      affine += __ldcg(&blocks[block].affine);
-      affine_normalized += __ldcg(&blocks[block].affine_normalized);
-    }
-    __syncthreads();  // block_sum requires it between two calls
-    affine = block_sum(affine);
-    __syncthreads();
-    affine_normalized = block_sum(affine_normalized);
-    if (threadIdx.x != 0) continue;
-    params.grad_bn_bias[branch] = static_cast<Real>(affine);
-    params.grad_bn_weight[branch] = static_cast<Real>(affine_normalized);
+  const int branch = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+  if (branch >= params.maps.branches) return;
+  int64_t begin = 0, end = 0;
+  with_branch(branch, [&](int b) {
+    begin = params.maps.branch[b].tiling.first_block;
+    end = begin + params.maps.branch[b].tiling.blocks(params.maps.samples);
+  });
+  double affine = 0, affine_normalized = 0;
+#pragma unroll 4
+  for (int64_t block = begin + lane; block < end; block += kWarpThreads) {
+    affine += __ldcg(&blocks[block].affine);
+    affine_normalized += __ldcg(&blocks[block].affine_normalized);
   }
+  affine = warp_sum(affine);
+  affine_normalized = warp_sum(affine_normalized);
+  if (lane != 0) return;
+  params.grad_bn_bias[branch] = static_cast<Real>(affine);
+  params.grad_bn_weight[branch] = static_cast<Real>(affine_normalized);
 }
 
 template <typename Real>
@@ -117,8 +121,7 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(ResponseBackward<Real>
   if (finishes_last(workspace.finished_blocks)) merge_sums(params, workspace.sums);
 }
 
-// Loads the response's gradient, the maximum and the mean of the tile with its border; values outside of the map are
-// zeros.
+// Loads the response's gradient, the maximum and the mean of the tile with its border, where they are inside the map.
 template <typename Real>
 __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, const MapTile<Real>& tile,
                                           Real* planes) {
@@ -129,22 +132,61 @@ __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, 
   const Real per_value = params.training ? Real(1) / static_cast<Real>(map.numel() * params.maps.samples) : Real(0);
   const Real from_mean = params.grad_bn_bias[tile.branch] * per_value;
   const Real from_var = params.grad_bn_weight[tile.branch] * per_value;
-  const int border = params.maps.kernel_size / 2;
-  const int pitch = map.tiling.pitch(params.maps.kernel_size), area = map.tiling.area(params.maps.kernel_size);
-  for (int at = threadIdx.x; at < area; at += kThreads) {
-    const int64_t row = tile.row + at / pitch - border, column = tile.column + at % pitch - border;
-    Real gradient = 0, largest = 0, mean = 0;
-    if (row >= 0 && row < map.rows && column >= 0 && column < map.columns) {
-      const int64_t sample_begin = map.flat_begin + tile.sample * map.numel();
-      const int64_t offset = sample_begin + row * map.columns + column;
-      const Real normalized = function.normalized(params.response[offset]);
-      gradient = (params.grad_affine[offset] - (from_mean + normalized * from_var)) * slope;
-      largest = params.pooled[offset + sample_begin];
-      mean = params.pooled[offset + sample_begin + map.numel()];
+  const int area = map.tiling.area(params.maps.kernel_size);
+  const int64_t sample_begin = map.flat_begin + tile.sample * map.numel();
+  const Real* responses = params.response + sample_begin;
+  const Real* grad_affine = params.grad_affine + sample_begin;
+  const Real* pooled = params.pooled + 2 * sample_begin;
+  struct Loaded {
+    Real response, grad_affine, largest, mean;
+  };
+  BorderLines<false>(tile, params.maps.kernel_size)
+      .template visit<Loaded>(
+          map.columns,
+          [&](int64_t offset) {
+            return Loaded{responses[offset], grad_affine[offset], pooled[offset], pooled[offset + map.numel()]};
+          },
+          [&](int at, int64_t, const Loaded& loaded) {
+            const Real through_statistics = from_mean + function.normalized(loaded.response) * from_var;
+            planes[at] = (loaded.grad_affine - through_statistics) * slope;
+            planes[area + at] = loaded.largest;
+            planes[2 * area + at] = loaded.mean;
+          });
+}
+
+// sums[channel][r] += the correlation of the channel's weights [size, size] with the window that begins r rows below
+// `window`. kSize is the size if it is known at compile time, otherwise 0. If it is known, the thread loads each value
+// of its windows once, for all of its sums.
+template <int kSize, typename Real>
+__device__ __forceinline__ void correlate_both(Real (&sums)[2][kRows], const Real* window, int pitch,
+                                               const Real* weights, int size) {
+#pragma unroll 1
+  for (int x = 0; x < size; ++x) {
+    if constexpr (kSize > 0) {
+      Real values[kRows + kSize - 1];
+#pragma unroll
+      for (int y = 0; y < kRows + kSize - 1; ++y) values[y] = window[y * pitch + x];
+#pragma unroll
+      for (int channel = 0; channel < 2; ++channel) {
+#pragma unroll
+        for (int y = 0; y < kSize; ++y) {
+          const Real weight = weights[(channel * kSize + y) * kSize + x];
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) sums[channel][r] += weight * values[r + y];
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int y = 0; y < size; ++y) {
+        const Real first = weights[y * size + x], second = weights[(size + y) * size + x];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const Real value = window[(r + y) * pitch + x];
+          sums[0][r] += first * value;
+          sums[1][r] += second * value;
+        }
+      }
     }
-    planes[at] = gradient;
-    planes[area + at] = largest;
-    planes[2 * area + at] = mean;
   }
 }
 
@@ -159,8 +201,10 @@ __device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling,
   const int channel = weight_column / kSize, x = weight_column % kSize;
   Real sums[kSize] = {};
   if (group < kGroups) {
-    for (int item = group; item < tiling.groups * tiling.columns; item += kGroups) {
-      const int column = item % tiling.columns, row = item / tiling.columns * kRows;
+    int row = 0, column = group;
+    while (true) {
+      for (; column >= tiling.columns; column -= tiling.columns) row += kRows;
+      if (row >= tiling.rows()) break;
       const Real* gradient = planes + (row + kSize / 2) * pitch + column + kSize / 2;
       const Real* window = planes + (1 + channel) * area + row * pitch + column + x;
 #pragma unroll
@@ -168,6 +212,7 @@ __device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling,
 #pragma unroll
         for (int r = 0; r < kRows; ++r) sums[y] += gradient[r * pitch] * window[(r + y) * pitch];
       }
+      column += kGroups;
     }
 #pragma unroll
     for (int y = 0; y < kSize; ++y) scratch[group * kColumns * kSize + (channel * kSize + y) * kSize + x] = sums[y];
@@ -212,6 +257,8 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(ResponseBackward<
     const int channel = i / (size * size), flipped = size * size - 1 - i % (size * size);
     weights[i] = map.conv_weight[channel * size * size + flipped];
   }
+  for (int i = threadIdx.x; i < 3 * area; i += kThreads) planes[i] = 0;
+  __syncthreads();
   load_tile(params, tile, planes);
   __syncthreads();
 
@@ -219,14 +266,13 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(ResponseBackward<
     Real* grad_pooled = params.grad_pooled + 2 * (map.flat_begin + tile.sample * map.numel());
     const Real* window = planes + tile.thread_group * kRows * pitch + tile.thread_column;
     const Real per_element = Real(1) / static_cast<Real>(map.pooled_length);
-#pragma unroll 1
-    for (int channel = 0; channel < 2; ++channel) {
-      Real results[kRows] = {};
-      correlate<kSize>(results, window, pitch, weights + channel * size * size, size);
+    Real results[2][kRows] = {};
+    correlate_both<kSize>(results, window, pitch, weights, size);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (tile.has(r))
-          grad_pooled[channel * map.numel() + tile.offset(r)] = channel == 0 ? results[r] : results[r] * per_element;
+    for (int r = 0; r < kRows; ++r) {
+      if (!tile.has(r)) break;
+      grad_pooled[tile.offset(r)] = results[0][r];
+      grad_pooled[map.numel() + tile.offset(r)] = results[1][r] * per_element;
     }
   }
   Real* gradients = BackwardWorkspace<Real>(params.workspace, gridDim.x).weight_gradients + blockIdx.x;

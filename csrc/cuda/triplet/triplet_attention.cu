@@ -50,7 +50,7 @@ struct Forward {
       is_saved[axis.branch] = true;
       pooled.axis[a].data = static_cast<Real*>(params.saved.pooled) + 2 * axis.flat_begin;
     }
-    response.maps = BranchMaps<Real>::make(geometry, params.shape, params.parameters, pooled, 2);
+    response.maps = BranchMaps<Real>::make(geometry, params.shape, params.parameters, pooled, 2, kResponseColumns);
     for (int a = 0; a < 3; ++a) {
       const int branch = geometry.axis[a].branch;
       if (branch < 0) continue;
@@ -128,7 +128,7 @@ struct Backward {
                                    params.saved.var)) {
     for (AxisMap<Real>& map : products.axis) map.scale = gates.branch_weight;
     const int64_t values = params.shape.maps_numel();
-    response.maps = BranchMaps<Real>::make(geometry, params.shape, params.parameters, products, 3);
+    response.maps = BranchMaps<Real>::make(geometry, params.shape, params.parameters, products, 3, 1);
     response.pooled = static_cast<const Real*>(params.saved.pooled);
     response.response = gates.response;
     response.mean = gates.mean;
