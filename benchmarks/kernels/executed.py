@@ -20,7 +20,8 @@ _TARGET = re.compile(r"`\(([^)]+)\)")
 
 # For each line of source code, written "file: beginning of the line", how often its branches are taken. "trips" is for
 # branches that go back: the iterations of the loop, each time it is entered. "taken" is for the other branches: the
-# share of their executions that jump. A list has one number per branch, in the order of their addresses.
+# share of their executions that jump. A list has one number per branch, in the order of their addresses. The line "*"
+# has the trips of all other loops.
 Branches = Mapping[str, Mapping[str, float | Sequence[float]]]
 
 
@@ -31,7 +32,7 @@ def count_instructions(code: Code, branches: Branches) -> float:
 
     Raises:
         ValueError: a loop that is executed has no trip count, an entry of `branches` matches no branch, or it has the
-            wrong number of numbers. The message names the branches.
+            wrong number of numbers, and the message names the branches; or a loop never ends.
     """
     shares, wrong = _shares(code, branches)
     if wrong:
@@ -50,7 +51,10 @@ def count_instructions(code: Code, branches: Branches) -> float:
     reached = _reachable(chain)
     entered = np.zeros(len(reached))
     entered[0] = 1
-    visits = np.linalg.solve(np.eye(len(reached)) - chain[np.ix_(reached, reached)].T, entered)
+    try:
+        visits = np.linalg.solve(np.eye(len(reached)) - chain[np.ix_(reached, reached)].T, entered)
+    except np.linalg.LinAlgError:
+        raise ValueError(f"{code.kernel}: the branches that leave a loop are never taken") from None
     lasts = {ends[block] - 1: code.instructions[ends[block] - 1] for block in reached}
     if loops := [last for index, last in lasts.items() if _is_conditional(last) and index not in shares]:
         places = "; ".join(f"{loop.address:04x}, {source_of(loop)!r}" for loop in loops)
@@ -141,18 +145,24 @@ def _shares(code: Code, branches: Branches) -> tuple[dict[int, float], list[str]
         goes_back = _goes_back(code, index)
         if not goes_back:
             shares[index] = 0.0
+        elif "*" in branches:
+            shares[index] = _share_of(branches["*"]["trips"])
         source = source_of(instruction)
         if (key := next((begin for begin in branches if source.startswith(begin)), None)) is not None:
             (backward if goes_back else forward).setdefault(key, []).append(index)
     wrong: list[str] = []
     for key, rule in branches.items():
-        for kind, given in rule.items():
+        for kind, given in rule.items() if key != "*" else ():
             found = (backward if kind == "trips" else forward).get(key, [])
             numbers = list(given) if isinstance(given, Sequence) else [given] * len(found)
             if not found or len(numbers) != len(found):
                 addresses = ", ".join(f"{code.instructions[index].address:04x}" for index in found) or "none"
                 wrong.append(f"{key!r}: {len(numbers)} of {kind!r} for the branches {addresses}")
             else:
-                to_share = (lambda trips: 1 - 1 / trips) if kind == "trips" else float
-                shares |= zip(found, map(to_share, numbers), strict=True)
+                shares |= zip(found, map(_share_of if kind == "trips" else float, numbers), strict=True)
     return shares, wrong
+
+
+def _share_of(trips: float) -> float:
+    """The share of its executions in which the branch of a loop goes back."""
+    return 1 - 1 / trips

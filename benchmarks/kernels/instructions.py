@@ -48,6 +48,7 @@ class CountedPath:
         claim: the text of the source's banner, in which "{}" stands for the number.
         branches: how often the branches are taken.
         baseline: if not empty, the branches of a second count, which is subtracted. They replace those of `branches`.
+            With one more trip of a loop than here, the difference is the cost of an iteration.
         derivation: where the numbers come from.
     """
 

@@ -112,6 +112,18 @@ def test_a_loop_that_is_never_entered_needs_no_number(kernel):
     assert count_instructions(code, {"kernel.cu: if (rare)": {"taken": 1}}) == 2
 
 
+def test_all_other_loops_have_the_trips_of_the_star(kernel):
+    code = kernel("a: FADD R0", "@P0 BRA a  # for (x) {", "b: FADD R0", "@P0 BRA b  # for (y) {", "EXIT")
+    assert count_instructions(code, {"*": {"trips": 1}, "kernel.cu: for (y": {"trips": 3}}) == pytest.approx(2 + 6 + 1)
+
+
+def test_a_loop_that_never_ends_is_refused(kernel):
+    code = kernel("a: FADD R0", "@P0 EXIT  # if (done) return;", "BRA a")
+    with pytest.raises(ValueError, match="branches that leave a loop are never taken"):
+        count_instructions(code, {})
+    assert count_instructions(code, {"kernel.cu: if (done)": {"taken": 0.25}}) == pytest.approx(4 * 3 - 1)
+
+
 def test_a_jump_to_a_computed_address_is_refused(kernel):
     with pytest.raises(ValueError, match="cannot follow BRX"):
         count_instructions(kernel("BRX R2", "EXIT"), {})
