@@ -1,7 +1,7 @@
 // hamming_topk on the GPU, for the searches that can_launch_hamming_topk accepts; hamming_range.cu serves the others.
 //
-// Idea. Three steps, one launch each. bounds.cu estimates a bound per query from a sample. A scan then finds each
-// query's candidates, the codes within its bound. select.cu selects the k nearest candidates. The three launches
+// Idea. Three steps. bounds.cu estimates a bound per query from a sample. A scan then finds each
+// query's candidates, the codes within its bound. select.cu selects the k nearest candidates. The three steps
 // together read the codes about once. For a small database only select.cu is launched, and selects from all codes.
 // choose_scan() chooses the scan for the device and the search. topk_steps.h declares the steps.
 //
