@@ -101,7 +101,7 @@ def test_wrong_counts_fail_the_command(faiss, monkeypatch, wrong_part):
         (["--device", "cuda", "--threads", 2], "hamming: threads must be left out with --device cuda, got 2"),
         (
             ["--device", "cuda", "--task", "count"],
-            "hamming: --task must be map, which also counts, with --device cuda, got 'count'",
+            "hamming: --task must be map, which also counts, with --device cuda, got count",
         ),
     ],
 )
