@@ -105,8 +105,11 @@ def make_search(kind: str, count: int, bits: int, queries: int, seed: int = 0, o
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
 @pytest.mark.parametrize("bits", [8, 64, 200])
-@pytest.mark.parametrize("queries", [1, 5, 163])
-@pytest.mark.parametrize("capability", CAPABILITIES)
+# Each capability has a scan of its own for many queries; that of 9.0 takes 160 or more.
+@pytest.mark.parametrize(
+    ("capability", "queries"),
+    [(c, queries) for c in CAPABILITIES for queries in (1, 5, 163 if c == 90 else 67)],
+)
 def test_topk(machine, capability, queries, bits, kind):
     search = make_search(kind, 9001, bits, queries)
     got, fallbacks = topk(machine, search, 50, capability)
@@ -118,7 +121,7 @@ def test_topk(machine, capability, queries, bits, kind):
 def test_every_device_gives_the_answers_with_the_code_that_it_runs(device, code):
     """No kernel starts early in code that does not wait."""
     emulation = load_emulation()
-    for queries in (1, 5, 163):
+    for queries in (1, 5, 163 if device == 90 else 67):
         search = make_search("random", 9001, 64, queries)
         with emulation.device(code=code):
             got, _ = topk(emulation, search, 50, device)
