@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import re
 import threading
 import warnings
@@ -107,7 +108,7 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_voi
 def _collect_from_libtiff() -> Any:
     """Make libtiff pass its errors to `_thread.found` while a thread reads a file. Returns what must stay alive."""
     try:
-        loaded = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+        loaded = [os.fsdecode(line.split(maxsplit=5)[-1]) for line in Path("/proc/self/maps").read_bytes().splitlines()]
         library = ctypes.CDLL(next(path for path in loaded if re.search(r"/libtiff[^/]*$", path)))
         set_handler = library.TIFFSetErrorHandler
     except (OSError, StopIteration, AttributeError):  # another system, or a Pillow without libtiff

@@ -228,7 +228,8 @@ def _threads() -> Iterator[Check]:
 
 def openmp_runtimes() -> list[str]:
     """The files of the OpenMP runtimes that this process has loaded."""
-    paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    maps = Path("/proc/self/maps").read_bytes()  # names of mapped files need not be UTF-8
+    paths = {os.fsdecode(line.split(maxsplit=5)[-1].strip()) for line in maps.splitlines()}
     return sorted(path for path in paths if re.match(r"lib(gomp|omp|iomp5)\b", os.path.basename(path)))
 
 

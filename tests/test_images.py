@@ -334,3 +334,17 @@ def test_a_damaged_image_of_a_format_that_pillow_decodes_is_called_damaged(tmp_p
         (tmp_path / name).write_bytes(content[:100])
         with pytest.raises(InputError, match=f"{name}: the file must be a readable image, got a damaged AVIF$"):
             read_image(tmp_path / name)
+
+
+def test_a_mapped_file_whose_name_is_no_utf8_does_not_stop_reading(tmp_path, noise):
+    """The list of mapped files has the names as bytes. The weights of a model are such a file."""
+    save(tmp_path / "image.png", noise)
+    script = (
+        "import mmap, os, sys; folder = os.fsencode(sys.argv[1]); name = folder + b'/weights\\xe9'\n"
+        "open(name, 'wb').write(b'weights')\n"
+        "mapped = mmap.mmap(os.open(name, os.O_RDONLY), 0, access=mmap.ACCESS_READ)\n"
+        "from hashengine.doctor import openmp_runtimes; from hashengine.images import read_image\n"
+        "read_image(sys.argv[1] + '/image.png'); openmp_runtimes(); print('read')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "read\n", done.stderr
