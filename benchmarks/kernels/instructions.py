@@ -138,7 +138,10 @@ def run(only: str, shows_branches: bool) -> str:
     for path, code in compile_paths(paths):
         if shows_branches:
             lines += [path.name, *(f"  {line}" for line in describe_branches(code, path.branches))]
-        counted, claimed = path.count(code), path.claimed()
+        try:
+            counted, claimed = path.count(code), path.claimed()
+        except ValueError as error:
+            raise invalid("instructions", COUNTS.name, f"a row that fits the code of {path.name!r}", error) from None
         lines.append(
             f"{path.name}, {path.input}: {counted:.3g} instructions per {path.unit}; the banner says {claimed:g} "
             f"({counted / claimed:.2f})"

@@ -183,3 +183,14 @@ def test_the_command_says_why_it_cannot_count(monkeypatch):
     monkeypatch.setattr("benchmarks.kernels.instructions.missing_tool", lambda: "there is no nvcc")
     done = CliRunner().invoke(app, ["instructions"])
     assert done.exit_code != 0 and "there is no nvcc" in f"{done.output}{done.exception}"
+
+
+def test_a_row_that_does_not_fit_the_code_is_one_line(monkeypatch):
+    """A change of the kernel or another compiler may leave rows that name branches that are gone."""
+    path = dataclasses.replace(read_paths()[0], branches={"kernel.cu: while (gone)": {"trips": 2}})
+    code = Code("kernel", "90a", (Instruction(0, "EXIT", ""),))
+    monkeypatch.setattr("benchmarks.kernels.instructions.missing_tool", lambda: "")
+    monkeypatch.setattr("benchmarks.kernels.instructions.read_paths", lambda: [path])
+    monkeypatch.setattr("benchmarks.kernels.instructions.compile_paths", lambda paths: [(path, code)])
+    done = CliRunner().invoke(app, ["instructions"])
+    assert done.exit_code == 2 and done.output.count("\n") == 1 and "kernel.cu: while (gone)" in done.output

@@ -203,11 +203,11 @@ struct MapTile {
   __device__ __forceinline__ int64_t offset(int r) const { return value_row(r) * map.columns + column + thread_column; }
 };
 
-// The values of a tile with its border that are inside the map, by lines: rows, or columns if kByColumns. Line l and
-// place i count from the first line and place of the border.
+// The part of a tile with its border that is inside the map. It is divided into lines: rows or, if kByColumns, columns.
+// A place is an index within a line. Lines and places are counted from the corner of the border.
 template <bool kByColumns>
 struct BorderLines {
-  int64_t first_line;  // in the map, can be negative
+  int64_t first_line;  // the corner of the border, in the map; both numbers can be negative
   int64_t first_place;
   int begin, end;               // the lines inside the map
   int place_begin, place_end;   // the places inside the map
