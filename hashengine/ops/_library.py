@@ -1,11 +1,14 @@
 """Definition of an op in one call: schema, plain-torch reference, fake and autograd formula."""
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch._library.utils import get_layout_constraint_tag
 
 from hashengine.errors import invalid
 from hashengine.ops._flops import register_flops
@@ -46,12 +49,14 @@ def define_op(
     qualified_name = f"{NAMESPACE}::{name}"
     torch.library.define(qualified_name, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified_name, "default")(reference)
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    if decomposition is not None:
+        fake = _tell_inductor_first(op.default, fake)
     torch.library.register_fake(qualified_name, fake)
     if backward is None and no_gradient is not None:
         backward = _refuse_gradient(name, no_gradient)
     if "!" not in signature and backward is not None:
         torch.library.register_autograd(qualified_name, backward, setup_context=setup_context or _save_nothing)
-    op = getattr(getattr(torch.ops, NAMESPACE), name)
     if "[]" in signature or "Tensor, " in signature.partition("->")[2]:
         torch.library.register_vmap(qualified_name, _loop_over_batch(op))
     if decomposition is not None:
@@ -61,6 +66,25 @@ def define_op(
     if flops is not None:
         register_flops(op, flops)
     return op.default
+
+
+def _tell_inductor_first(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fake` that also registers `op` in Inductor, torch's default compiler, if that has been imported.
+
+    Inductor registers unknown ops by itself, and calls their kernels. But if the environment variable CI is set, as it
+    is on most build servers, it refuses an op that has a decomposition. Each compilation runs the fake before it
+    generates code, and importing Inductor earlier would slow the start of every program down.
+    """
+
+    @functools.wraps(fake)
+    def registering_fake(*args: Any, **kwargs: Any) -> Any:
+        inductor = sys.modules.get("torch._inductor.lowering")
+        if inductor is not None and op not in getattr(inductor, "lowerings", (op,)):
+            constraint = inductor.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+            inductor.make_fallback(op, layout_constraint=constraint, warn=False)
+        return fake(*args, **kwargs)
+
+    return registering_fake
 
 
 def _loop_over_batch(op: Any) -> Callable[..., Any]:
