@@ -23,8 +23,9 @@ import stat
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -57,6 +58,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     with _temporary_beside(path) as temporary:
         with open(temporary, "xb") as file:
+            _copy_permissions(path, temporary)
             yield file
             sync_file(file)
         with _moving:
@@ -92,6 +94,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         temporaries = {name: stack.enter_context(_temporary_beside(folder / name)) for name in contents}
         for name, content in contents.items():
             with open(temporaries[name], "xb") as file:
+                _copy_permissions(folder / name, temporaries[name])
                 file.write(content)
                 sync_file(file)
         with _moving:
@@ -150,6 +153,9 @@ class Marker(NamedTuple):
 def replace_folder(path: Path, *, marker: Marker, where: str) -> Iterator[Path]:
     """Create a temporary folder. The folder replaces `path` when the `with` block ends without an exception.
 
+    It keeps the permissions of the folder that it replaces. If `path` has changed meanwhile, because another program
+    has created, replaced or written to it, the temporary folder is removed instead, and `path` stays as it is.
+
     Args:
         path: the folder to create or to replace.
         marker: how an existing `path` is recognised as an earlier output, which may be replaced. An empty folder may be
@@ -157,18 +163,42 @@ def replace_folder(path: Path, *, marker: Marker, where: str) -> Iterator[Path]:
         where: the function or command to name in an error.
 
     Raises:
-        InputError: `path` exists, but is neither an empty folder nor an earlier output; it is not changed.
+        InputError: `path` exists, but is neither an empty folder nor an earlier output, or has changed meanwhile; it is
+            not changed.
     """
     check_replaceable(path, marker=marker, where=where)
     path = path.resolve()
     make_folder(path.parent)
+    before = _versions(path)
     with _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
         temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
+        _copy_permissions(path, temporary)
         with _moving:
             _move_into_place(temporary, path)
+            if temporary.exists() and _versions(temporary) != before:
+                _move_into_place(temporary, path)
+                expected, actual = (
+                    "a folder that no other program changes at the same time",
+                    f"{str(path)!r}, which was",
+                )
+                raise invalid(where, "output", expected, actual, "it is kept as it is; run the command again")
         sync_folder(path.parent)
+
+
+def _versions(path: Path) -> dict[str, tuple[int, ...] | None]:
+    """What distinguishes the files at `path` from others; {} if it is missing or a folder that `is_empty` accepts."""
+    if not path.is_dir():
+        return {"": version_of(path)} if path.exists() else {}
+    files = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
+    return {str(file.relative_to(path)): version_of(file) for file in files if not _is_of_systems(file)}
+
+
+def _copy_permissions(path: Path, temporary: Path) -> None:
+    """Give `temporary` the permissions of `path`, which it will replace, if that exists."""
+    with suppress(FileNotFoundError):
+        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode) & 0o777)
 
 
 def check_replaceable(path: Path, *, marker: Marker, where: str) -> None:
@@ -257,25 +287,29 @@ def check_output(
 
 
 @contextmanager
-def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of an existing folder, the file `lock` in it; one process or thread at a time does.
+def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, keep: bool = True) -> Iterator[None]:
+    """Hold the lock of an existing folder, the file `name` in it; one process or thread at a time does.
 
     The system unlocks it if the process dies.
 
     Args:
         folder: the folder.
         waiting: called once if another process or thread holds the lock. After that, this function waits.
+        name: the name of the file.
+        keep: whether the file stays in the folder.
     """
+    path = folder / name
     while True:
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 waiting()
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_same_file(lock, folder / "lock"):  # otherwise the folder was replaced during the wait
-                yield
+            if _is_same_file(lock, path):  # otherwise the folder was replaced, or the file removed, during the wait
+                with nullcontext() if keep else _removed(path):
+                    yield
                 return
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of `lock`
@@ -400,12 +434,21 @@ def remove_temporaries() -> None:
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """A new random path beside `path`. Whatever is there is removed at the end of the block."""
     temporary = _random_name_beside(path)
+    with _removed(temporary):
+        yield temporary
+
+
+@contextmanager
+def _removed(temporary: Path) -> Iterator[None]:
+    """Remove what is at the path `temporary` at the end of the block, or if the process exits before."""
     _temporaries.add(temporary)
     try:
-        yield temporary
+        yield
     finally:
         _remove(temporary)
         _temporaries.discard(temporary)
+        if os.path.lexists(temporary):  # for example a file of another user, or one that is marked as immutable
+            warnings.warn(f"{temporary} is left from a replaced output and cannot be removed", stacklevel=2)
 
 
 def _random_name_beside(path: Path) -> Path:
@@ -449,9 +492,13 @@ def _sync_file_system(folder: Path) -> bool:
 
 def _move_into_place(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`. If `path` exists, the two exchange names, in one step if the system can do that."""
-    if not path.exists():
-        temporary.rename(path)
-    elif not _exchange(temporary, path):
+    try:
+        temporary.rename(path)  # also replaces an empty folder
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            raise
+    if not _exchange(temporary, path):
         old = _random_name_beside(path)
         path.rename(old)
         try:

@@ -1,9 +1,11 @@
-"""Ctrl-C (SIGINT) and SIGTERM in a command: one line, status 130 or 143, within half a second, no temporary files.
+"""Ctrl-C (SIGINT), SIGTERM and SIGHUP in a command: one line, status 130, 143 or 129, no temporary files.
+
+This takes at most half a second.
 
 Python handles a signal only between two steps of the main thread, and one step, such as a search or the work of a
 network on a batch, may take seconds. Therefore a thread waits for the signal. If the main thread has not ended the
-process within `GRACE_SECONDS`, the thread does. After SIGTERM, the thread always does. SIGTERM is what `kill`, service
-managers and batch systems send.
+process within `GRACE_SECONDS`, the thread does. After SIGTERM and SIGHUP, the thread always does. SIGTERM is what
+`kill`, service managers and batch systems send. SIGHUP is what a terminal sends when it is closed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-EVENTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+EVENTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminated"}
 GRACE_SECONDS = 0.3
 
 _kept = ""
@@ -32,7 +34,7 @@ def keeps(kept: str) -> None:
 
 
 def run(start: Callable[[], None]) -> None:
-    """Call `start`, which imports and runs a command line. Either signal ends the process with one line."""
+    """Call `start`, which imports and runs a command line. Each signal ends the process with one line."""
     try:
         _open_closed_streams()
         _watch()
@@ -74,7 +76,7 @@ def _exit(number: signal.Signals) -> NoReturn:
 
 
 def _announce(number: signal.Signals) -> None:
-    """Write the line "interrupted" or "terminated" to stderr, if neither was written yet."""
+    """Write the line of the signal to stderr, if none was written yet."""
     if not _announced.acquire(blocking=False):
         return
     event = EVENTS[number]
@@ -83,19 +85,21 @@ def _announce(number: signal.Signals) -> None:
     if progress is not None and progress.logs_json():
         message = json.dumps({"event": event, "message": message})
     # Not by `print`: the main thread may hold the lock of `sys.stderr`.
-    os.write(2, f"{message}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        os.write(2, f"{message}\n".encode())
 
 
 def _watch() -> None:
     """Start the thread that waits for the signals that the process does not ignore.
 
-    Background jobs of a shell ignore SIGINT.
+    Background jobs of a shell ignore SIGINT, and commands under nohup ignore SIGHUP.
     """
     handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # The handler raises nothing: an exception in the middle of the import of a native module can abort the process.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        handled = True
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            # The handler raises nothing: an exception in the import of a native module can abort the process.
+            signal.signal(number, lambda *_: None)
+            handled = True
     if not handled:
         return
     readable, writable = os.pipe()

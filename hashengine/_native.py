@@ -132,10 +132,14 @@ def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None)
 
 
 def damage(record: dict[str, Any]) -> str | None:
-    """How the file of the module differs from the one that was built, or None. This reads the whole file."""
+    """How the file of the module differs from the one that was built, or None. This reads the whole file.
+
+    `record` is that of a module that was built.
+    """
     module = _module_file(record)
     if module is None:
-        return None
+        name = record.get("module")
+        return f"its file {_RECORD.with_name(name)} is missing" if name else None
     try:
         checksum = hashlib.sha256(module.read_bytes()).hexdigest()
     except OSError as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from hashengine.errors import invalid
 
@@ -22,10 +24,62 @@ _SPACES = {
 }
 
 
-def to_8_bits(image: Image.Image, mode: str, where: str, *, is_16_bit: bool = False) -> Image.Image:
+_PHOTOMETRIC, _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _PLANES = 262, 258, 339, 284  # tags of TIFF files
+_SCALES = {"L;2": 85, "L;4": 17}  # the raw modes of PNG files whose grey levels Pillow scales to 0 to 255
+
+
+class Encoding(NamedTuple):
+    """What a file says of its pixels beside Pillow's mode.
+
+    Attributes:
+        is_16_bit: whether mode "I" means grey of 16 bits.
+        grey_bits: the number of bits that hold the grey levels in a mode that begins with "I;16".
+        is_negative: whether 0 is white, in a mode of more than 8 bits. Pillow inverts the others.
+    """
+
+    is_16_bit: bool = False
+    grey_bits: int = 16
+    is_negative: bool = False
+
+
+def encoding_of(image: Image.Image, where: str) -> Encoding:
+    """The encoding of an image that `PIL.Image.open` returned, before or after its pixels are loaded.
+
+    Raises:
+        InputError: it is a TIFF file of a kind that Pillow decodes to other pixels; the error names `where`.
+    """
+    if not isinstance(image, TiffImageFile):
+        return Encoding(is_16_bit=image.format in ("PNG", "PPM"))
+    tags = image.tag_v2
+    bits, formats = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
+    is_compressed = image.info.get("compression", "raw") != "raw"
+    kind = None
+    if tags.get(_PLANES, 1) == 2 and len(bits) > 1:
+        if not is_compressed and set(bits) != {8}:
+            kind = f"uncompressed ones of {bits[0]} bits in separate planes"
+        elif image.mode in ("LA", "La"):
+            kind = "grey and transparency in separate planes"
+    if image.mode in ("F", "I") and tags.prefix == b"MM" and is_compressed:
+        kind = "compressed ones of 32 bits, most significant byte first"
+    if 2 in formats and 8 in bits:
+        kind = "signed ones of 8 bits"
+    if kind is not None:
+        raise invalid(where, "pixels", "those of a TIFF file that Pillow decodes", kind, "save the image as PNG")
+    is_deep = image.mode == "F" or image.mode.startswith("I")
+    return Encoding(grey_bits=12 if bits == (12,) else 16, is_negative=is_deep and tags.get(_PHOTOMETRIC) == 0)
+
+
+def scale_transparent_grey(image: Image.Image) -> None:
+    """Scale the transparent grey level of a PNG image as Pillow scales its pixels. Call it before they are loaded."""
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int) and isinstance(image, PngImageFile) and image.tile:
+        image.info["transparency"] = transparent * _SCALES.get(str(image.tile[0][3]), 1)
+
+
+def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | None = None) -> Image.Image:
     """An image of any mode of Pillow in `mode`: "RGB" (sRGB) or "L" (grey).
 
-    - Grey of 16 bits, in a mode that begins with "I;16", keeps its upper 8 bits.
+    - Grey of 12 or 16 bits, in a mode that begins with "I;16", keeps its upper 8 bits.
     - Floating-point pixels (mode "F") must be 0 to 1, and 32-bit integers (mode "I") 0 to 255. The smallest value is
       black and the largest is white. A file does not say which value is white. Therefore an image with a pixel out of
       this range, such as NaN, is refused.
@@ -38,13 +92,13 @@ def to_8_bits(image: Image.Image, mode: str, where: str, *, is_16_bit: bool = Fa
         image: the image, which is not changed.
         mode: "RGB" or "L".
         where: the file or the function to name in an error.
-        is_16_bit: whether mode "I" means grey of 16 bits, as in PNG and PPM files.
+        encoding: what the file of the image says of its pixels; by default `encoding_of(image, where)`.
 
     Raises:
         InputError: a pixel is out of range.
     """
     profile = image.info.get("icc_profile")
-    image = _as_bytes(image, where, is_16_bit)
+    image = _as_bytes(image, where, encoding_of(image, where) if encoding is None else encoding)
     if image.has_transparency_data:
         image = image.convert(_PREMULTIPLIED.get(image.mode, image.mode))
         rgba = image.convert("RGBA")
@@ -59,9 +113,9 @@ def to_8_bits(image: Image.Image, mode: str, where: str, *, is_16_bit: bool = Fa
     return converted
 
 
-def _as_bytes(image: Image.Image, where: str, is_16_bit: bool) -> Image.Image:
+def _as_bytes(image: Image.Image, where: str, encoding: Encoding) -> Image.Image:
     """An image of 16 or 32 bits per pixel as mode "L", or "LA" if it has transparent pixels; others unchanged."""
-    if image.mode == "F" or (image.mode == "I" and not is_16_bit):
+    if image.mode == "F" or (image.mode == "I" and not encoding.is_16_bit):
         kind, white = ("floating-point", 1) if image.mode == "F" else ("32-bit integer", 255)
         values = np.asarray(image)
         low, high = values.min(), values.max()
@@ -69,11 +123,13 @@ def _as_bytes(image: Image.Image, where: str, is_16_bit: bool) -> Image.Image:
             actual = "NaN" if np.isnan(low) else f"{low:g} to {high:g}"
             advice = "scale them, or save the image with 8 or 16 bits per pixel"
             raise invalid(where, f"{kind} pixels", f"0 (black) to {white} (white)", actual, advice)
-        return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+        levels = np.rint(values * (255 / white)).astype(np.uint8)
+        return Image.fromarray(~levels if encoding.is_negative else levels)
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
-    grey = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    levels = (values.clip(0, (1 << encoding.grey_bits) - 1) >> encoding.grey_bits - 8).astype(np.uint8)
+    grey = Image.fromarray(~levels if encoding.is_negative else levels)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))

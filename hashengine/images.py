@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hashengine._defaults import IMAGE_SUFFIXES
 from hashengine._file_warnings import named_warnings
-from hashengine._pixels import to_8_bits
+from hashengine._pixels import encoding_of, scale_transparent_grey, to_8_bits
 from hashengine.errors import InputError, brief, invalid
 
 if TYPE_CHECKING:
@@ -195,7 +195,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         try:
             if kind := _kind(Path(path)):
                 raise InputError(f"{name}: the file must be a readable image, got {kind}")
-            with Image.open(path) as image:
+            # Pillow maps uncompressed TIFF files that it opens by name, and scrambles those that it must turn.
+            with open(path, "rb") as file, Image.open(file) as image:
                 if image.format in _WITHOUT_PIXELS:
                     raise InputError(f"{name}: the file must be an image of pixels, got {image.format}")
                 yield image
@@ -224,16 +225,35 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
     animation gives its first frame. A warning of a decoder is issued with the name of the file. Several threads may
     call this function at the same time.
 
+    A damaged file is refused where its format shows the damage: PNG by its checksums, others if their compressed data
+    cannot be decoded. Zeros in the middle of a JPEG or WebP file, for example, can give other pixels without an error.
+
     Raises:
         InputError: `mode` is unknown; or the file is missing, truncated, not an image, a pipe or a device, has pixels
-            out of range, or is larger than Pillow's limit against decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS`
-            pixels. The message then names the file.
+            out of range or of a kind that Pillow decodes to others, or has more pixels than Pillow's limit against
+            decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS`. The message then names the file.
     """
     if mode not in ("RGB", "L"):
         raise invalid("read_image", "mode", "'RGB' or 'L'", repr(mode))
+    name = os.fspath(path)
     with _opened(path) as image:
-        is_16_bit = image.format in ("PNG", "PPM")
-        return to_8_bits(_upright(image), mode, os.fspath(path), is_16_bit=is_16_bit)
+        if image.format == "PNG":
+            with open(path, "rb") as file, Image.open(file) as checked:
+                checked.verify()  # of the checksums; loading the pixels does not compare them
+            scale_transparent_grey(image)
+        encoding = encoding_of(image, name)
+        return to_8_bits(_upright(image), mode, name, encoding)
+
+
+def refuse_image(where: str, output: Path) -> None:
+    """Require that the file at the end of all links of `output` is no image, which would be replaced.
+
+    Raises:
+        InputError: it is one; the error names `where`.
+    """
+    target = Path(os.path.realpath(output))
+    if target.is_file() and is_image(target):
+        raise invalid(where, "output", "a file that is no image", f"{str(output)!r}, which would be replaced")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -267,8 +287,7 @@ def image_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
     """
     import torch
 
-    is_16_bit = image.format in ("PNG", "PPM")
-    image = to_8_bits(image, "L" if channels == 1 else "RGB", "preprocess", is_16_bit=is_16_bit)
+    image = to_8_bits(image, "L" if channels == 1 else "RGB", "preprocess")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     pixels = np.array(image).reshape(size, size, channels)

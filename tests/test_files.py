@@ -1,9 +1,12 @@
 """How a folder is made durable: if it has many files, by one flush of the file system; otherwise file by file."""
 
 import os
+import shutil
+import stat
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -350,3 +353,90 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path))
     with pytest.raises(InputError, match="^test: output must be a folder that can be replaced, got the mount point"):
         _files.check_replaceable(tmp_path, marker=_files.Marker("record"), where="test")
+
+
+CODES = _files.Marker("encode.json")
+
+
+@pytest.mark.parametrize("old", [None, "empty", "earlier"])
+@pytest.mark.parametrize("change", ["a file", "another output", "a changed file", "a file in place of the folder"])
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_that_changes_while_it_is_replaced_is_kept(tmp_path, monkeypatch, old, change, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(_files, "_exchange", lambda *_: False)
+    folder = tmp_path / "codes"
+    if old is not None:
+        folder.mkdir()
+    if old == "earlier":
+        (folder / "encode.json").write_text("{}")
+    with pytest.raises(InputError, match="^test: output must be a folder that no other program changes at the same"):
+        with _files.replace_folder(folder, marker=CODES, where="test") as temporary:
+            (temporary / "encode.json").write_text("[]")
+            if change == "another output":
+                with _files.replace_folder(folder, marker=CODES, where="test") as other:
+                    (other / "encode.json").write_text("[2]")
+            elif change == "a file in place of the folder":
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.write_text("mine")
+            else:
+                folder.mkdir(exist_ok=True)
+                (folder / ("photo.jpg" if change == "a file" else "encode.json")).write_text("mine")
+    found = {"a file": "photo.jpg", "a file in place of the folder": ""}.get(change, "encode.json")
+    assert (folder / found).read_text() == ("[2]" if change == "another output" else "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+
+
+def test_a_folder_that_is_removed_while_it_is_replaced_or_gets_files_of_systems_is_written(tmp_path):
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "encode.json").write_text("{}")
+        with _files.replace_folder(folder, marker=CODES, where="test") as temporary:
+            (temporary / "encode.json").write_text("[]")
+            if number:
+                (folder / ".DS_Store").write_text("")
+            else:
+                shutil.rmtree(folder)
+        assert (folder / "encode.json").read_text() == "[]"
+
+
+def test_what_replaces_an_output_has_its_permissions(tmp_path):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes").chmod(0o700)
+    for name in ("file", "other"):
+        (tmp_path / name).write_text("old")
+        (tmp_path / name).chmod(0o600)
+    _files.write_file(tmp_path / "file", "new")
+    _files.write_files(tmp_path, {"other": b"new"})
+    with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
+        (temporary / "encode.json").write_text("{}")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"codes": 0o700, "file": 0o600, "other": 0o600}
+
+
+def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "encode.json").write_text("{}")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="partial is left from a replaced output and cannot be removed"):
+        with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
+            (temporary / "encode.json").write_text("[]")
+    assert (tmp_path / "codes" / "encode.json").read_text() == "[]"
+
+
+def test_a_lock_that_is_not_kept_is_removed_and_still_held_by_one_thread(tmp_path):
+    held, most = [0], []
+
+    def hold():
+        with _files.locked(tmp_path, lambda: None, ".lock", keep=False):
+            held[0] += 1
+            most.append(held[0])
+            time.sleep(0.01)
+            held[0] -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8 and list(tmp_path.iterdir()) == []

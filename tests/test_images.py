@@ -213,6 +213,22 @@ def test_the_error_names_a_truncated_image(tmp_path, noise, suffix):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["zeros", "a zero tail", "a bit"])
+def test_a_damaged_png_is_refused(tmp_path, noise, damage):
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    start = data.index(b"IDAT") + 40
+    if damage == "a bit":
+        data[start] ^= 1
+    else:
+        data[start : start + 64 if damage == "zeros" else -30] = bytes(
+            64 if damage == "zeros" else len(data) - 30 - start
+        )
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(InputError, match=r"a.png: the file must be a readable image, got .*broken PNG file"):
+        read_image(tmp_path / "a.png")
+
+
 def test_a_text_file_a_missing_file_and_an_unknown_mode_are_refused(tmp_path, noise):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InputError, match="text.png"):

@@ -1,11 +1,15 @@
 """Images of every mode of Pillow: their pixels as 8-bit sRGB or grey, their transparency and their colour profiles."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
 from hashengine.errors import InputError
 from hashengine.images import image_tensor, read_image
+from tests.helpers.tiff_files import write_tiff
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -59,6 +63,93 @@ def test_an_image_with_pixels_out_of_range_is_refused(tmp_path, array, complaint
         image_tensor(Image.open(tmp_path / "a.tiff"), 8, 3)
 
 
+DEEP = {
+    "16 bits": (GREY.astype(np.uint16) * 257, {}),
+    "floats": (GREY.astype(np.float32) / 255, {"sample_format": 3}),
+    "12 bits": (GREY.astype(np.uint16) * 16 + 5, {"twelve_bits": True}),
+    "8 bits": (GREY, {}),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("deflate", [False, True])
+def test_grey_tiff_files_of_every_depth_are_read_if_pillow_decodes_them(tmp_path, name, white_is_zero, deflate):
+    array, options = DEEP[name]
+    write_tiff(tmp_path / "a.tiff", array, photometric=1 - white_is_zero, deflate=deflate, **options)
+    wanted = 255 - GREY if white_is_zero else GREY
+    if name == "12 bits" and white_is_zero:  # Pillow knows no such mode
+        with pytest.raises(InputError, match="a.tiff: the file must be a readable image"):
+            read_image(tmp_path / "a.tiff")
+        return
+    assert np.array_equal(read(tmp_path / "a.tiff", "L"), wanted)
+    assert np.array_equal(image_tensor(Image.open(tmp_path / "a.tiff"), 16, 1)[0].numpy(), wanted)
+
+
+ALPHA = np.concatenate([COLOURS, np.full((16, 16, 1), 255, np.uint8)], 2)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize(
+    ("array", "options", "wanted"),
+    [
+        pytest.param(COLOURS, {"photometric": 2}, COLOURS, id="RGB"),
+        pytest.param(ALPHA, {"photometric": 2, "extra_samples": 2}, COLOURS, id="RGBA"),
+        pytest.param(ALPHA[..., 2:], {"extra_samples": 2}, COLOURS[..., 2:].repeat(3, 2), id="LA"),
+    ],
+)
+def test_samples_of_a_tiff_file_in_every_order_are_right_or_refused(
+    tmp_path, array, options, wanted, deep, planes, deflate, big_endian
+):
+    array = array.astype(np.uint16) * 257 if deep else array
+    write_tiff(tmp_path / "a.tiff", array, planes=planes, deflate=deflate, big_endian=big_endian, **options)
+    if (planes == 2 and (array.shape[2] == 2 or (deep and not deflate))) or (deep and array.shape[2] == 2):
+        with pytest.raises(InputError, match=r"a.tiff: (the file must be a readable|pixels must be those of a TIFF)"):
+            read_image(tmp_path / "a.tiff")
+    else:
+        assert np.array_equal(read(tmp_path / "a.tiff"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "found"),
+    [
+        (
+            GREY.astype(np.float32) / 255,
+            {"sample_format": 3, "deflate": True, "big_endian": True},
+            "compressed ones of",
+        ),
+        (GREY.astype(np.int32) * 0, {"sample_format": 2, "deflate": True, "big_endian": True}, "compressed ones of"),
+        (GREY.astype(np.int8), {"sample_format": 2}, "signed ones of 8 bits; save the image as PNG"),
+    ],
+)
+def test_a_tiff_file_that_pillow_decodes_to_other_pixels_is_refused(tmp_path, array, options, found):
+    write_tiff(tmp_path / "a.tiff", array, **options)
+    complaint = f"pixels must be those of a TIFF file that Pillow decodes, got {found}"
+    with pytest.raises(InputError, match=f"a.tiff: {complaint}"):
+        read_image(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=f"^preprocess: {complaint}"):
+        image_tensor(Image.open(tmp_path / "a.tiff"), 16, 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "F", "P", "RGB", "RGBA", "CMYK", "LAB"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_uncompressed_tiff_file_is_turned_upright(tmp_path, mode, orientation):
+    colours = Image.fromarray(COLOURS[:9])  # 16 x 9 pixels
+    deep = {"I;16": GREY[:9].astype(np.uint16) * 257, "F": GREY[:9].astype(np.float32) / 255}
+    image = Image.fromarray(deep[mode]) if mode in deep else colours.convert(mode)
+    for compression in ("raw", "tiff_lzw"):
+        image.save(tmp_path / f"{compression}.tiff", tiffinfo={274: orientation}, compression=compression)
+    image.save(tmp_path / "plain.tiff")
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(orientation)  # of `Image.Transpose`
+    plain = read_image(tmp_path / "plain.tiff")
+    wanted = pixels(plain if turn is None else plain.transpose(Image.Transpose(turn)))
+    assert np.array_equal(read(tmp_path / "raw.tiff"), wanted)
+    assert np.array_equal(read(tmp_path / "tiff_lzw.tiff"), wanted)
+
+
 @pytest.mark.parametrize("suffix", ["png", "pgm"])
 def test_16_bit_grey_of_a_format_that_pillow_opens_with_mode_i_keeps_its_upper_8_bits(tmp_path, suffix):
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / f"a.{suffix}")
@@ -69,6 +160,24 @@ def test_transparent_pixels_of_16_bits_become_white(tmp_path):
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "a.png", transparency=3 * 257)
     expected = np.where(GREY == 3, 255, GREY)
     assert np.array_equal(read(tmp_path / "a.png", "L"), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparent_pixels_of_a_png_file_with_few_grey_levels_become_white(tmp_path, bits):
+    levels = (np.arange(16).reshape(4, 4) % (1 << bits)).astype(np.uint8)
+    rows = np.packbits(np.unpackbits(levels[..., None], axis=2)[..., 8 - bits :].reshape(4, -1), axis=1)
+    header = struct.pack(">IIBBBBB", 4, 4, bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = {b"IHDR": header, b"tRNS": (1).to_bytes(2, "big"), b"IDAT": data, b"IEND": b""}
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+            for name, content in chunks.items()
+        )
+    )
+    wanted = np.where(levels == 1, 255, levels.astype(int) * 255 // ((1 << bits) - 1))
+    assert np.array_equal(read(tmp_path / "a.png", "L"), wanted)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])

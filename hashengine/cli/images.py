@@ -56,8 +56,7 @@ def index(
     from hashengine import evaluation
 
     image_index = evaluation.index_codes(codes, output, append=append, model=model)
-    added = image_index.record.sources[-1].count
-    _progress.note(f"{added} codes added, {len(image_index.items)} in the index: {output}")
+    _progress.note(f"{len(image_index.items)} codes in the index: {output}")
 
 
 @command(app)
@@ -80,10 +79,12 @@ def search(
     if query.is_dir() and output is None:
         raise invalid("search", "output", "a file if the query is a folder", "none", "pass --output FILE")
     if output is not None:
+        from hashengine.images import refuse_image
+
         # A folder of images may also hold results, but no image of it may be replaced.
         is_input = query.is_file() or (query / "encode.json").is_file() or _may_be_image(output)
         check_output("search", output, outside=(index, model, query if is_input else None))
-        _refuse_image("search", output)
+        refuse_image("search", output)
     from hashengine import evaluation
 
     results = evaluation.search_images(index, query, k, model=model, batch_size=batch_size, device=device)
@@ -114,8 +115,10 @@ def evaluate(
     """
     output = stdout_for_dash(output)
     if output is not None:
+        from hashengine.images import refuse_image
+
         check_output("evaluate", output, outside=(index, queries))
-        _refuse_image("evaluate", output)
+        refuse_image("evaluate", output)
     from hashengine import evaluation
 
     found = evaluation.evaluate_folders(index, queries, at=at, radius=radius)
@@ -151,11 +154,6 @@ def report(
 def shortened(path: str) -> str:
     """`path` relative to the working folder, if it is in that folder; otherwise unchanged."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
-
-
-def _refuse_image(where: str, output: Path) -> None:
-    if output.is_file() and _may_be_image(output):
-        raise invalid(where, "output", "a file that is no image", f"{str(output)!r}, which would be replaced")
 
 
 def _may_be_image(output: Path) -> bool:

@@ -13,6 +13,7 @@ from hashengine.evaluation.encode import CodesFolder, encode_folder, is_codes_fo
 from hashengine.evaluation.evaluate import evaluate
 from hashengine.evaluation.image_index import ImageIndex, check_model
 from hashengine.evaluation.records import Evaluation, SearchResults
+from hashengine.models.checkpoint import fingerprint
 
 
 def index_codes(
@@ -80,6 +81,10 @@ def search_images(
         expected = "an image, a folder of images or a codes folder"
         raise invalid("search", "query", expected, f"{str(query)!r}, which does not exist")
     image_index = ImageIndex.load(index, "search")
+    k = image_index.neighbours(k)
+    if model is not None and fingerprint(model, "search") != image_index.record.fingerprint:
+        expected = f"that of the index, {str(Path(index, 'model'))!r}"
+        raise invalid("search", "model", expected, f"another one, {os.fspath(model)!r}")
     if is_codes_folder(query):
         queries = CodesFolder.load(query, "search", "query")
     else:

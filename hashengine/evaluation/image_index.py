@@ -28,7 +28,7 @@ from hashengine.evaluation.records import (
     write_items,
 )
 from hashengine.index import HammingIndex, Searcher
-from hashengine.index.folder import open_folder
+from hashengine.index.folder import MANIFEST, open_folder
 from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fingerprint
 
 
@@ -104,7 +104,8 @@ class ImageIndex:
             InputError: there is no index (the error then names `where`), or it is damaged.
         """
         path = check_path(where, "index", folder)
-        return read_unchanged([path / "index.json"], lambda: cls._read(path, where))
+        # A build replaces both files, and an append first index.json and then the manifest.
+        return read_unchanged([path / "index.json", path / "codes" / MANIFEST], lambda: cls._read(path, where))
 
     @classmethod
     def _read(cls, folder: Path, where: str, mmap: bool = False) -> ImageIndex:
@@ -134,13 +135,22 @@ class ImageIndex:
     def append_to(cls, folder: str | os.PathLike[str], codes: CodesFolder) -> ImageIndex:
         """Load the index in `folder`, append `codes` and return it. No other append can come in between.
 
+        Codes that were already appended, or that the index was built of, are not added again. Therefore an interrupted
+        command can be run again.
+
         Raises:
             InputError: for the reasons of `load` and `append`.
         """
         _check_is_index(Path(folder), "index")  # otherwise the lock would be created in another folder
         with _locked(Path(folder)):
             index = cls.load(folder, "index")
-            index._append(codes)
+            added = codes.described()
+            held = {(source.codes_sha256, source.items_sha256) for source in index.record.sources}
+            if (added.codes_sha256, added.items_sha256) in held:
+                index.check("index", codes, "codes")
+                _progress.note(f"the index {os.fspath(folder)} already holds these {added.count} codes")
+            else:
+                index._append(codes)
         return index
 
     def append(self, codes: CodesFolder) -> None:
@@ -205,8 +215,7 @@ class ImageIndex:
                 another number of bits.
         """
         self.check("search", queries, "query")
-        k = min(NEIGHBOURS, len(self.items)) if k is None else k
-        k = check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")
+        k = self.neighbours(k)
         start = time.perf_counter()
         distances, ids = self.hamming.search(queries.codes, k)
         seconds = time.perf_counter() - start
@@ -224,6 +233,15 @@ class ImageIndex:
                 for query, row_distances, row_ids in zip(queries.items, distances, ids, strict=True)
             ],
         )
+
+    def neighbours(self, k: int | None) -> int:
+        """The number of neighbours of a search: `k`, or by default 10, or all images if there are fewer.
+
+        Raises:
+            InputError: `k` is below 1 or above the number of images.
+        """
+        k = min(NEIGHBOURS, len(self.items)) if k is None else k
+        return check_integer("search", "k", k, 1, len(self.items), "the number of images in the index")
 
     def _hits(self, distances: np.ndarray, ids: np.ndarray) -> list[Hit]:
         found = zip(distances.tolist(), ids.tolist(), strict=True)

@@ -16,7 +16,7 @@ from typing import Annotated
 import jinja2
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
-from hashengine import _environment
+from hashengine import _environment, _progress
 from hashengine._defaults import REPORT_ROWS, SEED
 from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
@@ -30,7 +30,7 @@ from hashengine.evaluation.records import (
     SearchResults,
     labels_digest,
 )
-from hashengine.images import read_image
+from hashengine.images import read_image, refuse_image
 from hashengine.index.folder import open_folder
 
 WORST_ROWS = 4  # rows in the grid of the queries with the most errors
@@ -115,8 +115,10 @@ def write_report(
     if output.suffix != ".html":
         raise invalid("report", "output", "a name that ends in .html", repr(str(output)))
     figures = output.with_suffix(".json")
+    index, results = check_path("report", "index", index), check_path("report", "results", results)
     for written in (output, figures):
         check_output("report", written, outside=(index, results, evaluation, training))
+        refuse_image("report", written)
     if os.path.realpath(figures) == os.path.realpath(output):
         expected = "a name without a foreign .json beside it, and no link to it"
         raise invalid("report", "output", expected, repr(str(output)), "choose another name")
@@ -169,6 +171,16 @@ def write_report(
     write_file(output, render(report))
     report.write(figures)
     return report
+
+
+def _pictures(report: Report) -> dict[str, Picture | None]:
+    """The pictures of the page by path; None for those that cannot be read, such as files that were moved."""
+    queries = (*report.drawn, *report.worst)
+    paths = dict.fromkeys(path for query in queries for path in (query.path, *(hit.path for hit in query.hits)))
+    pictures = {path: picture(path) for path in paths}
+    if missing := [path for path in pictures if pictures[path] is None]:
+        _progress.note(f"{len(missing)} of {len(pictures)} pictures cannot be read, such as {missing[0]}")
+    return pictures
 
 
 def _has_other_queries(measured: Evaluation, found: SearchResults) -> bool:
@@ -266,7 +278,7 @@ def render(report: Report) -> str:
     templates.filters["duration"] = duration
     return templates.get_template("report.html.j2").render(
         report=report,
-        picture=picture,
+        picture=_pictures(report).get,
         pixel_art=PIXEL_ART_PIXELS,
         curve=list(zip(*_curve(report.evaluation), strict=True)) if report.evaluation else [],
     )

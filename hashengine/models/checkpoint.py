@@ -74,8 +74,12 @@ class _Header(BaseModel):
     method: _MethodSection | None = None
 
 
-def save(folder: Path, model: Model) -> None:
-    """Write the model. A crash leaves the previous model, the new model, or a mix of both, which `load` refuses."""
+def save(folder: Path, model: Model) -> str:
+    """Write the model. A crash leaves the previous model, the new model, or a mix of both, which `load` refuses.
+
+    Returns:
+        The fingerprint of the weights that were written.
+    """
     described = document(model)
     weights = dict(model.weights)
     if model.method is not None:
@@ -86,6 +90,7 @@ def save(folder: Path, model: Model) -> None:
         metadata={"config": to_json(described)},
     )
     write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: to_json(described, indent=2).encode() + b"\n"})
+    return hashlib.sha256(content).hexdigest()
 
 
 def has_config(folder: Path) -> bool:

@@ -83,6 +83,8 @@ def prepare(
     queries = None if queries is None else check_integer(WHERE, "queries", queries, 1)
     request: dict[str, Any] = {"version": 1, "source": source, "seed": seed, "queries_asked": queries}
     is_folder = source not in SOURCES and Path(source).is_dir()
+    if source in SOURCES and Path(source).is_dir():
+        _progress.note(f"{source!r} is the data set of this name; the folder of this name is './{source}'")
     check_output(WHERE, output, outside=(source,) if is_folder else (), is_folder=True)
     if is_folder:
         files = list_images(source, WHERE)

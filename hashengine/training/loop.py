@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,19 +15,18 @@ from torch import Tensor
 
 from hashengine import _environment, _progress, methods
 from hashengine._defaults import CODES_MARKER, INDEX_MARKER, SPLIT_FILE
-from hashengine._files import check_output, make_folder, write_file
+from hashengine._files import check_output, locked, make_folder, write_file
 from hashengine._torch_defaults import torch_defaults
 from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
 from hashengine.methods.base import Batch, HashingMethod, View
-from hashengine.models import HashNet
+from hashengine.models import HashNet, checkpoint
 from hashengine.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     MethodState,
     Model,
     document,
-    fingerprint,
     has_config,
     has_weights,
 )
@@ -43,7 +43,7 @@ def fit(config: FitConfig) -> Run:
 
     There is no validation: the saved model is that of the last epoch, and no image outside `config.images` is read. On
     the CPU of one machine, the same configuration and number of threads give the same weights. The default dtype and
-    device of torch have no effect.
+    device of torch have no effect. A second call for the same folder, in this process or another one, waits.
 
     Raises:
         InputError: an option, the folder of images or an image is unusable, or the loss became infinite or NaN.
@@ -51,8 +51,17 @@ def fit(config: FitConfig) -> Run:
     device = check_device("fit", config.device, auto=True)
     check_model_output("fit", config)
     images = data.load(config.images, config.image_size)
-    image_size = images.images.shape[-1]
     make_folder(config.output)  # an unwritable folder is reported before training
+
+    def wait() -> None:
+        _progress.note(f"waiting for another training run in {config.output}")
+
+    with locked(config.output, wait, ".fit.lock", keep=False):
+        return _fit(config, images, device)
+
+
+def _fit(config: FitConfig, images: data.LabelledImages, device: torch.device) -> Run:
+    image_size = images.images.shape[-1]
     epochs, shift = config.epochs_for(len(images.labels)), config.shift_for(image_size)
     network, method = build(config, images)
     network.to(device).train()
@@ -84,10 +93,12 @@ def fit(config: FitConfig) -> Run:
         "device": _environment.device_name(device),
         "versions": {name: _environment.versions()[name] for name in ("hashengine", "torch", "python")},
     }
-    network.save_pretrained(config.output)
-    record["fingerprint"] = fingerprint(config.output, "fit")
+    model = Model(network.config, network.state_dict(), network.trained_by)
+    record["fingerprint"] = checkpoint.save(config.output, model)
     write_file(config.output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-    (config.output / EVALUATION_FILE).unlink(missing_ok=True)  # that of an earlier network
+    with suppress(InputError):  # it is another file, which was created during the training
+        check_evaluation_file("fit", config.output)
+        (config.output / EVALUATION_FILE).unlink(missing_ok=True)  # that of an earlier network
     return Run(config.output, record)
 
 

@@ -20,6 +20,7 @@ from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
 from hashengine._validation import check_path
 from hashengine.errors import InputError, invalid
+from hashengine.images import refuse_image
 from hashengine.models.checkpoint import WEIGHTS_FILE, fingerprint
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Run:
         Raises:
             InputError: `folder` holds no training.json, a damaged one, or one of another network.
         """
-        path = Path(folder, RECORD_FILE)
+        path = check_path("Run.load", "run", folder) / RECORD_FILE
         try:
             record = json.loads(read_file(path).decode("utf-8-sig"))
             # These expressions raise if the record has another form.
@@ -250,7 +251,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     """The table of the runs in `folders`. A folder that is not a run stands for all runs directly in it.
 
     Args:
-        folders: model folders, or folders of them. A folder that is given twice counts once.
+        folders: model folders, or folders of them. A folder that is given twice, and a copy of a run, counts once.
         output: a file to write the table to, .md or .json.
 
     Raises:
@@ -261,9 +262,11 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     if output is not None and output.suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
     found = [folder for given in folders for folder in _run_folders(check_path("train report", "run", given))]
-    runs = [Run.load(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
+    loaded = [Run.load(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
+    runs = list({_key(run.record): run for run in loaded}.values())
     if output is not None:
         check_output("train report", output, outside=[run.folder for run in runs])
+        refuse_image("train report", output)
     if not runs:
         raise invalid("train report", "folders", "at least one folder", "none")
     results = table(runs)

@@ -27,7 +27,8 @@ def sweep(config: SweepConfig) -> RunTable:
     """Train one run for each combination of `config.grid` into a folder of its own, and write the table of results.
 
     Complete runs are kept; therefore an interrupted sweep continues after the last complete run. If `config.queries` is
-    given, `evaluate` is called for each run that has not been evaluated with these queries. After each run, the table
+    given, `evaluate` is called for each run that has not been evaluated with these queries. Images that were moved or
+    copied are the same ones. After each run, the table
     is written to table.md and table.json in `config.output`. A second sweep into the same folder waits for the first.
 
     The names and the sizes of the image files show whether a folder of images has changed since a run or an evaluation;
@@ -43,31 +44,28 @@ def sweep(config: SweepConfig) -> RunTable:
     check_output("train sweep", config.output, outside=(*images, config.queries), is_folder=True)
     check_no_other_output("train sweep", config.output, "that of an earlier sweep")
     _check_table(config.output)
-    finished = [_finished(options) for options in planned]
+    queries = set() if config.queries is None else {config.queries}
+    digests = {folder: _files_digest(folder) for folder in sorted(images | queries) if folder.is_dir()}
+    finished = [_finished(options, digests) for options in planned]
     unfinished = [options for options, run in zip(planned, finished, strict=True) if run is None]
     for options in unfinished:
         check_model_output("train sweep", options)
     if config.queries is not None:
         for options in planned:
             check_evaluation_file("train sweep", options.output)
-    queries = set() if config.queries is None else {config.queries}
-    needed = {options.images for options in unfinished} | (queries if unfinished else set())
-    # A mistake in a folder is reported here, before the first run.
-    present = {folder for folder in images | queries if folder.is_dir()}
-    digests = {folder: _files_digest(folder) for folder in sorted(needed | present)}
-    for run in finished:
-        if run is not None:
-            _check_images(run, digests)
+    if unfinished:  # a missing folder is reported here, before the first run
+        for folder in sorted({options.images for options in unfinished} | queries):
+            digests[folder] = digests.get(folder) or _files_digest(folder)
     runs: list[Run] = []
     make_folder(config.output)
     with locked(config.output, lambda: _progress.note(f"waiting for another sweep in {config.output}")):
         for number, options in enumerate(planned, start=1):
-            run = _finished(options)
+            run = _finished(options, digests)
             if run is None:
                 _progress.note(f"run {number} of {len(planned)}: {options.output}")
                 run = fit(options)
-            if config.queries is not None and not _is_evaluated(run, config.queries, digests):
-                evaluate(run, config.queries)
+            if config.queries is not None and not _is_evaluated(run, config.queries, options.images, digests):
+                evaluate(run, config.queries, options.images)
             runs.append(run)
             _write(config.output, table(runs))
     return table(runs)
@@ -77,6 +75,7 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
     """The checked options of each run. The folder of a run is named after the run's values from the grid."""
     names = list(config.grid)
     planned: set[str] = set()
+    checked: list[FitConfig] = []
     for values in itertools.product(*config.grid.values()):
         chosen = dict(zip(names, values, strict=True))
         name = ",".join(f"{option}={_in_file_name(value)}" for option, value in chosen.items()) or "run"
@@ -85,14 +84,24 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
         planned.add(name)
         options = FitConfig.checked("train sweep", **config.options | chosen | {"output": config.output / name})
         check_device("train sweep", options.device, auto=True)
+        for other in checked:
+            if other.model_copy(update={"output": options.output}) == options:
+                expected = "values that give each run options of its own"
+                raise invalid("train sweep", "grid", expected, f"{other.output.name!r} and {name!r}, which are equal")
+        checked.append(options)
         yield options
 
 
-def evaluate(run: Run, queries: Path) -> dict[str, Any]:
+def evaluate(run: Run, queries: Path, images: Path | None = None) -> dict[str, Any]:
     """Rank the training images of a run for each query, and write the mAP to evaluation.json.
 
     An image is relevant if it has the query's class. The network of the run encodes both the training images and the
     images in the folder `queries`.
+
+    Args:
+        run: the run.
+        queries: a folder of class folders.
+        images: the folder of the training images, if it is no longer where the run found it.
 
     Raises:
         InputError: the folder of queries or of training images is unusable.
@@ -100,11 +109,11 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     network = run.model().to(check_device("train sweep", run.options["device"], auto=True))
     channels, size = network.config.channels, network.config.image_size
     sides, digests = [], []
-    for folder in (queries, Path(run.options["images"])):
+    for folder in (queries, images or Path(run.options["images"])):
         by_class = data.list_classes(folder, "train sweep")
         digests.append(data.files_digest(folder, itertools.chain(*by_class.values())))
-        images = data.read_into_memory(by_class, channels, size)
-        sides.append((network.encode(images.images), [images.classes[label] for label in images.labels.tolist()]))
+        read = data.read_into_memory(by_class, channels, size)
+        sides.append((network.encode(read.images), [read.classes[label] for label in read.labels.tolist()]))
     (query_codes, query_classes), (codes, classes) = sides
     number = {name: index for index, name in enumerate(sorted({*query_classes, *classes}))}
     query_labels, labels = (
@@ -129,16 +138,16 @@ def evaluate(run: Run, queries: Path) -> dict[str, Any]:
     return record
 
 
-def _is_evaluated(run: Run, queries: Path, digests: dict[Path, str]) -> bool:
+def _is_evaluated(run: Run, queries: Path, images: Path, digests: dict[Path, str]) -> bool:
     """Whether the run has an evaluation.json for the queries and the training images as they are now."""
     try:
         record = json.loads(read_file(run.folder / EVALUATION_FILE).decode("utf-8-sig"))
-        folders = (queries, Path(run.options["images"]))
-        are_same = [
-            digests.get(folder, found) == found for folder, found in zip(folders, record["files_sha256"], strict=True)
-        ]
+        of_queries, of_images = record["files_sha256"]
+        has_queries = digests.get(queries) == of_queries
+        if queries not in digests:  # the folder has been removed
+            has_queries = record["source"] == str(queries.absolute())
         is_of_run = record["fingerprint"] == run.record.get("fingerprint")
-        return bool(record["source"] == str(queries.absolute()) and is_of_run and all(are_same))
+        return bool(has_queries and digests.get(images, of_images) == of_images and is_of_run)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -148,25 +157,28 @@ def _files_digest(folder: Path) -> str:
     return data.files_digest(folder, itertools.chain(*by_class.values()))
 
 
-def _check_images(run: Run, digests: dict[Path, str]) -> None:
-    """Require that the images of a run are still those that it was trained with."""
-    found = run.record.get("files_sha256")
-    if found is not None and digests.get(Path(run.options["images"]), found) != found:
-        actual = f"other files in {run.options['images']!r}"
-        raise invalid("train sweep", "the images", f"those of the run in {str(run.folder)!r}", actual, "remove the run")
+def _finished(config: FitConfig, digests: dict[Path, str]) -> Run | None:
+    """The complete run in the folder of `config`; None if it lacks the network, or training.json, the last file.
 
-
-def _finished(config: FitConfig) -> Run | None:
-    """The complete run in the folder of `config`; None if it lacks the network, or training.json, the last file."""
+    Raises:
+        InputError: it is a run with other options or other images. The device may be another one, and the same images
+            may be in another folder.
+    """
     if not all((config.output / name).is_file() for name in (RECORD_FILE, WEIGHTS_FILE, CONFIG_FILE)):
         return None
     run = Run.load(config.output)
-    wanted, found = ({k: v for k, v in options.items() if k != "output"} for options in (config.record(), run.options))
-    if wanted != found:
-        differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-        actual = f"one with other {', '.join(differing)}"
-        found_run = f"the run in {str(config.output)!r}"
+    wanted, found = config.record(), run.options
+    differing = {name for name in wanted | found if wanted.get(name) != found.get(name)} - {"output", "device"}
+    trained_with, present = run.record.get("files_sha256"), digests.get(config.images)
+    if present is not None and present == trained_with:
+        differing -= {"images"}
+    found_run = f"the run in {str(config.output)!r}"
+    if differing:
+        actual = f"one with other {', '.join(sorted(differing))}"
         raise invalid("train sweep", found_run, "one with the options of this sweep", actual, "remove it")
+    if None not in (present, trained_with) and present != trained_with:
+        actual = f"other files in {str(config.images)!r}"
+        raise invalid("train sweep", "the images", f"those of {found_run}", actual, "remove the run")
     return run
 
 

@@ -99,7 +99,7 @@ def test_the_default_k_is_10_or_the_number_of_images(folder, tmp_path):
 def test_index_with_append_adds_codes_to_the_index(folder, tmp_path):
     succeed("index", folder / "query", "--output", tmp_path / "index")
     assert (
-        "15 codes added, 21 in the index"
+        "21 codes in the index"
         in succeed("index", folder / "database", "--output", tmp_path / "index", "--append").stderr
     )
 
@@ -133,21 +133,25 @@ def named(folder, tmp_path_factory):
     (images / NO_UTF8 / "0.png").rename(images / NO_UTF8 / f"{NO_UTF8}.png")
     (images / NO_UTF8 / f"broken{NO_UTF8}.png").write_bytes(b"not a picture")
     shutil.copytree(folder / "model", place / "model")
-    succeed("encode", images, "--model", place / "model", "--output", place / "codes")
-    succeed("index", place / "codes", "--output", place / "index")
-    succeed("index", place / "codes", "--output", place / "index", "--append")
+    shutil.copytree(images, place / "copies")
+    for source, codes, option in (("images", "codes", ()), ("copies", "copied codes", ("--append",))):
+        succeed("encode", place / source, "--model", place / "model", "--output", place / codes)
+        succeed("index", place / codes, "--output", place / "index", *option)
     succeed("search", place / "index", images, "-k", 12, "--output", place / "results.json")
     return place
 
 
 def test_names_that_are_no_utf8_keep_their_bytes_in_all_files(named):
-    expected = sorted(map(os.fsencode, (named / "images").rglob("*.png")))
+    names = {source: sorted(map(os.fsencode, (named / source).rglob("*.png"))) for source in ("images", "copies")}
+    expected = names["images"]
     errors = json.loads((named / "codes" / "encode.json").read_text())["errors"]
     found = [os.fsencode(error["path"]) for error in errors]
-    for folder, times in (("codes", 1), ("index", 2)):  # the codes were indexed and appended
+    for folder, sources in (("codes", ["images"]), ("index", ["images", "copies"])):
         items = read_items(named / folder / "items.csv", "test", "items")
-        assert sorted({*(os.fsencode(item.path) for item in items), *found}) == expected
-        assert [item.label for item in items].count(NO_UTF8) == 2 * times
+        broken = [os.fsencode(named / source / NO_UTF8 / f"broken{NO_UTF8}.png") for source in sources]
+        wanted = [name for source in sources for name in names[source]]
+        assert sorted([*(os.fsencode(item.path) for item in items), *broken]) == sorted(wanted)
+        assert [item.label for item in items].count(NO_UTF8) == 2 * len(sources)
     queries = json.loads((named / "results.json").read_text())["queries"]
     assert sorted([*(os.fsencode(query["path"]) for query in queries), *found]) == expected
     assert {hit["label"] for hit in queries[0]["hits"]} == {NO_UTF8, "checks", "dots"}
@@ -318,9 +322,8 @@ def test_mistakes_in_search_are_refused(folder, tmp_path):
     assert "search: batch_size must be at least 1" in refuse("search", index, query, "--batch-size", 0)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     assert "broken.png" in refuse("search", index, tmp_path / "broken.png")
-    assert "query must be codes of 32 bits" in refuse(
-        "search", index, query, "--model", make_model(tmp_path / "m16", 16)
-    )
+    make_model(tmp_path / "m16", 16)
+    assert "model must be that of the index" in refuse("search", index, query, "--model", tmp_path / "m16")
     assert "another one" in refuse("search", index, query, "--model", make_model(tmp_path / "m1", seed=1))
 
 

@@ -70,19 +70,22 @@ def test_a_wait_that_the_signal_ends_ends_the_command_alike(folder, tmp_path, mo
 
 
 @pytest.mark.parametrize("wait", ["native", "signal"])
-def test_sigterm_ends_a_command_with_one_line_and_no_temporary_file(folder, tmp_path, wait):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_end_a_command_with_one_line_and_no_temporary_file(folder, tmp_path, wait, number):
     command = arguments(folder, ENCODE, tmp_path / "out")
-    assert interrupt("numpy", "save", *command, wait=wait, number=signal.SIGTERM) == (143, "terminated\n")
+    assert interrupt("numpy", "save", *command, wait=wait, number=number) == (128 + number, "terminated\n")
     assert list(tmp_path.iterdir()) == []
-    errors = interrupt("numpy", "save", *command, "--log-json", wait=wait, number=signal.SIGTERM).errors
+    errors = interrupt("numpy", "save", *command, "--log-json", wait=wait, number=number).errors
     assert '{"event": "terminated", "message": "terminated"}' in errors.splitlines()
 
 
 def test_an_interrupt_of_an_index_that_is_replaced_keeps_the_old_one(folder, tmp_path):
     succeed("index", folder / "codes", "--output", tmp_path / "index")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for options in ((), ("--append",)):
-        command = ("index", folder / "codes", "--output", tmp_path / "index", *options)
+    before = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file()}
+    make_images(tmp_path / "more", per_class=2, seed=3)
+    succeed("encode", tmp_path / "more", "--model", folder / "model", "--output", tmp_path / "codes")
+    for codes, options in ((folder / "codes", ()), (tmp_path / "codes", ("--append",))):
+        command = ("index", codes, "--output", tmp_path / "index", *options)
         assert interrupt("hashengine.index.folder", "sync_file", *command).status == 130
         assert not list(tmp_path.glob(".*"))
         succeed("search", tmp_path / "index", folder / "codes", "--output", tmp_path / "results.json")

@@ -314,3 +314,31 @@ def test_codes_that_were_changed_without_the_images_are_refused(index, queries, 
         ImageIndex.load(index.folder, "search")
     with pytest.raises(InputError, match=f"^index: {expected}"):
         ImageIndex.append_to(index.folder, queries)
+
+
+def test_codes_that_the_index_holds_are_not_appended_again(index, codes, queries, monkeypatch):
+    notes = []
+    monkeypatch.setattr(_progress, "note", notes.append)
+    for _ in range(2):
+        assert len(ImageIndex.append_to(index.folder, queries).items) == 27
+    assert len(ImageIndex.append_to(index.folder, codes).items) == 27
+    assert notes == [f"the index {index.folder} already holds these {count} codes" for count in (6, 21)]
+    moved = [item._replace(path=f"/moved{item.path}") for item in queries.items]
+    assert len(ImageIndex.append_to(index.folder, CodesFolder(queries.codes, moved, queries.record)).items) == 33
+
+
+def test_a_load_beside_the_save_of_an_append_reads_one_state(index, queries, monkeypatch):
+    """The manifest of the codes is replaced after a reader has read index.json and the codes."""
+    save, open_folder = HammingIndex.save, image_index_module.open_folder
+    hamming, folder = [], index.folder / "codes"
+    monkeypatch.setattr(HammingIndex, "save", lambda self, _: hamming.append(self))
+    index.append(queries)  # writes the images and the record, and no codes
+    monkeypatch.setattr(HammingIndex, "save", save)
+
+    def save_first(path):
+        monkeypatch.setattr(image_index_module, "open_folder", open_folder)
+        hamming[0].save(folder)
+        return open_folder(path)
+
+    monkeypatch.setattr(image_index_module, "open_folder", save_first)
+    assert len(ImageIndex.load(index.folder).items) == 27

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -203,3 +204,33 @@ def test_the_head_of_the_page_says_that_the_figures_are_those_of_other_queries(i
         searched["evaluation"].write_text(json.dumps(figures | change))
         write_report(tmp_path / "report.html", index.folder, **searched)
         assert (tmp_path / "report.html").read_text().count("other queries, from /elsewhere") == count
+
+
+@pytest.mark.parametrize("name", ["page.html", "linked.html"])
+def test_a_page_replaces_no_image(index, searched, images, tmp_path, name):
+    photo = tmp_path / ("photo.png" if name == "linked.html" else name)
+    shutil.copyfile(next(images.rglob("*.png")), photo)
+    if name == "linked.html":
+        (tmp_path / name).symlink_to(photo)
+    before = photo.read_bytes()
+    with pytest.raises(InputError, match="^report: output must be a file that is no image, got .*would be replaced"):
+        write_report(tmp_path / name, index.folder, **searched)
+    assert photo.read_bytes() == before
+
+
+def test_pictures_that_cannot_be_read_are_counted(index, queries, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr("hashengine._progress.note", notes.append)
+    results = index.search(queries, 1)
+    results.queries[0].path = "/nowhere/lost.png"
+    results.write(tmp_path / "results.json")
+    write_report(tmp_path / "report.html", index.folder, tmp_path / "results.json")
+    [note] = notes
+    assert re.fullmatch(r"1 of \d+ pictures cannot be read, such as /nowhere/lost.png", note)
+
+
+@pytest.mark.parametrize("argument", ["index", "results"])
+def test_none_in_place_of_a_path_is_refused(index, searched, tmp_path, argument):
+    arguments = {"index": index.folder, **searched} | {argument: None}
+    with pytest.raises(InputError, match=f"^report: {argument} must be a path"):
+        write_report(tmp_path / "report.html", **arguments)

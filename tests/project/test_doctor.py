@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hashengine import _environment, _native, _toolchain, cli, doctor
+from hashengine import __version__, _environment, _native, _toolchain, cli, doctor
 from tests.helpers.paths import ROOT
 
 needs_native = pytest.mark.skipif(not _native.available(), reason="the native module was not built")
@@ -174,6 +175,14 @@ def test_the_quick_doctor_runs_nothing_and_says_so(monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0 and "Nothing was run." in result.output
     names = {check.name for check in doctor.examine_files()}
     assert {"hashengine", "Python", "torch", "native module", "faiss"} <= names
+
+
+def test_the_quick_doctor_reports_a_missing_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = {"build": "cpu", "reason": "asked", "python": platform.python_version(), "torch": torch.__version__}
+    (tmp_path / "_build.json").write_text(json.dumps(record | {"version": __version__, "module": "_C.so", "size": 1}))
+    monkeypatch.setattr(_native, "_RECORD", tmp_path / "_build.json")
+    [found] = [check for check in doctor.examine_files() if check.name == "native module"]
+    assert found.status == "warn" and f"its file {tmp_path / '_C.so'} is missing" in found.found
 
 
 def test_the_release_of_torch_is_found_with_and_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:

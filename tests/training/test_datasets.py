@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from hashengine.errors import InputError
-from hashengine.training import prepare
+from hashengine.training import FitConfig, fit, prepare
 from tests.helpers.tiny_images import write_noise
 
 
@@ -243,3 +245,38 @@ def test_a_hidden_link_among_class_folders_is_skipped(tmp_path):
     write_noise(tmp_path / "images", {"a": 9, "b": 9})
     (tmp_path / "images" / ".cache").symlink_to(tmp_path)
     assert prepare(tmp_path / "images", tmp_path / "split", queries=2)["query"]["images"] == 2
+
+
+def test_two_preparations_of_one_folder_cannot_both_succeed(tmp_path):
+    source = write_noise(tmp_path / "photos", {"a": 60, "b": 60})
+    started = threading.Barrier(2)
+
+    def start(seed: int) -> str:
+        started.wait()
+        try:
+            return prepare(str(source), tmp_path / "split", seed=seed)["query"]["sha256"]
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(start, range(2)))
+    refused = [result for result in results if result.startswith("train prepare: output must be")]
+    kept = json.loads((tmp_path / "split" / "split.json").read_text())["query"]["sha256"]
+    assert len(refused) == 1 and kept in results
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_mentioned(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr("hashengine._progress.note", notes.append)
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "digits", {"a": 9, "b": 9})
+    assert prepare("digits", tmp_path / "split")["query"]["images"] == 300
+    assert "'digits' is the data set of this name; the folder of this name is './digits'" in notes
+    assert prepare("./digits", tmp_path / "own")["query"]["images"] == 2
+
+
+def test_a_split_is_no_folder_of_class_folders(tmp_path):
+    source = write_noise(tmp_path / "photos", {"a": 9, "b": 9})
+    prepare(str(source), tmp_path / "split")
+    with pytest.raises(InputError, match="^fit: images must be in a folder of class folders, .*sides of a split"):
+        fit(FitConfig(images=tmp_path / "split", output=tmp_path / "model"))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from hashengine.errors import InputError
 from hashengine.training import FitConfig, Run, SweepConfig, fit, report, sweep
 from hashengine.training import sweeps as sweeps_module
+from hashengine.training.loop import train
 from hashengine.training.runs import table
 from tests.helpers.tiny_images import make_images
 
@@ -490,3 +492,96 @@ def test_an_evaluation_with_unknown_queries_is_not_averaged_with_others(data):
     path.write_text(json.dumps({k: v for k, v in record.items() if k not in ("source", "files_sha256", "fingerprint")}))
     header, rows = report([data / "runs"]).cells()
     assert header[0] == "queries" and [row[0] for row in rows] == ["unknown", str(data / "query")]
+
+
+@pytest.mark.parametrize("how", ["moved", "link", "device", "copied queries"])
+def test_the_same_images_elsewhere_and_another_name_of_the_device_continue_a_sweep(data, monkeypatch, how):
+    first = sweep(config(data, grid={"seed": [0]}))
+    changed = {}
+    if how == "moved":
+        (data / "database").rename(data / "moved")
+        changed = {"images": data / "moved"}
+    elif how == "link":
+        (data / "link").symlink_to(data / "database")
+        changed = {"images": data / "link"}
+    elif how == "device":
+        changed = {"device": "auto"}
+    else:
+        shutil.copytree(data / "query", data / "copied")
+        changed = {"queries": data / "copied"}
+    for function in ("fit", "evaluate"):
+        monkeypatch.setattr(sweeps_module, function, lambda *_: pytest.fail("done again"))
+    assert sweep(config(data, grid={"seed": [0]}, **changed)).groups[0].mean == first.groups[0].mean
+
+
+def test_a_sweep_evaluates_with_images_that_were_moved(data):
+    sweep(config(data, grid={"seed": [0]}, queries=None))
+    (data / "database").rename(data / "moved")
+    [group] = sweep(config(data, grid={"seed": [0]}, images=data / "moved")).groups
+    assert 0 < group.mean["mAP"] <= 1
+
+
+def test_other_images_under_another_path_are_refused(data):
+    sweep(config(data, grid={"seed": [0]}))
+    make_images(data / "other", per_class=3, seed=2)
+    with pytest.raises(InputError, match="got one with other images; remove it"):
+        sweep(config(data, grid={"seed": [0]}, images=data / "other"))
+
+
+def test_a_grid_with_two_names_of_one_value_is_refused(data):
+    with pytest.raises(InputError, match="got 'lr=1e-3' and 'lr=0.001', which are equal"):
+        sweep(config(data, grid={"lr": ["1e-3", 0.001]}))
+    assert not (data / "runs").exists()
+
+
+def test_a_copy_of_a_run_counts_once(data):
+    run = fit_into(data / "runs" / "a", data)
+    shutil.copytree(run.folder, data / "runs" / "b")
+    [group] = report([data / "runs"]).groups
+    assert group.seeds == [0]
+
+
+def test_a_table_replaces_no_image(data):
+    run = fit_into(data / "runs" / "a", data)
+    photo = next((data / "query").rglob("*.png"))
+    (data / "table.md").symlink_to(photo)
+    before = photo.read_bytes()
+    with pytest.raises(InputError, match="^train report: output must be a file that is no image"):
+        report([run.folder], output=data / "table.md")
+    assert photo.read_bytes() == before
+
+
+def test_none_is_no_run():
+    with pytest.raises(InputError, match="^Run.load: run must be a path"):
+        Run.load(None)
+
+
+@pytest.mark.parametrize("content", OTHER_FILES, ids=["object", "list"])
+def test_a_foreign_evaluation_that_appears_during_the_training_is_kept(data, monkeypatch, content):
+    foreign = data / "model" / "evaluation.json"
+    monkeypatch.setattr("hashengine.training.loop.train", lambda *_: [foreign.write_bytes(content)] and [{"epoch": 1}])
+    fit_into(data / "model", data)
+    assert foreign.read_bytes() == content
+
+
+def test_two_fits_into_one_folder_take_turns(data, monkeypatch):
+    """The record that remains is that of the network beside it, and no lock remains."""
+    running, most, notes = [0], [], []
+
+    def counted(*arguments):
+        running[0] += 1
+        most.append(running[0])
+        try:
+            return train(*arguments)
+        finally:
+            running[0] -= 1
+
+    monkeypatch.setattr("hashengine.training.loop.train", counted)
+    monkeypatch.setattr("hashengine._progress.note", notes.append)
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda seed: fit_into(data / "model", data, seed=seed), range(3)))
+    assert most == [1, 1, 1] and len({run.record["fingerprint"] for run in runs}) == 3
+    assert Run.load(data / "model").record in [run.record for run in runs]
+    assert {f"waiting for another training run in {data / 'model'}"} >= set(notes)
+    names = sorted(path.name for path in (data / "model").iterdir())
+    assert names == ["config.json", "model.safetensors", "training.json"]
