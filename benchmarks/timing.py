@@ -21,15 +21,15 @@ _DEFAULT_ROUNDS = (3, 15)  # the smallest and the largest number of rounds
 _DEVICE_SLEEP_CYCLES = 1_000_000  # 0.5 ms at 2 GHz; estimated to let the CPU launch about a hundred short calls
 
 
-def time_in_rounds(systems: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each system in each round, after one warm-up round.
+def time_in_rounds(systems: Mapping[str, Call], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds per call of each system in each round, after one warm-up round if `warm_up`.
 
     The systems take turns, so that a disturbance of the machine affects all of them. Compare them round by round.
     In each round, a short call is repeated for `_BURST_SECONDS`, and the median of its times is taken. The first call
     wakes sleeping threads and is therefore slower.
     """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for turn in range(rounds + 1):
+    for turn in range(not warm_up, rounds + 1):
         for name, system in systems.items():
             time.sleep(_PAUSE_SECONDS_PER_TURN)
             burst: list[float] = []
