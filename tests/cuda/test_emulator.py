@@ -105,6 +105,7 @@ def test_mistakes_in_warps_and_launches_are_reported(emulation, name, complaint)
 
 THREADS = 96
 OUT = object()  # stands for the output array
+BARRIER, ARRIVE_AND_WAIT, NOTHING, ARRIVE_TWICE, WAIT_ALONE, ARRIVE_ALONE = range(6)
 CORRECT, NOT_COMMITTED, NOT_WAITED, TOO_FEW_WAITED, NO_BARRIER_AFTER_WAIT, NO_BARRIER_BEFORE_REUSE = range(6)
 
 
@@ -118,11 +119,11 @@ def reverse_clusters(
     return out.numpy(), 2 * values.numpy().reshape(2, -1)[:, ::-1].ravel()
 
 
-def gather_clusters(emulation: Emulation, cluster: int, arrives: bool, schedule: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the result of toy_cluster_gather and the expected result."""
+def gather_clusters(emulation: Emulation, cluster: int, start: int, schedule: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the result of toy_cluster_gather and the expected result. `start`: BARRIER, ... or one of the mistakes."""
     blocks = 3 * cluster
     values, out = random_array(blocks * THREADS, torch.float32), array(blocks * THREADS, torch.float32)
-    emulation.call("toy_cluster_gather", values, out, blocks, cluster, arrives, schedule=schedule)
+    emulation.call("toy_cluster_gather", values, out, blocks, cluster, start, schedule=schedule)
     first = values.numpy().reshape(3, cluster, THREADS)[:, :, 0]
     return out.numpy().reshape(3, cluster, THREADS)[:, :, :cluster], np.stack([first] * cluster, axis=1)
 
@@ -131,15 +132,29 @@ def gather_clusters(emulation: Emulation, cluster: int, arrives: bool, schedule:
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
 def test_correct_clusters_pass_under_every_schedule(emulation, cluster, schedule):
     np.testing.assert_array_equal(*reverse_clusters(emulation, cluster, True, True, schedule))
-    np.testing.assert_array_equal(*gather_clusters(emulation, cluster, True, schedule))
+    np.testing.assert_array_equal(*gather_clusters(emulation, cluster, BARRIER, schedule))
+    np.testing.assert_array_equal(*gather_clusters(emulation, cluster, ARRIVE_AND_WAIT, schedule))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_missing_cluster_barrier_changes_the_result(emulation, schedule):
     got, expected = reverse_clusters(emulation, 2, False, True, schedule)
     assert not np.array_equal(got, expected)
-    got, expected = gather_clusters(emulation, 8, False, schedule)
+    got, expected = gather_clusters(emulation, 8, NOTHING, schedule)
     assert not np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "complaint"),
+    [
+        (ARRIVE_TWICE, "a thread arrives twice at the barrier of the cluster"),
+        (WAIT_ALONE, "a thread waits at the barrier of the cluster without having arrived"),
+        (ARRIVE_ALONE, "a thread exits before it waits for the cluster"),
+    ],
+)
+def test_halves_of_a_cluster_barrier_that_do_not_match_are_detected(emulation, start, complaint):
+    with pytest.raises(RuntimeError, match=complaint):
+        gather_clusters(emulation, 2, start, FORWARD)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -8,6 +8,8 @@ namespace emulation {
 unsigned cluster_rank();
 unsigned cluster_blocks();
 void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 // Takes the address of a shared variable in the running block. Returns the address of the same variable in block `rank`
 // of the cluster.
 void* map_shared(const void* address, unsigned rank);
@@ -29,3 +31,6 @@ struct cluster_group {
 inline cluster_group this_cluster() { return {}; }
 
 }  // namespace cooperative_groups
+
+inline void __cluster_barrier_arrive_relaxed() { emulation::cluster_arrive(); }
+inline void __cluster_barrier_wait() { emulation::cluster_wait(); }

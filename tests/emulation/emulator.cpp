@@ -95,6 +95,7 @@ void run_fiber() {
   arrive_in_fiber();
   (*kernel_body)();
   if (block().alive == 1) check_products();
+  if (fiber().cluster_barrier != ClusterBarrier::kNone) fail("a thread exits before it waits for the cluster");
   make_unready(running);
   --block().alive;
   warp().alive &= ~(1u << running % kWarpThreads);

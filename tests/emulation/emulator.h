@@ -49,11 +49,15 @@ struct MatrixProduct {
 // kPrevious: for the end of the previous kernel.
 enum class Wait { kNone, kBlock, kCluster, kPrevious };
 
+// Between its arrival and its wait, a thread has arrived, and later all threads of the cluster have.
+enum class ClusterBarrier { kNone, kArrived, kComplete };
+
 struct Fiber {
   ucontext_t context;
   uint3 thread;
   uint64_t priority;
   Wait wait = Wait::kNone;
+  ClusterBarrier cluster_barrier = ClusterBarrier::kNone;
   Lanes gathered;            // the result of the fiber's last collective operation
   std::vector<Copy> issued;  // asynchronous copies since the last commit
   std::deque<std::vector<Copy>> committed;

@@ -18,14 +18,6 @@ void release(unsigned slot, Wait wait) {
   }
 }
 
-void wait_for(Wait wait, unsigned& arrived) {
-  make_unready(running);
-  fiber().wait = wait;
-  ++arrived;
-  release_barriers();
-  suspend();
-}
-
 }  // namespace
 
 void release_barriers() {
@@ -43,6 +35,9 @@ void release_barriers() {
   if (!arrived || arrived < alive) return;
   for (unsigned slot = first; slot < first + cluster_size; ++slot) {
     resident[slot]->at_cluster_barrier = 0;
+    for (Fiber& arrived_fiber : resident[slot]->fibers)
+      if (arrived_fiber.cluster_barrier == ClusterBarrier::kArrived)
+        arrived_fiber.cluster_barrier = ClusterBarrier::kComplete;
     release(slot, Wait::kCluster);
   }
 }
@@ -73,8 +68,35 @@ std::string describe_waiting(const Block& b) {
   return "block " + std::to_string(b.index.x) + ": " + waiting;
 }
 
-void block_barrier() { wait_for(Wait::kBlock, block().at_barrier); }
-void cluster_barrier() { wait_for(Wait::kCluster, block().at_cluster_barrier); }
+void block_barrier() {
+  make_unready(running);
+  fiber().wait = Wait::kBlock;
+  ++block().at_barrier;
+  release_barriers();
+  suspend();
+}
+void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+void cluster_arrive() {
+  if (fiber().cluster_barrier != ClusterBarrier::kNone) fail("a thread arrives twice at the barrier of the cluster");
+  fiber().cluster_barrier = ClusterBarrier::kArrived;
+  ++block().at_cluster_barrier;
+  release_barriers();
+}
+
+void cluster_wait() {
+  if (fiber().cluster_barrier == ClusterBarrier::kNone)
+    fail("a thread waits at the barrier of the cluster without having arrived");
+  if (fiber().cluster_barrier == ClusterBarrier::kArrived) {
+    make_unready(running);
+    fiber().wait = Wait::kCluster;
+    suspend();
+  }
+  fiber().cluster_barrier = ClusterBarrier::kNone;
+}
 
 unsigned cluster_blocks() { return cluster_size; }
 unsigned cluster_rank() { return running / kMaxThreads % cluster_size; }

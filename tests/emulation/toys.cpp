@@ -4,6 +4,7 @@
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
@@ -110,13 +111,20 @@ __global__ void cluster_reverse_kernel(const float* in, float* out) {
   if (kStays) cluster.sync();
 }
 
-// Each block writes its first number to the shared memory of all blocks of its cluster. If kArrives is true, a barrier
-// before the writes ensures that all blocks have started.
-template <bool kArrives>
+// Each block writes its first number to the shared memory of all blocks of its cluster. A barrier before the writes, or
+// its two halves, ensure that all blocks have started, unless kStart is a mistake.
+enum class Start { kBarrier, kArriveAndWait, kNothing, kArriveTwice, kWaitAlone, kArriveAlone };
+
+template <Start kStart>
 __global__ void cluster_gather_kernel(const float* in, float* out) {
   const auto cluster = cooperative_groups::this_cluster();
   auto* gathered = dynamic_shared<float>();
-  if (kArrives) cluster.sync();
+  if (kStart == Start::kBarrier) cluster.sync();
+  if (kStart == Start::kArriveAndWait || kStart == Start::kArriveTwice || kStart == Start::kArriveAlone)
+    hashengine::cluster_arrive();
+  if (kStart == Start::kArriveTwice) hashengine::cluster_arrive();
+  if (kStart == Start::kArriveAndWait || kStart == Start::kWaitAlone) hashengine::cluster_wait();
+  if (kStart == Start::kArriveAlone) return;
   if (threadIdx.x < cluster.num_blocks())
     cluster.map_shared_rank(gathered, int(threadIdx.x))[cluster.block_rank()] = in[blockIdx.x * kThreads];
   cluster.sync();
@@ -206,9 +214,12 @@ void toy_cluster_reverse(const float* in, float* out, int blocks, int cluster, b
                               : cluster_reverse_kernel<false, true>;
   launch(kernel, {blocks, kThreads, kThreads * sizeof(float), cluster}, nullptr, in, out);
 }
-void toy_cluster_gather(const float* in, float* out, int blocks, int cluster, bool arrives) {
-  launch(arrives ? cluster_gather_kernel<true> : cluster_gather_kernel<false>,
-         {blocks, kThreads, int64_t(cluster * sizeof(float)), cluster}, nullptr, in, out);
+void toy_cluster_gather(const float* in, float* out, int blocks, int cluster, int start) {
+  constexpr decltype(&cluster_gather_kernel<Start::kBarrier>) kKernels[] = {
+      cluster_gather_kernel<Start::kBarrier>,   cluster_gather_kernel<Start::kArriveAndWait>,
+      cluster_gather_kernel<Start::kNothing>,   cluster_gather_kernel<Start::kArriveTwice>,
+      cluster_gather_kernel<Start::kWaitAlone>, cluster_gather_kernel<Start::kArriveAlone>};
+  launch(kKernels[start], {blocks, kThreads, int64_t(cluster * sizeof(float)), cluster}, nullptr, in, out);
 }
 void toy_pipeline(const float* in, float* out, int blocks, int rounds, int copies) {
   const auto kernels = {pipeline_kernel<Copies::kCorrect>,

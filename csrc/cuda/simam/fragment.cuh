@@ -14,13 +14,20 @@ struct Constants {
   Real positions;          // H * W
   Real inverse_positions;  // 1 / (H * W)
   Real inverse_freedom;    // 1 / n, see simam.h
-  double lam;
+  Real lam;
 
   Constants(const SimamShape& shape, double lambda)
       : positions(static_cast<Real>(shape.positions)),
         inverse_positions(static_cast<Real>(1.0 / static_cast<double>(shape.positions))),
         inverse_freedom(static_cast<Real>(1.0 / static_cast<double>(shape.positions > 1 ? shape.positions - 1 : 1))),
-        lam(lambda) {}
+        lam(static_cast<Real>(lambda)) {}
+};
+
+// A plane (simam.h).
+template <typename Real>
+struct SimamPlane {
+  Real mean;
+  Real energy_scale;  // 1 / (4 (v + lam))
 };
 
 // sum / count, given 1 / count. The correction makes the mean of equal values exact where their sum is, as in half
@@ -53,6 +60,9 @@ __device__ __forceinline__ Gate<double> gate_of(double d, double energy_scale) {
   return {value, power * value};
 }
 
+__device__ __forceinline__ float reciprocal(float x) { return fast_reciprocal(x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+
 // The place of a thread's vectors: the offset of the first, the distance between them (both in elements), and their
 // number.
 struct FragmentPlace {
@@ -81,21 +91,30 @@ struct Fragment {
   using Vectors = Vector<T, kWidth>[kVectors];
   using Reals = Vector<Real, kWidth>[kVectors];
   using Plane = SimamPlane<Real>;
+  // Whether a thread computes with all vectors and masks those that it does not have. Otherwise it skips them. A branch
+  // after each vector would cost more than its work if a vector is a single element.
+  static constexpr bool kIsMasked = kWidth == 1 && sizeof(T) < sizeof(double);
 
   static __device__ __forceinline__ void load(const void* array, const FragmentPlace& place, Vectors& vectors) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)  // issues all loads before the first use
-      if (v < place.count) vectors[v] = vector_at<kWidth>(static_cast<const T*>(array), place.begin + v * place.stride);
+    for (int v = 0; v < kVectors; ++v) {  // issues all loads before the first use
+      if (v < place.count) {
+        vectors[v] = vector_at<kWidth>(static_cast<const T*>(array), place.begin + v * place.stride);
+      } else if (kIsMasked) {
+        vectors[v] = {};
+      }
+    }
   }
 
-  // Calls body(vector, element, channel) for every element of the thread.
+  // Calls body(vector, element, channel, is_missing) for every element of the thread. If the vectors are masked, it is
+  // also called for missing ones, which are zero.
   template <typename Body>
   static __device__ __forceinline__ void for_each(const FragmentPlace& place, Body body) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (v >= place.count) break;
+      if (!kIsMasked && v >= place.count) break;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) body(v, i, i % kChannels);
+      for (int i = 0; i < kWidth; ++i) body(v, i, i % kChannels, kIsMasked && v >= place.count);
     }
   }
 
@@ -104,18 +123,18 @@ struct Fragment {
   static __device__ __forceinline__ void store_each(void* array, const FragmentPlace& place, Body body) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (v >= place.count) break;
+      if (!kIsMasked && v >= place.count) break;
       Vector<T, kWidth> result;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) result.at[i] = narrow<T>(body(v, i, i % kChannels));
-      vector_at<kWidth>(static_cast<T*>(array), place.begin + v * place.stride) = result;
+      if (v < place.count) vector_at<kWidth>(static_cast<T*>(array), place.begin + v * place.stride) = result;
     }
   }
 
   // --- forward: the sum, the moments around the mean, then y ---
 
   static __device__ __forceinline__ void sum(const Vectors& x, const FragmentPlace& place, Real (&sums)[kChannels]) {
-    for_each(place, [&](int v, int i, int c) { sums[c] += widen_at(x[v], i); });
+    for_each(place, [&](int v, int i, int c, bool) { sums[c] += widen_at(x[v], i); });
   }
 
   // If the mean is much larger than the deviations, the rounding error of the mean affects every difference x - mean.
@@ -126,8 +145,8 @@ struct Fragment {
 
   static __device__ __forceinline__ void sum_moments(const Vectors& x, const FragmentPlace& place,
                                                      const Real (&means)[kChannels], Real (&sums)[kMoments]) {
-    for_each(place, [&](int v, int i, int c) {
-      const Real d = widen_at(x[v], i) - means[c];
+    for_each(place, [&](int v, int i, int c, bool is_missing) {
+      const Real d = is_missing ? Real(0) : widen_at(x[v], i) - means[c];
       sums[c] += d * d;
       if constexpr (kCorrects) sums[kChannels + c] += d;
     });
@@ -188,8 +207,9 @@ struct Fragment {
   static __device__ __forceinline__ void sum_slopes(const Vectors& x, const Vectors& grad_y, const FragmentPlace& place,
                                                     const Plane (&planes)[kChannels], Real (&sums)[2 * kChannels],
                                                     Reals& t) {
-    for_each(place, [&](int v, int i, int c) {
-      const Slope slope(widen_at(x[v], i), widen_at(grad_y[v], i), planes[c]);
+    for_each(place, [&](int v, int i, int c, bool is_missing) {
+      const Real value = is_missing ? planes[c].mean : widen_at(x[v], i);  // so that d and s are zero
+      const Slope slope(value, widen_at(grad_y[v], i), planes[c]);
       sums[2 * c] += slope.s;
       sums[2 * c + 1] += slope.s * slope.d;
       t[v].at[i] = slope.t;
@@ -236,17 +256,17 @@ struct Fragment {
       vector_at<2>(static_cast<Real*>(array), 2 * (channel + c)) = {pairs[2 * c], pairs[2 * c + 1]};
   }
 
-  static __device__ __forceinline__ void load_planes(const void* stats, int64_t channel, double lam,
+  static __device__ __forceinline__ void load_planes(const void* stats, int64_t channel, Real lam,
                                                      Plane (&planes)[kChannels]) {
     Real pairs[2 * kChannels];
     load_pairs(stats, channel, pairs);
     make_planes(pairs, lam, planes);
   }
 
-  static __device__ __forceinline__ void make_planes(const Real (&stats)[2 * kChannels], double lam,
+  static __device__ __forceinline__ void make_planes(const Real (&stats)[2 * kChannels], Real lam,
                                                      Plane (&planes)[kChannels]) {
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) planes[c] = simam_plane(stats[2 * c], stats[2 * c + 1], lam);
+    for (int c = 0; c < kChannels; ++c) planes[c] = {stats[2 * c], reciprocal(4 * (stats[2 * c + 1] + lam))};
   }
 };
 

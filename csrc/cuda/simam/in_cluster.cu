@@ -18,9 +18,9 @@
 // bytes (one memory sector) if slabs with rows of 64 bytes do not fit.
 //
 // Instructions, half precision, counted in sm_90a code: about 14 per element forward and 23 backward, two of them in
-// the special function unit, plus about 200 per thread (500 in NHWC). Estimate: in the time that an H200 needs to move
-// the data of one element at 4.3 TB/s, it can issue 27 instructions forward and 40 backward. The time has not been
-// measured on a GPU.
+// the special function unit, plus about 200 per thread (less than 500 in NHWC). Estimate: in the time that an H200
+// needs to move the data of one element at 4.3 TB/s, it can issue 27 instructions forward and 40 backward. The time has
+// not been measured on a GPU.
 //
 // Limits. At most 2^31 - 1 blocks.
 
@@ -34,15 +34,15 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
     forward_kernel(SimamForward params, SlabPlan plan, Constants<typename Fragment::Real> constants,
                    int moment_values) {
   using Real = typename Fragment::Real;
+  if (plan.parts > 1) cluster_arrive();
   const SlabPlace<Fragment> place(plan, blockIdx.x);
   Real* scratch = dynamic_shared<Real>();
 
   typename Fragment::Vectors x;
   Fragment::load(params.x, place, x);
-  if (plan.parts > 1) cluster_sync();  // all blocks have started; the loads are still in flight
-
   Real means[Fragment::kChannels] = {};
   Fragment::sum(x, place, means);
+  if (plan.parts > 1) cluster_wait();  // all blocks have started
   slab_sums<Fragment::kLayout>(plan, scratch + moment_values, means);
 #pragma unroll
   for (int c = 0; c < Fragment::kChannels; ++c)
@@ -66,6 +66,7 @@ template <typename Fragment>
 __global__ void HE_SLAB_BOUNDS(Fragment)
     backward_kernel(SimamBackward params, SlabPlan plan, Constants<typename Fragment::Real> constants) {
   using Real = typename Fragment::Real;
+  if (plan.parts > 1) cluster_arrive();
   const SlabPlace<Fragment> place(plan, blockIdx.x);
 
   typename Fragment::Vectors x, grad_y;
@@ -73,11 +74,10 @@ __global__ void HE_SLAB_BOUNDS(Fragment)
   Fragment::load(params.grad_y, place, grad_y);
   typename Fragment::Plane planes[Fragment::kChannels];
   Fragment::load_planes(params.stats, place.channel, constants.lam, planes);
-  if (plan.parts > 1) cluster_sync();  // all blocks have started; the loads are still in flight
-
   Real sums[2 * Fragment::kChannels] = {};
   typename Fragment::Reals t;
   Fragment::sum_slopes(x, grad_y, place, planes, sums, t);
+  if (plan.parts > 1) cluster_wait();  // all blocks have started
   slab_sums<Fragment::kLayout>(plan, dynamic_shared<Real>(), sums);
   Fragment::store_gradient(x, t, place, planes, sums, constants, params.grad_x);
 }

@@ -48,22 +48,10 @@ int64_t simam_backward_workspace_bytes(const SimamShape& shape);
 void launch_simam_forward(const SimamForward& params, void* workspace, cudaStream_t stream);
 void launch_simam_backward(const SimamBackward& params, void* workspace, cudaStream_t stream);
 
-// The formulas of one plane, for host and device code. T is double for float64, otherwise float.
-//
-// With d = x - m, e = d^2 / (4 (v + lam)) + 1/2 and g = sigmoid(e), the gradient of a plane is
+// The gradient of a plane. With d = x - m, e = d^2 / (4 (v + lam)) + 1/2 and g = sigmoid(e), it is
 //   dx = dy * g + s - mean(s) - d * sum(q) / (2 n (v + lam)^2),
 //   s = dy * x * g * (1 - g) * d / (2 (v + lam)),   q = dy * x * g * (1 - g) * d^2.
 // The four terms of dx are the gradients through x itself, through d, through m, and through v. (There is no gradient
 // through v and then m, because sum(d) = 0.)
-template <typename T>
-struct SimamPlane {
-  T mean;
-  T energy_scale;  // 1 / (4 (v + lam))
-};
-
-template <typename T>
-HE_HOST_DEVICE SimamPlane<T> simam_plane(T mean, T variance, double lam) {
-  return {mean, T(1) / (T(4) * (variance + T(lam)))};
-}
 
 }  // namespace hashengine
