@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kMinChunkCodes = 1 << 16;  // fewer codes are not worth a list per query
 constexpr int64_t kMinRankedK = 4096;        // up to this k, ranking all codes is slower, because it takes two passes
 constexpr int64_t kRankingShare = 16;        // if k > codes / 16, ranking all codes is faster than lists
-constexpr int64_t kBatchListBytes = int64_t(10) << 20;  // for the lists of all queries that are searched together
+constexpr int64_t kBatchListBytes = int64_t(21) << 20;  // for the lists of all queries that are searched together
 
 }  // namespace
 

@@ -113,9 +113,5 @@ HE_INLINE uint32_t hamming_distance(const HammingTile& tile, int64_t code, const
 inline int64_t no_tile_bytes(int64_t, int64_t) { return 0; }
 inline int64_t no_query_bytes(int64_t) { return 0; }
 inline void prepare_nothing(const uint8_t*, int64_t, int64_t, uint8_t*) {}
-HE_INLINE void compute_unprepared_distances(const HammingTile& tile, const QueryBlock& queries, int64_t query,
-                                            uint32_t* distances) {
-  for (int64_t i = 0; i < tile.count; ++i) distances[i] = hamming_distance(tile, i, queries, query);
-}
 
 }  // namespace hashengine

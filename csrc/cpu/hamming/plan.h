@@ -16,7 +16,7 @@
 namespace hashengine {
 
 constexpr int64_t kMaxChunkCodes = int64_t(1) << 31;        // so that positions in a chunk fit in 32 bits
-constexpr int64_t kThreadScratchBytes = int64_t(24) << 20;  // for all queries of a block; a single query may take more
+constexpr int64_t kThreadScratchBytes = int64_t(34) << 20;  // for all queries of a block; a single query may take more
 
 // The kernel of a SIMD level that takes any number of queries.
 //
