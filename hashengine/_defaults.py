@@ -6,6 +6,8 @@ import would also import torch.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hashengine._files import Marker
 
 DATA_SETS = ("digits", "fashion-mnist", "cifar10")  # the names that `hashengine.training.prepare` knows
@@ -36,3 +38,9 @@ INDEX_MARKER = Marker(
     ),
 )
 SPLIT_FILE = "split.json"  # the record of 'hashengine train prepare'
+
+
+def is_split(folder: Path) -> bool:
+    """Whether 'hashengine train prepare' wrote `folder`, which then has the sides `database` and `query`."""
+    marker = Marker(SPLIT_FILE, ("database", "query", "queries_identical_to_a_database_image"))
+    return marker.problem(folder) is None and all((folder / side).is_dir() for side in ("database", "query"))

@@ -20,6 +20,8 @@ from typing import Any
 
 _FILTER: Any = ("always", None, Warning, re.compile(r"PIL\b|hashengine\._pixels"), 0)  # an entry of `warnings.filters`
 
+LIBTIFF = "libtiff: "  # how the texts of its errors begin
+
 _lock = threading.Lock()
 _readers = 0  # threads that are reading a file
 _thread = threading.local()  # `found`: the warnings for the file that the thread is reading
@@ -120,7 +122,7 @@ def _collect_from_libtiff() -> Any:
         if found is not None:
             text = ctypes.create_string_buffer(1000)
             ctypes.CDLL(None).vsnprintf(text, ctypes.c_size_t(len(text)), template, ctypes.c_void_p(values))
-            found[f"libtiff: {text.value.decode(errors='backslashreplace')}"] = UserWarning
+            found[f"{LIBTIFF}{text.value.decode(errors='backslashreplace')}"] = UserWarning
         elif earlier:
             earlier[0](name, template, values)
 

@@ -37,8 +37,10 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _MANY_FILES = 1000  # for more files, one flush of the file system is assumed to be faster than one fsync per file
 
-# Names of files that systems leave in every folder, and of our temporary files and folders.
-_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
+TEMPORARY_LOCK = ".hashengine-lock"  # the name of a lock that is not kept
+
+# Names of files that systems leave in every folder, with `TEMPORARY_LOCK`, and of our temporary files and folders.
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+|\.hashengine-lock")
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")
 
 _temporaries: set[Path] = set()  # the temporary files and folders that exist at the moment
@@ -150,7 +152,7 @@ class Marker(NamedTuple):
 
 
 @contextmanager
-def replace_folder(path: Path, *, marker: Marker, where: str) -> Iterator[Path]:
+def replace_folder(path: Path, *, marker: Marker | None, where: str) -> Iterator[Path]:
     """Create a temporary folder. The folder replaces `path` when the `with` block ends without an exception.
 
     It keeps the permissions of the folder that it replaces. If `path` has changed meanwhile, because another program
@@ -159,7 +161,7 @@ def replace_folder(path: Path, *, marker: Marker, where: str) -> Iterator[Path]:
     Args:
         path: the folder to create or to replace.
         marker: how an existing `path` is recognised as an earlier output, which may be replaced. An empty folder may be
-            replaced too.
+            replaced too, and nothing else if there is no marker.
         where: the function or command to name in an error.
 
     Raises:
@@ -172,11 +174,20 @@ def replace_folder(path: Path, *, marker: Marker, where: str) -> Iterator[Path]:
     before = _versions(path)
     with _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
         temporary.mkdir()
+        _copy_permissions(path, temporary)  # what is private stays private while it is written
+        with suppress(OSError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(temporary).st_mode) | stat.S_IRWXU)
         yield temporary
         _sync_tree(temporary)
         _copy_permissions(path, temporary)
         with _moving:
-            _move_into_place(temporary, path)
+            try:
+                _move_into_place(temporary, path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                actual = f"{str(path)!r}, which is in a lower layer of an overlay file system"
+                raise invalid(where, "output", "a folder that can be replaced", actual, "remove it first") from None
             if temporary.exists() and _versions(temporary) != before:
                 _move_into_place(temporary, path)
                 expected, actual = (
@@ -196,13 +207,27 @@ def _versions(path: Path) -> dict[str, tuple[int, ...] | None]:
 
 
 def _copy_permissions(path: Path, temporary: Path) -> None:
-    """Give `temporary` the permissions of `path`, which it will replace, if that exists."""
-    with suppress(FileNotFoundError):
-        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode) & 0o777)
+    """Give `temporary` the group and the permissions of `path`, which it will replace, as far as the system allows.
+
+    If the group cannot be given, the new group may do what others may.
+    """
+    try:
+        wanted, found = os.stat(path), os.stat(temporary)
+    except FileNotFoundError:
+        return
+    mode = wanted.st_mode & (0o3777 if stat.S_ISDIR(wanted.st_mode) else 0o777)
+    if wanted.st_gid != found.st_gid:
+        try:
+            os.chown(temporary, -1, wanted.st_gid)
+        except OSError:
+            mode = mode & ~0o2070 | (mode & 0o007) << 3
+    if mode != stat.S_IMODE(found.st_mode):
+        with suppress(OSError):  # of a file system without permissions
+            os.chmod(temporary, mode)
 
 
-def check_replaceable(path: Path, *, marker: Marker, where: str) -> None:
-    """Require that `path` does not exist, is an empty folder, or is an earlier output.
+def check_replaceable(path: Path, *, marker: Marker | None, where: str) -> None:
+    """Require that `path` does not exist, is an empty folder, or is an earlier output, which `marker` recognises.
 
     It must not be the working folder or a folder around it, because replacing it would remove the working folder.
     """
@@ -215,6 +240,8 @@ def check_replaceable(path: Path, *, marker: Marker, where: str) -> None:
         raise invalid(where, "output", "a folder that can be replaced", f"the mount point {str(path)!r}", advice)
     if not path.exists() or (path.is_dir() and is_empty(path)):
         return
+    if marker is None:
+        raise invalid(where, "output", "a new or an empty folder", repr(str(path)))
     problem = marker.problem(path)
     if problem is not None:
         expected = f"a new folder or an earlier output that holds {marker.name}"
@@ -296,7 +323,8 @@ def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, kee
         folder: the folder.
         waiting: called once if another process or thread holds the lock. After that, this function waits.
         name: the name of the file.
-        keep: whether the file stays in the folder.
+        keep: whether the file stays in the folder. If it does not, the lock is a courtesy: a file system that has no
+            locks is accepted.
     """
     path = folder / name
     while True:
@@ -307,12 +335,16 @@ def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, kee
             except BlockingIOError:
                 waiting()
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                if keep or error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise OSError(error.errno, f"{error.strerror} (the lock of the folder)", str(path)) from None
             if _is_same_file(lock, path):  # otherwise the folder was replaced, or the file removed, during the wait
                 with nullcontext() if keep else _removed(path):
                     yield
                 return
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of `lock`
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of it
             os.close(lock)
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImagePalette
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -24,7 +24,10 @@ _SPACES = {
 }
 
 
-_PHOTOMETRIC, _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _PLANES = 262, 258, 339, 284  # tags of TIFF files
+# Tags of TIFF files.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES_PER_PIXEL, _PLANES = 258, 262, 266, 277, 284
+_COLOUR_MAP, _SAMPLE_FORMAT, _SUBSAMPLING = 320, 339, 530
+_WHITE_IS_ZERO, _YCBCR = 0, 6
 _SCALES = {"L;2": 85, "L;4": 17}  # the raw modes of PNG files whose grey levels Pillow scales to 0 to 255
 
 
@@ -48,32 +51,51 @@ def encoding_of(image: Image.Image, where: str) -> Encoding:
     Raises:
         InputError: it is a TIFF file of a kind that Pillow decodes to other pixels; the error names `where`.
     """
+    expected, advice = "those that Pillow decodes", "save the image as PNG"
+    if image.format == "FITS" and image.mode.startswith("I;16"):
+        raise invalid(where, "pixels", expected, "those of 16 bits in a FITS file", advice)
     if not isinstance(image, TiffImageFile):
         return Encoding(is_16_bit=image.format in ("PNG", "PPM"))
     tags = image.tag_v2
     bits, formats = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
     is_compressed = image.info.get("compression", "raw") != "raw"
     kind = None
-    if tags.get(_PLANES, 1) == 2 and len(bits) > 1:
-        if not is_compressed and set(bits) != {8}:
+    if tags.get(_PLANES, 1) == 2 and tags.get(_SAMPLES_PER_PIXEL, 1) > 1:
+        if not is_compressed and (set(bits) != {8} or tags.get(_FILL_ORDER, 1) != 1):
             kind = f"uncompressed ones of {bits[0]} bits in separate planes"
-        elif image.mode in ("LA", "La"):
-            kind = "grey and transparency in separate planes"
+        elif image.mode in ("LA", "La", "PA", "LAB"):
+            kind = f"those of mode {image.mode} in separate planes"
     if image.mode in ("F", "I") and tags.prefix == b"MM" and is_compressed:
-        kind = "compressed ones of 32 bits, most significant byte first"
+        kind = f"compressed ones of {bits[0]} bits, most significant byte first"
+    if tags.get(_PHOTOMETRIC) == _YCBCR and not is_compressed and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
+        kind = "uncompressed YCbCr with subsampling"
     if 2 in formats and 8 in bits:
         kind = "signed ones of 8 bits"
     if kind is not None:
-        raise invalid(where, "pixels", "those of a TIFF file that Pillow decodes", kind, "save the image as PNG")
+        raise invalid(where, "pixels", expected, f"{kind} in a TIFF file", advice)
     is_deep = image.mode == "F" or image.mode.startswith("I")
-    return Encoding(grey_bits=12 if bits == (12,) else 16, is_negative=is_deep and tags.get(_PHOTOMETRIC) == 0)
+    return Encoding(
+        grey_bits=12 if bits == (12,) else 16, is_negative=is_deep and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    )
 
 
-def scale_transparent_grey(image: Image.Image) -> None:
-    """Scale the transparent grey level of a PNG image as Pillow scales its pixels. Call it before they are loaded."""
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int) and isinstance(image, PngImageFile) and image.tile:
-        image.info["transparency"] = transparent * _SCALES.get(str(image.tile[0][3]), 1)
+def correct_colours(image: Image.Image) -> None:
+    """Correct what Pillow reads of the colours of a file. Call it before the pixels are loaded.
+
+    - The transparent colour of a PNG file with 2, 4 or 3 * 16 bits per pixel is scaled as the pixels are. A colour of
+      16 bits is compared by its upper 8 bits.
+    - Some writers store the colours of a TIFF palette in 8 bits instead of 16.
+    """
+    if isinstance(image, PngImageFile) and image.tile:
+        transparent, mode = image.info.get("transparency"), str(image.tile[0][3])
+        if isinstance(transparent, int):
+            image.info["transparency"] = transparent * _SCALES.get(mode, 1)
+        elif isinstance(transparent, tuple) and mode == "RGB;16B":
+            image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    elif isinstance(image, TiffImageFile) and image.mode in ("P", "PA"):
+        colours = image.tag_v2.get(_COLOUR_MAP, ())
+        if colours and max(colours) < 256:
+            image.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
 def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | None = None) -> Image.Image:

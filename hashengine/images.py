@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hashengine._defaults import IMAGE_SUFFIXES
-from hashengine._file_warnings import named_warnings
-from hashengine._pixels import encoding_of, scale_transparent_grey, to_8_bits
+from hashengine._file_warnings import LIBTIFF, named_warnings
+from hashengine._pixels import correct_colours, encoding_of, to_8_bits
 from hashengine.errors import InputError, brief, invalid
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
                 if image.format in _WITHOUT_PIXELS:
                     raise InputError(f"{name}: the file must be an image of pixels, got {image.format}")
                 yield image
+                if damage := [text for text in warned if text.startswith(LIBTIFF)]:  # Pillow may not raise an error
+                    raise InputError(f"{name}: the file must be a readable image, got {'; '.join(map(brief, damage))}")
         except InputError:
             raise
         except UnidentifiedImageError:
@@ -240,7 +242,7 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
         if image.format == "PNG":
             with open(path, "rb") as file, Image.open(file) as checked:
                 checked.verify()  # of the checksums; loading the pixels does not compare them
-            scale_transparent_grey(image)
+        correct_colours(image)
         encoding = encoding_of(image, name)
         return to_8_bits(_upright(image), mode, name, encoding)
 

@@ -440,3 +440,89 @@ def test_a_lock_that_is_not_kept_is_removed_and_still_held_by_one_thread(tmp_pat
     for thread in threads:
         thread.join()
     assert most == [1] * 8 and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_refuses_permissions_and_groups_gets_its_files(tmp_path, monkeypatch):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "encode.json").write_text("{}")
+    (tmp_path / "file").write_text("old")
+    for name in ("codes", "file"):
+        (tmp_path / name).chmod(0o705)
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(os, "chown", refuse)
+    _files.write_file(tmp_path / "file", "new")
+    with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
+        (temporary / "encode.json").write_text("[]")
+    assert (tmp_path / "file").read_text() == "new" and (tmp_path / "codes" / "encode.json").read_text() == "[]"
+
+
+def test_the_group_of_an_output_is_kept_or_gets_the_rights_of_others(tmp_path, monkeypatch):
+    folder = tmp_path / "codes"
+    folder.mkdir()
+    (folder / "encode.json").write_text("{}")
+    folder.chmod(0o2775)
+    wanted = os.stat(folder)
+    if os.geteuid() == 0:  # another user may belong to a single group
+        os.chown(folder, -1, 12345)
+        folder.chmod(0o2775)
+        wanted = os.stat(folder)
+    with _files.replace_folder(folder, marker=CODES, where="test") as temporary:
+        (temporary / "encode.json").write_text("[]")
+    found = os.stat(folder)
+    assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (wanted.st_gid, 0o2775)
+    if os.geteuid() != 0:
+        return
+    monkeypatch.setattr(os, "chown", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    (tmp_path / "file").write_text("old")
+    os.system(f"chgrp 12345 '{tmp_path / 'file'}'")
+    (tmp_path / "file").chmod(0o664)
+    _files.write_file(tmp_path / "file", "new")
+    assert stat.S_IMODE(os.stat(tmp_path / "file").st_mode) == 0o644
+
+
+def test_a_private_folder_is_private_while_it_is_written(tmp_path):
+    (tmp_path / "codes").mkdir(mode=0o700)
+    with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+
+
+def test_an_output_in_a_lower_layer_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "encode.json").write_text("{}")
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(_files, "_move_into_place", refuse)
+    with pytest.raises(InputError, match="^test: output must be a folder that can be replaced, .*; remove it first"):
+        with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
+            (temporary / "encode.json").write_text("[]")
+    assert (tmp_path / "codes" / "encode.json").read_text() == "{}"
+
+
+def test_a_file_system_without_locks_is_accepted_where_the_lock_is_a_courtesy(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(_files.fcntl, "flock", refuse)
+    with _files.locked(tmp_path, lambda: None, ".lock", keep=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="Function not implemented .the lock of the folder.*lock"):
+        with _files.locked(tmp_path, lambda: None):
+            pass
+
+
+def test_without_a_marker_only_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / _files.TEMPORARY_LOCK).write_text("")  # of a command that was killed
+    with _files.replace_folder(tmp_path / "new", marker=None, where="test") as temporary:
+        (temporary / "a").write_text("a")
+    with pytest.raises(InputError, match="^test: output must be a new or an empty folder, got"):
+        with _files.replace_folder(tmp_path / "new", marker=None, where="test"):
+            pass
+    assert (tmp_path / "new" / "a").read_text() == "a"

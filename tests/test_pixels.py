@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,7 @@ def test_grey_tiff_files_of_every_depth_are_read_if_pillow_decodes_them(tmp_path
     assert np.array_equal(image_tensor(Image.open(tmp_path / "a.tiff"), 16, 1)[0].numpy(), wanted)
 
 
+DEEP_COLOURS = COLOURS.astype(np.uint16) * 257
 ALPHA = np.concatenate([COLOURS, np.full((16, 16, 1), 255, np.uint8)], 2)
 
 
@@ -107,7 +109,7 @@ def test_samples_of_a_tiff_file_in_every_order_are_right_or_refused(
     array = array.astype(np.uint16) * 257 if deep else array
     write_tiff(tmp_path / "a.tiff", array, planes=planes, deflate=deflate, big_endian=big_endian, **options)
     if (planes == 2 and (array.shape[2] == 2 or (deep and not deflate))) or (deep and array.shape[2] == 2):
-        with pytest.raises(InputError, match=r"a.tiff: (the file must be a readable|pixels must be those of a TIFF)"):
+        with pytest.raises(InputError, match=r"a.tiff: (the file must be a readable|pixels must be those that)"):
             read_image(tmp_path / "a.tiff")
     else:
         assert np.array_equal(read(tmp_path / "a.tiff"), wanted)
@@ -122,16 +124,60 @@ def test_samples_of_a_tiff_file_in_every_order_are_right_or_refused(
             "compressed ones of",
         ),
         (GREY.astype(np.int32) * 0, {"sample_format": 2, "deflate": True, "big_endian": True}, "compressed ones of"),
-        (GREY.astype(np.int8), {"sample_format": 2}, "signed ones of 8 bits; save the image as PNG"),
+        (
+            DEEP_COLOURS,
+            {"photometric": 2, "planes": 2, "tags": {258: [16]}},
+            "uncompressed ones of 16 bits in separate",
+        ),
+        (
+            COLOURS,
+            {"photometric": 2, "planes": 2, "tags": {266: [2]}},
+            "uncompressed ones of 8 bits in separate planes",
+        ),
+        (COLOURS, {"photometric": 8, "planes": 2}, "those of mode LAB in separate planes"),
+        (COLOURS, {"photometric": 8, "planes": 2, "deflate": True}, "those of mode LAB in separate planes"),
+        (COLOURS, {"photometric": 6, "tags": {530: [2, 2]}}, "uncompressed YCbCr with subsampling"),
+        (COLOURS, {"photometric": 6}, "uncompressed YCbCr with subsampling"),  # 2 x 2 without the tag
+        (GREY.astype(np.int8), {"sample_format": 2}, "signed ones of 8 bits in a TIFF file; save the image"),
     ],
 )
 def test_a_tiff_file_that_pillow_decodes_to_other_pixels_is_refused(tmp_path, array, options, found):
     write_tiff(tmp_path / "a.tiff", array, **options)
-    complaint = f"pixels must be those of a TIFF file that Pillow decodes, got {found}"
+    complaint = f"pixels must be those that Pillow decodes, got {found}"
     with pytest.raises(InputError, match=f"a.tiff: {complaint}"):
         read_image(tmp_path / "a.tiff")
     with pytest.raises(InputError, match=f"^preprocess: {complaint}"):
         image_tensor(Image.open(tmp_path / "a.tiff"), 16, 1)
+
+
+def test_a_tiff_palette_of_8_bits_is_read_like_one_of_16(tmp_path):
+    colours = np.random.default_rng(1).integers(0, 256, (3, 256))
+    for scale in (1, 257):
+        tags = {320: (colours * scale).ravel().tolist()}
+        write_tiff(tmp_path / "a.tiff", GREY, photometric=3, tags=tags)
+        assert np.array_equal(read(tmp_path / "a.tiff"), colours.T[GREY])
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+def test_damaged_data_of_a_tiff_file_are_refused(tmp_path, deflate):
+    pixels = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    kind = {"photometric": 6, "tags": {530: [1, 1]}} if deflate else {"photometric": 2}
+    write_tiff(tmp_path / "a.tiff", pixels, deflate=True, **kind)
+    content = bytearray((tmp_path / "a.tiff").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
+    (tmp_path / "a.tiff").write_bytes(content)
+    with pytest.raises(InputError, match="a.tiff: the file must be a readable image, got .*libtiff: "):
+        read_image(tmp_path / "a.tiff")
+
+
+def test_a_fits_file_of_16_bits_is_refused(tmp_path):
+    cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 4", "NAXIS2  = 4", "BZERO   = 32768", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    (tmp_path / "a.fits").write_bytes(header + bytes(2880))
+    with pytest.raises(
+        InputError, match="a.fits: pixels must be those that Pillow decodes, got those of 16 bits in a F"
+    ):
+        read_image(tmp_path / "a.fits")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "F", "P", "RGB", "RGBA", "CMYK", "LAB"])
@@ -162,20 +208,35 @@ def test_transparent_pixels_of_16_bits_become_white(tmp_path):
     assert np.array_equal(read(tmp_path / "a.png", "L"), expected)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_transparent_pixels_of_a_png_file_with_few_grey_levels_become_white(tmp_path, bits):
-    levels = (np.arange(16).reshape(4, 4) % (1 << bits)).astype(np.uint8)
-    rows = np.packbits(np.unpackbits(levels[..., None], axis=2)[..., 8 - bits :].reshape(4, -1), axis=1)
-    header = struct.pack(">IIBBBBB", 4, 4, bits, 0, 0, 0, 0)
+def write_png(path: Path, bits: int, colour_type: int, transparent: bytes, rows: np.ndarray) -> None:
+    """A PNG file of 4 x 4 pixels."""
+    header = struct.pack(">IIBBBBB", 4, 4, bits, colour_type, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    chunks = {b"IHDR": header, b"tRNS": (1).to_bytes(2, "big"), b"IDAT": data, b"IEND": b""}
-    (tmp_path / "a.png").write_bytes(
+    chunks = {b"IHDR": header, b"tRNS": transparent, b"IDAT": data, b"IEND": b""}
+    path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
         + b"".join(
             len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
             for name, content in chunks.items()
         )
     )
+
+
+def test_the_transparent_colour_of_a_png_file_of_16_bits_becomes_white(tmp_path):
+    colours = np.random.default_rng(3).integers(0, 1 << 16, (4, 4, 3))
+    colours[1, 2] = (0x2001, 0x4002, 0x8003)
+    colours[0, 0] = (0x0101, 0x0202, 0x0303)  # the lower bytes of the transparent colour
+    write_png(tmp_path / "a.png", 16, 2, struct.pack(">HHH", 0x2001, 0x4002, 0x8003), colours.astype(">u2"))
+    wanted = colours >> 8
+    wanted[1, 2] = 255
+    assert np.array_equal(read(tmp_path / "a.png"), wanted)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparent_pixels_of_a_png_file_with_few_grey_levels_become_white(tmp_path, bits):
+    levels = (np.arange(16).reshape(4, 4) % (1 << bits)).astype(np.uint8)
+    rows = np.packbits(np.unpackbits(levels[..., None], axis=2)[..., 8 - bits :].reshape(4, -1), axis=1)
+    write_png(tmp_path / "a.png", bits, 0, (1).to_bytes(2, "big"), rows)
     wanted = np.where(levels == 1, 255, levels.astype(int) * 255 // ((1 << bits) - 1))
     assert np.array_equal(read(tmp_path / "a.png", "L"), wanted)
 

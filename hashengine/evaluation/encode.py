@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hashengine import _progress
-from hashengine._defaults import BATCH_SIZE, CODES_MARKER, SPLIT_FILE
+from hashengine._defaults import BATCH_SIZE, CODES_MARKER, is_split
 from hashengine._files import read_unchanged, replace_folder
 from hashengine._threads import thread_pool
 from hashengine._validation import DeviceName, check_device, check_integer, check_path
@@ -162,7 +162,7 @@ def encode_folder(
     codes: list[np.ndarray] = []
     items: list[Item] = []
     errors: list[Unreadable] = []
-    if (folder / SPLIT_FILE).is_file():
+    if is_split(folder):
         warn(f"{folder} is a split: its sides, 'database' and 'query', become the labels; name one of them instead")
     if found.others:
         warn(found.describe_others(folder))

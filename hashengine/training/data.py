@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hashengine import _progress
-from hashengine._defaults import SPLIT_FILE
+from hashengine._defaults import is_split
 from hashengine._threads import thread_pool
 from hashengine.errors import invalid
 from hashengine.images import image_tensor, label_of, list_images, read_header, read_image
@@ -57,7 +57,7 @@ def list_classes(folder: Path, where: str = "fit") -> dict[str, list[Path]]:
         InputError: an image is outside the class folders, a class folder has no image, there are fewer than two class
             folders, or `folder` is a split, whose two sides are no classes.
     """
-    if (folder / SPLIT_FILE).is_file():
+    if is_split(folder):
         actual = f"{str(folder)!r}, which holds the sides of a split, 'database' and 'query'"
         raise invalid(where, "images", "in a folder of class folders", actual, "name one of its sides")
     images: dict[str, list[Path]] = {}

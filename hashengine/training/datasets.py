@@ -17,7 +17,7 @@ from PIL import Image
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS, SEED, SPLIT_FILE
-from hashengine._files import Marker, check_output, is_empty, read_file, replace_folder
+from hashengine._files import check_output, is_empty, read_file, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid, missing_package
 from hashengine.images import find_images, list_images
@@ -99,7 +99,7 @@ def prepare(
     else:
         split = _class_folders(Path(source), seed, queries)
 
-    with replace_folder(output, marker=Marker(SPLIT_FILE), where=WHERE) as temporary:
+    with replace_folder(output, marker=None, where=WHERE) as temporary:
         digests = {side: _write(pictures, temporary / side) for side, pictures in split._asdict().items()}
         record = request | {
             side: {

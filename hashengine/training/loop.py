@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hashengine import _environment, _progress, methods
-from hashengine._defaults import CODES_MARKER, INDEX_MARKER, SPLIT_FILE
-from hashengine._files import check_output, locked, make_folder, write_file
+from hashengine._defaults import CODES_MARKER, INDEX_MARKER, SPLIT_FILE, is_split
+from hashengine._files import TEMPORARY_LOCK, check_output, locked, make_folder, write_file
 from hashengine._torch_defaults import torch_defaults
 from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
@@ -56,7 +56,7 @@ def fit(config: FitConfig) -> Run:
     def wait() -> None:
         _progress.note(f"waiting for another training run in {config.output}")
 
-    with locked(config.output, wait, ".fit.lock", keep=False):
+    with locked(config.output, wait, TEMPORARY_LOCK, keep=False):
         return _fit(config, images, device)
 
 
@@ -133,7 +133,7 @@ def check_no_other_output(where: str, folder: Path, expected: str, inside: Path 
         InputError: it is one; the error names `where`.
     """
     found = [m.name for m in (CODES_MARKER, INDEX_MARKER) if m._replace(contents=()).problem(folder) is None]
-    found += [SPLIT_FILE] if inside is None and (folder / SPLIT_FILE).exists() else []
+    found += [SPLIT_FILE] if inside is None and is_split(folder) else []
     for record in found:
         actual = f"{str(inside or folder)!r}, which {'is in a folder that ' if inside else ''}holds {record}"
         raise invalid(where, "output", f"a new folder or {expected}", actual, "choose another folder")

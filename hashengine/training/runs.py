@@ -116,11 +116,18 @@ class Run:
         """The images of the training."""
         return Files(str(self.options.get("images")), str(self.record.get("files_sha256") or ""))
 
+    def evaluation(self) -> bytes:
+        """The content of evaluation.json; b"" without one."""
+        try:
+            return read_file(self.folder / EVALUATION_FILE)
+        except OSError:
+            return b""
+
     @property
     def queries(self) -> Files | None:
         """The queries of evaluation.json; None without an evaluation."""
         try:
-            found = json.loads(read_file(self.folder / EVALUATION_FILE).decode("utf-8-sig"))
+            found = json.loads(self.evaluation().decode("utf-8-sig"))
             return Files(str(found.get("source", _UNKNOWN)), str(found.get("files_sha256", [""])[0]))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
@@ -263,9 +270,9 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
     found = [folder for given in folders for folder in _run_folders(check_path("train report", "run", given))]
     loaded = [Run.load(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
-    runs = list({_key(run.record): run for run in loaded}.values())
+    runs = _without_copies(loaded)
     if output is not None:
-        check_output("train report", output, outside=[run.folder for run in runs])
+        check_output("train report", output, outside=[run.folder for run in loaded])
         refuse_image("train report", output)
     if not runs:
         raise invalid("train report", "folders", "at least one folder", "none")
@@ -274,6 +281,15 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         make_parent(output)
         write_file(output, results.to_markdown() if output.suffix == ".md" else results.to_json())
     return results
+
+
+def _without_copies(runs: Sequence[Run]) -> list[Run]:
+    """The runs without copies, which have the same record and the same evaluation, or no evaluation beside one."""
+    first: dict[tuple[str, bytes], Run] = {}
+    for run in runs:
+        first.setdefault((_key(run.record), run.evaluation()), run)
+    evaluated = {record for record, evaluation in first if evaluation}
+    return [run for (record, evaluation), run in first.items() if evaluation or record not in evaluated]
 
 
 def table(runs: Sequence[Run]) -> RunTable:

@@ -65,7 +65,7 @@ def sweep(config: SweepConfig) -> RunTable:
                 _progress.note(f"run {number} of {len(planned)}: {options.output}")
                 run = fit(options)
             if config.queries is not None and not _is_evaluated(run, config.queries, options.images, digests):
-                evaluate(run, config.queries, options.images)
+                evaluate(run, config.queries, options.images, options.device)
             runs.append(run)
             _write(config.output, table(runs))
     return table(runs)
@@ -75,7 +75,7 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
     """The checked options of each run. The folder of a run is named after the run's values from the grid."""
     names = list(config.grid)
     planned: set[str] = set()
-    checked: list[FitConfig] = []
+    checked: dict[str, str] = {}
     for values in itertools.product(*config.grid.values()):
         chosen = dict(zip(names, values, strict=True))
         name = ",".join(f"{option}={_in_file_name(value)}" for option, value in chosen.items()) or "run"
@@ -84,15 +84,14 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
         planned.add(name)
         options = FitConfig.checked("train sweep", **config.options | chosen | {"output": config.output / name})
         check_device("train sweep", options.device, auto=True)
-        for other in checked:
-            if other.model_copy(update={"output": options.output}) == options:
-                expected = "values that give each run options of its own"
-                raise invalid("train sweep", "grid", expected, f"{other.output.name!r} and {name!r}, which are equal")
-        checked.append(options)
+        other = checked.setdefault(json.dumps(options.record() | {"output": ""}, sort_keys=True), name)
+        if other != name:
+            expected = "values that give each run options of its own"
+            raise invalid("train sweep", "grid", expected, f"{other!r} and {name!r}, which are equal")
         yield options
 
 
-def evaluate(run: Run, queries: Path, images: Path | None = None) -> dict[str, Any]:
+def evaluate(run: Run, queries: Path, images: Path | None = None, device: str | None = None) -> dict[str, Any]:
     """Rank the training images of a run for each query, and write the mAP to evaluation.json.
 
     An image is relevant if it has the query's class. The network of the run encodes both the training images and the
@@ -102,11 +101,12 @@ def evaluate(run: Run, queries: Path, images: Path | None = None) -> dict[str, A
         run: the run.
         queries: a folder of class folders.
         images: the folder of the training images, if it is no longer where the run found it.
+        device: where the network runs; by default that of the run.
 
     Raises:
-        InputError: the folder of queries or of training images is unusable.
+        InputError: the folder of queries or of training images is unusable, or the run has another evaluation.json.
     """
-    network = run.model().to(check_device("train sweep", run.options["device"], auto=True))
+    network = run.model().to(check_device("train sweep", device or run.options["device"], auto=True))
     channels, size = network.config.channels, network.config.image_size
     sides, digests = [], []
     for folder in (queries, images or Path(run.options["images"])):
@@ -134,6 +134,7 @@ def evaluate(run: Run, queries: Path, images: Path | None = None) -> dict[str, A
         "at": None,
         "mean_average_precision": {"expected": found.expected, "minimum": found.minimum, "maximum": found.maximum},
     }
+    check_evaluation_file("train sweep", run.folder)  # one may have appeared meanwhile
     write_file(run.folder / EVALUATION_FILE, json.dumps(record, indent=2) + "\n")
     return record
 

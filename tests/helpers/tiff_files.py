@@ -2,7 +2,9 @@
 
 import struct
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,6 +23,7 @@ def write_tiff(
     sample_format: int = 1,
     big_endian: bool = False,
     twelve_bits: bool = False,
+    tags: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> None:
     """Write [H, W] or [H, W, C] pixels in one strip, or in one strip for each plane.
 
@@ -34,6 +37,7 @@ def write_tiff(
         sample_format: SampleFormat: 1 unsigned, 2 signed, 3 floating-point.
         big_endian: the order of the bytes.
         twelve_bits: whether the samples are packed in 12 bits each.
+        tags: further tags, or other values for tags above. Each value has 16 bits.
     """
     order = ">" if big_endian else "<"
     height, width = pixels.shape[:2]
@@ -43,7 +47,7 @@ def write_tiff(
     for plane in [pixels] if planes == 1 else np.split(pixels, samples, 2):
         data = _packed(plane) if twelve_bits else plane.astype(plane.dtype.newbyteorder(order)).tobytes()
         strips.append(zlib.compress(data) if deflate else data)
-    tags = {
+    all_tags = {
         256: (_LONG, [width]),
         257: (_LONG, [height]),
         258: (_SHORT, [12 if twelve_bits else 8 * pixels.itemsize] * samples),
@@ -57,10 +61,11 @@ def write_tiff(
         339: (_SHORT, [sample_format] * samples),
     }
     if extra_samples is not None:
-        tags[338] = (_SHORT, [extra_samples])
-    first = len(_directory(tags, order))
-    tags[273] = (_LONG, [first + sum(map(len, strips[:strip])) for strip in range(len(strips))])
-    path.write_bytes(_directory(tags, order) + b"".join(strips))
+        all_tags[338] = (_SHORT, [extra_samples])
+    all_tags |= {tag: (_SHORT, list(values)) for tag, values in tags.items()}
+    first = len(_directory(all_tags, order))
+    all_tags[273] = (_LONG, [first + sum(map(len, strips[:strip])) for strip in range(len(strips))])
+    path.write_bytes(_directory(all_tags, order) + b"".join(strips))
 
 
 def _directory(tags: dict[int, tuple[int, list[int]]], order: str) -> bytes:

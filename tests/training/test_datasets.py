@@ -15,6 +15,7 @@ from PIL import Image
 
 from hashengine.errors import InputError
 from hashengine.training import FitConfig, fit, prepare
+from hashengine.training import datasets as datasets_module
 from tests.helpers.tiny_images import write_noise
 
 
@@ -280,3 +281,25 @@ def test_a_split_is_no_folder_of_class_folders(tmp_path):
     prepare(str(source), tmp_path / "split")
     with pytest.raises(InputError, match="^fit: images must be in a folder of class folders, .*sides of a split"):
         fit(FitConfig(images=tmp_path / "split", output=tmp_path / "model"))
+
+
+def test_a_foreign_file_with_the_name_of_the_record_of_a_split_does_not_matter(tmp_path):
+    source = write_noise(tmp_path / "photos", {"a": 9, "b": 9})
+    (source / "split.json").write_text('{"train": [], "database": [], "query": []}')
+    assert prepare(str(source), tmp_path / "split")["query"]["images"] == 2
+
+
+def test_a_split_that_appears_while_the_source_is_read_is_kept(tmp_path, monkeypatch):
+    source = write_noise(tmp_path / "photos", {"a": 9, "b": 9})
+    read = datasets_module._class_folders
+
+    def prepare_first(*arguments):
+        monkeypatch.setattr(datasets_module, "_class_folders", read)
+        prepare(str(source), tmp_path / "split", seed=5)
+        (tmp_path / "split" / "mine").write_text("mine")
+        return read(*arguments)
+
+    monkeypatch.setattr(datasets_module, "_class_folders", prepare_first)
+    with pytest.raises(InputError, match="^train prepare: output must be a new or an empty folder"):
+        prepare(str(source), tmp_path / "split", seed=6)
+    assert (tmp_path / "split" / "mine").read_text() == "mine"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 
 from hashengine.errors import InputError
+from hashengine.models import HashNet
 from hashengine.training import FitConfig, Run, SweepConfig, fit, report, sweep
 from hashengine.training import sweeps as sweeps_module
 from hashengine.training.loop import train
@@ -426,18 +427,26 @@ def test_a_damaged_digest_of_files_gives_a_table(data):
 RECORDS = {
     "encode.json": '{"fingerprint": "", "source": ""}',
     "index.json": '{"fingerprint": "", "sources": []}',
-    "split.json": "{}",
+    "split.json": '{"database": {}, "query": {}, "queries_identical_to_a_database_image": 0}',
 }
+
+
+def write_record(folder: Path, name: str) -> set[str]:
+    """Make `folder` look like an output of another command, and return the names in it."""
+    folder.mkdir()
+    (folder / name).write_text(RECORDS[name])
+    if name == "split.json":
+        for side in ("database", "query"):
+            (folder / side).mkdir()
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_sweep_writes_into_no_folder_of_another_command(data, name):
-    (data / "runs").mkdir()
-    (data / "runs" / name).write_text(RECORDS[name])
+    write_record(data / "runs", name)
     with pytest.raises(InputError, match=f"^train sweep: output must be a new folder or .* holds {name}; choose"):
         sweep(config(data))
-    (data / "out").mkdir()
-    (data / "out" / name).write_text(RECORDS[name])
+    write_record(data / "out", name)
     if name != "split.json":  # a model may be beside the sides of a split
         with pytest.raises(InputError, match=f"^fit: output must be .* in a folder that holds {name}; choose"):
             fit_into(data / "out" / "model", data)
@@ -445,14 +454,13 @@ def test_a_sweep_writes_into_no_folder_of_another_command(data, name):
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_folder_of_another_command_does_not_become_a_model(data, name):
-    (data / "out").mkdir()
-    (data / "out" / name).write_text(RECORDS[name])
+    names = write_record(data / "out", name)
     with pytest.raises(InputError, match=f"^fit: output must be a new folder or .* which holds {name}; choose another"):
         fit_into(data / "out", data)
-    assert [path.name for path in (data / "out").iterdir()] == [name]
+    assert {path.name for path in (data / "out").iterdir()} == names
 
 
-@pytest.mark.parametrize("name", ["encode.json", "index.json"])
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_foreign_file_of_such_a_name_does_not_matter(data, name):
     (data / "web").mkdir()
     (data / "web" / name).write_text('{"site": 1}')
@@ -585,3 +593,48 @@ def test_two_fits_into_one_folder_take_turns(data, monkeypatch):
     assert {f"waiting for another training run in {data / 'model'}"} >= set(notes)
     names = sorted(path.name for path in (data / "model").iterdir())
     assert names == ["config.json", "model.safetensors", "training.json"]
+
+
+def test_copies_with_other_evaluations_are_kept_and_those_without_one_are_not(data):
+    make_images(data / "other", per_class=3, seed=2)
+    sweep(config(data, grid={"seed": [0]}))
+    shutil.copytree(data / "runs", data / "copies")
+    (data / "copies" / "seed=0" / "evaluation.json").unlink()
+    for folders_of_runs in (["runs", "copies"], ["copies", "runs"]):
+        [group] = report([data / name for name in folders_of_runs]).groups
+        assert "mAP" in group.mean and group.runs == [str(data / "runs" / "seed=0")]
+    sweep(config(data, grid={"seed": [0]}, queries=data / "other", output=data / "copies"))
+    groups = report([data / "runs", data / "copies"]).groups
+    assert sorted(group.options["queries"] for group in groups) == sorted(
+        str(data / name) for name in ("query", "other")
+    )
+
+
+def test_a_table_does_not_replace_the_record_of_a_copy(data):
+    run = fit_into(data / "runs" / "a", data)
+    shutil.copytree(run.folder, data / "runs" / "b")
+    with pytest.raises(InputError, match="^train report: output must be a path that destroys no input"):
+        report([run.folder, data / "runs" / "b"], output=data / "runs" / "b" / "training.json")
+
+
+def test_a_sweep_evaluates_a_run_of_another_device_on_its_own(data):
+    sweep(config(data, grid={"seed": [0]}, queries=None))
+    record = data / "runs" / "seed=0" / "training.json"
+    record.write_text(record.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    assert Run.load(record.parent).options["device"] == "cuda"
+    [group] = sweep(config(data, grid={"seed": [0]})).groups
+    assert "mAP" in group.mean
+
+
+def test_a_foreign_evaluation_that_appears_before_the_evaluation_is_kept(data, monkeypatch):
+    foreign = data / "runs" / "seed=0" / "evaluation.json"
+    encode = HashNet.encode
+
+    def create_first(self, *arguments, **options):
+        foreign.write_bytes(OTHER_FILES[0])
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(HashNet, "encode", create_first)
+    with pytest.raises(InputError, match="^train sweep: evaluation.json must be one that"):
+        sweep(config(data, grid={"seed": [0]}))
+    assert foreign.read_bytes() == OTHER_FILES[0]
