@@ -117,7 +117,7 @@ def test_more_than_two_to_the_31_elements(emulation):
     x, y, maps = huge.zeros(), huge.zeros(), huge.maps(1)
     huge.tail(x)[:] = normal(0, 1, huge.c, huge.rows, huge.w)
     emulation.call(
-        "triplet_gate_forward", huge.shape, x, pointers(maps), y, first_block=huge.last_block,
+        "triplet_gate_forward", huge.shape, x, pointers(maps), y, end_block=1,  # the last tile
         multiprocessors=H200_MULTIPROCESSORS,
     )  # fmt: skip
     tail, tails = huge.tail(x), huge.tails(maps)

@@ -139,7 +139,7 @@ def test_the_backward_beyond_two_to_the_31_elements(emulation):
     index_in_tail = [tails[0].clone(), *tails[1:]]
     indices[0] += huge.h - huge.rows
     emulation.call(
-        "triplet_pool_backward", huge.shape, pointers(grads), pointers(indices), grad_x, first_block=huge.last_block,
+        "triplet_pool_backward", huge.shape, pointers(grads), pointers(indices), grad_x, end_block=1,  # the last tile
         multiprocessors=H200_MULTIPROCESSORS,
     )  # fmt: skip
     wide = [grad.double() for grad in huge.tails(grads)]

@@ -38,7 +38,7 @@ enum Schedule { kForward = 0, kReverse = 1 };
 constexpr uint64_t kLast = ~uint64_t(0);
 
 int schedule = kForward;
-uint64_t first_block = 0;
+uint64_t first_block = 0, end_block = UINT64_MAX;
 int capability = 90;
 int code_architecture = 90;     // of the code that the device runs
 unsigned largest_cluster = 16;  // blocks; more do not fit into a group of multiprocessors
@@ -163,7 +163,8 @@ bool free_if_finished(unsigned first) {
 std::vector<uint64_t> start_order(uint64_t blocks) {
   random_bits.seed(static_cast<uint64_t>(schedule));
   std::vector<uint64_t> order;
-  for (uint64_t i = first_block / cluster_size * cluster_size; i < blocks; i += cluster_size) order.push_back(i);
+  for (uint64_t i = first_block / cluster_size * cluster_size; i < std::min(blocks, end_block); i += cluster_size)
+    order.push_back(i);
   if (schedule == kReverse) std::reverse(order.begin(), order.end());
   if (is_random()) std::shuffle(order.begin(), order.end(), random_bits);
   return order;
@@ -383,7 +384,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 // number of multiprocessors. emulation_take_error returns and clears the error, or
 // returns an empty string if there is none.
 extern "C" void emulation_set_schedule(int schedule) { emulation::schedule = schedule; }
-extern "C" void emulation_set_first_block(uint64_t block) { emulation::first_block = block; }
+extern "C" void emulation_set_blocks(uint64_t first, uint64_t end) {
+  emulation::first_block = first;
+  emulation::end_block = end;
+}
 extern "C" void emulation_set_capability(int capability) {
   emulation::capability = emulation::code_architecture = capability;
 }

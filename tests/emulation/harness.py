@@ -94,19 +94,20 @@ class Emulation:
         *arguments: Any,
         schedule: int = FORWARD,
         first_block: int = 0,
+        end_block: int = 2**64 - 1,
         capability: int = 90,
         multiprocessors: int = FEW_MULTIPROCESSORS,
     ) -> None:
         """Run one function under a schedule, on an emulated device with these properties.
 
-        Each kernel skips the blocks before `first_block`.
+        Each kernel skips the blocks before `first_block`, and those from `end_block` on.
 
         Raises:
             RuntimeError: the emulator detected a mistake.
         """
         self.library.emulation_set_schedule(schedule)
         self.set_device(capability, multiprocessors)
-        self.library.emulation_set_first_block(ctypes.c_uint64(first_block))
+        self.library.emulation_set_blocks(ctypes.c_uint64(first_block), ctypes.c_uint64(end_block))
         getattr(self.library, function)(*map(to_c, arguments))
         if error := self.library.emulation_take_error().decode():
             raise RuntimeError(error)

@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kPassThreads, Apply::kBlocksPerSm)
     apply_kernel(Apply apply, Geometry geometry, Tiling tiling) {
   constexpr int kVectors = ApplyConfig<kWidth>::kVectors;
   constexpr int kBatch = ApplyConfig<kWidth>::kBatch;
-  const Tile tile = Tile::of_block(geometry, tiling);
+  // The last tiles first: of what the reduce pass has read, they are most likely still in the second-level cache.
+  const Tile tile = Tile::of_block(geometry, tiling, gridDim.x - 1 - blockIdx.x);
   const ThreadPositions<kWidth> positions(tile);
   const MapCache<Apply> cache(apply, tile);
   const int64_t slice_numel = geometry.size[1] * geometry.size[2];

@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kPassThreads, 2)
                   AxisMaps<Arithmetic<typename Source::Value>> maps) {
   using Real = Arithmetic<typename Source::Value>;
   constexpr int kMergeWidth = ReduceLayout<Source, kWidth>::kMergeWidth;
-  const Tile tile = Tile::of_block(geometry, tiling);
+  const Tile tile = Tile::of_block(geometry, tiling, blockIdx.x);
   const ThreadPart<kWidth> part(tile, layout);
   const Stage<Source, kWidth> stage{layout};
   // The threads with the highest numbers have the fewest columns to merge. They begin with the rows.

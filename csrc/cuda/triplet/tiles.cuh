@@ -154,9 +154,9 @@ struct Tile {
   int64_t begin[3];
   int size[3];
 
-  static __device__ __forceinline__ Tile of_block(const Geometry& geometry, const Tiling& tiling) {
+  static __device__ __forceinline__ Tile of_block(const Geometry& geometry, const Tiling& tiling, unsigned block) {
     Tile tile;
-    unsigned rest = blockIdx.x;
+    unsigned rest = block;
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
       tile.index[a] = rest % tiling.tile_count[a];
