@@ -20,7 +20,8 @@ from typing import Any
 
 _FILTER: Any = ("always", None, Warning, re.compile(r"PIL\b|hashengine\._pixels"), 0)  # an entry of `warnings.filters`
 
-LIBTIFF = "libtiff: "  # how the texts of its errors begin
+_LIBTIFF = "libtiff: "  # how the texts of its errors begin
+_HARMLESS = re.compile(rf"{_LIBTIFF}(Warning|Bad value -?\d+ for )")  # errors that concern no pixels
 
 _lock = threading.Lock()
 _readers = 0  # threads that are reading a file
@@ -47,6 +48,11 @@ def named_warnings(file: str) -> Iterator[dict[str, type[Warning]]]:
         _thread.found = None
     for text, category in found.items():
         warnings.warn(f"{file}: {text}", category, stacklevel=4)
+
+
+def is_damage(text: str) -> bool:
+    """Whether a warning that `named_warnings` collected is an error of libtiff, after which pixels may be wrong."""
+    return text.startswith(_LIBTIFF) and not _HARMLESS.match(text)
 
 
 def _enter() -> None:
@@ -122,7 +128,10 @@ def _collect_from_libtiff() -> Any:
         if found is not None:
             text = ctypes.create_string_buffer(1000)
             ctypes.CDLL(None).vsnprintf(text, ctypes.c_size_t(len(text)), template, ctypes.c_void_p(values))
-            found[f"{LIBTIFF}{text.value.decode(errors='backslashreplace')}"] = UserWarning
+            line = text.value.decode(errors="backslashreplace").replace(
+                "tempfile.tif: ", ""
+            )  # Pillow's name of all files
+            found[f"{_LIBTIFF}{line}"] = UserWarning
         elif earlier:
             earlier[0](name, template, values)
 

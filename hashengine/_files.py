@@ -39,8 +39,8 @@ _MANY_FILES = 1000  # for more files, one flush of the file system is assumed to
 
 TEMPORARY_LOCK = ".hashengine-lock"  # the name of a lock that is not kept
 
-# Names of files that systems leave in every folder, with `TEMPORARY_LOCK`, and of our temporary files and folders.
-_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+|\.hashengine-lock")
+# Names of files that systems leave in every folder, and of our temporary files and folders.
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")
 
 _temporaries: set[Path] = set()  # the temporary files and folders that exist at the moment
@@ -256,6 +256,8 @@ def is_empty(folder: Path) -> bool:
 def _is_of_systems(path: Path) -> bool:
     if _PARTIAL.fullmatch(path.name):
         return True
+    if path.name == TEMPORARY_LOCK:
+        return not _is_held(path)  # otherwise a command is about to write into the folder
     return _OF_SYSTEMS.fullmatch(path.name) is not None and not path.is_dir()
 
 
@@ -346,6 +348,22 @@ def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, kee
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of it
             os.close(lock)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether another process or thread holds the lock `path`."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(lock)
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

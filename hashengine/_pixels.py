@@ -80,7 +80,7 @@ def encoding_of(image: Image.Image, where: str) -> Encoding:
 
 
 def correct_colours(image: Image.Image) -> None:
-    """Correct what Pillow reads of the colours of a file. Call it before the pixels are loaded.
+    """Correct what Pillow reads of the colours of a file, if its pixels are not loaded yet.
 
     - The transparent colour of a PNG file with 2, 4 or 3 * 16 bits per pixel is scaled as the pixels are. A colour of
       16 bits is compared by its upper 8 bits.
@@ -92,7 +92,7 @@ def correct_colours(image: Image.Image) -> None:
             image.info["transparency"] = transparent * _SCALES.get(mode, 1)
         elif isinstance(transparent, tuple) and mode == "RGB;16B":
             image.info["transparency"] = tuple(level >> 8 for level in transparent)
-    elif isinstance(image, TiffImageFile) and image.mode in ("P", "PA"):
+    elif isinstance(image, TiffImageFile) and image.mode in ("P", "PA") and image.tile:
         colours = image.tag_v2.get(_COLOUR_MAP, ())
         if colours and max(colours) < 256:
             image.palette = ImagePalette.raw("RGB;L", bytes(colours))

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hashengine._defaults import IMAGE_SUFFIXES
-from hashengine._file_warnings import LIBTIFF, named_warnings
+from hashengine._file_warnings import is_damage, named_warnings
 from hashengine._pixels import correct_colours, encoding_of, to_8_bits
 from hashengine.errors import InputError, brief, invalid
 
@@ -187,6 +187,12 @@ def _is_decodable(start: bytes, known: str) -> bool:
     return False
 
 
+def _joined(reasons: list[str]) -> str:
+    """The first reasons in one line."""
+    shown, more = reasons[:3], len(reasons) - 3
+    return "; ".join([*map(brief, shown), *([f"and {more} more"] if more > 0 else [])])
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file. Any exception while it is opened and in the block becomes an `InputError` with its name."""
@@ -200,8 +206,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
                 if image.format in _WITHOUT_PIXELS:
                     raise InputError(f"{name}: the file must be an image of pixels, got {image.format}")
                 yield image
-                if damage := [text for text in warned if text.startswith(LIBTIFF)]:  # Pillow may not raise an error
-                    raise InputError(f"{name}: the file must be a readable image, got {'; '.join(map(brief, damage))}")
+                if damage := list(filter(is_damage, warned)):  # Pillow may not raise an error
+                    raise InputError(f"{name}: the file must be a readable image, got {_joined(damage)}")
         except InputError:
             raise
         except UnidentifiedImageError:
@@ -212,11 +218,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
                 is_damaged = _is_decodable(start, known)
                 found = f"a damaged {known}" if is_damaged else f"{known}, which this Pillow cannot decode"
                 advice = "" if is_damaged else "; convert it to JPEG or PNG"
-            reason = "; ".join(warned) or found
+            reason = _joined(list(warned)) or found
             raise InputError(f"{name}: the file must be a readable image, got {reason}{advice}") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            reason = "; ".join([brief(reason), *map(brief, warned)])
+            reason = _joined([reason, *warned])
             raise InputError(f"{name}: the file must be a readable image, got {reason}") from error
 
 
@@ -289,6 +295,7 @@ def image_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
     """
     import torch
 
+    correct_colours(image)
     image = to_8_bits(image, "L" if channels == 1 else "RGB", "preprocess")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

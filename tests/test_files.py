@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -526,3 +527,20 @@ def test_without_a_marker_only_an_empty_folder_is_replaced(tmp_path):
         with _files.replace_folder(tmp_path / "new", marker=None, where="test"):
             pass
     assert (tmp_path / "new" / "a").read_text() == "a"
+
+
+def test_a_folder_with_a_held_lock_is_not_replaced(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with _files.locked(folder, lambda: None, _files.TEMPORARY_LOCK, keep=False):
+        with pytest.raises(InputError, match="^test: output must be a new or an empty folder"):
+            with _files.replace_folder(folder, marker=None, where="test"):
+                pass
+    with pytest.raises(InputError, match="^test: output must be a folder that no other program changes"):
+        with _files.replace_folder(folder, marker=None, where="test") as temporary, ExitStack() as stack:
+            (temporary / "a").write_text("a")
+            lock = _files.locked(folder, lambda: None, _files.TEMPORARY_LOCK, keep=False)
+            stack.enter_context(lock)
+            stack.pop_all()  # still held when the folder is about to be replaced
+    lock.__exit__(None, None, None)
+    assert list(folder.iterdir()) == []

@@ -1,6 +1,7 @@
 """Images of every mode of Pillow: their pixels as 8-bit sRGB or grey, their transparency and their colour profiles."""
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -373,3 +374,31 @@ def test_a_cmyk_profile_is_used(tmp_path):
         assert read(tmp_path / name).max() <= 2
     Image.new("CMYK", (4, 4), (0, 0, 0, 0)).save(tmp_path / "white.tiff", icc_profile=BLACK_INKS)
     assert read(tmp_path / "white.tiff").min() >= 253
+
+
+@pytest.mark.parametrize(("tag", "value"), [(274, 0), (274, 9), (296, 0), (334, 0)])
+def test_harmless_errors_of_libtiff_are_warnings(tmp_path, tag, value):
+    """They are about Orientation, ResolutionUnit and NumberOfInks."""
+    write_tiff(tmp_path / "a.tiff", COLOURS, photometric=2, deflate=True, tags={tag: [value]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(read(tmp_path / "a.tiff"), COLOURS)
+
+
+def test_a_file_with_many_errors_gives_a_short_line(tmp_path):
+    rows = np.random.default_rng(4).random((400, 1728)) < 0.5
+    Image.fromarray(rows).save(tmp_path / "a.tiff", compression="group3")
+    content = bytearray((tmp_path / "a.tiff").read_bytes())
+    content[200 : len(content) - 400 : 301] = bytes(len(content[200 : len(content) - 400 : 301]))
+    (tmp_path / "a.tiff").write_bytes(content)
+    with pytest.raises(InputError, match="got libtiff: .*; and [0-9]+ more$") as caught:
+        read_image(tmp_path / "a.tiff")
+    assert len(str(caught.value)) < 700
+
+
+def test_an_opened_file_is_converted_like_its_name(tmp_path):
+    colours = np.random.default_rng(1).integers(0, 256, (3, 256))
+    write_tiff(tmp_path / "a.tiff", GREY, photometric=3, tags={320: colours.ravel().tolist()})
+    opened = Image.open(tmp_path / "a.tiff")
+    for _ in range(2):
+        assert np.array_equal(image_tensor(opened, 16, 3).permute(1, 2, 0).numpy(), read(tmp_path / "a.tiff"))

@@ -28,14 +28,19 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(qualified_name.c_str(), "").typed<Signature>();
 }
 
-// Whether an autograd formula is needed. Refuses tangents of forward-mode differentiation, which the ops would drop.
-bool needs_gradient(const char* op, const Tensor& x, std::initializer_list<TensorList> parameters = {}) {
+// Refuses tangents of forward-mode differentiation, which the ops would drop.
+void check_tangents(const char* op, const Tensor& x, std::initializer_list<TensorList> parameters) {
   bool has_tangent = x.defined() && x._fw_grad(0).defined();
   for (const TensorList tensors : parameters)
     for (const Tensor& tensor : tensors) has_tangent |= tensor._fw_grad(0).defined();
   TORCH_CHECK_VALUE(!has_tangent, op,
                     ": inputs must be without tangents of forward-mode differentiation, got some; call the function in "
                     "hashengine.ops inside the transform, where it computes in plain torch");
+}
+
+// Whether an autograd formula is needed. Refuses tangents.
+bool needs_gradient(const char* op, const Tensor& x, std::initializer_list<TensorList> parameters = {}) {
+  check_tangents(op, x, parameters);
   if (!at::GradMode::is_enabled()) return false;
   bool is_needed = x.defined() && x.requires_grad();
   for (const TensorList tensors : parameters)
@@ -263,13 +268,31 @@ struct RefuseDerivative : torch::autograd::Function<RefuseDerivative> {
   }
 };
 
+std::string name_of(const c10::OperatorHandle& handle) {
+  return handle.operator_name().name.substr(sizeof("hashengine::") - 1);
+}
+
+// The tensors among the arguments of an op, which are the last values of the stack.
+variable_list tensors_of(const c10::OperatorHandle& handle, const torch::jit::Stack& stack) {
+  variable_list tensors;
+  for (const c10::IValue& value : torch::jit::last(stack, handle.schema().arguments().size()))
+    for_each_tensor(value, [&](const Tensor& tensor) { tensors.push_back(tensor); });
+  return tensors;
+}
+
+// The kernel, below autograd, of the ops whose formula is in Python. That formula drops tangents.
+void refuse_tangents(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+  check_tangents(name_of(handle).c_str(), Tensor(), {tensors_of(handle, *stack)});
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  handle.callBoxed(*stack);
+}
+
 // The autograd kernel of every backward op: refuses tangents, which the op would drop, and puts a node into the graph
 // that refuses a second derivative.
 void refuse_derivatives(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
-  const std::string op = handle.operator_name().name.substr(sizeof("hashengine::") - 1);
-  variable_list inputs, results;
-  for (const c10::IValue& value : torch::jit::last(*stack, handle.schema().arguments().size()))
-    for_each_tensor(value, [&](const Tensor& tensor) { inputs.push_back(tensor); });
+  const std::string op = name_of(handle);
+  const variable_list inputs = tensors_of(handle, *stack);
+  variable_list results;
   const bool is_needed = needs_gradient(op.c_str(), Tensor(), {inputs});
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -289,13 +312,18 @@ void register_formulas(torch::Library& library) {
   library.impl("greedy_sign", greedy_sign);
   library.impl("triplet_attention", triplet_attention);
   library.impl("triplet_attention_inference", triplet_attention_inference);
-  for (const char* op : {"simam_backward", "greedy_sign_backward", "triplet_attention_backward",
-                         "triplet_pool_backward", "triplet_gate_backward"})
+  for (const char* op : {"simam_backward", "simam_energy_backward", "greedy_sign_backward",
+                         "triplet_attention_backward", "triplet_pool_backward", "triplet_gate_backward"})
     library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
 }
 
 TORCH_LIBRARY_IMPL(hashengine, AutogradCPU, library) { register_formulas(library); }
 TORCH_LIBRARY_IMPL(hashengine, AutogradCUDA, library) { register_formulas(library); }
+
+TORCH_LIBRARY_IMPL(hashengine, ADInplaceOrView, library) {
+  for (const char* op : {"simam_energy", "triplet_pool", "triplet_gate"})
+    library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_tangents>());
+}
 
 }  // namespace
 }  // namespace hashengine::binding

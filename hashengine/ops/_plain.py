@@ -5,8 +5,8 @@ They cannot look into an op with a kernel of its own: a transform fails or drops
 contains an op that other programs do not know. Therefore the functions of `hashengine.ops` compute in plain torch while
 a transform or a trace is active. The results are the same up to rounding errors.
 
-`torch.compile` and `torch.export` keep the ops. For an export to ONNX, `define_op` registers the formula as the op's
-decomposition.
+`torch.compile` and `torch.export` keep the ops, except under forward-mode differentiation. For an export to ONNX,
+`define_op` registers the formula as the op's decomposition.
 """
 
 import contextlib
@@ -25,10 +25,24 @@ _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing  # torch.jit.is_tracing without its check for scripts
 
 
+def _has_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0
+
+
+# `torch.compile` calls this function while it compiles, and takes the result for a constant. A tangent that later comes
+# from outside the compiled function is refused by the op. `torch.compiler.assume_constant_result` sets this mark, too,
+# but imports the compiler.
+_has_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def needs_plain_torch() -> bool:
-    """Whether a transform of `torch.func`, a level of forward-mode differentiation or a trace is active."""
+    """Whether a transform of `torch.func`, a level of forward-mode differentiation or a trace is active.
+
+    While `torch.compile` compiles, only forward-mode differentiation counts: the compiler itself handles the others.
+    """
     if _is_compiling():
-        return False
+        return _has_forward_mode()
     return _innermost_transform() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 

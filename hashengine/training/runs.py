@@ -283,11 +283,20 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     return results
 
 
+def _without_source(evaluation: bytes) -> bytes:
+    """The content of an evaluation.json without the path of the queries, in one form."""
+    try:
+        fields = dict(json.loads(evaluation.decode("utf-8-sig")))
+        return _key({name: value for name, value in fields.items() if name != "source"}).encode()
+    except (ValueError, TypeError, RecursionError):  # damaged, or none
+        return evaluation
+
+
 def _without_copies(runs: Sequence[Run]) -> list[Run]:
     """The runs without copies, which have the same record and the same evaluation, or no evaluation beside one."""
     first: dict[tuple[str, bytes], Run] = {}
     for run in runs:
-        first.setdefault((_key(run.record), run.evaluation()), run)
+        first.setdefault((_key(run.record), _without_source(run.evaluation())), run)
     evaluated = {record for record, evaluation in first if evaluation}
     return [run for (record, evaluation), run in first.items() if evaluation or record not in evaluated]
 

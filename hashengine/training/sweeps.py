@@ -83,8 +83,10 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
             raise invalid("train sweep", "grid", "values that give each run a folder of its own", f"{name!r} twice")
         planned.add(name)
         options = FitConfig.checked("train sweep", **config.options | chosen | {"output": config.output / name})
-        check_device("train sweep", options.device, auto=True)
-        other = checked.setdefault(json.dumps(options.record() | {"output": ""}, sort_keys=True), name)
+        device = str(check_device("train sweep", options.device, auto=True))
+        other = checked.setdefault(
+            json.dumps(options.record() | {"output": "", "device": device}, sort_keys=True), name
+        )
         if other != name:
             expected = "values that give each run options of its own"
             raise invalid("train sweep", "grid", expected, f"{other!r} and {name!r}, which are equal")

@@ -13,8 +13,9 @@ import torch
 import torch._inductor.config
 import torch._inductor.lowering
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from hashengine import ops
+from hashengine import _native, ops
 from hashengine.ops.triplet_attention import triplet_attention_inference
 from hashengine.ops.triplet_attention_update import triplet_attention_update
 from tests.helpers.eager import gate_maps, triplet_parameters
@@ -207,3 +208,38 @@ def test_an_upstream_gradient_of_zero_adds_nothing():
     for y in (ops.simam(x), ops.triplet_attention(x, *PARAMETERS, True)[0]):
         (grad,) = torch.autograd.grad((y * 0).sum() + x.sum(), x)
         torch.testing.assert_close(grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", differentiable)
+def test_forward_mode_inside_a_compiled_function_gives_the_tangents(name, backend):
+    case = CASES[name]
+    if backend == "inductor" and name != "simam_energy":
+        pytest.skip("Inductor gets the same graph as aot_eager")
+    x = case.inputs()
+    tangent = x.roll(1, -1)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda z: outputs(case, z)[case.differentiable], (x,), (tangent,))[1]
+
+    torch.compiler.reset()
+    want = function(x)
+    assert want.abs().max() > 0
+    torch.testing.assert_close(torch.compile(function, backend=backend)(x), want)
+
+
+RAW_OPS = torch.ops.hashengine
+raw_calls = {
+    "simam_energy": lambda x: RAW_OPS.simam_energy(x, 1e-4),
+    "triplet_pool": RAW_OPS.triplet_pool,
+    "triplet_gate": lambda x: RAW_OPS.triplet_gate(x, *MAPS),
+    "simam_energy_backward": lambda x: RAW_OPS.simam_energy_backward(x, x, 1e-4),
+}
+
+
+@pytest.mark.skipif(not _native.available(), reason="the native module was not built")
+@pytest.mark.parametrize("name", raw_calls)
+def test_ops_without_a_formula_in_cpp_refuse_tangents(name):
+    x = feature_map("contiguous")
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name}: inputs must be without tangents"):
+        raw_calls[name](forward_ad.make_dual(x, torch.ones_like(x)))

@@ -638,3 +638,18 @@ def test_a_foreign_evaluation_that_appears_before_the_evaluation_is_kept(data, m
     with pytest.raises(InputError, match="^train sweep: evaluation.json must be one that"):
         sweep(config(data, grid={"seed": [0]}))
     assert foreign.read_bytes() == OTHER_FILES[0]
+
+
+def test_a_copy_that_was_evaluated_with_a_copy_of_the_queries_counts_once(data):
+    sweep(config(data, grid={"seed": [0]}))
+    shutil.copytree(data / "runs", data / "copies")
+    shutil.copytree(data / "query", data / "q2")
+    evaluation = data / "copies" / "seed=0" / "evaluation.json"
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"source": str(data / "q2")}))
+    [group] = report([data / "runs", data / "copies"]).groups
+    assert group.seeds == [0]
+
+
+def test_two_names_of_one_device_are_no_grid(data):
+    with pytest.raises(InputError, match="got 'device=cpu' and 'device=auto', which are equal"):
+        sweep(config(data, grid={"device": ["cpu", "auto"]}))
