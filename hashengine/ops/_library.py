@@ -94,6 +94,9 @@ def _loop_over_batch(op: Any) -> Callable[..., Any]:
     """
 
     def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise invalid("vmap", "the batch", "of at least one element", 0)
+
         def select(argument: Any, dim: Any, i: int) -> Any:
             if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
                 return [select(part, part_dim, i) for part, part_dim in zip(argument, dim, strict=True)]

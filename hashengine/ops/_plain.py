@@ -30,10 +30,16 @@ def _has_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-# `torch.compile` calls this function while it compiles, and takes the result for a constant. A tangent that later comes
-# from outside the compiled function is refused by the op. `torch.compiler.assume_constant_result` sets this mark, too,
-# but imports the compiler.
+def _has_transform() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return _innermost_transform() is not None
+
+
+# `torch.compile` calls these functions while it compiles, and takes the results for constants. A tangent that later
+# comes from outside the compiled function is refused by the op. `torch.compiler.assume_constant_result` sets this mark,
+# too, but imports the compiler.
 _has_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_plain_torch() -> bool:
@@ -44,6 +50,11 @@ def needs_plain_torch() -> bool:
     if _is_compiling():
         return _has_forward_mode()
     return _innermost_transform() is not None or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def is_compiled_in_transform() -> bool:
+    """Whether `torch.compile` compiles code under a transform. A batch of `vmap` hides that it requires a gradient."""
+    return _is_compiling() and _has_transform()
 
 
 def can_be_array(tensor: Tensor) -> bool:

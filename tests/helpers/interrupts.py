@@ -69,7 +69,12 @@ def interrupt(
     """
     reports, report = os.pipe()
     command = [sys.executable, "-c", DRIVER, module, attribute, wait, str(report), *map(str, arguments)]
-    # A shell starts background jobs with SIGINT ignored, and their children inherit that: undo it for this child.
+
+    def take_signals() -> None:
+        """A shell starts background jobs with SIGINT ignored, and nohup with SIGHUP; their children inherit that."""
+        for ignored in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(ignored, signal.SIG_DFL)
+
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -77,7 +82,7 @@ def interrupt(
         stderr=subprocess.PIPE,
         text=True,
         pass_fds=[report],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=take_signals,
     )
     os.close(report)
     blocked = os.read(reports, 1)

@@ -339,3 +339,23 @@ def test_a_compiled_layer_in_training_takes_any_batch():
     x = torch.randn(3, 4, 5, 6)
     torch._dynamo.mark_dynamic(x, 0)
     torch.compile(TripletAttention(), backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_ensemble_in_evaluation_mode_compiles(frozen):
+    """A batch of `vmap` hides that its parameters, or its images, require a gradient."""
+    layers = [TripletAttention(kernel_size=3).eval().requires_grad_(not frozen) for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+
+    def function(parameters, buffers, x):
+        return torch.func.vmap(lambda p, b, z: torch.func.functional_call(layers[0], (p, b), (z,)))(
+            parameters, buffers, x
+        )
+
+    inputs = [x, *(value for value in parameters.values() if value.requires_grad)]
+    results = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        y = call(parameters, buffers, x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
