@@ -128,10 +128,8 @@ def _collect_from_libtiff() -> Any:
         if found is not None:
             text = ctypes.create_string_buffer(1000)
             ctypes.CDLL(None).vsnprintf(text, ctypes.c_size_t(len(text)), template, ctypes.c_void_p(values))
-            line = text.value.decode(errors="backslashreplace").replace(
-                "tempfile.tif: ", ""
-            )  # Pillow's name of all files
-            found[f"{_LIBTIFF}{line}"] = UserWarning
+            line = text.value.decode(errors="backslashreplace")
+            found[_LIBTIFF + line.replace("tempfile.tif: ", "")] = UserWarning  # Pillow gives this name to every file
         elif earlier:
             earlier[0](name, template, values)
 

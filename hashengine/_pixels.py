@@ -80,11 +80,11 @@ def encoding_of(image: Image.Image, where: str) -> Encoding:
 
 
 def correct_colours(image: Image.Image) -> None:
-    """Correct what Pillow reads of the colours of a file, if its pixels are not loaded yet.
+    """Correct colours that Pillow reads wrongly from a file. It has no effect once the pixels are loaded.
 
-    - The transparent colour of a PNG file with 2, 4 or 3 * 16 bits per pixel is scaled as the pixels are. A colour of
-      16 bits is compared by its upper 8 bits.
-    - Some writers store the colours of a TIFF palette in 8 bits instead of 16.
+    - The transparent grey level of a PNG file with 2 or 4 bits per pixel is scaled to 8 bits, as the pixels are.
+    - The transparent colour of a PNG file with 16 bits per channel keeps its upper 8 bits, as the pixels do.
+    - Some writers store the colours of a TIFF palette in 8 bits instead of 16. They are taken as they are.
     """
     if isinstance(image, PngImageFile) and image.tile:
         transparent, mode = image.info.get("transparency"), str(image.tile[0][3])

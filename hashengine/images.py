@@ -188,7 +188,7 @@ def _is_decodable(start: bytes, known: str) -> bool:
 
 
 def _joined(reasons: list[str]) -> str:
-    """The first reasons in one line."""
+    """The first three reasons in one line, and the number of the others."""
     shown, more = reasons[:3], len(reasons) - 3
     return "; ".join([*map(brief, shown), *([f"and {more} more"] if more > 0 else [])])
 

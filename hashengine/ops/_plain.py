@@ -35,9 +35,9 @@ def _has_transform() -> bool:
     return _innermost_transform() is not None
 
 
-# `torch.compile` calls these functions while it compiles, and takes the results for constants. A tangent that later
-# comes from outside the compiled function is refused by the op. `torch.compiler.assume_constant_result` sets this mark,
-# too, but imports the compiler.
+# `torch.compile` calls these functions while it compiles, and takes the results for constants. With the native
+# module, the op refuses a tangent that later comes from outside the compiled function.
+# `torch.compiler.assume_constant_result` sets the same mark, but imports the compiler.
 _has_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _has_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -80,7 +80,7 @@ def _check(where: str, u: Tensor, alpha: float) -> None:
 
 def _plain(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check("greedy_sign", u, alpha)
-    # A trace with a function of Python cannot be saved, and the compiler ignores its `jvp`.
+    # A trace that calls `_StraightThrough` cannot be saved, and `torch.compile` ignores its `jvp`.
     if torch._C._is_tracing() or torch.compiler.is_compiling():
         return _signs(u) + (u - u.detach()).nan_to_num(), _penalty(u, alpha)
     return _StraightThrough.apply(u), _penalty(u, alpha)

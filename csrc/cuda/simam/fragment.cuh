@@ -23,7 +23,7 @@ struct Constants {
         lam(static_cast<Real>(lambda)) {}
 };
 
-// A plane (simam.h).
+// What the gate of a plane depends on; simam.h has the formulas.
 template <typename Real>
 struct SimamPlane {
   Real mean;
@@ -91,8 +91,9 @@ struct Fragment {
   using Vectors = Vector<T, kWidth>[kVectors];
   using Reals = Vector<Real, kWidth>[kVectors];
   using Plane = SimamPlane<Real>;
-  // Whether a thread computes with all vectors and masks those that it does not have. Otherwise it skips them. A branch
-  // after each vector would cost more than its work if a vector is a single element.
+  // A thread can have fewer than kVectors vectors. If kIsMasked, it computes with kVectors vectors all the same, and
+  // the missing ones add nothing to the sums and are not stored. Otherwise it branches after each vector, which costs
+  // more than the work on a vector of a single element.
   static constexpr bool kIsMasked = kWidth == 1 && sizeof(T) < sizeof(double);
 
   static __device__ __forceinline__ void load(const void* array, const FragmentPlace& place, Vectors& vectors) {
@@ -106,8 +107,8 @@ struct Fragment {
     }
   }
 
-  // Calls body(vector, element, channel, is_missing) for every element of the thread. If the vectors are masked, it is
-  // also called for missing ones, which are zero.
+  // Calls body(vector, element, channel, is_missing) for every element of the thread. If kIsMasked, it also calls body
+  // for the elements of missing vectors, which are zero.
   template <typename Body>
   static __device__ __forceinline__ void for_each(const FragmentPlace& place, Body body) {
 #pragma unroll
@@ -208,7 +209,7 @@ struct Fragment {
                                                     const Plane (&planes)[kChannels], Real (&sums)[2 * kChannels],
                                                     Reals& t) {
     for_each(place, [&](int v, int i, int c, bool is_missing) {
-      const Real value = is_missing ? planes[c].mean : widen_at(x[v], i);  // so that d and s are zero
+      const Real value = is_missing ? planes[c].mean : widen_at(x[v], i);  // d and s become zero
       const Slope slope(value, widen_at(grad_y[v], i), planes[c]);
       sums[2 * c] += slope.s;
       sums[2 * c + 1] += slope.s * slope.d;

@@ -1,7 +1,7 @@
 // Hamming search in plain C++, for any code length and any CPU. Codes and queries need no prepared layout.
 //
-// Cost. The bits of 16 bytes are counted together, in vectors that every x86-64 and AArch64 CPU has: 12 instructions
-// count the bits of each byte, and 7 add the bytes of a word. 16 bytes hold two codes of 64 bits or four of 32.
+// The bits of 16 bytes are counted together, in vectors that every x86-64 and AArch64 CPU has. Such a vector holds two
+// codes of 64 bits, four codes of 32 bits, or a part of a longer code.
 
 #include <algorithm>
 
@@ -55,8 +55,8 @@ HE_INLINE uint32_t distance(const uint8_t* a, const uint8_t* b, int64_t bytes) {
     byte += 8;
   }
   if (byte < bytes) {
-    // The last bytes, at the top of a word whose other bytes are counted already. Only codes of less than a word are
-    // copied, which takes longer.
+    // Less than a word is left. If the code has a whole word, the last eight bytes are loaded, and the shift removes
+    // those that are counted already. A shorter code is copied into a word, which takes longer.
     const uint64_t differs =
         bytes < 8 ? load_code_word(a, bytes) ^ load_code_word(b, bytes)
                   : (load<uint64_t>(a + bytes - 8) ^ load<uint64_t>(b + bytes - 8)) >> (64 - 8 * (bytes - byte));
@@ -92,7 +92,8 @@ HE_INLINE void group_distances(const uint8_t* codes, const uint8_t* query, int64
   }
 }
 
-// Calls visit(first, count, distances) for each group of codes, and for the last codes one by one.
+// Calls visit(first, count, distances) for each group of kGroupCodes codes of the tile, and then for each code that
+// remains: `distances` are those of `count` codes from the code `first` on.
 template <typename Visit>
 HE_INLINE void for_each_group(const HammingTile& tile, const uint8_t* query, Visit visit) {
   const int64_t bytes = tile.code_bytes;
