@@ -35,7 +35,8 @@ void check_tangents(const char* op, const Tensor& x, std::initializer_list<Tenso
     for (const Tensor& tensor : tensors) has_tangent |= tensor._fw_grad(0).defined();
   TORCH_CHECK_VALUE(!has_tangent, op,
                     ": inputs must be without tangents of forward-mode differentiation, got some; call the function in "
-                    "hashengine.ops inside the transform, where it computes in plain torch");
+                    "hashengine.ops inside the transform, where it computes in plain torch; if it was compiled outside "
+                    "the transform, call torch.compiler.reset() first");
 }
 
 // Whether an autograd formula is needed. Refuses tangents.
@@ -280,7 +281,7 @@ variable_list tensors_of(const c10::OperatorHandle& handle, const torch::jit::St
   return tensors;
 }
 
-// The kernel, below autograd, of the ops whose formula is in Python. That formula drops tangents.
+// The kernel, below autograd, of ops whose formula is in Python. That formula drops tangents.
 void refuse_tangents(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   check_tangents(name_of(handle).c_str(), Tensor(), {tensors_of(handle, *stack)});
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -305,13 +306,17 @@ void refuse_derivatives(const c10::OperatorHandle& handle, torch::jit::Stack* st
   for (const Tensor& result : RefuseDerivative::apply(TensorList(inputs), &results, op)) stack->emplace_back(result);
 }
 
-// The formulas are registered under AutogradCPU and AutogradCUDA. These keys take precedence over the key Autograd,
-// under which Python registers its formulas for all devices.
-void register_formulas(torch::Library& library) {
+void register_formulas_of_forwards(torch::Library& library) {
   library.impl("simam", simam);
   library.impl("greedy_sign", greedy_sign);
   library.impl("triplet_attention", triplet_attention);
   library.impl("triplet_attention_inference", triplet_attention_inference);
+}
+
+// The formulas are registered under AutogradCPU and AutogradCUDA. These keys take precedence over the key Autograd,
+// under which Python registers its formulas for all devices.
+void register_formulas(torch::Library& library) {
+  register_formulas_of_forwards(library);
   for (const char* op : {"simam_backward", "simam_energy_backward", "greedy_sign_backward",
                          "triplet_attention_backward", "triplet_pool_backward", "triplet_gate_backward"})
     library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
@@ -320,8 +325,13 @@ void register_formulas(torch::Library& library) {
 TORCH_LIBRARY_IMPL(hashengine, AutogradCPU, library) { register_formulas(library); }
 TORCH_LIBRARY_IMPL(hashengine, AutogradCUDA, library) { register_formulas(library); }
 
+// Below autograd, for the formulas in Python: those of the ops without one here, and of all ops on other devices. They
+// call this key without gradients, so the functions of the forwards only refuse tangents there.
 TORCH_LIBRARY_IMPL(hashengine, ADInplaceOrView, library) {
-  for (const char* op : {"simam_energy", "triplet_pool", "triplet_gate"})
+  register_formulas_of_forwards(library);
+  for (const char* op : {"simam_energy", "triplet_pool", "triplet_gate", "simam_backward", "simam_energy_backward",
+                         "greedy_sign_backward", "triplet_attention_backward", "triplet_pool_backward",
+                         "triplet_gate_backward"})
     library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_tangents>());
 }
 

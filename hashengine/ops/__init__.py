@@ -20,6 +20,7 @@ import torch
 
 from hashengine import _native
 from hashengine.ops._hamming import pack_filter
+from hashengine.ops._library import refuse_tangents
 from hashengine.ops.greedy_sign import greedy_sign
 from hashengine.ops.hamming_count import hamming_count
 from hashengine.ops.hamming_range import hamming_range
@@ -31,6 +32,8 @@ from hashengine.ops.triplet_gate import triplet_gate
 from hashengine.ops.triplet_pool import triplet_pool
 
 _native.load()
+if not _native.available():
+    refuse_tangents()
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 __all__ = [

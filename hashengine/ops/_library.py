@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._decomp import register_decomposition
 from torch._library.utils import get_layout_constraint_tag
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from hashengine.errors import invalid
 from hashengine.ops._flops import register_flops
 
 NAMESPACE = "hashengine"
+_may_drop_tangents: list[Any] = []  # the overloads of the ops that have floating-point arguments and results
+_kernels = torch.library.Library(NAMESPACE, "IMPL")  # torch removes its kernels with the object
 
 
 def define_op(
@@ -65,7 +70,55 @@ def define_op(
         register_decomposition(op)(decomposition)
     if flops is not None:
         register_flops(op, flops)
+    if "!" not in signature and no_gradient is not None:
+        _may_drop_tangents.append(op.default)
     return op.default
+
+
+def refuse_tangents() -> None:
+    """Let all ops refuse tangents of forward-mode differentiation, which they would drop.
+
+    The native module does the same in C++. This is for a program without that module.
+    """
+    for op in _may_drop_tangents:
+        _kernels.impl(op, _refuse_tangents_of(op), "ADInplaceOrView", with_keyset=True)
+
+
+def _refuse_tangents_of(op: Any) -> Callable[..., Any]:
+    """The kernel of `op` that runs between its autograd formula and its reference."""
+    keys_below = torch._C._after_ADInplaceOrView_keyset
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        results = op.redispatch(keyset & keys_below, *args, **kwargs)
+        if (
+            forward_ad._current_level >= 0
+            and any(tensor.is_floating_point() for tensor in _tensors_in(results))
+            and _have_tangents(_tensors_in((args, kwargs)))
+        ):
+            raise invalid(
+                op.name().removeprefix(f"{NAMESPACE}::"),
+                "inputs",
+                "without tangents of forward-mode differentiation",
+                "some",
+                "call the function in hashengine.ops inside the transform, where it computes in plain torch; if it was "
+                "compiled outside the transform, call torch.compiler.reset() first",
+            )
+        return results
+
+    return kernel
+
+
+@_disable_dynamo  # the compiler, which would take the answer for a constant
+def _have_tangents(tensors: list[Tensor]) -> bool:
+    """Whether any of the tensors has a tangent, asked from below autograd, where torch hides the tangents."""
+    torch_c: Any = torch._C  # its stubs lack these functions
+    included, excluded = torch_c._dispatch_tls_local_include_set(), torch_c._dispatch_tls_local_exclude_set()
+    with torch_c._ForceDispatchKeyGuard(included, excluded.remove(torch_c.DispatchKey.AutogradFunctionality)):
+        return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _tell_inductor_first(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,8 +35,8 @@ def _has_transform() -> bool:
     return _innermost_transform() is not None
 
 
-# `torch.compile` calls these functions while it compiles, and takes the results for constants. With the native
-# module, the op refuses a tangent that later comes from outside the compiled function.
+# `torch.compile` calls these functions while it compiles, and takes the results for constants. The op refuses a tangent
+# that later comes from outside the compiled function.
 # `torch.compiler.assume_constant_result` sets the same mark, but imports the compiler.
 _has_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _has_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]

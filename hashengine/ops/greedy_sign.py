@@ -70,7 +70,8 @@ def _signs(u: Tensor) -> Tensor:
 
 
 def _penalty(u: Tensor, alpha: float) -> Tensor:
-    return alpha * (u.to(wide_dtype(u)).abs() - 1).abs().pow(3).mean()
+    mean = (u.to(wide_dtype(u)).abs() - 1).abs().pow(3).mean()
+    return torch.ops.aten.mul.Scalar(mean, alpha)  # `mean * alpha` has a float64 tangent
 
 
 def _check(where: str, u: Tensor, alpha: float) -> None:

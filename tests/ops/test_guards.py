@@ -5,6 +5,10 @@ For ops with a gradient also: autocast, the error of a double backward, and upst
 Values, opcheck and finite differences are tested in the files of the single ops.
 """
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -232,19 +236,53 @@ def test_forward_mode_inside_a_compiled_function_gives_the_tangents(name, backen
 
 RAW_OPS = torch.ops.hashengine
 raw_calls = {
+    "simam": lambda x: RAW_OPS.simam(x, 1e-4),
     "simam_energy": lambda x: RAW_OPS.simam_energy(x, 1e-4),
+    "greedy_sign": lambda x: RAW_OPS.greedy_sign(x, 0.1),
     "triplet_pool": RAW_OPS.triplet_pool,
     "triplet_gate": lambda x: RAW_OPS.triplet_gate(x, *MAPS),
     "simam_energy_backward": lambda x: RAW_OPS.simam_energy_backward(x, x, 1e-4),
 }
 
 
-@pytest.mark.skipif(not _native.available(), reason="the native module was not built")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", raw_calls)
-def test_ops_without_a_formula_in_cpp_refuse_tangents(name):
-    x = feature_map("contiguous")
+def test_ops_refuse_tangents_that_their_formulas_would_drop(name, device):
+    x = feature_map("contiguous").to(device)
+    if device == "meta" and name == "triplet_gate":
+        pytest.skip("its other arguments are on the CPU")
     with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name}: inputs must be without tangents"):
         raw_calls[name](forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.skipif(not _native.available(), reason="the tests above run without the native module")
+def test_ops_refuse_tangents_without_the_native_module():
+    tests = f"{__file__}::{test_ops_refuse_tangents_that_their_formulas_would_drop.__name__}"
+    program = f"""
+        import sys, pytest
+        from hashengine import _native
+        _native.refuse("a test")
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", {tests!r}]))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "HASHENGINE_REQUIRE_NATIVE"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and f"{2 * len(raw_calls) - 1} passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_refuses_tangents_until_it_is_compiled_again(backend):
+    x = feature_map("contiguous")
+    torch.compiler.reset()
+    function = torch.compile(ops.simam, backend=backend)
+    function(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(ValueError, match=r"compiled outside the transform, call torch.compiler.reset\(\) first"):
+            function(dual)
+        torch.compiler.reset()
+        tangent = forward_ad.unpack_dual(function(dual)).tangent
+        torch.testing.assert_close(tangent, forward_ad.unpack_dual(ops.simam(dual)).tangent)
 
 
 def test_an_empty_batch_of_vmap_is_refused_in_one_line():

@@ -118,6 +118,12 @@ def test_the_code_of_greedy_sign_has_the_derivative_of_the_identity():
     assert torch.equal(grad(lambda u: (ops.greedy_sign(u, 0.1)[0] * v).sum())(u), v)
 
 
+@pytest.mark.parametrize("u", [normal(3, (4, 8)), normal(3, (4, 8)).half(), normal(3, (4, 8)).double(), normal(3, ())])
+def test_the_tangent_of_the_penalty_has_its_dtype(u):
+    penalty, tangent = jvp(lambda u: ops.greedy_sign(u, 0.1)[1], (u,), (torch.ones_like(u),))
+    assert penalty.dtype == tangent.dtype == (torch.float64 if u.dtype == torch.float64 else torch.float32)
+
+
 @every_function
 def test_a_trace_contains_no_op_of_hashengine(op, formula):
     x = normal(0)
