@@ -15,9 +15,7 @@ names.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import re
 import secrets
 import stat
@@ -31,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hashengine._files import make_folder, read_file, sync_file, sync_folder, version_of, write_file
+from hashengine._files import locked, make_folder, read_file, sync_file, sync_folder, version_of, write_file
 from hashengine._validation import MAX_BITS
 from hashengine.errors import InputError, brief, invalid
 
@@ -149,19 +147,15 @@ def _explain_read_only(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Create the folder if it does not exist, and lock it for one save. The system unlocks it if the process dies."""
+    """Create the folder if it does not exist, and hold its lock for one save."""
+
+    def refuse() -> None:
+        advice = "save again later"
+        raise invalid("save", str(path), "a folder that is not in use", "a save that is running", advice) from None
+
     make_folder(path)
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            advice = "save again later"
-            raise invalid("save", str(path), "a folder that is not in use", "a save that is running", advice) from None
+    with locked(path, refuse):
         yield
-    finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child has a copy of `lock`
-        os.close(lock)
 
 
 def _append(path: Path, kind: str, rows: Rows | None, base: FileEntry | None) -> FileEntry | None:

@@ -1,6 +1,7 @@
 """The folder of an index: saving, appending, loading, damaged files, failures, and several writers."""
 
 import copy
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hashengine import HammingIndex, InputError
+from hashengine import HammingIndex, InputError, _files
 from hashengine.index import folder
 from tests.helpers.indexes import assert_same_index, codes_of, index_of
 from tests.helpers.paths import ROOT
@@ -270,6 +271,15 @@ def test_a_save_during_another_save_is_refused(tmp_path):
     assert_same_index(HammingIndex.load(tmp_path), index)
     index_of(20).save(tmp_path)
     assert len(HammingIndex.load(tmp_path)) == 20
+
+
+def test_the_error_of_a_file_system_without_locks_names_the_lock(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(_files.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks available .the lock of the folder.: .*/lock"):
+        index_of().save(tmp_path)
 
 
 def test_two_writers_that_take_turns_leave_a_complete_index(tmp_path):
