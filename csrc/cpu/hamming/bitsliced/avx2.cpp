@@ -19,6 +19,10 @@ struct Level {
     return carry;
   }
   static HE_BITSLICED bool has_zero(Vector v) { return !_mm256_testc_si256(__m256i(v), _mm256_set1_epi64x(-1)); }
+  static HE_BITSLICED uint32_t words_with_zero(Vector v) {
+    const __m256i is_full = _mm256_cmpeq_epi64(__m256i(v), _mm256_set1_epi64x(-1));
+    return uint32_t(~_mm256_movemask_pd(__m256d(is_full))) & 15;
+  }
 };
 using Scan = BitslicedScan<Level>;
 

@@ -18,10 +18,11 @@ struct Level {
     sum = cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0x96));   // bits set in exactly one or in all three
     return cast<Vector>(_mm512_ternarylogic_epi64(x, y, z, 0xe8));  // bits set in at least two
   }
-  static HE_BITSLICED bool has_zero(Vector v) {
+  static HE_BITSLICED uint32_t words_with_zero(Vector v) {
     const __m512i inverted = _mm512_xor_si512(cast<__m512i>(v), _mm512_set1_epi64(-1));
-    return _mm512_test_epi64_mask(inverted, inverted) != 0;
+    return _mm512_test_epi64_mask(inverted, inverted);
   }
+  static HE_BITSLICED bool has_zero(Vector v) { return words_with_zero(v) != 0; }
 
  private:
   template <typename To, typename From>

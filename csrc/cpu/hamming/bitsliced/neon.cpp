@@ -19,6 +19,9 @@ struct Level {
     return carry;
   }
   static HE_BITSLICED bool has_zero(Vector v) { return (v[0] & v[1]) != ~uint64_t(0); }
+  static HE_BITSLICED uint32_t words_with_zero(Vector v) {
+    return uint32_t(v[0] != ~uint64_t(0)) | uint32_t(v[1] != ~uint64_t(0)) << 1;
+  }
 };
 using Scan = BitslicedScan<Level>;
 

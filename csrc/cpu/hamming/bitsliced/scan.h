@@ -31,6 +31,7 @@ constexpr int kMaxWeights = 12;             // for distances of up to 2048
 constexpr int64_t kMaxHitCodes = 512;       // codes that are collected before they are pushed; a multiple of 64
 static_assert(kMaxHitCodes <= Selector::kMaxPush, "all collected codes may be hits of one query");
 constexpr int64_t kMaxStepCodes = 128;  // codes that are scanned between two checks of the number of collected codes
+constexpr int64_t kMinPairsPerCode = 4;  // pairs of a collected code and a query; fewer are pushed one by one
 
 // How a 64-bit word of a code is divided into fields of kBits bits. The last, shorter field takes the remaining bits.
 template <int kBits>
@@ -94,7 +95,8 @@ struct BitslicedCounter {
 };
 
 // Scans one tile for one block of queries. Level provides Vector; full_add(sum, b, c), which updates the sum and
-// returns the carry; and has_zero(v), which returns whether any bit is zero.
+// returns the carry; has_zero(v), which returns whether any bit is zero; and words_with_zero(v), which returns a bitmap
+// of the 64-bit words of which any bit is zero.
 template <typename Level>
 class BitslicedScan {
  public:
@@ -279,10 +281,47 @@ class BitslicedScan {
     return reinterpret_cast<const Vector*>(reinterpret_cast<const uint8_t*>(table) + offset);
   }
 
-  // Pushes the collected codes to the selectors, query by query. misses_ has a row per code and a column per query.
-  // Transposing groups of 64 rows turns each column into 64-bit words.
+  // Pushes the collected codes to the selectors.
   template <int kWeights, int64_t kBytes>
   HE_BITSLICED void push_hits() {
+    int64_t pairs = 0;
+    for (int64_t row = 0; row < hit_count_; ++row) pairs += count_zeros(misses_[row]);
+    if (pairs < kMinPairsPerCode * hit_count_)
+      push_by_code<kWeights, kBytes>();
+    else
+      push_by_query<kWeights, kBytes>();
+    hit_count_ = 0;
+  }
+
+  static HE_BITSLICED int64_t count_zeros(const Vector& vector) {
+    int64_t ones = 0;
+    for (int64_t word = 0; word < kQueries / 64; ++word) ones += __builtin_popcountll(vector[word]);
+    return kQueries - ones;
+  }
+
+  // For few pairs of a code and a query: takes the queries of a code one after another.
+  template <int kWeights, int64_t kBytes>
+  HE_BITSLICED void push_by_code() {
+    const int64_t bytes = kBytes ? kBytes : tile_.code_bytes;
+    for (int64_t row = 0; row < hit_count_; ++row) {
+      const uint8_t* const code = tile_.codes + hit_codes_[row] * bytes;
+      const uint32_t position = tile_.position_of(hit_codes_[row]);
+      for (uint32_t words = Level::words_with_zero(misses_[row]); words; words &= words - 1) {
+        const int64_t word = __builtin_ctz(words);
+        for (uint64_t hits = ~misses_[row][word]; hits; hits &= hits - 1) {
+          const int64_t query = 64 * word + __builtin_ctzll(hits);
+          Selector& selector = selectors_[query];
+          selector.push(hamming_distance(queries_.codes + query * bytes, code, bytes), position);
+          if (selector.bound() != bounds_[query]) set_bound<kWeights>(query, selector.bound());
+        }
+      }
+    }
+  }
+
+  // For many pairs: takes the codes of a query one after another. misses_ has a row per code and a column per query.
+  // Transposing groups of 64 rows turns each column into 64-bit words.
+  template <int kWeights, int64_t kBytes>
+  HE_BITSLICED void push_by_query() {
     const int64_t groups = (hit_count_ + 63) / 64;
     std::fill(misses_ + hit_count_, misses_ + 64 * groups, ~Vector{});
     for (int64_t group = 0; group < groups; ++group) transpose_bits(misses_ + 64 * group);
@@ -293,7 +332,6 @@ class BitslicedScan {
       for (int64_t word = 0; word < kQueries / 64; ++word)
         if (~missed[word]) push_to<kWeights, kBytes>(64 * word + row, groups);
     }
-    hit_count_ = 0;
   }
 
   // kBytes: the length of a code as a constant; 0: any length.
