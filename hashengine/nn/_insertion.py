@@ -1,13 +1,14 @@
 """Insertion of attention into an existing module, the host, and removal of attention from its host.
 
 If the host is a residual block, the attention runs at the end of the residual branch, before the addition. Any other
-host runs the attention on its output.
+host runs the attention on its output, or on its input if the layer before it is a BatchNorm.
 
 The attention becomes a child of the host. The existing keys of the state dict do not change. Mode, device, dtype and
 DDP apply to the attention as to any other child. How the attention runs depends on the kind of host:
 
-- A host that is not a residual block, such as a convolution or an activation, runs the attention in a forward hook. The
-  hook is a function at the top level of this Python module, because only such a function can be pickled.
+- A host that is not a residual block, such as a convolution or an activation, runs the attention in a forward hook or
+  in a forward pre-hook. The hook is a function at the top level of this Python module, because only such a function can
+  be pickled. A BatchNorm is never the host: `convert_sync_batchnorm` replaces it by a module without its hooks.
 - A block of timm has a slot for attention, `se`, and runs the attention there. If the slot is taken, the module in the
   slot is the host and runs the attention in a hook.
 - A block of torchvision has no slot: its class is replaced by a subclass that runs the attention. Alternatives fail:
@@ -93,8 +94,10 @@ def _wrapper(module: nn.Module) -> str | None:
     return None
 
 
-def insert(host: nn.Module, attention: nn.Module) -> str:
-    """Make `host` run `attention`. A residual block runs it before the addition, any other host on its output.
+def insert(host: nn.Module, attention: nn.Module, *, is_before: bool = False) -> str:
+    """Make `host` run `attention`. A residual block runs it before the addition.
+
+    Any other host runs it on its output or, if `is_before`, on its input.
 
     Returns:
         The name of the new child.
@@ -103,7 +106,10 @@ def insert(host: nn.Module, attention: nn.Module) -> str:
     block = block_class(host)
     if block is None:
         host.add_module(child, attention)
-        host.register_forward_hook(_run_attention)
+        if is_before:
+            host.register_forward_pre_hook(_run_attention_before)
+        else:
+            host.register_forward_hook(_run_attention)
     elif block.__module__ == TIMM:
         child = "se"
         host.se = attention
@@ -122,8 +128,9 @@ def remove(host: nn.Module) -> str:
     delattr(host, child)
     block = block_class(host)
     if block is None:
-        for key in [key for key, hook in host._forward_hooks.items() if hook is _run_attention]:
-            del host._forward_hooks[key]
+        for hooks in (host._forward_hooks, host._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_run_attention, _run_attention_before)]:
+                del hooks[key]
     elif block.__module__ == TIMM:
         host.se = None  # type: ignore[assignment]  # in timm, an empty slot is a plain attribute
     else:
@@ -132,8 +139,16 @@ def remove(host: nn.Module) -> str:
 
 
 def _run_attention(host: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
+    return _attention_of(host)(output)
+
+
+def _run_attention_before(host: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_attention_of(host)(inputs[0]), *inputs[1:])
+
+
+def _attention_of(host: Any) -> Any:
     attention = host._modules.get("attention")
     if attention is None:  # torch.ao.quantization, for example, replaces a host and copies its hooks, but no children
         actual = f"a {type(host).__name__} that was put in its place"
         raise invalid("attach", "the host of an attention", "the module itself", actual, "attach after that conversion")
-    return attention(output)
+    return attention

@@ -6,6 +6,7 @@ if all of its convolutions are in plain stacks, of which each takes the channels
 a stack may be the stem of the network, a shortcut, a transition between dense blocks or a classifier.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -25,14 +26,16 @@ _FEATURE_LAYERS = (_ConvNd, nn.LayerNorm, nn.MultiheadAttention)  # a plain netw
 
 @dataclass(frozen=True)
 class Host:
-    """A module into which attention can be inserted, and the number of channels of its output.
+    """A module into which attention can be inserted, and the number of channels there.
 
-    `channels` is None if the convolution that determines it has been replaced by a module without `out_channels`.
+    `channels` is None if the convolution that determines it has been replaced by a module without `out_channels`. The
+    attention runs on the output of the module; if `is_before`, on its input.
     """
 
     name: str
     module: nn.Module
     channels: int | None
+    is_before: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Site:
         convolution: the host for SimAM: the second convolution of a block, or the convolution of a plain stack.
         branch: the host for other attention: the block, or the attention that timm built into it. In a plain stack, it
             is the last of the BatchNorms, activations and dropouts directly after the convolution. If there are none,
-            it is the convolution.
+            it is the convolution. If it is a BatchNorm, it is the layer after that instead, because a conversion, such
+            as `convert_sync_batchnorm`, replaces a BatchNorm by a module without its hooks. None if there is no layer
+            after that.
         is_plain: whether the site is in a plain stack, in which no shortcut carries the signal past the attention.
         has_norm: whether a BatchNorm follows the convolution, before the next convolution.
     """
@@ -57,7 +62,7 @@ class Site:
     stage: int
     is_default: bool
     convolution: Host
-    branch: Host
+    branch: Host | None
     is_plain: bool
     has_norm: bool
 
@@ -179,7 +184,7 @@ def _is_elementwise(layer: nn.Module) -> bool:
 
 
 def _stack_sites(name: str, stack: nn.Sequential, first_stage: int) -> list[Site]:
-    layers = list(stack._modules.items())
+    layers: list[tuple[str, Any]] = list(stack._modules.items())
     convolutions = [(i, layer) for i, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     starts = [i for i, _ in convolutions]
     sites: list[Site] = []
@@ -189,13 +194,22 @@ def _stack_sites(name: str, stack: nn.Sequential, first_stage: int) -> list[Site
         while end + 1 < next_start and _is_elementwise(layers[end + 1][1]):
             end += 1
         ends_stage = next_start == len(layers) or any(_is_pooling(layer) for _, layer in layers[end + 1 : next_start])
-        convolution, branch = (
-            Host(qualified_name(name, child), layer, conv.out_channels) for child, layer in (layers[start], layers[end])
-        )
+        host = functools.partial(_host, name, layers, conv.out_channels)
+        branch: Host | None = host(end)
+        if isinstance(layers[end][1], _BatchNorm):
+            branch = host(end + 1, is_before=True) if end + 1 < len(layers) else None
         has_norm = any(isinstance(layer, _BatchNorm) for _, layer in layers[start:next_start])
+        convolution = host(start)
         sites.append(Site(convolution.name, stage, ends_stage, convolution, branch, is_plain=True, has_norm=has_norm))
         stage += ends_stage
     return sites
+
+
+def _host(
+    parent: str, layers: list[tuple[str, nn.Module]], channels: int, i: int, *, is_before: bool = False
+) -> Host:
+    child, layer = layers[i]
+    return Host(qualified_name(parent, child), layer, channels, is_before)
 
 
 def qualified_name(parent: str, child: str) -> str:

@@ -64,7 +64,8 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
     In a residual block each layer goes where its authors put it: SimAM after the second convolution, before its norm;
     triplet attention at the end of the residual branch, before the addition. The papers do not cover plain stacks.
     In a plain stack, SimAM goes after the last convolution of a stage, and triplet attention after the norm and the
-    activation that follow this convolution. There, "triplet" inserts `PlainTripletAttention`, whose initial output is
+    activation that follow this convolution: into the hooks of the activation or, if the norm comes last, into those of
+    the layer after the norm. There, "triplet" inserts `PlainTripletAttention`, whose initial output is
     its input, and "simam" inserts `PlainSimAM` if no norm follows the convolution.
 
     The existing keys of the state dict stay the same; the parameters of the new layers are added. Each layer gets the
@@ -108,8 +109,13 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
         raise invalid("attach", "model", expected, f"a {type(model).__name__}, which is neither", advice)
     placed = [_place(site, layer) for site in select(sites, where)]
     names = _registered_names(model)
+    taken: set[nn.Module] = set()
     for host, _ in placed:
         check_host("attach", host.name or "model", host.module)
+        if host.module in taken:
+            actual, advice = "one that would take it before and after itself", "select other sites with where"
+            raise invalid("attach", host.name, "a module that takes one attention", actual, advice)
+        taken.add(host.module)
         if len(names[host.module]) > 1:
             actual = f"one that is registered as {' and '.join(names[host.module])}"
             advice = "make one module for each place, because the attention would run in all of them"
@@ -118,9 +124,11 @@ def attach(model: nn.Module, layer: Layer, where: Where | None = None) -> Attach
     changes_output = any(not isinstance(attention, PlainTripletAttention) for _, attention in placed)
     insertions = []
     for host, attention in placed:
-        position = "after" if block_class(host.module) is None else "at the end of the branch of"
+        position = "before" if host.is_before else "after"
+        if block_class(host.module) is not None:
+            position = "at the end of the branch of"
         place = f"{position} {host.name or 'the model'}"
-        child = insert(host.module, attention)
+        child = insert(host.module, attention, is_before=host.is_before)
         text = f"{type(attention).__name__}({attention.extra_repr()})"
         insertions.append(Insertion(qualified_name(host.name, child), text, place))
     return AttachReport(tuple(insertions), recalibrate=has_norm and changes_output)
@@ -174,7 +182,8 @@ def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
     """The host at `site`, and a new layer with the device and dtype of the convolution and the mode of the host."""
     attention: Any
     like = next(site.convolution.module.parameters(), None)
-    channels, branch_channels = site.convolution.channels, site.branch.channels
+    channels = site.convolution.channels
+    branch_channels = channels if site.branch is None else site.branch.channels
     if like is None or not like.is_floating_point() or channels is None or branch_channels is None:
         expected = "a block whose convolutions have floating parameters and out_channels"
         actual = "one with a quantized convolution or another module in its place"
@@ -190,4 +199,8 @@ def _place(site: Site, layer: Layer) -> tuple[Host, nn.Module]:
         actual = f"a factory that returns {type(attention).__name__} for {site.name}"
         raise invalid("attach", "layer", "a factory that returns an nn.Module", actual)
     host = site.convolution if isinstance(attention, SimAM) else site.branch
+    if host is None:
+        actual = f"a BatchNorm after {site.name} that no layer follows"
+        advice = "select other sites with where"
+        raise invalid("attach", "the end of a plain stack", "a layer other than a BatchNorm", actual, advice)
     return host, attention.to(like.device, like.dtype).train(host.module.training)

@@ -256,15 +256,28 @@ def test_plain_simam_does_not_change_neurons_at_the_mean():
     assert not any(isinstance(module, PlainSimAM) for module in model.modules())  # a BatchNorm follows
 
 
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
 def anatomy(model: nn.Module) -> list[tuple]:
     """The name, class, attributes, children and number of hooks of each module of `model`."""
     return [
-        (name, type(module), set(vars(module)), list(module._modules), len(module._forward_hooks))
+        (name, type(module), set(vars(module)), list(module._modules), *map(len, hooks_of(module)))
         for name, module in model.named_modules()
     ]
 
 
-MODELS = {"-".join(pair): partial(small_resnet, *pair) for pair in BLOCKS} | {"vgg": small_vgg}
+def norm_before_pooling() -> nn.Sequential:
+    """A plain network in which BatchNorms end the two stages."""
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(8), nn.AvgPool2d(2)]
+    return nn.Sequential(*first, *second)
+
+
+MODELS = {"-".join(pair): partial(small_resnet, *pair) for pair in BLOCKS}
+MODELS |= {"vgg": small_vgg, "norm before pooling": norm_before_pooling}
 COPIES = {
     "itself": lambda model: model,
     "deepcopy": copy.deepcopy,
@@ -433,7 +446,7 @@ REPLACED = "must be a block whose convolutions .*, got one with a quantized .*; 
     ("arguments", "message"),
     [
         (lambda: (with_shared(nn.ReLU()), "triplet"), f"1 {SEVERAL} 1 and 4; make one module for each place"),
-        (lambda: (with_shared(nn.BatchNorm2d(3)), "triplet"), f"1 {SEVERAL} 1 and 4; make"),
+        (lambda: (with_shared(nn.Dropout2d()), "triplet"), f"1 {SEVERAL} 1 and 4; make"),
         (lambda: (with_shared(nn.ReLU(), nn.Conv2d(3, 3, 1)), "simam"), f"0 {SEVERAL} 0 and 3; make"),
         (lambda: (changed("layer1.0"), "triplet"), f"layer1.0 {SEVERAL} layer1.0 and layer2.0"),
         (lambda: (changed("layer1.0.conv2"), "simam"), f"layer1.0.conv2 {SEVERAL} layer1.0.conv2 and layer2.0.conv2"),
@@ -491,6 +504,33 @@ def test_unselected_blocks_may_be_replaced_and_a_backbone_may_have_two_names():
     assert len(he.nn.attach(model, "triplet", where="layer2").insertions) == 2
     backbone = small_vgg()
     assert he.nn.attach(nn.ModuleDict({"a": backbone, "b": backbone}), "triplet").insertions
+
+
+def test_triplet_attention_runs_between_a_norm_and_the_layer_after_it():
+    model = norm_before_pooling().eval()
+    layers = list(norm_before_pooling())
+    report = he.nn.attach(model, Halve)
+    places = [(insertion.name, insertion.place) for insertion in report.insertions]
+    assert places == [("2.attention", "before 2"), ("6.attention", "before 6")]
+    expected = nn.Sequential(*layers[:2], Halve(6), *layers[2:6], Halve(8), layers[6]).eval()
+    torch.testing.assert_close(model(images()), expected(images()))
+
+
+def test_a_norm_at_the_end_of_a_plain_stack_has_no_layer_to_run_the_attention():
+    def stack(*end):
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), *end)
+
+    message = "the end of a plain stack must be a layer other than a BatchNorm, got a BatchNorm after 2 that no layer"
+    with pytest.raises(he.InputError, match=message):
+        he.nn.attach(stack(), "triplet")
+    assert [insertion.name for insertion in he.nn.attach(stack(), "simam").insertions] == [
+        "0.attention",
+        "2.attention",
+    ]
+    between = stack(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2))
+    with pytest.raises(he.InputError, match="^attach: 4 must be a module that takes one attention, got one that would take"):
+        he.nn.attach(between, "triplet", where=["2", "4"])
+    assert he.nn.attach(between, "triplet", where="2").insertions[0].place == "before 4"
 
 
 def test_a_pooling_in_several_places_ends_several_stages():
