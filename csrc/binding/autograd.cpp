@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 
 namespace hashengine::binding {
 namespace {
@@ -76,29 +77,34 @@ SimamOutputs simam_below_autograd(const Tensor& x, double lam) {
   return op.call(x, lam);
 }
 
+// Results without a derivative leave forward() through a pointer: compiled autograd refuses a Function that marks its
+// results as non-differentiable.
 struct Simam : torch::autograd::Function<Simam> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, double lam) {
-    auto [y, stats] = simam_below_autograd(x, lam);
-    ctx->save_for_backward({x, stats});
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, double lam, Tensor* stats) {
+    Tensor y;
+    std::tie(y, *stats) = simam_below_autograd(x, lam);
+    ctx->save_for_backward({x, *stats});
     ctx->saved_data["lam"] = lam;
-    ctx->mark_non_differentiable({stats});
     ctx->set_materialize_grads(false);
-    return {y, stats};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("simam_backward");
-    if (!grads[0].defined()) return {Tensor(), Tensor()};
+    variable_list results(3);
+    if (!grads[0].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
     const SkipAutogradInLastBackward guard({grads[0]});
-    return {op.call(grads[0], saved[0], saved[1], ctx->saved_data["lam"].toDouble()), Tensor()};
+    results[0] = op.call(grads[0], saved[0], saved[1], ctx->saved_data["lam"].toDouble());
+    return results;
   }
 };
 
 SimamOutputs simam(const Tensor& x, double lam) {
   if (!needs_gradient("simam", x)) return simam_below_autograd(x, lam);
-  const variable_list outputs = Simam::apply(x, lam);
-  return {outputs[0], outputs[1]};
+  Tensor stats;
+  const Tensor y = Simam::apply(x, lam, &stats);
+  return {y, stats};
 }
 
 // --- greedy_sign ---
@@ -151,65 +157,74 @@ TripletOutputs triplet_below_autograd(const Tensor& x, TensorList conv_weight, T
   return op.call(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
 }
 
+// The gradients of y with respect to x, to the lists of convolution weights, BatchNorm weights and BatchNorm biases,
+// which are the three parts of `parameters`, and to two lists of running statistics. The lists have one gradient per
+// branch.
+variable_list triplet_gradients(const Tensor& grad_y, const Tensor& x, TensorList parameters, const Tensor& mean,
+                                const Tensor& var, const Tensor& pooled, const Tensor& index, const Tensor& response,
+                                bool training, double eps) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, bool, double)>("triplet_attention_backward");
+  const size_t branches = parameters.size() / 3;
+  const auto list = [&](size_t i) { return parameters.slice(i * branches, branches); };
+  variable_list results(1 + 5 * branches);
+  const SkipAutogradInLastBackward guard({grad_y});
+  const auto [grad_x, grad_conv_weight, grad_bn_weight, grad_bn_bias] =
+      op.call(grad_y, x, list(0), list(1), list(2), mean, var, pooled, index, response, training, eps);
+  results[0] = grad_x;
+  const Tensor* gradients[] = {&grad_conv_weight, &grad_bn_weight, &grad_bn_bias};
+  for (size_t i = 0; i < parameters.size(); i += branches) {
+    // One conversion for all branches, if their parameters have the dtype of the first; the other one does nothing.
+    const Tensor of_list = gradients[i / branches]->to(parameters[i].scalar_type());
+    for (size_t branch = 0; branch < branches; ++branch) {
+      const Tensor& parameter = parameters[i + branch];
+      const bool is_like_first = parameter.scalar_type() == parameters[i].scalar_type();
+      const Tensor gradient = (is_like_first ? of_list : *gradients[i / branches]).select(0, int64_t(branch));
+      results[1 + i + branch] = gradient.view_symint(parameter.sym_sizes()).to(parameter.scalar_type());
+    }
+  }
+  return results;
+}
+
 struct TripletAttention : torch::autograd::Function<TripletAttention> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, TensorList conv_weight, TensorList bn_weight,
-                               TensorList bn_bias, TensorList running_mean, TensorList running_var, bool training,
-                               double eps) {
-    const auto [y, mean, var, pooled, index, response] =
-        triplet_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, TensorList conv_weight, TensorList bn_weight,
+                        TensorList bn_bias, TensorList running_mean, TensorList running_var, bool training, double eps,
+                        TripletOutputs* outputs) {
+    *outputs = triplet_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
+    const auto& [y, mean, var, pooled, index, response] = *outputs;
     variable_list saved{x, mean, var, pooled, index, response};
     for (const TensorList parameters : {conv_weight, bn_weight, bn_bias})
       saved.insert(saved.end(), parameters.begin(), parameters.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
-    ctx->mark_non_differentiable({mean, var, pooled, index, response});
     ctx->set_materialize_grads(false);
-    return {y, mean, var, pooled, index, response};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, TensorList, TensorList, TensorList, const Tensor&, const Tensor&, const Tensor&,
-        const Tensor&, const Tensor&, bool, double)>("triplet_attention_backward");
+    constexpr size_t kSavedBeforeParameters = 6;  // x, and all results of the forward except y
     const variable_list saved = ctx->get_saved_variables();
-    const size_t branches = (saved.size() - kSavedBeforeParameters) / 3;
-    // One result per input of forward(), in the order of the inputs. x, training and eps have one result each; each of
-    // the five lists (parameters and running statistics) has one per branch.
-    variable_list results(1 + 5 * branches + 2);
-    if (!grads[0].defined()) return results;
-    const SkipAutogradInLastBackward guard({grads[0]});
     const TensorList parameters = TensorList(saved).slice(kSavedBeforeParameters);
-    const auto list = [&](size_t i) { return parameters.slice(i * branches, branches); };
-    const auto [grad_x, grad_conv_weight, grad_bn_weight, grad_bn_bias] =
-        op.call(grads[0], saved[0], list(0), list(1), list(2), saved[1], saved[2], saved[3], saved[4], saved[5],
-                ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble());
-    results[0] = grad_x;
-    const Tensor* gradients[] = {&grad_conv_weight, &grad_bn_weight, &grad_bn_bias};
-    for (size_t i = 0; i < parameters.size(); i += branches) {
-      // One conversion for all branches, if their parameters have the dtype of the first; the other one does nothing.
-      const Tensor of_list = gradients[i / branches]->to(parameters[i].scalar_type());
-      for (size_t branch = 0; branch < branches; ++branch) {
-        const Tensor& parameter = parameters[i + branch];
-        const bool is_like_first = parameter.scalar_type() == parameters[i].scalar_type();
-        const Tensor gradient = (is_like_first ? of_list : *gradients[i / branches]).select(0, int64_t(branch));
-        results[1 + i + branch] = gradient.view_symint(parameter.sym_sizes()).to(parameter.scalar_type());
-      }
-    }
+    variable_list results;
+    if (grads[0].defined())
+      results = triplet_gradients(grads[0], saved[0], parameters, saved[1], saved[2], saved[3], saved[4], saved[5],
+                                  ctx->saved_data["training"].toBool(), ctx->saved_data["eps"].toDouble());
+    // One result per input of forward(), in the order of the inputs; a list has one per branch.
+    results.resize(1 + 5 * parameters.size() / 3 + 3);
     return results;
   }
-
- private:
-  static constexpr size_t kSavedBeforeParameters = 6;  // x, and all results of the forward except y
 };
 
 TripletOutputs triplet_attention(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                  TensorList running_mean, TensorList running_var, bool training, double eps) {
   if (!needs_gradient("triplet_attention", x, {conv_weight, bn_weight, bn_bias}))
     return triplet_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
-  const variable_list out =
-      TripletAttention::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  TripletOutputs outputs;
+  std::get<0>(outputs) =
+      TripletAttention::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps, &outputs);
+  return outputs;
 }
 
 // --- triplet_attention_inference ---
@@ -223,16 +238,34 @@ Tensor inference_below_autograd(const Tensor& x, TensorList conv_weight, TensorL
   return op.call(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
 }
 
+// The backward computes what it needs from the inputs, because the forward keeps nothing.
 struct TripletInference : torch::autograd::Function<TripletInference> {
-  static Tensor forward(AutogradContext*, const Tensor& x, TensorList conv_weight, TensorList bn_weight,
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, TensorList conv_weight, TensorList bn_weight,
                         TensorList bn_bias, TensorList running_mean, TensorList running_var, double eps) {
+    variable_list saved{x};
+    for (const TensorList list : {conv_weight, bn_weight, bn_bias, running_mean, running_var})
+      saved.insert(saved.end(), list.begin(), list.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["eps"] = eps;
+    ctx->set_materialize_grads(false);
     return inference_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
   }
 
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_VALUE(false,
-                      "triplet_attention_inference: inputs must be detached from the graph, got a backward through "
-                      "this op; call triplet_attention for a gradient");
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const TensorList lists = TensorList(saved).slice(1);
+    const size_t branches = lists.size() / 5;
+    const auto list = [&](size_t i) { return lists.slice(i * branches, branches); };
+    const double eps = ctx->saved_data["eps"].toDouble();
+    variable_list results;
+    if (grads[0].defined()) {
+      const auto [y, mean, var, pooled, index, response] =
+          triplet_below_autograd(saved[0], list(0), list(1), list(2), list(3), list(4), false, eps);
+      results = triplet_gradients(grads[0], saved[0], lists.slice(0, 3 * branches), mean, var, pooled, index, response,
+                                  false, eps);
+    }
+    results.resize(1 + lists.size() + 1);
+    return results;
   }
 };
 
@@ -329,9 +362,9 @@ TORCH_LIBRARY_IMPL(hashengine, AutogradCUDA, library) { register_formulas(librar
 // call this key without gradients, so the functions of the forwards only refuse tangents there.
 TORCH_LIBRARY_IMPL(hashengine, ADInplaceOrView, library) {
   register_formulas_of_forwards(library);
-  for (const char* op : {"simam_energy", "triplet_pool", "triplet_gate", "simam_backward", "simam_energy_backward",
-                         "greedy_sign_backward", "triplet_attention_backward", "triplet_pool_backward",
-                         "triplet_gate_backward"})
+  for (const char* op :
+       {"simam_energy", "triplet_pool", "triplet_gate", "simam_backward", "simam_energy_backward",
+        "greedy_sign_backward", "triplet_attention_backward", "triplet_pool_backward", "triplet_gate_backward"})
     library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_tangents>());
 }
 

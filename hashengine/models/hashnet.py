@@ -70,11 +70,9 @@ class HashNet(nn.Module):
         self.trained_by: checkpoint.MethodState | None = None
         self.backbone = SmallResNet(config.channels, config.widths, config.stem_stride, config.attention)
         self.hash_layer = head(self.backbone.features, config.bits)
-        like = next(self.backbone.parameters())
-        for name in ("mean", "std"):  # not persistent: config.json stores them
-            values = torch.tensor(getattr(config, name), dtype=like.dtype, device=like.device)
-            self.register_buffer(name, values.reshape(1, -1, 1, 1), persistent=False)
+        self._set_mean_and_std()
         self._arrange_weights()
+        self.register_load_state_dict_post_hook(_set_mean_and_std_of)
 
     @property
     def device(self) -> torch.device:
@@ -185,18 +183,27 @@ class HashNet(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert the tensors and restore the layout. torch calls this for every `.to`, `.cuda`, `.half` and so on."""
         super()._apply(fn, recurse)
+        self._set_mean_and_std()  # `to_empty` leaves them without values
         self._arrange_weights()
         return self
 
+    def _set_mean_and_std(self) -> None:
+        """Set the buffers, which are not persistent because config.json stores their values."""
+        like = next(self.backbone.parameters())
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.config, name), dtype=like.dtype, device=like.device)
+            self.register_buffer(name, values.reshape(1, -1, 1, 1), persistent=False)
+
     def _arrange_weights(self) -> None:
-        layout = self._layout = memory_format.training_format(self.device)
+        layout = memory_format.training_format(self.device)
+        self._is_channels_last = layout == torch.channels_last
         # Unlike Tensor.contiguous, Tensor.to also sets the strides of dimensions of size 1. torch chooses the layout of
         # a convolution by these strides.
         super()._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)
 
     def _arrange_input(self, x: Tensor) -> Tensor:
         """`x` in the layout for the convolutions, which use channels_last if `x` or their weights are in it."""
-        if self._layout == torch.channels_last:
+        if self._is_channels_last or torch._C._is_tracing():  # a trace must not depend on the mode of autograd
             return x
         layout = torch.contiguous_format if torch.is_grad_enabled() else torch.channels_last
         return x.to(memory_format=layout)
@@ -213,3 +220,9 @@ class HashNet(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             expected = f"uint8 [N, {', '.join(map(str, shape))}], as HashNet.preprocess makes them"
             raise invalid(where, "images", expected, f"{dtype_name(images)} {list(images.shape)}")
+
+
+def _set_mean_and_std_of(network: HashNet, _: Any) -> None:
+    """After `load_state_dict(assign=True)`, a network on the device "meta" has parameters on another one."""
+    if network.mean.device != next(network.backbone.parameters()).device:
+        network._set_mean_and_std()

@@ -54,10 +54,13 @@ def known_problem(
 
 
 def training_format(device: torch.device) -> torch.memory_format:
-    """The layout for the tensors and weights of convolutions that are trained on `device`."""
+    """The layout for the tensors and weights of convolutions that are trained on `device`.
+
+    On "meta" it is the contiguous one, because `fully_shard` refuses other parameters there.
+    """
     import torch
 
-    if device.type == "cpu" and known_problem() is not None:
+    if device.type == "meta" or (device.type == "cpu" and known_problem() is not None):
         return torch.contiguous_format
     return torch.channels_last
 

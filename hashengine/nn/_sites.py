@@ -205,9 +205,7 @@ def _stack_sites(name: str, stack: nn.Sequential, first_stage: int) -> list[Site
     return sites
 
 
-def _host(
-    parent: str, layers: list[tuple[str, nn.Module]], channels: int, i: int, *, is_before: bool = False
-) -> Host:
+def _host(parent: str, layers: list[tuple[str, nn.Module]], channels: int, i: int, *, is_before: bool = False) -> Host:
     child, layer = layers[i]
     return Host(qualified_name(parent, child), layer, channels, is_before)
 

@@ -180,7 +180,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 def _gate_paths(module: nn.Module) -> list[str]:
     """The paths of the submodules with convolution and BatchNorm in a triplet attention; empty for other modules."""
-    children = dict(module.named_children())
+    children = {name: child for name, child in module._modules.items() if child is not None}  # a gate may be shared
     for gates, part in _NAMINGS:
         if gates[0] in children and gates[1] in children:
             return [f"{gate}.{part}" for gate in gates if gate in children]
@@ -233,7 +233,7 @@ def _gate_difference(gate: nn.Module | None) -> str | None:
 
 def _change_class(module: nn.Module) -> None:
     gates = _official_gates(module)
-    for gate in gates:
+    for gate in dict.fromkeys(gates):
         _mark_and_change_class(gate, nn.Sequential)  # its children are conv and bn, as _gate_difference has checked
     _mark_and_change_class(module, FusedTripletAttention if gates else FusedSimAM)
 

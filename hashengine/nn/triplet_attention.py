@@ -14,7 +14,7 @@ from hashengine.nn._arguments import check_channels, check_factory_arguments
 from hashengine.nn._layer import Layer
 from hashengine.ops._branches import BRANCHES, add, max_and_mean
 from hashengine.ops._check import wide_dtype
-from hashengine.ops._plain import in_dtype_and_layout_of, is_compiled_in_transform, needs_plain_torch
+from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
 from hashengine.ops.triplet_attention import triplet_attention, triplet_attention_inference
 from hashengine.ops.triplet_attention_update import triplet_attention_update
 from hashengine.ops.triplet_gate import triplet_gate
@@ -242,13 +242,10 @@ def _are_observed(modules: Iterable[Any]) -> bool:
 
 
 def _needs_gradient(x: Tensor, *parameters: list[Tensor]) -> bool:
+    """Whether a backward is to be expected. It is right in any case, but may have to compute the forward again."""
     if not torch.is_grad_enabled():
         return False
-    return (
-        is_compiled_in_transform()
-        or x.requires_grad
-        or any(parameter.requires_grad for tensors in parameters for parameter in tensors)
-    )
+    return x.requires_grad or any(parameter.requires_grad for tensors in parameters for parameter in tensors)
 
 
 def _rename_official_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

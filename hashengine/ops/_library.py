@@ -30,7 +30,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     decomposition: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
-    no_gradient: str | None = "it has no derivative (double backward is not supported)",
+    is_integer: bool = False,
 ) -> Callable[..., Any]:
     """Define `hashengine::<op>` and return its overload `default`, whose call costs less than that of the op.
 
@@ -47,8 +47,8 @@ def define_op(
             to ONNX. Unlike a reference, it must not read values. If it is None, these programs do not know the op.
         flops: the number of floating-point operations, for torch's `FlopCounterMode`: a function of the op's arguments
             and of `out_val`, its result. If it is None, the counter counts 0.
-        no_gradient: the end of the message of that `InputError`. None if no argument can require a gradient, because
-            all tensors are integer. Such an op needs no formula, and a formula in Python would slow each call down.
+        is_integer: whether all tensors are integer, so that none can require a gradient. Such an op needs no formula,
+            and a formula in Python would slow each call down.
     """
     name, signature = schema.split("(", 1)
     qualified_name = f"{NAMESPACE}::{name}"
@@ -58,8 +58,8 @@ def define_op(
     if decomposition is not None:
         fake = _tell_inductor_first(op.default, fake)
     torch.library.register_fake(qualified_name, fake)
-    if backward is None and no_gradient is not None:
-        backward = _refuse_gradient(name, no_gradient)
+    if backward is None and not is_integer:
+        backward = _refuse_gradient(name)
     if "!" not in signature and backward is not None:
         torch.library.register_autograd(qualified_name, backward, setup_context=setup_context or _save_nothing)
     if "[]" in signature or "Tensor, " in signature.partition("->")[2]:
@@ -70,7 +70,7 @@ def define_op(
         register_decomposition(op)(decomposition)
     if flops is not None:
         register_flops(op, flops)
-    if "!" not in signature and no_gradient is not None:
+    if "!" not in signature and not is_integer:
         _may_drop_tangents.append(op.default)
     return op.default
 
@@ -168,8 +168,9 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _refuse_gradient(name: str, advice: str) -> Callable[..., Any]:
+def _refuse_gradient(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Any) -> None:
+        advice = "it has no derivative (double backward is not supported)"
         raise invalid(name, "inputs", "detached from the graph", "a backward through this op", advice)
 
     return backward

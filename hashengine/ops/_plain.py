@@ -30,16 +30,10 @@ def _has_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _has_transform() -> bool:
-    """Whether a transform of `torch.func` is active."""
-    return _innermost_transform() is not None
-
-
-# `torch.compile` calls these functions while it compiles, and takes the results for constants. The op refuses a tangent
+# `torch.compile` calls this function while it compiles, and takes the result for a constant. The op refuses a tangent
 # that later comes from outside the compiled function.
 # `torch.compiler.assume_constant_result` sets the same mark, but imports the compiler.
 _has_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_has_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_plain_torch() -> bool:
@@ -52,9 +46,10 @@ def needs_plain_torch() -> bool:
     return _innermost_transform() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 
-def is_compiled_in_transform() -> bool:
-    """Whether `torch.compile` compiles code under a transform. A batch of `vmap` hides that it requires a gradient."""
-    return _is_compiling() and _has_transform()
+def is_functionalized() -> bool:
+    """Whether `torch.func.functionalize` is one of the active transforms."""
+    kind = torch._C._functorch.TransformType.Functionalize
+    return any(transform.key() == kind for transform in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def can_be_array(tensor: Tensor) -> bool:

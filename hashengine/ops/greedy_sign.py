@@ -14,7 +14,7 @@ from hashengine._validation import dtype_name
 from hashengine.errors import invalid
 from hashengine.ops._check import check_floating, check_gradient, check_no_nan, check_number, wide_dtype
 from hashengine.ops._library import define_op
-from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch
+from hashengine.ops._plain import in_dtype_and_layout_of, is_functionalized, needs_plain_torch
 
 
 def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -81,8 +81,9 @@ def _check(where: str, u: Tensor, alpha: float) -> None:
 
 def _plain(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     _check("greedy_sign", u, alpha)
-    # A trace that calls `_StraightThrough` cannot be saved, and `torch.compile` ignores its `jvp`.
-    if torch._C._is_tracing() or torch.compiler.is_compiling():
+    # A trace that calls `_StraightThrough` cannot be saved, `torch.compile` ignores its `jvp`, and
+    # `torch.func.functionalize` does not support it.
+    if torch._C._is_tracing() or torch.compiler.is_compiling() or is_functionalized():
         return _signs(u) + (u - u.detach()).nan_to_num(), _penalty(u, alpha)
     return _StraightThrough.apply(u), _penalty(u, alpha)
 

@@ -116,5 +116,5 @@ _hamming_count = define_op(
     "Tensor? code_labels=None, int num_threads=0) -> (Tensor counts, Tensor relevant)",
     reference=_reference,
     fake=_fake,
-    no_gradient=None,
+    is_integer=True,
 )

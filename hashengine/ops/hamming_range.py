@@ -92,5 +92,5 @@ _hamming_range = define_op(
     "(Tensor lims, Tensor distances, Tensor positions)",
     reference=_reference,
     fake=_fake,
-    no_gradient=None,
+    is_integer=True,
 )

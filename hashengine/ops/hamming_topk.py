@@ -67,5 +67,5 @@ _hamming_topk = define_op(
     "(Tensor distances, Tensor positions)",
     reference=_reference,
     fake=_fake,
-    no_gradient=None,
+    is_integer=True,
 )

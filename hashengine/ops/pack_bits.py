@@ -109,5 +109,5 @@ _unpack_bits = define_op(
     reference=_unpack_reference,
     fake=_unpack_fake,
     decomposition=_unpack_reference,
-    no_gradient=None,
+    is_integer=True,
 )

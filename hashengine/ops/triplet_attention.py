@@ -77,6 +77,8 @@ def triplet_attention_inference(
 ) -> Tensor:
     """The `y` of `triplet_attention` with `training=False`, without what a backward would need.
 
+    A backward computes that from the arguments, so it takes longer than a backward through `triplet_attention`.
+
     Args:
         x: feature map [N, C, H, W]; this and the other arguments are as for `triplet_attention`.
         conv_weight: tensors [1, 2, K, K].
@@ -87,10 +89,10 @@ def triplet_attention_inference(
         eps: the eps of BatchNorm.
 
     Returns:
-        `y` with the shape, dtype and layout of `x`, without a gradient.
+        `y` with the shape, dtype and layout of `x`.
 
     Raises:
-        ValueError: as for `triplet_attention`; also in a backward through `y`.
+        ValueError: as for `triplet_attention`.
     """
     op = _inference_reference if needs_plain_torch() else _triplet_attention_inference
     return op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps)
@@ -377,29 +379,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
-    none = [None] * ctx.branches
     if grad_y is None:
-        return None, none, none, none, none, none, None, None
+        return _no_gradients(ctx.branches, 2)
     x, *saved = ctx.saved_tensors
-    branches = ctx.branches
-    conv_weight, bn_weight, bn_bias = (saved[i * branches : (i + 1) * branches] for i in range(3))
-    grad_x, grad_conv, grad_weight, grad_bias = _triplet_attention_backward(
-        grad_y, x, conv_weight, bn_weight, bn_bias, *saved[3 * branches :], ctx.training, ctx.eps
-    )
+    lists = [saved[i * ctx.branches : (i + 1) * ctx.branches] for i in range(3)]
+    return *_gradients(grad_y, x, lists, saved[3 * ctx.branches :], ctx.training, ctx.eps), None, None
+
+
+def _inference_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *lists, ctx.eps = inputs
+    ctx.branches = len(lists[0])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *(tensor for tensors in lists for tensor in tensors))
+
+
+def _inference_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+    """Compute what the backward needs from the inputs, because the forward keeps nothing."""
+    if grad_y is None:
+        return _no_gradients(ctx.branches, 1)
+    x, *saved = ctx.saved_tensors
+    lists = [saved[i * ctx.branches : (i + 1) * ctx.branches] for i in range(5)]
+    with torch.no_grad():
+        _, *kept = _triplet_attention(x, *lists, False, ctx.eps)
+    return *_gradients(grad_y, x, lists[:3], kept, False, ctx.eps), None
+
+
+def _gradients(
+    grad_y: Tensor, x: Tensor, parameters: list[list[Tensor]], kept: list[Tensor], training: bool, eps: float
+) -> tuple[Any, ...]:
+    """The gradients of x, of three lists of parameters and of two lists of running statistics."""
+    grad_x, *stacked = _triplet_attention_backward(grad_y, x, *parameters, *kept, training, eps)
 
     def per_branch(gradient: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         return [g.view(p.shape).to(p.dtype) for g, p in zip(gradient.unbind(), parameters, strict=True)]
 
-    return (
-        grad_x,
-        per_branch(grad_conv, conv_weight),
-        per_branch(grad_weight, bn_weight),
-        per_branch(grad_bias, bn_bias),
-        none,
-        none,
-        None,
-        None,
-    )
+    none = [None] * len(parameters[0])
+    return grad_x, *map(per_branch, stacked, parameters), none, none
+
+
+def _no_gradients(branches: int, options: int) -> tuple[Any, ...]:
+    """A gradient of None for x, for each tensor of five lists, and for each of the options after them."""
+    return None, *([[None] * branches] * 5), *([None] * options)
 
 
 _triplet_attention_backward = define_op(
@@ -429,5 +449,6 @@ _triplet_attention_inference = define_op(
     fake=_inference_fake,
     decomposition=_inference_reference,
     flops=_flops,
-    no_gradient="call triplet_attention for a gradient",
+    setup_context=_inference_setup_context,
+    backward=_inference_backward,
 )

@@ -1,6 +1,8 @@
 """HashNet: activations, codes, saved models, and errors."""
 
+import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -271,3 +273,48 @@ def test_arguments_of_another_kind_and_the_device_meta_are_refused(tmp_path):
     for call in (lambda: network.encode(images), lambda: network.save_pretrained(tmp_path)):
         with pytest.raises(InputError, match="the network must be on a device with memory, got one on the device"):
             call()
+
+
+def assigned(target: nn.Module, source: nn.Module) -> nn.Module:
+    target.load_state_dict(source.state_dict(), assign=True)
+    return target
+
+
+def loaded(target: nn.Module, source: nn.Module) -> nn.Module:
+    target = target.to_empty(device="cpu")
+    target.load_state_dict(source.state_dict())
+    return target
+
+
+@pytest.mark.parametrize("load", [assigned, loaded])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["itself", "inside another module"])
+def test_a_network_that_was_made_on_meta_and_loaded_gives_the_same_codes(load, wrap):
+    source = network(mean=(0.3,), std=(0.2,))
+    with torch.device("meta"):
+        target = wrap(network(mean=(0.3,), std=(0.2,)))
+    load(target, wrap(source))
+    copy = target if isinstance(target, HashNet) else target[0]
+    images = random_images(3)
+    torch.testing.assert_close(copy.eval()(images), source(images))
+    assert torch.equal(copy.encode(images), source.encode(images))
+
+
+def test_parameters_on_meta_are_contiguous_as_fully_shard_requires():
+    with torch.device("meta"):
+        assert all(parameter.is_contiguous() for parameter in network().parameters())
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_network_can_be_pickled_with_every_protocol(protocol):
+    model, file = network(), io.BytesIO()
+    torch.save(model, file, pickle_protocol=protocol)
+    file.seek(0)
+    for copy in (pickle.loads(pickle.dumps(model, protocol)), torch.load(file, weights_only=False)):
+        assert torch.equal(copy.encode(random_images(3)), model.encode(random_images(3)))
+
+
+@pytest.mark.parametrize("attention", ["none", "simam", "triplet"])
+def test_a_trace_is_the_same_with_and_without_gradients(attention):
+    model, images = network(attention=attention), random_images(3)
+    traced = torch.jit.trace(model, images)  # checks the trace without gradients
+    torch.testing.assert_close(traced(images)[0], model(images).activations)

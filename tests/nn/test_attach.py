@@ -528,7 +528,9 @@ def test_a_norm_at_the_end_of_a_plain_stack_has_no_layer_to_run_the_attention():
         "2.attention",
     ]
     between = stack(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2))
-    with pytest.raises(he.InputError, match="^attach: 4 must be a module that takes one attention, got one that would take"):
+    with pytest.raises(
+        he.InputError, match="^attach: 4 must be a module that takes one attention, got one that would take"
+    ):
         he.nn.attach(between, "triplet", where=["2", "4"])
     assert he.nn.attach(between, "triplet", where="2").insertions[0].place == "before 4"
 

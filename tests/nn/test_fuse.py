@@ -48,6 +48,28 @@ def test_fused_modules_compute_the_same(build, training):
     torch.testing.assert_close(*results)
 
 
+def share(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        setattr(layer, name, layer.cw)
+    return layer
+
+
+@pytest.mark.parametrize("names", [("hw",), ("hc",), ("hc", "hw")])
+@pytest.mark.parametrize("is_shared_first", [True, False])
+def test_a_gate_may_serve_several_branches(names, is_shared_first):
+    theirs = randomise(OfficialTriplet()).eval()
+    ours = copy.deepcopy(theirs)
+    if is_shared_first:
+        share(ours, *names)
+    he.nn.fuse(ours)
+    share(ours, *names)
+    x = feature_map("contiguous")
+    torch.testing.assert_close(ours(x), share(theirs, *names)(x))
+    he.nn.unfuse(ours)
+    assert type(ours) is OfficialTriplet and type(ours.cw) is type(theirs.cw)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
 @official
 def test_state_dict_keeps_its_keys_and_tensors(build):
     model = build()

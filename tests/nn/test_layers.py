@@ -2,12 +2,14 @@
 
 import copy
 import importlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -359,3 +361,32 @@ def test_an_ensemble_in_evaluation_mode_compiles(frozen):
         y = call(parameters, buffers, x)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [SimAM, TripletAttention])
+def test_compiled_autograd_runs_the_backward_of_an_eager_forward(layer, training):
+    layer, x = layer().train(training), feature_map("contiguous")
+
+    def gradient(context):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf).square().sum()
+        with context:
+            y.backward()
+        return leaf.grad
+
+    compiled = compiled_autograd._enable(torch.compile(backend="eager"))
+    torch.testing.assert_close(gradient(compiled), gradient(nullcontext()))
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_an_exported_frozen_layer_has_a_gradient(grad_mode):
+    layer, x = TripletAttention().eval().requires_grad_(False), feature_map("contiguous")
+    with grad_mode():
+        exported = torch.export.export(layer, (x,)).module()
+    gradients = []
+    for module in (exported, layer):
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)

@@ -7,7 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.fx
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from hashengine import _native, ops
 from hashengine.nn import GreedyHash, SimAM, TripletAttention
@@ -116,6 +116,13 @@ def test_the_code_of_greedy_sign_has_the_derivative_of_the_identity():
     assert torch.equal(b, ops.greedy_sign(u, 0.1)[0]) and torch.equal(tangent, v)
     assert torch.equal(vmap(lambda u: ops.greedy_sign(u, 0.1)[0])(u), b)
     assert torch.equal(grad(lambda u: (ops.greedy_sign(u, 0.1)[0] * v).sum())(u), v)
+
+
+@every_function
+def test_functionalize_keeps_results_and_gradients(op, formula):
+    x = normal(0)
+    for function in (op, grad(lambda x: op(x).square().sum())):
+        torch.testing.assert_close(functionalize(function)(x), function(x))
 
 
 @pytest.mark.parametrize("u", [normal(3, (4, 8)), normal(3, (4, 8)).half(), normal(3, (4, 8)).double(), normal(3, ())])
