@@ -134,10 +134,23 @@ class DistanceCounts:
     Attributes:
         items: the number of database items per query and distance, int64 [Q, bits + 1] on the CPU.
         relevant: the number of relevant items per query and distance, int64 [Q, bits + 1] on the CPU.
+
+    Raises:
+        InputError: the two differ in shape, or the queries were compared with different numbers of items.
     """
 
     items: Tensor
     relevant: Tensor
+
+    def __post_init__(self) -> None:
+        if self.items.ndim != 2 or self.items.shape != self.relevant.shape:
+            actual = f"{list(self.items.shape)} and {list(self.relevant.shape)}"
+            raise invalid("DistanceCounts", "items and relevant", "of one shape [Q, bits + 1]", actual)
+        totals = self.items.sum(1).unique().tolist()
+        if len(totals) > 1:
+            actual = f"{totals[0]} for some and {totals[-1]} for others"
+            advice = "make one DistanceCounts for the queries of each number"
+            raise invalid("DistanceCounts", "the number of items", "the same for every query", actual, advice)
 
     def mean_average_precision(
         self, *, at: int | None = None, denominator: Denominator = "retrieved"

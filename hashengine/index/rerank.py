@@ -97,7 +97,8 @@ def rank_candidates(
         part = slice(first, first + block)
         known = rows[part].where(rows[part] >= 0, rows.max())  # -1 reads another row; the score is overwritten below
         with torch.autocast("cpu", enabled=False):  # half precision would round the scores
-            scores[part] = (vectors_of(known) @ queries[part].unsqueeze(2)).squeeze(2)
+            # Not a matrix product, which may sum the last rows in another order: equal vectors need equal scores.
+            scores[part] = (vectors_of(known) * queries[part].unsqueeze(1)).sum(2)
     scores.masked_fill_(rows < 0, 0)
     _finite(where, "the products of queries and candidates", scores)  # so that only -1 has the score -inf
     scores.masked_fill_(rows < 0, -torch.inf)

@@ -70,7 +70,7 @@ class HashNet(nn.Module):
         self.trained_by: checkpoint.MethodState | None = None
         self.backbone = SmallResNet(config.channels, config.widths, config.stem_stride, config.attention)
         self.hash_layer = head(self.backbone.features, config.bits)
-        self._set_mean_and_std()
+        self._set_mean_and_std(next(self.backbone.parameters()))
         self._arrange_weights()
         self.register_load_state_dict_post_hook(_set_mean_and_std_of)
 
@@ -180,19 +180,27 @@ class HashNet(nn.Module):
         model.trained_by = trained_by
         return model.eval()
 
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """Move the tensors to a device without their values, which `load_state_dict` can then set."""
+        super().to_empty(device=device, recurse=recurse)
+        self._set_mean_and_std(self.mean)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert the tensors and restore the layout. torch calls this for every `.to`, `.cuda`, `.half` and so on."""
+        had_values = not self.mean.is_meta
         super()._apply(fn, recurse)
-        self._set_mean_and_std()  # `to_empty` leaves them without values
+        if not had_values and not self.mean.is_meta:  # `to_empty` of a module that contains the network
+            self._set_mean_and_std(self.mean)
         self._arrange_weights()
         return self
 
-    def _set_mean_and_std(self) -> None:
-        """Set the buffers, which are not persistent because config.json stores their values."""
-        like = next(self.backbone.parameters())
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(self.config, name), dtype=like.dtype, device=like.device)
-            self.register_buffer(name, values.reshape(1, -1, 1, 1), persistent=False)
+    def _set_mean_and_std(self, like: Tensor) -> None:
+        """Set the buffers, like `like` in dtype and device. They are not persistent, because they are in config.json."""
+        with torch.inference_mode(False):
+            for name in ("mean", "std"):
+                values = torch.tensor(getattr(self.config, name), dtype=like.dtype, device=like.device)
+                self.register_buffer(name, values.reshape(1, -1, 1, 1), persistent=False)
 
     def _arrange_weights(self) -> None:
         layout = memory_format.training_format(self.device)
@@ -223,6 +231,7 @@ class HashNet(nn.Module):
 
 
 def _set_mean_and_std_of(network: HashNet, _: Any) -> None:
-    """After `load_state_dict(assign=True)`, a network on the device "meta" has parameters on another one."""
-    if network.mean.device != next(network.backbone.parameters()).device:
-        network._set_mean_and_std()
+    """After `load_state_dict(assign=True)`, the parameters may have another device, such as not "meta", or dtype."""
+    like = next(network.backbone.parameters(), None)  # None in FSDP1
+    if like is not None and (like.device, like.dtype) != (network.mean.device, network.mean.dtype):
+        network._set_mean_and_std(like)

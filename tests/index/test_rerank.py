@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import hashengine.index.rerank
 from hashengine import HammingIndex, InputError
 from hashengine.index import rerank_vectors
 from hashengine.ops import pack_bits
@@ -41,6 +42,28 @@ def test_rerank_keeps_the_order_of_ties():
     assert ids.tolist() == [[2, 0, 3, -1]] and scores.tolist() == [[8, 8, 8, -np.inf]]
     assert index.rerank(np.ones((1, 8)), np.full((1, 2), -1))[1].tolist() == [[-1, -1]]
     assert index.rerank(np.ones((0, 8)), np.zeros((0, 3), np.int64))[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 7])
+@pytest.mark.parametrize("bits", [16, 64, 256])
+def test_equal_candidates_have_equal_scores_at_every_place(bits, queries):
+    rng = np.random.default_rng(bits)
+    for k in (2, 3, 7, 10, 19, 33, 100):
+        index, activations = HammingIndex(bits), rng.standard_normal((queries, bits)).astype(np.float32)
+        index.add(np.full((k, bits // 8), 0xA5, np.uint8))
+        ids = np.tile(np.arange(k), (queries, 1))
+        scores, order = index.rerank(activations, ids)
+        np.testing.assert_array_equal(order, ids)
+        assert (scores == scores[:, :1]).all()
+        vectors = np.tile(rng.standard_normal((1, bits)).astype(np.float32), (k, 1))
+        np.testing.assert_array_equal(rerank_vectors(activations, vectors, ids)[1], ids)
+
+
+def test_equal_candidates_of_a_block_with_one_query_have_equal_scores(monkeypatch):
+    monkeypatch.setattr(hashengine.index.rerank, "_FLOATS_PER_BLOCK", 1)
+    vectors = np.tile(np.random.default_rng(0).standard_normal((1, 256)).astype(np.float32), (500, 1))
+    ids = np.tile(np.arange(500), (3, 1))
+    np.testing.assert_array_equal(rerank_vectors(vectors[:3] + 1, vectors, ids)[1], ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -435,3 +435,20 @@ def test_mistakes_with_a_searcher_are_refused(make):
         distance_counts(**(GOOD | dict(database=searcher)))
     with pytest.raises(InputError, match=r"distance_counts: code_labels must be \[3\]"):
         distance_counts(np.zeros((2, 2), np.uint8), searcher, labels=(QUERY_LABELS, QUERY_LABELS))
+
+
+@pytest.mark.parametrize(
+    ("items", "relevant", "message"),
+    [
+        (
+            [[1, 1, 0], [4, 4, 2]],
+            [[1, 0, 0], [0, 4, 2]],
+            "the number of items must be the same for every query, got 2",
+        ),
+        ([[1, 1]], [[1]], r"items and relevant must be of one shape \[Q, bits \+ 1\], got \[1, 2\] and \[1, 1\]"),
+        ([1, 1], [1, 1], "items and relevant must be of one shape"),
+    ],
+)
+def test_counts_of_different_rankings_are_refused(items, relevant, message):
+    with pytest.raises(InputError, match=f"^DistanceCounts: {message}"):
+        DistanceCounts(torch.tensor(items), torch.tensor(relevant))

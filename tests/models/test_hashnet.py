@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hashengine import ops
 from hashengine.errors import InputError
@@ -318,3 +320,35 @@ def test_a_trace_is_the_same_with_and_without_gradients(attention):
     model, images = network(attention=attention), random_images(3)
     traced = torch.jit.trace(model, images)  # checks the trace without gradients
     torch.testing.assert_close(traced(images)[0], model(images).activations)
+
+
+def test_conversions_that_change_nothing_keep_mean_and_std():
+    model = network()
+    with torch.inference_mode():
+        model.to("cpu")
+    model.share_memory()
+    assert not model.mean.is_inference() and model.mean.is_shared()
+    model = network()
+    address = model.mean.data_ptr()
+    assert model.to("cpu").mean.data_ptr() == address
+
+
+def test_to_empty_keeps_mean_and_std():
+    model = network(mean=(0.3,), std=(0.2,))
+    model.to_empty(device="cpu")
+    assert model.mean.item() == pytest.approx(0.3) and model.std.item() == pytest.approx(0.2)
+
+
+def test_weights_of_another_dtype_can_be_assigned():
+    model, source = network(), network(1).double()
+    model.load_state_dict(source.state_dict(), assign=True)
+    torch.testing.assert_close(model(random_images(2)), source(random_images(2)))
+
+
+def test_a_network_in_fsdp1_can_be_converted():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+        assert wrapped.double().to("cpu")(random_images(2)).activations.dtype == torch.float64
+    finally:
+        dist.destroy_process_group()

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define HE_KEEP_IN_REGISTERS(a, b)
+
 struct alignas(64) __m512i {
   uint64_t lane[8];
 };

@@ -30,7 +30,7 @@ constexpr int64_t kMaxBitslicedWords = 32;  // 64-bit words; the tables of longe
 constexpr int kMaxWeights = 12;             // for distances of up to 2048
 constexpr int64_t kMaxHitCodes = 512;       // codes that are collected before they are pushed; a multiple of 64
 static_assert(kMaxHitCodes <= Selector::kMaxPush, "all collected codes may be hits of one query");
-constexpr int64_t kMaxStepCodes = 128;  // codes that are scanned between two checks of the number of collected codes
+constexpr int64_t kMaxStepCodes = 128;   // codes that are scanned between two checks of the number of collected codes
 constexpr int64_t kMinPairsPerCode = 4;  // pairs of a collected code and a query; fewer are pushed one by one
 
 // How a 64-bit word of a code is divided into fields of kBits bits. The last, shorter field takes the remaining bits.
