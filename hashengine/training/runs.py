@@ -275,12 +275,14 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         output: a file to write the table to, .md or .json.
 
     Raises:
-        InputError: a folder neither is a run nor contains one, the record of a run is damaged, or `output` has another
-            suffix.
+        InputError: `folders` is no list, a folder neither is a run nor contains one, the record of a run is damaged, or
+            `output` has another suffix.
     """
     output = None if output is None else check_path("train report", "output", output)
     if output is not None and output.suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
+    if isinstance(folders, (str, bytes, os.PathLike)) or not isinstance(folders, Iterable):
+        raise invalid("train report", "folders", "a list of folders", type(folders).__name__)
     found = [folder for given in folders for folder in _run_folders(check_path("train report", "run", given))]
     loaded = [Run.load(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
     runs = _without_copies(loaded)

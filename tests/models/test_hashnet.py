@@ -303,3 +303,9 @@ def test_arguments_of_another_kind_and_the_device_meta_are_refused(tmp_path):
     for call in (lambda: network.encode(images), lambda: network.save_pretrained(tmp_path)):
         with pytest.raises(InputError, match="the network must be on a device with memory, got one on the device"):
             call()
+
+
+@pytest.mark.parametrize("image", ["a.png", None, np.zeros((8, 8), np.uint8)])
+def test_preprocess_takes_only_images_of_pil(image):
+    with pytest.raises(InputError, match="^preprocess: image must be a PIL image, got .*; read_image opens a file"):
+        network().preprocess(image)

@@ -583,6 +583,11 @@ def test_a_table_replaces_no_image(data):
 def test_none_is_no_run():
     with pytest.raises(InputError, match="^Run.load: run must be a path"):
         Run.load(None)
+    for folders, kind in ((None, "NoneType"), ("runs", "str"), (Path("runs"), "PosixPath"), (5, "int")):
+        with pytest.raises(InputError, match=f"^train report: folders must be a list of folders, got {kind}$"):
+            report(folders)
+    with pytest.raises(InputError, match="^train report: run must be a path, got NoneType"):
+        report([None])
 
 
 @pytest.mark.parametrize("content", OTHER_FILES, ids=["object", "list"])
