@@ -173,10 +173,11 @@ class HashNet(nn.Module):
         if trained_by is not None:
             method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))
             head = method(**trained_by.options).head
+        # A network without values comes first: config.json may describe one that no memory can hold.
+        with torch_defaults(), torch.device("meta"):
+            described = cls(config, head)
         try:
-            # A network without values comes first: config.json may describe one that no memory can hold.
-            with torch_defaults(), torch.device("meta"):
-                cls(config, head).load_state_dict(weights, assign=True)
+            described.load_state_dict(weights, assign=True)
             with torch_defaults():
                 model = cls(config, head)
             model.load_state_dict(weights)
