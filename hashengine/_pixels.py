@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImagePalette
+from PIL import Image, ImageChops, ImagePalette
+from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -37,12 +38,14 @@ class Encoding(NamedTuple):
     Attributes:
         is_16_bit: whether mode "I" means grey of 16 bits.
         grey_bits: the number of bits that hold the grey levels in a mode that begins with "I;16".
-        is_negative: whether 0 is white, in a mode of more than 8 bits. Pillow inverts the others.
+        is_negative: whether 0 is white, and Pillow does not invert the pixels: some of 1 bit or of more than 8 bits.
+        covered: the part of the image (left, upper, right, lower) that the file has pixels of; None for all of it.
     """
 
     is_16_bit: bool = False
     grey_bits: int = 16
     is_negative: bool = False
+    covered: tuple[int, int, int, int] | None = None
 
 
 def encoding_of(image: Image.Image, where: str) -> Encoding:
@@ -55,7 +58,11 @@ def encoding_of(image: Image.Image, where: str) -> Encoding:
     if image.format == "FITS" and image.mode.startswith("I;16"):
         raise invalid(where, "pixels", expected, "those of 16 bits in a FITS file", advice)
     if not isinstance(image, TiffImageFile):
-        return Encoding(is_16_bit=image.format in ("PNG", "PPM"))
+        return Encoding(
+            is_16_bit=image.format in ("PNG", "PPM"),
+            is_negative=image.mode == "1" and image.format in ("PSD", "XBM"),  # a set bit is black
+            covered=_covered_by_first_frame(image) if isinstance(image, GifImageFile) else None,
+        )
     tags = image.tag_v2
     bits, formats = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
     is_compressed = image.info.get("compression", "raw") != "raw"
@@ -77,6 +84,14 @@ def encoding_of(image: Image.Image, where: str) -> Encoding:
     return Encoding(
         grey_bits=12 if bits == (12,) else 16, is_negative=is_deep and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     )
+
+
+def _covered_by_first_frame(image: GifImageFile) -> tuple[int, int, int, int] | None:
+    """The part of a GIF image that its first frame covers; None if that is all or the rest has a transparent colour."""
+    extent: tuple[int, int, int, int] | None = image.dispose_extent
+    if image.tell() > 0 or "transparency" in image.info or extent == (0, 0, *image.size):
+        return None
+    return extent
 
 
 def correct_colours(image: Image.Image) -> None:
@@ -105,7 +120,7 @@ def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | No
     - Floating-point pixels (mode "F") must be 0 to 1, and 32-bit integers (mode "I") 0 to 255. The smallest value is
       black and the largest is white. A file does not say which value is white. Therefore an image with a pixel out of
       this range, such as NaN, is refused.
-    - Transparent parts become white.
+    - Transparent parts become white, and so do parts that the first frame of a GIF file does not cover.
     - An embedded ICC profile converts the colours to sRGB. A profile that is damaged, or that does not fit the mode, is
       ignored with a warning.
     - Without a profile, CMYK is converted by Pillow's formula, and LAB as CIE L*a*b* with the white D50.
@@ -120,7 +135,13 @@ def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | No
         InputError: a pixel is out of range.
     """
     profile = image.info.get("icc_profile")
-    image = _as_bytes(image, where, encoding_of(image, where) if encoding is None else encoding)
+    encoding = encoding_of(image, where) if encoding is None else encoding
+    image = _as_bytes(image, where, encoding)
+    if encoding.covered is not None:
+        opaque_part = Image.new("L", image.size)
+        opaque_part.paste(255, encoding.covered)
+        image = image.copy()
+        image.putalpha(opaque_part)
     if image.has_transparency_data:
         image = image.convert(_PREMULTIPLIED.get(image.mode, image.mode))
         rgba = image.convert("RGBA")
@@ -136,7 +157,12 @@ def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | No
 
 
 def _as_bytes(image: Image.Image, where: str, encoding: Encoding) -> Image.Image:
-    """An image of 16 or 32 bits per pixel as mode "L", or "LA" if it has transparent pixels; others unchanged."""
+    """An image of 16 or 32 bits per pixel as mode "L", or "LA" if it has transparent pixels; others of 1 or 8 bits.
+
+    An image of 1 bit per pixel whose 0 is white is inverted, as mode "L".
+    """
+    if image.mode == "1" and encoding.is_negative:
+        return ImageChops.invert(image.convert("L"))
     if image.mode == "F" or (image.mode == "I" and not encoding.is_16_bit):
         kind, white = ("floating-point", 1) if image.mode == "F" else ("32-bit integer", 255)
         values = np.asarray(image)

@@ -16,21 +16,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from hashengine._defaults import IMAGE_SUFFIXES
 from hashengine._file_warnings import is_damage, named_warnings
 from hashengine._pixels import correct_colours, encoding_of, to_8_bits
-from hashengine.errors import InputError, brief, invalid
+from hashengine._validation import as_integer, check_integer, check_path
+from hashengine.errors import InputError, brief, invalid, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Formats that Pillow identifies, but that contain no image of pixels. It would run another program to draw EPS.
 _WITHOUT_PIXELS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Images that Pillow does not identify: their formats, and the bytes from a position on that mark them.
+# Images that Pillow does not identify, or not all of them: their formats, and the bytes from a position on that mark
+# them.
 _UNKNOWN_TO_PILLOW = (
     *(("HEIC", 4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")),
     *(("AVIF", 4, b"ftyp" + brand) for brand in (b"avif", b"avis")),
     ("CR3", 4, b"ftypcrx "),
     ("JPEG XL", 0, b"\xff\x0a"),
     ("JPEG XL", 0, b"\0\0\0\x0cJXL "),
+    *(("TIFF", 0, mark) for mark in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    ("PSD", 0, b"8BPS"),
+    ("PAM", 0, b"P7\n"),
+    ("PFM", 0, b"PF\n"),
+    ("OpenEXR", 0, b"v/1\x01"),
+    ("Radiance HDR", 0, b"#?RADIANCE"),
+    ("JPEG XR", 0, b"II\xbc\x01"),
+    ("RAF", 0, b"FUJIFILMCCD-RAW"),
+    *(("ORF", 0, mark) for mark in (b"IIRO", b"IIRS", b"MMOR")),
+    ("RW2", 0, b"IIU\0"),
+    ("XCF", 0, b"gimp xcf"),
 )
+_OF_MANY_KINDS = ("PSD", "TIFF")  # Pillow decodes some of their kinds
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -75,9 +89,10 @@ def find_images(folder: str | os.PathLike[str], where: str = "find_images") -> F
     are not followed, because they can form a loop.
 
     Raises:
-        InputError: `folder` is missing, is not a folder, cannot be read, or holds no image; the error names `where`.
+        InputError: `folder` is no path, is missing, is not a folder, cannot be read, or holds no image; the error names
+            `where`.
     """
-    folder = Path(folder)
+    folder = check_path(where, "folder", folder)
     if not folder.is_dir():
         problem = f"which is {_kind(folder) or 'a file'}" if folder.exists() else "which is missing"
         raise invalid(where, "folder", "a folder of images", f"{str(folder)!r}, {problem}")
@@ -193,6 +208,18 @@ def _joined(reasons: list[str]) -> str:
     return "; ".join([*map(brief, shown), *([f"and {more} more"] if more > 0 else [])])
 
 
+def _why_unidentified(start: bytes, warned: list[str]) -> str:
+    """Why Pillow does not identify a file with these first bytes, by the warnings or the format."""
+    known, reason, advice = _unknown_format(start), _joined(warned), "; convert it to JPEG or PNG"
+    if not known:
+        return reason or "another content"
+    if known in _OF_MANY_KINDS:
+        return reason or f"{known} that is damaged or of a kind that this Pillow cannot decode{advice}"
+    if _is_decodable(start, known):
+        return reason or f"a damaged {known}"
+    return (reason or f"{known}, which this Pillow cannot decode") + advice
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file. Any exception while it is opened and in the block becomes an `InputError` with its name."""
@@ -213,13 +240,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         except UnidentifiedImageError:
             with open(path, "rb") as file:
                 start = file.read(16)
-            advice, found = "", "another content"
-            if known := _unknown_format(start):
-                is_damaged = _is_decodable(start, known)
-                found = f"a damaged {known}" if is_damaged else f"{known}, which this Pillow cannot decode"
-                advice = "" if is_damaged else "; convert it to JPEG or PNG"
-            reason = _joined(list(warned)) or found
-            raise InputError(f"{name}: the file must be a readable image, got {reason}{advice}") from None
+            reason = _why_unidentified(start, list(warned))
+            raise InputError(f"{name}: the file must be a readable image, got {reason}") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others on damaged files
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             reason = _joined([reason, *warned])
@@ -237,12 +259,14 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
     cannot be decoded. Zeros in the middle of a JPEG or WebP file, for example, can give other pixels without an error.
 
     Raises:
-        InputError: `mode` is unknown; or the file is missing, truncated, not an image, a pipe or a device, has pixels
-            out of range or of a kind that Pillow decodes to others, or has more pixels than Pillow's limit against
-            decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS`. The message then names the file.
+        InputError: `path` is no path, or `mode` is unknown; or the file is missing, truncated, not an image, a pipe or
+            a device, has pixels out of range or of a kind that Pillow decodes to others, or has more pixels than
+            Pillow's limit against decompression bombs, 2 * `PIL.Image.MAX_IMAGE_PIXELS`. The message then names the
+            file.
     """
     if mode not in ("RGB", "L"):
         raise invalid("read_image", "mode", "'RGB' or 'L'", repr(mode))
+    path = check_path("read_image", "path", path)
     name = os.fspath(path)
     with _opened(path) as image:
         if image.format == "PNG":
@@ -278,9 +302,9 @@ def read_header(path: str | os.PathLike[str]) -> tuple[str, tuple[int, int]]:
     """Pillow's mode and the size (width, height) of an image file, without decoding the pixels.
 
     Raises:
-        InputError: the file is not an image, as for `read_image`.
+        InputError: `path` is no path, or the file is not an image, as for `read_image`.
     """
-    with _opened(path) as image:
+    with _opened(check_path("read_header", "path", path)) as image:
         return image.mode, image.size
 
 
@@ -291,10 +315,17 @@ def image_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
     pixels, then cropped around its centre.
 
     Raises:
-        InputError: a pixel is out of range.
+        InputError: an argument is of another kind or out of range, the image has no pixels, or a pixel is out of range.
     """
     import torch
 
+    if not isinstance(image, Image.Image):
+        raise invalid("preprocess", "image", "a PIL image", type(image).__name__, "read_image opens a file")
+    if 0 in image.size:
+        raise invalid("preprocess", "image", "of at least one pixel", f"{image.width} x {image.height}")
+    size = check_integer("preprocess", "size", size, 1)
+    if as_integer(channels) not in (1, 3):
+        raise invalid("preprocess", "channels", "1 or 3", shown(channels))
     correct_colours(image)
     image = to_8_bits(image, "L" if channels == 1 else "RGB", "preprocess")
     if image.size != (size, size):
@@ -307,10 +338,11 @@ def label_of(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
     """The class of the image `path`: the first folder below `root` on its path; "" if the image is directly in `root`.
 
     Raises:
-        InputError: `path` is not under `root`.
+        InputError: `path` is not under `root`, or one of them is no path.
     """
+    path, root = check_path("label_of", "path", path), check_path("label_of", "root", root)
     try:
-        parts = Path(path).relative_to(root).parts
+        parts = path.relative_to(root).parts
     except ValueError:
         raise invalid("label_of", "path", f"a file under {os.fspath(root)!r}", repr(os.fspath(path))) from None
     return parts[0] if len(parts) > 1 else ""

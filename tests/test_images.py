@@ -18,6 +18,7 @@ from PIL import Image, features
 from hashengine.errors import InputError
 from hashengine.images import find_images, image_tensor, label_of, list_images, read_header, read_image
 from tests.helpers.paths import ROOT
+from tests.helpers.tiff_files import write_tiff
 
 
 def save(path: Path, pixels: np.ndarray, **options) -> Path:
@@ -84,6 +85,15 @@ def test_a_file_without_the_suffix_of_an_image_is_found_by_its_content(tmp_path,
         ("a.jxl", b"\xff\x0a" + bytes(100), "JPEG XL"),
         ("b", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "JPEG XL"),
         ("a.cr3", b"\0\0\0\x18ftypcrx " + bytes(100), "CR3"),
+        ("a.pam", b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nTUPLTYPE GRAYSCALE\nENDHDR\n\0", "PAM"),
+        ("a.pfm", b"PF\n1 1\n-1.0\n" + bytes(12), "PFM"),
+        ("a.exr", b"v/1\1" + bytes(100), "OpenEXR"),
+        ("a.hdr", b"#?RADIANCE\n" + bytes(100), "Radiance HDR"),
+        ("a.jxr", b"II\xbc\1" + bytes(100), "JPEG XR"),
+        ("a.raf", b"FUJIFILMCCD-RAW 0201" + bytes(100), "RAF"),
+        ("a.orf", b"IIRO\x08\0\0\0" + bytes(100), "ORF"),
+        ("a.rw2", b"IIU\0\x08\0\0\0" + bytes(100), "RW2"),
+        ("a.xcf", b"gimp xcf v011\0" + bytes(100), "XCF"),
     ],
 )
 def test_an_image_that_only_another_program_decodes_is_named_with_its_format(tmp_path, name, content, format):
@@ -93,6 +103,79 @@ def test_an_image_that_only_another_program_decodes_is_named_with_its_format(tmp
     for read in (read_image, read_header):
         with pytest.raises(InputError, match=expected):
             read(tmp_path / name)
+
+
+def _deep_psd(mode: int, channels: int) -> bytes:
+    """A PSD file of one pixel with 16 bits per channel."""
+    return b"8BPS" + struct.pack(">H6xHIIHH", 1, channels, 1, 1, 16, mode) + bytes(14 + 2 * channels)
+
+
+@pytest.mark.parametrize(
+    ("content", "format"),
+    [
+        (_deep_psd(3, 3), "PSD"),
+        (_deep_psd(1, 1), "PSD"),
+        (b"8BPS\0\2" + bytes(100), "PSD"),  # a large document (PSB)
+        (b"II*\0", "TIFF"),
+        (b"MM\0*", "TIFF"),
+        (b"II+\0", "TIFF"),  # a BigTIFF
+        (b"MM\0+", "TIFF"),
+    ],
+)
+@pytest.mark.parametrize("has_suffix", [False, True])
+def test_an_image_of_a_kind_that_pillow_does_not_decode_is_an_image_with_a_reason(
+    tmp_path, content, format, has_suffix
+):
+    path = tmp_path / ("a" + (".psd" if format == "PSD" else ".tif") * has_suffix)
+    path.write_bytes(content)
+    _is_an_image_with_a_reason(path, format)
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("name", ["a", "a.tif"])
+def test_a_valid_tiff_file_of_a_kind_that_pillow_does_not_decode_is_not_called_another_content(
+    tmp_path, name, big_endian
+):
+    write_tiff(tmp_path / name, np.zeros((2, 2), np.uint64), big_endian=big_endian)
+    _is_an_image_with_a_reason(tmp_path / name, "TIFF")
+
+
+def test_the_warning_of_a_decoder_is_the_reason_without_advice(tmp_path):
+    (tmp_path / "a").write_bytes(b"MM\0+\0\x08\0\0" + bytes(100))
+    assert find_images(tmp_path).images == [tmp_path / "a"]
+    with pytest.raises(InputError, match="a: the file must be a readable image, got Corrupt EXIF data") as caught:
+        read_image(tmp_path / "a")
+    assert "convert it" not in str(caught.value)
+
+
+def _is_an_image_with_a_reason(path: Path, format: str) -> None:
+    assert find_images(path.parent).images == [path]
+    expected = f"got {format} that is damaged or of a kind that this Pillow cannot decode; convert it to JPEG or PNG"
+    for read in (read_image, read_header):
+        with pytest.raises(InputError, match=f"{path.name}: the file must be a readable image, {expected}$"):
+            read(path)
+
+
+def test_a_text_that_begins_like_an_image_is_no_image(tmp_path, noise):
+    save(tmp_path / "a.png", noise)
+    for number, text in enumerate(("P7 is a runway", "PFM means portable float map", "PF", "II", "MM*", "8BP")):
+        (tmp_path / f"{number}.txt").write_text(text)
+    assert find_images(tmp_path).images == [tmp_path / "a.png"]
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a.png", "", "a\0b", "\ud800"])
+def test_what_is_no_path_is_refused_in_one_line(tmp_path, path):
+    for where, argument, call in (
+        ("read_image", "path", lambda: read_image(path)),
+        ("read_header", "path", lambda: read_header(path)),
+        ("find_images", "folder", lambda: find_images(path)),
+        ("list_images", "folder", lambda: list_images(path)),
+        ("label_of", "path", lambda: label_of(path, tmp_path)),
+        ("label_of", "root", lambda: label_of(tmp_path, path)),
+    ):
+        with pytest.raises(InputError, match=f"^{where}: {argument} must be a path") as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 def test_an_avif_image_is_read(tmp_path):
@@ -255,6 +338,24 @@ def test_image_tensor_keeps_an_image_that_fits_and_crops_a_wide_one_to_its_centr
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 200
     assert torch.equal(image_tensor(Image.fromarray(wide), 20, 1), torch.full((1, 20, 20), 200, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "channels", "complaint"),
+    [
+        (None, 8, 3, "image must be a PIL image, got NoneType; read_image opens a file"),
+        ("a.png", 8, 3, "image must be a PIL image, got str"),
+        (Image.new("L", (0, 5)), 8, 3, "image must be of at least one pixel, got 0 x 5"),
+        (Image.new("L", (4, 4)), 0, 3, "size must be at least 1, got 0"),
+        (Image.new("L", (4, 4)), "8", 3, "size must be an integer of at least 1, got '8'"),
+        (Image.new("L", (4, 4)), 8, 2, "channels must be 1 or 3, got 2"),
+        (Image.new("L", (4, 4)), 8, True, "channels must be 1 or 3, got True"),
+        (Image.new("L", (4, 4)), 8, "RGB", "channels must be 1 or 3, got 'RGB'"),
+    ],
+)
+def test_image_tensor_refuses_other_arguments_in_one_line(image, size, channels, complaint):
+    with pytest.raises(InputError, match=f"^preprocess: {complaint}"):
+        image_tensor(image, size, channels)
 
 
 def test_label_of_is_the_first_folder_below_the_root(tmp_path):

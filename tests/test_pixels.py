@@ -402,3 +402,80 @@ def test_an_opened_file_is_converted_like_its_name(tmp_path):
     opened = Image.open(tmp_path / "a.tiff")
     for _ in range(2):
         assert np.array_equal(image_tensor(opened, 16, 3).permute(1, 2, 0).numpy(), read(tmp_path / "a.tiff"))
+
+
+def _xbm(width: int, *rows: int) -> bytes:
+    values = ", ".join(f"0x{row:02x}" for row in rows)
+    text = f"#define im_width {width}\n#define im_height {len(rows)}\nstatic char im_bits[] = {{\n{values}}};\n"
+    return text.encode()
+
+
+def _psd(mode: int, depth: int, width: int, height: int, data: bytes) -> bytes:
+    """A PSD file of one channel; `data` begins with the kind of compression."""
+    return b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, height, width, depth, mode) + bytes(12) + data
+
+
+BLACK_AND_WHITE = {
+    # In these formats a set bit is black. XBM stores the leftmost pixel in the least significant bit.
+    "a.xbm": (_xbm(8, 0x0F, 0x01), [[0] * 4 + [255] * 4, [0] + [255] * 7]),
+    "raw.psd": (_psd(0, 1, 8, 2, b"\0\0\xf0\x80"), [[0] * 4 + [255] * 4, [0] + [255] * 7]),
+    "packbits.psd": (_psd(0, 1, 8, 2, b"\0\1\0\2\0\2\0\xf0\0\x80"), [[0] * 4 + [255] * 4, [0] + [255] * 7]),
+    "p1.pbm": (b"P1\n2 2\n0 1\n1 0\n", [[255, 0], [0, 255]]),
+    "p4.pbm": (b"P4\n2 2\n\x40\x80", [[255, 0], [0, 255]]),
+    "a.ras": (struct.pack(">8I", 0x59A66A95, 8, 1, 1, 2, 1, 0, 0) + b"\xf0\0", [[0] * 4 + [255] * 4]),
+    # In PCX a set bit is white.
+    "a.pcx": (
+        struct.pack("<BBBB6H48sBBHH58x", 10, 5, 1, 1, 0, 0, 7, 0, 72, 72, b"", 0, 1, 2, 1) + b"\xc1\xf0\0",
+        [[255] * 4 + [0] * 4],
+    ),
+    "grey.psd": (_psd(1, 8, 2, 1, b"\0\0\x40\xc8"), [[0x40, 0xC8]]),
+}
+
+
+@pytest.mark.parametrize("name", BLACK_AND_WHITE)
+def test_black_is_black_in_files_of_1_bit_per_pixel(tmp_path, name):
+    content, levels = BLACK_AND_WHITE[name]
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name, "L").tolist() == levels
+    assert read(tmp_path / name)[..., 1].tolist() == levels
+    height, width = np.shape(levels)
+    if height == width:
+        with Image.open(tmp_path / name) as opened:
+            assert image_tensor(opened, width, 1)[0].tolist() == levels
+
+
+def test_an_opened_xbm_file_is_converted_before_and_after_its_pixels_are_loaded(tmp_path):
+    (tmp_path / "a.xbm").write_bytes(_xbm(8, *[0x0F] * 8))
+    with Image.open(tmp_path / "a.xbm") as opened:
+        for _ in range(2):
+            assert image_tensor(opened, 8, 1)[0].tolist() == [[0] * 4 + [255] * 4] * 8
+
+
+def _gif(left: int, transparent: int | None = None, *, grey: bool = False) -> bytes:
+    """A GIF file of 2 x 1 pixels with a frame of one pixel, whose colour is the second of the palette."""
+    palette = bytes([9, 9, 9, 200, 200, 200]) if grey else bytes([255, 0, 0, 0, 255, 0])
+    control = b"" if transparent is None else b"\x21\xf9\x04\1\0\0" + bytes([transparent, 0])
+    frame = b"\x2c" + struct.pack("<HHHHB", left, 0, 1, 1, 0) + b"\2\2\x4c\1\0"
+    return b"GIF89a" + struct.pack("<HHBBB", 2, 1, 0x80, 0, 0) + palette + control + frame + b";"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("transparent", [None, 0])
+@pytest.mark.parametrize("grey", [False, True])
+def test_what_the_first_frame_of_a_gif_file_does_not_cover_is_white(tmp_path, left, transparent, grey):
+    (tmp_path / "a.gif").write_bytes(_gif(left, transparent, grey=grey))
+    expected = [[[255, 255, 255]] * 2]
+    expected[0][left] = [200] * 3 if grey else [0, 255, 0]
+    assert read(tmp_path / "a.gif").tolist() == expected
+    with Image.open(tmp_path / "a.gif") as opened:
+        opened.load()
+        assert image_tensor(opened, 1, 3).shape == (3, 1, 1)
+
+
+def test_a_later_frame_of_a_gif_file_is_converted_as_it_was_opened(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[1].paste("red", (0, 0, 2, 4))  # the second frame covers what changes
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as opened:
+        opened.seek(1)
+        assert np.array_equal(image_tensor(opened, 4, 3).permute(1, 2, 0).numpy(), pixels(frames[1]))

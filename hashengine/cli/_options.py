@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,6 @@ from pydantic.fields import FieldInfo
 
 from hashengine.cli._app import empty_value
 from hashengine.errors import invalid
-from hashengine.training.config import parse_yaml
 
 _SCALARS = (bool, int, float, str, Path)
 
@@ -54,7 +55,7 @@ def given(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
-    """Parse options that the command does not declare: `--name value` or `--name=value`, with the value as in YAML.
+    """Parse options that the command does not declare: `--name value` or `--name=value`, with a value for `parse`.
 
     Raises:
         InputError: an argument is not of that form, or a value is empty.
@@ -75,11 +76,21 @@ def unknown_options(where: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def parse(text: str) -> Any:
-    """Parse a value as YAML, such as a number, a truth value or a string; text that is not YAML stays a string."""
-    try:
-        return parse_yaml(text)
-    except ValueError:
-        return text
+    """A value of an option whose type is not known: a decimal number, true or false; any other text stays as it is."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    return text
+
+
+def parse_option(model: type[BaseModel], name: str, text: str) -> Any:
+    """A value of the field `name` of `model`, or of an option that is no field. Text and paths stay as they are."""
+    field = model.model_fields.get(name)
+    return text if field is not None and _kind(field) in (str, Path) else parse(text)
 
 
 def _annotation(name: str, field: FieldInfo) -> Any:

@@ -10,9 +10,9 @@ import typer
 from hashengine import _interrupt, _progress, training
 from hashengine._defaults import DATA_SETS, SEED
 from hashengine.cli._app import command, command_line, print_table
-from hashengine.cli._options import given, options_of, parse, unknown_options, with_options
+from hashengine.cli._options import given, options_of, parse_option, unknown_options, with_options
 from hashengine.errors import invalid
-from hashengine.training.config import FitConfig, SweepConfig, read_yaml
+from hashengine.training.config import FitConfig, SweepConfig, override, read_yaml
 
 app = command_line("Train hash networks.")
 
@@ -55,7 +55,7 @@ def fit(context: typer.Context, config: ConfigFile = None, **options: Any) -> No
     """
     from_file = {} if config is None else read_yaml(config, "train fit")
     of_method = unknown_options("train fit", context.args)
-    run = training.fit(FitConfig(**from_file | given(FitConfig, options) | of_method))
+    run = training.fit(FitConfig(**override(from_file, given(FitConfig, options) | of_method)))
     print_table(("model", str(run.folder)), [*run.summary()])
 
 
@@ -83,7 +83,7 @@ def sweep(
             raise invalid("train sweep", "grid", "each option once, with all its values", f"{option!r} twice")
         varied[option] = axis
     of_method = unknown_options("train sweep", context.args)
-    values = from_file | given(FitConfig, options) | given(SweepConfig, options) | of_method
+    values = override(from_file, given(FitConfig, options) | given(SweepConfig, options) | of_method)
     if varied:
         from_yaml = values.get("grid") or {}
         if not isinstance(from_yaml, dict):
@@ -127,7 +127,8 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     option, separator, values = text.partition("=")
     if not separator or not option or not values:
         raise invalid("train sweep", "grid", "OPTION=VALUE,VALUE,...", repr(text))
-    return option.replace("-", "_"), [parse(value) for value in values.split(",")]
+    name = option.replace("-", "_")
+    return name, [parse_option(FitConfig, name, value) for value in values.split(",")]
 
 
 def _print_runs(results: training.RunTable) -> None:

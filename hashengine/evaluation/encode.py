@@ -16,7 +16,7 @@ from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE, CODES_MARKER, is_split
 from hashengine._files import read_unchanged, replace_folder
 from hashengine._threads import thread_pool
-from hashengine._validation import DeviceName, check_device, check_integer, check_path
+from hashengine._validation import DeviceName, check_code_array, check_device, check_integer, check_path
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.records import (
     EncodeRecord,
@@ -47,7 +47,12 @@ class CodesFolder:
     record: EncodeRecord
 
     def described(self) -> EncodeRecord:
-        """The record of these codes and items. A caller may have made them from those that `record` describes."""
+        """The record of these codes and items. A caller may have made them from those that `record` describes.
+
+        Raises:
+            InputError: the parts do not belong together, as `check_codes_folder` describes.
+        """
+        check_codes_folder("CodesFolder.described", "codes", self)
         digests = {"codes_sha256": codes_digest(self.codes), "items_sha256": items_digest(self.items)}
         return self.record.model_copy(update=digests | {"count": len(self.items)})
 
@@ -55,9 +60,10 @@ class CodesFolder:
         """Write the codes to `folder`; an earlier codes folder there is replaced atomically.
 
         Raises:
-            InputError: `folder` exists and is neither empty nor a codes folder.
+            InputError: `folder` exists and is neither empty nor a codes folder, or the parts do not belong together.
         """
         folder = check_path("encode", "output", folder)
+        check_codes_folder("encode", "codes", self)
         with replace_folder(folder, marker=CODES_MARKER, where="encode") as temporary:
             np.save(temporary / "codes.npy", self.codes)
             write_items(temporary / "items.csv", self.items)
@@ -106,7 +112,33 @@ class CodesFolder:
         if record.codes_sha256 not in ("", codes_digest(codes)):
             expected = f"the codes in {str(path)!r} that encode.json describes"
             raise invalid(where, argument, expected, "others: the file is damaged or was replaced", "encode again")
-        return cls(codes, items, record)
+        loaded = cls(codes, items, record)
+        check_codes_folder(where, argument, loaded)
+        return loaded
+
+
+def check_codes_folder(where: str, argument: str, codes: object) -> None:
+    """Require a `CodesFolder` whose parts belong together: codes of the record's bits, and one item per code.
+
+    The id of an item must be its row. The count in the record may be another one, because `CodesFolder.described`
+    counts the items.
+
+    Raises:
+        InputError: they do not; the error names `where` and `argument`.
+    """
+    if not isinstance(codes, CodesFolder):
+        raise invalid(where, argument, "a CodesFolder", type(codes).__name__, "CodesFolder.load reads one")
+    if not isinstance(codes.codes, np.ndarray):
+        raise invalid(where, argument, "codes in a numpy array", type(codes.codes).__name__)
+    bits = codes.record.bits
+    if bits < 8 or bits % 8:
+        raise invalid(where, argument, "codes of a positive multiple of 8 bits, in the record too", bits)
+    check_code_array(where, argument, codes.codes, bits)
+    if len(codes.items) != len(codes.codes):
+        raise invalid(where, argument, f"{len(codes.codes)} codes with one item each", f"{len(codes.items)} items")
+    if other := next((item for row, item in enumerate(codes.items) if item.id != row), None):
+        expected = "codes whose items have their rows, counted from 0, as ids"
+        raise invalid(where, argument, expected, f"the id {other.id} for {other.path!r}", "number the items again")
 
 
 def codes_digest(codes: np.ndarray) -> str:

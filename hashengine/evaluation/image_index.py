@@ -16,7 +16,7 @@ from hashengine._defaults import INDEX_MARKER, NEIGHBOURS
 from hashengine._files import locked, read_unchanged, replace_folder
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
-from hashengine.evaluation.encode import CodesFolder, codes_digest
+from hashengine.evaluation.encode import CodesFolder, check_codes_folder, codes_digest
 from hashengine.evaluation.records import (
     Hit,
     IndexRecord,
@@ -60,12 +60,11 @@ class ImageIndex:
             model: the folder of the model, if it is no longer where `encode_folder` found it.
 
         Raises:
-            InputError: `codes` is empty, its model is missing or has changed, or `folder` has contents other than an
-                index.
+            InputError: `codes` is empty or inconsistent, its model is missing or has changed, or `folder` has contents
+                other than an index.
         """
         folder = check_path("index", "output", folder)
-        if not codes.items:
-            raise invalid("index", "codes", "at least one code", "none")
+        _check_some("index", codes, "codes")
         if model is None:
             model = codes.record.model
             if not Path(model, WEIGHTS_FILE).is_file():
@@ -144,10 +143,10 @@ class ImageIndex:
         _check_is_index(Path(folder), "index")  # otherwise the lock would be created in another folder
         with _locked(Path(folder)):
             index = cls.load(folder, "index")
+            index.check("index", codes, "codes")
             added = codes.described()
             held = {(source.codes_sha256, source.items_sha256) for source in index.record.sources}
             if (added.codes_sha256, added.items_sha256) in held:
-                index.check("index", codes, "codes")
                 _progress.note(f"the index {os.fspath(folder)} already holds these {added.count} codes")
             else:
                 index._append(codes)
@@ -160,15 +159,14 @@ class ImageIndex:
         the old index is in memory, and the old or the new index is on disk.
 
         Raises:
-            InputError: the codes come from another model or have another number of bits, or the folder no longer holds
-                this index.
+            InputError: for the reasons of `check`, or the folder no longer holds this index.
         """
+        self.check("index", codes, "codes")
         _check_is_index(self.folder, "index")  # otherwise the lock cannot be created
         with _locked(self.folder):
             self._append(codes)
 
     def _append(self, codes: CodesFolder) -> None:
-        self.check("index", codes, "codes")
         start = time.perf_counter()
         first = len(self.hamming)
         stored = self._read(self.folder, "index", mmap=True)
@@ -193,8 +191,10 @@ class ImageIndex:
         """Refuse codes that cannot be compared with those in the index.
 
         Raises:
-            InputError: another number of bits, or another model; the error names `where` and `argument`.
+            InputError: there are none, their parts do not belong together, or they have another number of bits or
+                another model; the error names `where` and `argument`.
         """
+        _check_some(where, codes, argument)
         if codes.record.bits != self.record.bits:
             raise invalid(
                 where,
@@ -211,8 +211,7 @@ class ImageIndex:
         """The `k` nearest images of each query; by default 10, or all images if there are fewer.
 
         Raises:
-            InputError: `k` is below 1 or above the number of images, or the queries come from another model or have
-                another number of bits.
+            InputError: `k` is below 1 or above the number of images, or for the reasons of `check`.
         """
         self.check("search", queries, "query")
         k = self.neighbours(k)
@@ -259,6 +258,12 @@ def check_model(model: str | os.PathLike[str], expected: str) -> None:
     """
     if fingerprint(model, "index") != expected:
         raise invalid("index", "model", "the one that made the codes", f"another one in {os.fspath(model)!r}")
+
+
+def _check_some(where: str, codes: CodesFolder, argument: str) -> None:
+    check_codes_folder(where, argument, codes)
+    if not codes.items:
+        raise invalid(where, argument, "at least one code", "none")
 
 
 def _copy_model(model: Path, target: Path) -> None:

@@ -195,7 +195,7 @@ def read_ann_benchmarks(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.nd
         import h5py
     except ImportError:
         raise missing_package(_READ_HDF5, "h5py", "hdf5") from None
-    path = Path(path)
+    path = check_path(_READ_HDF5, "path", path)
     if not path.is_file():
         raise invalid(_READ_HDF5, "path", "a file", path)
     try:

@@ -87,6 +87,8 @@ class HashingMethod(nn.Module):
     def head(self, dim: int, bits: int) -> nn.Module:
         """Make the hash layer, features [N, dim] -> activations [N, bits]. The default is a linear layer.
 
+        `HashNet.from_pretrained` also calls it with "meta" as the default device, where tensors have no values.
+
         Raises:
             InputError: a size is not a positive integer.
         """

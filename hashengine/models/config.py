@@ -29,7 +29,7 @@ Attention = Annotated[Literal["none", "simam", "triplet"], Field(description="at
 ImageSize = Annotated[Integer, Field(ge=8, le=256)]
 Widths = Annotated[
     tuple[Annotated[Integer, Field(gt=0, le=65_536)], ...],
-    Field(min_length=1, description="channels of each stage of the network"),
+    Field(min_length=1, max_length=64, description="channels of each stage of the network"),
 ]
 StemStride = Annotated[Literal[1, 2], IntegerChoice]
 

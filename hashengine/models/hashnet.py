@@ -171,9 +171,13 @@ class HashNet(nn.Module):
         if trained_by is not None:
             method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))
             head = method(**trained_by.options).head
-        with torch_defaults():
-            model = cls(config, head)
+        # A network without values comes first: config.json may describe one that no memory can hold.
+        with torch_defaults(), torch.device("meta"):
+            described = cls(config, head)
         try:
+            described.load_state_dict(weights, assign=True)
+            with torch_defaults():
+                model = cls(config, head)
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise checkpoint.describe_mismatch(Path(folder), error) from None
@@ -196,7 +200,7 @@ class HashNet(nn.Module):
         return self
 
     def _set_mean_and_std(self, like: Tensor) -> None:
-        """Set the buffers, like `like` in dtype and device. They are not persistent, because they are in config.json."""
+        """Set the buffers, in the dtype of `like` and on its device. config.json stores them, so they are not saved."""
         with torch.inference_mode(False):
             for name in ("mean", "std"):
                 values = torch.tensor(getattr(self.config, name), dtype=like.dtype, device=like.device)

@@ -8,6 +8,7 @@ torch; constructing a `FitConfig` does.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -18,7 +19,7 @@ from hashengine import methods
 from hashengine._config import Config, Flag, GivenPath, Integer, Number, Seed
 from hashengine._defaults import BITS, SEED
 from hashengine._validation import check_device_name
-from hashengine.errors import brief, invalid
+from hashengine.errors import brief, invalid, shown
 from hashengine.models.config import (
     DEFAULT_ATTENTION,
     DEFAULT_WIDTHS,
@@ -150,14 +151,35 @@ class FitConfig(Config):
         return image_size // 8 if self.shift is None else self.shift
 
 
+def override(options: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """The options in `others`, and those in `options` that have other names, also in `options` and `method_options`."""
+    return _without(options, others) | others
+
+
+def _without(options: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    nested = ("options", "method_options")  # the fields into which `_collect_others` moves options
+    return {
+        name: _without(value, names) if name in nested and isinstance(value, dict) else value
+        for name, value in options.items()
+        if name not in names
+    }
+
+
 def _collect_others(config: type[Config], values: Any, into: str) -> Any:
-    """Move the entries of `values` that are not fields of `config` into the dict that is the value of field `into`."""
+    """Move the entries of `values` that are not fields of `config` into the dict that is the value of field `into`.
+
+    Raises:
+        InputError: that dict has one of them already.
+    """
     if not isinstance(values, dict):  # pydantic reports it
         return values
     fields = {name: value for name, value in values.items() if name in config.model_fields}
     others = {name: value for name, value in values.items() if name not in config.model_fields}
     if not isinstance(given := fields.get(into, {}), dict):  # pydantic reports it
         return fields
+    if name := next((name for name in others if name in given), None):
+        actual = f"{brief(shown(others[name]))}, and {brief(shown(given[name]))} in {into}"
+        raise invalid(config.where, brief(repr(name)), "given once", actual)
     return fields | {into: given | others}
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import printable
-from hashengine._validation import check_path
-from hashengine.errors import InputError, invalid
+from hashengine._validation import check_path, is_path
+from hashengine.errors import InputError, brief, invalid, shown
 from hashengine.images import refuse_image
 from hashengine.models.checkpoint import WEIGHTS_FILE, fingerprint
 
@@ -68,6 +68,7 @@ class Run:
             if not math.isfinite(math.fsum([record["seconds"], *figures])):
                 raise ValueError("a number that is not finite")
             operator.index(record["options"].get("seed", 0))
+            _check_folder(record["options"].get("images"))
             found = str(record.get("fingerprint", ""))
         except OSError as error:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
@@ -128,6 +129,7 @@ class Run:
         """The queries of evaluation.json; None without an evaluation."""
         try:
             found = json.loads(self.evaluation().decode("utf-8-sig"))
+            _check_folder(found.get("source"))
             return Files(str(found.get("source", _UNKNOWN)), str(found.get("files_sha256", [""])[0]))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
@@ -148,6 +150,7 @@ class Run:
                     raise invalid(str(evaluation), "the file", expected, actual, advice)
                 if not -1e-6 <= figures["mAP"] <= 1 + 1e-6:
                     raise ValueError("an mAP that is not from 0 to 1")
+                _check_folder(found.get("source"))
             except InputError:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -156,6 +159,16 @@ class Run:
         last = self.record["epochs"][-1]
         figures |= {name: value for name, value in last.items() if name != "epoch"}
         return figures | {"seconds": self.record["seconds"]}
+
+
+def _check_folder(path: Any) -> None:
+    """Require the path of a folder as a record stores it; older versions store none.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    if path is not None and not (isinstance(path, str) and is_path(path)):
+        raise ValueError(f"a folder {brief(shown(path))}, which no file system can have")
 
 
 def check_evaluation_is_own(where: str, evaluation: Any, folder: Path) -> None:
@@ -262,12 +275,14 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
         output: a file to write the table to, .md or .json.
 
     Raises:
-        InputError: a folder neither is a run nor contains one, the record of a run is damaged, or `output` has another
-            suffix.
+        InputError: `folders` is no list, a folder neither is a run nor contains one, the record of a run is damaged, or
+            `output` has another suffix.
     """
     output = None if output is None else check_path("train report", "output", output)
     if output is not None and output.suffix not in (".md", ".json"):
         raise invalid("train report", "output", "a name that ends in .md or .json", repr(str(output)))
+    if isinstance(folders, (str, bytes, os.PathLike)) or not isinstance(folders, Iterable):
+        raise invalid("train report", "folders", "a list of folders", type(folders).__name__)
     found = [folder for given in folders for folder in _run_folders(check_path("train report", "run", given))]
     loaded = [Run.load(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
     runs = _without_copies(loaded)

@@ -16,7 +16,7 @@ from hashengine._validation import check_device
 from hashengine.errors import invalid
 from hashengine.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from hashengine.training import data
-from hashengine.training.config import FitConfig, SweepConfig
+from hashengine.training.config import FitConfig, SweepConfig, override
 from hashengine.training.loop import check_model_output, check_no_other_output, fit
 from hashengine.training.runs import EVALUATION_FILE, RECORD_FILE, Run, RunTable, check_evaluation_file, table
 
@@ -82,7 +82,9 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
         if name in planned:
             raise invalid("train sweep", "grid", "values that give each run a folder of its own", f"{name!r} twice")
         planned.add(name)
-        options = FitConfig.checked("train sweep", **config.options | chosen | {"output": config.output / name})
+        options = FitConfig.checked(
+            "train sweep", **override(config.options, chosen | {"output": config.output / name})
+        )
         device = str(check_device("train sweep", options.device, auto=True))
         other = checked.setdefault(
             json.dumps(options.record() | {"output": "", "device": device}, sort_keys=True), name

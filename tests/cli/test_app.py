@@ -295,8 +295,8 @@ def test_values_of_options_become_values_of_fields():
     assert given(SweepConfig, {"queries": None}) == {}
 
 
-def test_unknown_options_are_read_as_yaml():
-    arguments = ["--alpha", "0.5", "--log-terms=yes", "--name", "x"]
+def test_unknown_options_are_numbers_truth_values_or_text():
+    arguments = ["--alpha", "0.5", "--log-terms=true", "--name", "x"]
     assert unknown_options("fit", arguments) == {"alpha": 0.5, "log_terms": True, "name": "x"}
     for wrong in (["alpha"], ["--alpha"]):
         with pytest.raises(InputError, match="^fit: an argument must be '--option value'"):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from hashengine.cli._options import parse, unknown_options
 from hashengine.models import HashNet
 from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.paths import ROOT
@@ -25,6 +26,56 @@ def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
     model = HashNet.from_pretrained(tmp_path / "model")
     assert model.trained_by.options == {"alpha": 0.5}
     assert model.config.bits == 16 and model.config.widths == (8,) and model.config.classes == ("a", "b")
+
+
+def test_the_command_line_takes_precedence_over_method_options_in_the_file(tmp_path):
+    images = write_noise(tmp_path / "images", {"a": 12, "b": 12})
+    options = {"images": str(images), "epochs": 1, "widths": [8], "bits": 8, "method_options": {"alpha": 0.2}}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options))
+    config = ("--config", tmp_path / "fit.yaml")
+    succeed("train", "fit", *config, "--output", tmp_path / "model", "--alpha", 0.5)
+    succeed("train", "sweep", *config, "--output", tmp_path / "runs", "--grid", "alpha=0.5")
+    for folder in (tmp_path / "model", tmp_path / "runs" / "alpha=0.5"):
+        assert HashNet.from_pretrained(folder).trained_by.options == {"alpha": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("-3", -3),
+        ("0.50", 0.5),
+        ("4e-3", 0.004),
+        ("true", True),
+        ("False", False),
+        # YAML reads these as numbers, truth values, a date and nothing.
+        *((text, text) for text in ("1:30", "0x10", "0b1", "yes", "on", "off", "2020-01-01", "null", "~")),
+        *((text, text) for text in ("nan", "inf", "[1", "{a: 1}", "9" * 5000)),
+    ],
+)
+def test_a_value_on_the_command_line_is_a_decimal_number_a_truth_value_or_text(text, value):
+    found = parse(text)
+    assert found == value and type(found) is type(value)
+    assert unknown_options("fit", ["--rotation-seed", text]) == {"rotation_seed": value}
+
+
+def test_a_number_means_the_same_in_every_option(tmp_path):
+    images = write_noise(tmp_path / "images", {"a": 12, "b": 12})
+    shared = ("--epochs", 1, "--widths", "08", "--bits", 8, "--method", "itq", "--rotation-seed", "010")
+    fitted = ("--images", images, "--output", tmp_path / "model", "--seed", "010")
+    succeed("train", "fit", *shared, *fitted)
+    succeed("train", "sweep", *shared, "--images", images, "--output", tmp_path / "runs", "--grid", "seed=010")
+    for folder in (tmp_path / "model", tmp_path / "runs" / "seed=10"):
+        options = json.loads((folder / "training.json").read_text())["options"]
+        assert (options["seed"], options["rotation_seed"], options["widths"]) == (10, 10, [8])
+
+
+def test_a_folder_whose_name_is_a_number_may_be_in_a_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "010", {"a": 12, "b": 12})
+    succeed("train", "sweep", "--epochs", 1, "--widths", 8, "--bits", 8, "--output", "runs", "--grid", "images=010")
+    record = json.loads((tmp_path / "runs" / "images=010" / "training.json").read_text())
+    assert record["options"]["images"].endswith("010")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +138,18 @@ def test_the_command_line_takes_precedence_over_the_file_of_options(tmp_path):
             "train sweep: grid must be each option once, with all its values, got 'bits' twice",
         ),
         (["fit", "--imgaes", "good"], "fit: 'imgaes' must be an option of training or of the method"),
+        (
+            ["sweep", "--images", "good", "--grid", "seed=1:30"],
+            "train sweep: seed must be a valid integer, got '1:30'",
+        ),
+        (
+            ["fit", "--images", "good", "--config", "twice.yaml"],
+            "fit: 'alpha' must be given once, got 0.7, and 0.5 in method_options",
+        ),
+        (
+            ["sweep", "--images", "good", "--config", "twice.yaml"],
+            "fit: 'alpha' must be given once, got 0.7, and 0.5 in method_options",
+        ),
         (["sweep", "--images", "good", "--grid", "bits=12"], "train sweep: bits must be a multiple of 8, got 12"),
         (["sweep", "--images", "good", "--grid", "device=tpu"], "fit: device must be 'auto', 'cpu', .*got 'tpu'"),
         (["report", "good"], "train report: run must be a model folder with training.json, or a folder of them"),
@@ -117,6 +180,7 @@ def test_bad_input_gives_one_line_with_the_error_and_exit_status_2(tmp_path, mon
     (tmp_path / "unknown.yaml").write_text("bitz: 16\n")
     (tmp_path / "number.yaml").write_text("1: 2\n")
     (tmp_path / "grid.yaml").write_text("grid: [bits]\n")
+    (tmp_path / "twice.yaml").write_text("alpha: 0.7\nmethod_options: {alpha: 0.5}\n")
     output = ("--output", "out.md" if arguments[0] == "report" else "out")
     result = invoke("train", *arguments, *output)
     (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]

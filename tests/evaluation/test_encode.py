@@ -219,3 +219,13 @@ def test_a_record_with_another_count_is_refused(codes, tmp_path):
     (tmp_path / "codes" / "encode.json").write_text(json.dumps(record | {"count": 3, "items_sha256": ""}))
     with pytest.raises(InputError, match="must be a codes folder with 3 images in items.csv, as encode.json says"):
         CodesFolder.load(tmp_path / "codes")
+
+
+@pytest.mark.parametrize("bits", [0, -8, 33])
+def test_a_record_with_bits_that_no_codes_have_is_refused(codes, tmp_path, bits):
+    codes.save(tmp_path / "codes")
+    record = json.loads((tmp_path / "codes" / "encode.json").read_text())
+    (tmp_path / "codes" / "encode.json").write_text(json.dumps(record | {"bits": bits, "codes_sha256": ""}))
+    np.save(tmp_path / "codes" / "codes.npy", codes.codes[:, : max(bits, 0) // 8])
+    with pytest.raises(InputError, match=f"must be .* in the record too, got {bits}|as items.csv and encode.json say"):
+        CodesFolder.load(tmp_path / "codes")

@@ -17,6 +17,8 @@ from hashengine.evaluation import (
     CodesFolder,
     ImageIndex,
     encode_folder,
+    evaluate,
+    evaluate_folders,
     index_codes,
     run_demo,
     search_images,
@@ -342,3 +344,72 @@ def test_a_load_beside_the_save_of_an_append_reads_one_state(index, queries, mon
 
     monkeypatch.setattr(image_index_module, "open_folder", save_first)
     assert len(ImageIndex.load(index.folder).items) == 27
+
+
+def _inconsistent(codes: CodesFolder, fault: str) -> CodesFolder:
+    items, record = codes.items, codes.record
+    other = {
+        "fewer codes": (codes.codes[:5], items, record),
+        "fewer items": (codes.codes, items[:5], record),
+        "ids of other rows": (codes.codes[5:], items[5:], record),
+        "bits": (codes.codes, items, record.model_copy(update={"bits": 64})),
+        "bits without bytes": (codes.codes, items, record.model_copy(update={"bits": 33})),
+        "dtype": (codes.codes.astype(np.int16), items, record),
+        "dimensions": (codes.codes.reshape(-1), items, record),
+        "list": (codes.codes.tolist(), items, record),
+    }
+    return CodesFolder(*other[fault])
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("fewer codes", "5 codes with one item each, got 21 items"),
+        ("fewer items", "21 codes with one item each, got 5 items"),
+        ("ids of other rows", "codes whose items have their rows, counted from 0, as ids, got the id 5"),
+        ("bits", r"\[rows, 8\], for 64 bits, got \[21, 4\]"),
+        ("bits without bytes", "codes of a positive multiple of 8 bits, in the record too, got 33"),
+        ("dtype", "uint8, got int16"),
+        ("dimensions", r"\[rows, 4\], for 32 bits, got \[84\]"),
+        ("list", "codes in a numpy array, got list"),
+    ],
+)
+def test_codes_whose_parts_do_not_belong_together_are_refused_before_anything_is_written(
+    index, codes, tmp_path, fault, expected
+):
+    bad = _inconsistent(codes, fault)
+    codes.save(tmp_path / "codes")
+    before = index.search(codes, 3).queries
+    for where, argument, call in (
+        ("index", "codes", lambda: index.append(bad)),
+        ("index", "codes", lambda: ImageIndex.append_to(index.folder, bad)),
+        ("index", "codes", lambda: ImageIndex.build(bad, index.folder)),
+        ("search", "query", lambda: index.search(bad, 1)),
+        ("evaluate", "queries", lambda: evaluate(index, bad)),
+        ("encode", "codes", lambda: bad.save(tmp_path / "codes")),
+        ("CodesFolder.described", "codes", bad.described),
+    ):
+        with pytest.raises(InputError, match=f"^{where}: {argument} must be {expected}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert ImageIndex.load(index.folder).search(CodesFolder.load(tmp_path / "codes"), 3).queries == before
+
+
+def test_a_path_is_no_codes(index):
+    with pytest.raises(InputError, match="^search: query must be a CodesFolder, got str; CodesFolder.load reads one"):
+        index.search("codes")
+
+
+def test_an_empty_codes_folder_is_refused_and_changes_no_index(index, codes, tmp_path):
+    CodesFolder(codes.codes[:0], [], codes.record).save(tmp_path / "empty")
+    identity = index.record.identity
+    for where, argument, call in (
+        ("index", "codes", lambda: index_codes(tmp_path / "empty", tmp_path / "other")),
+        ("index", "codes", lambda: index_codes(tmp_path / "empty", index.folder, append=True)),
+        ("search", "query", lambda: search_images(index.folder, tmp_path / "empty")),
+        ("evaluate", "queries", lambda: evaluate_folders(index.folder, tmp_path / "empty")),
+        ("index", "codes", lambda: index.append(CodesFolder.load(tmp_path / "empty"))),
+    ):
+        with pytest.raises(InputError, match=f"^{where}: {argument} must be at least one code, got none$"):
+            call()
+    assert ImageIndex.load(index.folder).record.identity == identity

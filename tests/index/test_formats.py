@@ -297,6 +297,9 @@ def test_truncated_hdf5_missing_hdf5_and_missing_h5py_are_refused(tmp_path, monk
             read_ann_benchmarks(path)
     with pytest.raises(InputError, match="path must be a file, got"):
         read_ann_benchmarks(tmp_path / "missing.hdf5")
+    for no_path in (None, 5, b"a.hdf5", "", "a\0b"):
+        with pytest.raises(InputError, match="^read_ann_benchmarks: path must be a path"):
+            read_ann_benchmarks(no_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(InputError, match=r"hashengine\[hdf5\]"):
         read_ann_benchmarks(path)

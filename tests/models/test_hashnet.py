@@ -224,6 +224,38 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("network_options", "method"),
+    [
+        ({"widths": (4096, 4096)}, None),
+        ({"bits": 65_536}, None),
+        ({"widths": (8,) * 64}, None),
+        ({}, checkpoint.MethodState("cibhash", {"temperature": 0.3, "bottleneck_weight": 0.1, "hidden": 65_536}, {})),
+    ],
+)
+def test_weights_are_compared_with_the_network_before_its_memory_is_allocated(
+    tmp_path, monkeypatch, network_options, method
+):
+    model = network()
+    config = HashNetConfig(**model.config.model_dump() | network_options)
+    checkpoint.save(tmp_path, checkpoint.Model(config, model.state_dict(), method))
+    initialise = nn.init.kaiming_uniform_
+
+    def without_values(tensor, *arguments, **options):
+        assert tensor.is_meta
+        return initialise(tensor, *arguments, **options)
+
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", without_values)
+    with pytest.raises(InputError, match="weights must be those of the network in config.json, got ") as caught:
+        HashNet.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_with_more_stages_than_an_image_can_be_halved_is_refused():
+    with pytest.raises(InputError, match="^HashNetConfig: widths must be of at most 64 items, got "):
+        HashNetConfig(classes=CLASSES, widths=(8,) * 65)
+
+
+@pytest.mark.parametrize(
     ("options", "complaint"),
     [
         ({"bits": 12}, "^HashNetConfig: bits must be a multiple of 8, got 12"),
@@ -352,3 +384,9 @@ def test_a_network_in_fsdp1_can_be_converted():
         assert wrapped.double().to("cpu")(random_images(2)).activations.dtype == torch.float64
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("image", ["a.png", None, np.zeros((8, 8), np.uint8)])
+def test_preprocess_takes_only_images_of_pil(image):
+    with pytest.raises(InputError, match="^preprocess: image must be a PIL image, got .*; read_image opens a file"):
+        network().preprocess(image)

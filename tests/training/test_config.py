@@ -10,7 +10,7 @@ from hashengine.errors import InputError
 from hashengine.methods import create, find, names
 from hashengine.models import HashNetConfig
 from hashengine.training import FitConfig, SweepConfig
-from hashengine.training.config import parse_yaml, read_yaml
+from hashengine.training.config import override, parse_yaml, read_yaml
 
 FOLDERS = {"images": "images", "output": "model"}
 
@@ -201,3 +201,42 @@ def test_yaml_that_the_parser_cannot_read_gives_an_error_of_one_line(tmp_path, t
 def test_a_path_that_no_file_system_can_have_is_refused(name, path):
     with pytest.raises(InputError, match=f"^fit: {name} must be a path that a file system can have"):
         FitConfig(**FOLDERS | {name: path})
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (
+            lambda: FitConfig(**FOLDERS, alpha=0.7, method_options={"alpha": 0.5}),
+            "^fit: 'alpha' must be given once, got 0.7, and 0.5 in method_options$",
+        ),
+        (
+            lambda: FitConfig(**FOLDERS, alpha=0.5, method_options={"alpha": 0.5}),
+            "^fit: 'alpha' must be given once, got 0.5, and 0.5 in method_options$",
+        ),
+        (
+            lambda: SweepConfig(output="runs", bits=16, options={"bits": 8}),
+            "^train sweep: 'bits' must be given once, got 16, and 8 in options$",
+        ),
+    ],
+)
+def test_an_option_that_is_given_at_two_levels_is_refused(make, complaint):
+    with pytest.raises(InputError, match=complaint):
+        make()
+
+
+def test_an_option_takes_precedence_over_those_of_its_name_at_every_level():
+    file = {
+        "bits": 8,
+        "method_options": {"alpha": 0.5, "beta": 1},
+        "options": {"alpha": 1, "method_options": {"beta": 2}},
+    }
+    assert override(file, {"alpha": 0.7, "beta": 3}) == {
+        "bits": 8,
+        "method_options": {},
+        "options": {"method_options": {}},
+        "alpha": 0.7,
+        "beta": 3,
+    }
+    assert override(file, {}) == file
+    assert override({"options": 3}, {"bits": 16}) == {"options": 3, "bits": 16}

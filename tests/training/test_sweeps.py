@@ -233,15 +233,23 @@ DAMAGED_RUNS = [
     b'{"options": {"seed": "a"}, "epochs": [{"loss": 1}], "seconds": 1}',
     b'{"options": {}, "epochs": [{"loss": 1}], "seconds": null}',
     b'{"options": {}, "epochs": [{"loss": Infinity}], "seconds": 1}',
+    b'{"options": {"images": "a\\u0000b"}, "epochs": [{"loss": 1}], "seconds": 1}',
+    b'{"options": {"images": "\\ud800"}, "epochs": [{"loss": 1}], "seconds": 1}',
+    b'{"options": {"images": 5}, "epochs": [{"loss": 1}], "seconds": 1}',
     b'{"options": {}, "epochs": [{"loss": 1}], "seconds": 1' + 400 * b"0" + b"}",
 ]
+
+
+_EVALUATED = b'{"version": 1, "mean_average_precision": {"expected": 0.5}, "source": '
+DAMAGED_EVALUATIONS = [_EVALUATED + source + b"}" for source in (b'"a\\u0000b"', b'"\\ud800"', b"5")]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [("training.json", content) for content in DAMAGED]
     + [("evaluation.json", content) for content in DAMAGED if content not in OTHER_FILES]
-    + [("training.json", content) for content in DAMAGED_RUNS],
+    + [("training.json", content) for content in DAMAGED_RUNS]
+    + [("evaluation.json", content) for content in DAMAGED_EVALUATIONS],
 )
 def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content):
     run = hand_made(tmp_path, 0, 8, 0.5)
@@ -250,6 +258,19 @@ def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content)
     with pytest.raises(InputError, match=f"{name}: the file must be the .* got a damaged one: ") as caught:
         report([tmp_path])
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+@pytest.mark.parametrize(("name", "field"), [("training.json", "images"), ("evaluation.json", "source")])
+def test_a_path_in_a_record_that_no_file_system_can_have_is_damage(data, text, name, field):
+    sweep(config(data, grid={"seed": [0]}))
+    file = data / "runs" / "seed=0" / name
+    record = json.loads(file.read_text())
+    (record["options"] if name == "training.json" else record)[field] = text
+    file.write_text(json.dumps(record))
+    for call in (lambda: report([data / "runs"]), lambda: sweep(config(data, grid={"seed": [0]}, queries=None))):
+        with pytest.raises(InputError, match=rf"{name}: the file must be .*, got a damaged one: .*, which no file"):
+            call()
 
 
 def test_a_sweep_says_how_many_queries_have_no_relevant_image(data, monkeypatch):
@@ -562,6 +583,11 @@ def test_a_table_replaces_no_image(data):
 def test_none_is_no_run():
     with pytest.raises(InputError, match="^Run.load: run must be a path"):
         Run.load(None)
+    for folders, kind in ((None, "NoneType"), ("runs", "str"), (Path("runs"), "PosixPath"), (5, "int")):
+        with pytest.raises(InputError, match=f"^train report: folders must be a list of folders, got {kind}$"):
+            report(folders)
+    with pytest.raises(InputError, match="^train report: run must be a path, got NoneType"):
+        report([None])
 
 
 @pytest.mark.parametrize("content", OTHER_FILES, ids=["object", "list"])
