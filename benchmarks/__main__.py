@@ -18,6 +18,7 @@ from benchmarks.kernels.shapes import Model
 from benchmarks.networks import throughput
 from benchmarks.networks.throughput import Attention, Mode
 from benchmarks.search import cpu as cpu_search
+from benchmarks.search import floors as floor_search
 from benchmarks.search import gpu_suite
 from benchmarks.search import levels as level_search
 from benchmarks.search import mapped as mapped_search
@@ -150,6 +151,35 @@ def hamming(
         raise invalid("hamming", "--task", f"map, which also counts, with --device {device}", Task.count.value)
     steps = [(gpu_suite.SEARCH, case) for case in cases]
     gpu_suite.run(steps, where="hamming", device=device, minutes=math.inf, rounds=rounds, images=images, output=output)
+
+
+@app.command()
+def hamming_floors(
+    codes: Annotated[int, typer.Option(min=1, help="Codes in the database.")] = 1_000_000,
+    queries: Annotated[int, typer.Option(min=1, help="Queries per batch.")] = floor_search.QUERIES,
+    bits: Annotated[
+        list[int] | None, typer.Option(min=8, help="Bits per code; may be repeated; default: 64 to 1024.")
+    ] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("-k", min=1, help="Neighbours per query; may be repeated; default: 10, 100 and 1000."),
+    ] = None,
+    threads: Threads = None,
+    rounds: Rounds = None,
+    output: Output = None,
+) -> None:
+    """Measure how near a batched search on the CPU comes to the time that its instructions take at least."""
+    for length in bits or ():
+        check_bits("hamming-floors", length)
+    floor_search.run(
+        codes=codes,
+        queries=queries,
+        bits=bits or floor_search.BITS,
+        ks=k or floor_search.KS,
+        threads=threads,
+        rounds=rounds,
+        output=output,
+    )
 
 
 @app.command()
