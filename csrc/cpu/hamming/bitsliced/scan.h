@@ -134,7 +134,8 @@ class BitslicedScan {
       : tile_(tile),
         queries_(queries),
         selectors_(selectors),
-        tables_(reinterpret_cast<const Vector*>(queries.prepared)) {}
+        tables_(reinterpret_cast<const Vector*>(queries.prepared)),
+        is_sparse_(tile.position_of(0) > 0) {}
 
   HE_BITSLICED void run() {
     switch (tile_.code_bytes) {
@@ -284,31 +285,22 @@ class BitslicedScan {
   // Pushes the collected codes to the selectors.
   template <int kWeights, int64_t kBytes>
   HE_BITSLICED void push_hits() {
-    int64_t pairs = 0;
-    for (int64_t row = 0; row < hit_count_; ++row) pairs += count_zeros(misses_[row]);
-    if (pairs < kMinPairsPerCode * hit_count_)
-      push_by_code<kWeights, kBytes>();
-    else
-      push_by_query<kWeights, kBytes>();
+    const int64_t pairs = is_sparse_ ? push_by_code<kWeights, kBytes>() : push_by_query<kWeights, kBytes>();
+    is_sparse_ = pairs < kMinPairsPerCode * hit_count_;
     hit_count_ = 0;
   }
 
-  static HE_BITSLICED int64_t count_zeros(const Vector& vector) {
-    int64_t ones = 0;
-    for (int64_t word = 0; word < kQueries / 64; ++word) ones += __builtin_popcountll(vector[word]);
-    return kQueries - ones;
-  }
-
-  // For few pairs of a code and a query: takes the queries of a code one after another.
+  // For few pairs of a code and a query: takes the queries of a code one after another. Returns the number of pairs.
   template <int kWeights, int64_t kBytes>
-  HE_BITSLICED void push_by_code() {
+  HE_BITSLICED int64_t push_by_code() {
     const int64_t bytes = kBytes ? kBytes : tile_.code_bytes;
+    int64_t pairs = 0;
     for (int64_t row = 0; row < hit_count_; ++row) {
       const uint8_t* const code = tile_.codes + hit_codes_[row] * bytes;
       const uint32_t position = tile_.position_of(hit_codes_[row]);
       for (uint32_t words = Level::words_with_zero(misses_[row]); words; words &= words - 1) {
         const int64_t word = __builtin_ctz(words);
-        for (uint64_t hits = ~misses_[row][word]; hits; hits &= hits - 1) {
+        for (uint64_t hits = ~misses_[row][word]; hits; hits &= hits - 1, ++pairs) {
           const int64_t query = 64 * word + __builtin_ctzll(hits);
           Selector& selector = selectors_[query];
           selector.push(hamming_distance(queries_.codes + query * bytes, code, bytes), position);
@@ -316,12 +308,14 @@ class BitslicedScan {
         }
       }
     }
+    return pairs;
   }
 
   // For many pairs: takes the codes of a query one after another. misses_ has a row per code and a column per query.
-  // Transposing groups of 64 rows turns each column into 64-bit words.
+  // Transposing groups of 64 rows turns each column into 64-bit words. Returns the number of pairs.
   template <int kWeights, int64_t kBytes>
-  HE_BITSLICED void push_by_query() {
+  HE_BITSLICED int64_t push_by_query() {
+    int64_t pairs = 0;
     const int64_t groups = (hit_count_ + 63) / 64;
     std::fill(misses_ + hit_count_, misses_ + 64 * groups, ~Vector{});
     for (int64_t group = 0; group < groups; ++group) transpose_bits(misses_ + 64 * group);
@@ -330,13 +324,14 @@ class BitslicedScan {
       for (int64_t group = 0; group < groups; ++group) missed &= misses_[64 * group + row];
       if (!Level::has_zero(missed)) continue;
       for (int64_t word = 0; word < kQueries / 64; ++word)
-        if (~missed[word]) push_to<kWeights, kBytes>(64 * word + row, groups);
+        if (~missed[word]) pairs += push_to<kWeights, kBytes>(64 * word + row, groups);
     }
+    return pairs;
   }
 
-  // kBytes: the length of a code as a constant; 0: any length.
+  // Returns the number of the query's hits. kBytes: the length of a code as a constant; 0: any length.
   template <int kWeights, int64_t kBytes>
-  HE_BITSLICED void push_to(int64_t query, int64_t groups) {
+  HE_BITSLICED int64_t push_to(int64_t query, int64_t groups) {
     const int64_t bytes = kBytes ? kBytes : tile_.code_bytes;
     const uint8_t* const query_code = queries_.codes + query * bytes;
     uint32_t hits[kMaxHitCodes + 1], distances[kMaxHitCodes], positions[kMaxHitCodes];
@@ -360,6 +355,7 @@ class BitslicedScan {
     Selector& selector = selectors_[query];
     selector.push_all(distances, positions, count);
     if (selector.bound() != bounds_[query]) set_bound<kWeights>(query, selector.bound());
+    return count;
   }
 
   const HammingTile& tile_;
@@ -371,6 +367,7 @@ class BitslicedScan {
   Vector misses_[kMaxHitCodes];
   uint32_t hit_codes_[kMaxHitCodes] = {};
   int64_t hit_count_ = 0;
+  bool is_sparse_;  // whether few hits per collected code are expected: as in the last push, or after the first tile
 };
 
 }  // namespace hashengine
