@@ -35,6 +35,24 @@ def test_counts_with_labels_and_filters_equal_the_definition(count: Callable, ow
     assert_same(got, counts_by_distance(queries, codes, filter, is_relevant))
 
 
+@pytest.mark.parametrize("own_filters", [None, False, True], ids=["no filter", "shared filter", "filter per query"])
+@pytest.mark.parametrize("rows", [70, 9_000, 70_000])  # the pairs of distances are counted from 67,600 codes on
+@pytest.mark.parametrize("classes", [1, 2, 5, 60, 4096, 4097, 70_000])
+def test_any_number_of_classes(classes: int, rows: int, own_filters: bool | None) -> None:
+    """The classes of half of the queries are those of codes; the others are beyond them, or negative."""
+    rng = np.random.default_rng(classes)
+    codes, queries = make_codes("random", rows, 64, rng), make_codes("random", 6, 64, rng)
+    labels = [rng.integers(0, classes, count) for count in (6, rows)]
+    labels[1][-1] = classes - 1
+    labels[0][:4] = [labels[1][0], classes - 1, classes, -1]
+    filter = None if own_filters is None else make_filter(rng, rows, 6, 0.3, own_filters)
+    bitmap = None if filter is None else ops.pack_filter(torch.from_numpy(filter))
+    got = torch.ops.hashengine.hamming_count(
+        *map(torch.from_numpy, (queries, codes)), bitmap, *map(torch.from_numpy, labels)
+    )
+    assert_same(got, counts_by_distance(queries, codes, filter, labels[0][:, None] == labels[1]))
+
+
 def test_labels_are_a_pair_for_the_queries_and_the_codes() -> None:
     rng = np.random.default_rng(8)
     codes, queries = make_codes("clustered", 90, 16, rng), make_codes("random", 4, 16, rng)

@@ -1,9 +1,10 @@
 // Counts codes by Hamming distance on the CPU.
 //
-// Idea. The distances of a tile from a query are computed first. They become values: the values of
-// relevant codes follow those of all others, and a code that the query's filter excludes has the last value. Then a
-// histogram of the values is made (histogram.h): of pairs of values where there are enough codes to repay its counters,
-// otherwise in banks.
+// Idea. The distances of a tile from a query are computed first. They become values: a code that the query's filter
+// excludes has the last value, and unless labels are numbers of a few classes, the values of relevant codes follow
+// those of all others. Then a histogram of the values is made (histogram.h): of pairs of values where there are enough
+// codes to repay its counters, otherwise in banks. With a few classes, the relevant codes are counted once more, on
+// their own.
 
 #include <mutex>
 
@@ -22,10 +23,11 @@ constexpr int64_t kPairedQueries = 32;
 
 template <typename Value>
 struct ThreadScratch {
-  std::vector<Value> values;     // from one query to the codes of a tile
-  std::vector<uint16_t> pairs;   // of one query
-  std::vector<uint32_t> counts;  // [query, counter]
-  std::vector<int64_t> sums;     // [query, value]
+  std::vector<Value> values;       // from one query to the codes of a tile
+  std::vector<uint16_t> pairs;     // of one query
+  std::vector<uint32_t> counts;    // [query, counter]
+  std::vector<uint32_t> relevant;  // [query, value, bank], of relevant codes, if there are a few classes
+  std::vector<int64_t> sums;       // [query, value]
   TileLabels labels;
 };
 
@@ -33,11 +35,14 @@ struct ThreadScratch {
 
 void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels, int64_t* counts, int64_t* relevant,
                        SimdLevel level, const ThreadPool& pool) {
-  const int64_t distance_count = search.distance_count(), kinds = labels ? 2 : 1;
+  const int64_t distance_count = search.distance_count();
   std::fill(counts, counts + search.query_count * distance_count, 0);
   if (labels) std::fill(relevant, relevant + search.query_count * distance_count, 0);
   if (search.query_count == 0) return;
 
+  const LabelPlanes planes(labels ? *labels : HammingLabels{}, labels ? search.query_count : 0, search.code_count);
+  const bool has_classes = labels && planes.classes() > 0;
+  const int64_t kinds = labels && !has_classes ? 2 : 1;
   const int64_t excluded = kinds * distance_count, width = excluded + 1;
   const HammingKernel& kernel = hamming_kernel(level, search);
   const bool has_pairs = width <= kMaxPairWidth && search.code_count >= kMinCodesPerPair * width * width;
@@ -46,7 +51,6 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
   const int64_t scratch_bytes = query_counters * int64_t(sizeof(uint32_t));
   const HammingPlan plan(kernel, search, has_pairs ? kThreadScratchBytes / kPairedQueries : scratch_bytes,
                          min_chunk_codes, pool.threads);
-  const LabelPlanes planes(labels ? *labels : HammingLabels{}, labels ? search.query_count : 0, search.code_count);
 
   std::mutex result_mutex;
   const auto add_item = [&](const WorkItem& item, const auto& scratch) {
@@ -55,8 +59,11 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
       for (int64_t distance = 0; distance < distance_count; ++distance) {
         const int64_t* const sums = scratch.sums.data() + q * width + distance;
         const int64_t at = (item.first_query + q) * distance_count + distance;
-        counts[at] += labels ? sums[0] + sums[distance_count] : sums[0];
-        if (labels) relevant[at] += sums[distance_count];
+        counts[at] += kinds == 2 ? sums[0] + sums[distance_count] : sums[0];
+        if (kinds == 2) relevant[at] += sums[distance_count];
+        if (!has_classes) continue;
+        const uint32_t* const banks = scratch.relevant.data() + (q * width + distance) * kCounterBanks;
+        for (int64_t bank = 0; bank < kCounterBanks; ++bank) relevant[at] += banks[bank];
       }
   };
   const auto count_items = [&](auto type) {
@@ -64,15 +71,19 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
     using Scratch = ThreadScratch<Value>;
     for_each_item<Scratch>(plan, search, pool, [&](WorkItem& item, Scratch& scratch) {
       scratch.counts.assign(size_t(item.queries.count * query_counters), 0);
+      if (has_classes) scratch.relevant.assign(size_t(item.queries.count * width * kCounterBanks), 0);
       const auto count = [&](int64_t q, const HammingTile& tile, Value* values) {
         uint32_t* const counters = scratch.counts.data() + q * query_counters;
-        if (labels) {
-          if (q == 0) scratch.labels.set(planes, item.first_code, tile);
-          scratch.labels.add_relevance(planes, item.first_query + q, Value(distance_count), values);
-        }
+        const int64_t query = item.first_query + q;
+        if (labels && q == 0) scratch.labels.set(planes, item.first_code, tile);
+        if (kinds == 2) scratch.labels.add_relevance(planes, query, Value(distance_count), values);
         if (const uint8_t* const filter = item.filter_of(q))
           for (int64_t i = 0; i < tile.count; ++i)
             values[i] = passes(filter, tile.position_of(i)) ? values[i] : Value(excluded);
+        if (has_classes) {
+          uint32_t* const relevant_counters = scratch.relevant.data() + q * width * kCounterBanks;
+          scratch.labels.count_class(planes.of_query(query, 0), values, relevant_counters);
+        }
         if constexpr (sizeof(Value) == 1) {
           if (has_pairs) {
             const int64_t padded = round_up(tile.count, 8);
@@ -99,7 +110,7 @@ void hamming_count_cpu(const HammingSearch& search, const HammingLabels* labels,
       add_item(item, scratch);
     });
   };
-  // With labels, there are twice as many values as distances.
+  // If there are labels and not a few classes, there are twice as many values as distances.
   if (width <= 1 << 8) return count_items(uint8_t{});
   if (width <= 1 << 16) return count_items(uint16_t{});
   count_items(uint32_t{});
