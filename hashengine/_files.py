@@ -330,7 +330,10 @@ def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, kee
     """
     path = folder / name
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:  # the file of another user; on most file systems, reading it suffices for a lock
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image, ImageChops, ImagePalette
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.PsdImagePlugin import PsdImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from hashengine.errors import invalid
 
+_PSD_CHANNELS, _PSD_COLOURS = 12, 26  # places in the file: the number of channels, and the length of the colours
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # and the modes with the same bands that Pillow can convert
 # For each colour space of a profile: the mode of its pixels, and the modes that Pillow converts to it without loss.
 _SPACES = {
@@ -40,28 +42,36 @@ class Encoding(NamedTuple):
         grey_bits: the number of bits that hold the grey levels in a mode that begins with "I;16".
         is_negative: whether 0 is white, and Pillow does not invert the pixels: some of 1 bit or of more than 8 bits.
         covered: the part of the image (left, upper, right, lower) that the file has pixels of; None for all of it.
+        is_opaque: whether Pillow's alpha channel is something else in the file, such as padding.
     """
 
     is_16_bit: bool = False
     grey_bits: int = 16
     is_negative: bool = False
     covered: tuple[int, int, int, int] | None = None
+    is_opaque: bool = False
 
 
 def encoding_of(image: Image.Image, where: str) -> Encoding:
     """The encoding of an image that `PIL.Image.open` returned, before or after its pixels are loaded.
 
     Raises:
-        InputError: it is a TIFF file of a kind that Pillow decodes to other pixels; the error names `where`.
+        InputError: it is a file of a kind that Pillow decodes to other pixels; the error names `where`.
     """
     expected, advice = "those that Pillow decodes", "save the image as PNG"
     if image.format == "FITS" and image.mode.startswith("I;16"):
         raise invalid(where, "pixels", expected, "those of 16 bits in a FITS file", advice)
+    if image.format == "SUN" and _number_at(image, 12, 4) == 32:
+        raise invalid(where, "pixels", expected, "those of 32 bits in a Sun raster file", advice)
+    if isinstance(image, PsdImageFile) and image.tile and image.tile[0][0] == "packbits":
+        if (_number_at(image, _PSD_CHANNELS, 2) or 0) > len(image.getbands()):
+            raise invalid(where, "pixels", expected, "compressed ones with more channels in a PSD file", advice)
     if not isinstance(image, TiffImageFile):
         return Encoding(
             is_16_bit=image.format in ("PNG", "PPM"),
             is_negative=image.mode == "1" and image.format in ("PSD", "XBM"),  # a set bit is black
             covered=_covered_by_first_frame(image) if isinstance(image, GifImageFile) else None,
+            is_opaque=image.mode == "RGBA" and (_is_tga_without_alpha(image) or _is_psd_without_transparency(image)),
         )
     tags = image.tag_v2
     bits, formats = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
@@ -94,12 +104,44 @@ def _covered_by_first_frame(image: GifImageFile) -> tuple[int, int, int, int] | 
     return extent
 
 
+def _is_tga_without_alpha(image: Image.Image) -> bool:
+    """Whether the header of a TGA file says that no bits of a pixel are alpha."""
+    return image.format == "TGA" and (_number_at(image, 17, 1) or 0) & 15 == 0 and _number_at(image, 16, 1) == 32
+
+
+def _is_psd_without_transparency(image: Image.Image) -> bool:
+    """Whether the fourth channel of a PSD file is a saved selection: the number of layers is not negative."""
+    if image.format != "PSD":
+        return False
+    start = _PSD_COLOURS
+    for _ in range(2):  # the colours and the resources
+        length = _number_at(image, start, 4)
+        if length is None:
+            return False
+        start += 4 + length
+    layers = _number_at(image, start + 8, 2) if _number_at(image, start, 4) else 0
+    return layers is not None and layers < 1 << 15
+
+
+def _number_at(image: Image.Image, start: int, size: int) -> int | None:
+    """The number at a place in the file of an image, most significant byte first; None if the file is closed."""
+    file = getattr(image, "fp", None)
+    if file is None or file.closed:
+        return None
+    position = file.tell()
+    file.seek(start)
+    read = file.read(size)
+    file.seek(position)
+    return int.from_bytes(read, "big") if len(read) == size else None
+
+
 def correct_colours(image: Image.Image) -> None:
     """Correct colours that Pillow reads wrongly from a file. It has no effect once the pixels are loaded.
 
     - The transparent grey level of a PNG file with 2 or 4 bits per pixel is scaled to 8 bits, as the pixels are.
     - The transparent colour of a PNG file with 16 bits per channel keeps its upper 8 bits, as the pixels do.
     - Some writers store the colours of a TIFF palette in 8 bits instead of 16. They are taken as they are.
+    - A GIF file of grey levels has no palette. Pillow keeps the one for all frames, which the first frame may replace.
     """
     if isinstance(image, PngImageFile) and image.tile:
         transparent, mode = image.info.get("transparency"), str(image.tile[0][3])
@@ -111,6 +153,8 @@ def correct_colours(image: Image.Image) -> None:
         colours = image.tag_v2.get(_COLOUR_MAP, ())
         if colours and max(colours) < 256:
             image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+    elif isinstance(image, GifImageFile) and image.mode == "L" and image.tile:
+        image.palette = None
 
 
 def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | None = None) -> Image.Image:
@@ -137,6 +181,8 @@ def to_8_bits(image: Image.Image, mode: str, where: str, encoding: Encoding | No
     profile = image.info.get("icc_profile")
     encoding = encoding_of(image, where) if encoding is None else encoding
     image = _as_bytes(image, where, encoding)
+    if encoding.is_opaque:
+        image = image.convert("RGB")
     if encoding.covered is not None:
         opaque_part = Image.new("L", image.size)
         opaque_part.paste(255, encoding.covered)
@@ -206,7 +252,9 @@ def _transform(profile: bytes) -> tuple[str, Any]:
 
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), _SPACES[space][0], "RGB")
+    # Without the optimisation, dark levels of a linear grey profile are exact. It would save no time for one channel.
+    flags = ImageCms.Flags.NOOPTIMIZE if space == "GRAY" else ImageCms.Flags.NONE
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), _SPACES[space][0], "RGB", flags=flags)
     if space == "RGB":
         steps = np.arange(0, 256, 51, dtype=np.uint8)
         colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(len(steps), -1, 3)

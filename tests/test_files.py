@@ -1,5 +1,6 @@
 """How a folder is made durable: if it has many files, by one flush of the file system; otherwise file by file."""
 
+import fcntl
 import os
 import shutil
 import stat
@@ -516,6 +517,21 @@ def test_a_file_system_without_locks_is_accepted_where_the_lock_is_a_courtesy(tm
     with pytest.raises(OSError, match="Function not implemented .the lock of the folder.*lock"):
         with _files.locked(tmp_path, lambda: None):
             pass
+
+
+def test_the_lock_of_another_user_can_be_held_by_reading_it(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("")
+    system_open = os.open
+
+    def refuse_to_write(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return system_open(path, flags, *mode)
+
+    monkeypatch.setattr(_files.os, "open", refuse_to_write)
+    with _files.locked(tmp_path, lambda: None), open(tmp_path / "lock") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_without_a_marker_only_an_empty_folder_is_replaced(tmp_path):

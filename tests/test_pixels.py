@@ -451,6 +451,63 @@ def test_an_opened_xbm_file_is_converted_before_and_after_its_pixels_are_loaded(
             assert image_tensor(opened, 8, 1)[0].tolist() == [[0] * 4 + [255] * 4] * 8
 
 
+def _psd_of_channels(mode: int, channels: list[bytes], *, is_packed: bool = False, layers: int | None = None) -> bytes:
+    """A PSD file of one row; its layer section has a number of layers, negative if the fourth channel is alpha."""
+    section = struct.pack(">I", 0) if layers is None else struct.pack(">IIhI", 10, 2, layers, 0)
+    packed = [bytes([len(row) - 1]) + row for row in channels]
+    if is_packed:
+        data = b"\0\1" + b"".join(struct.pack(">H", len(row)) for row in packed) + b"".join(packed)
+    else:
+        data = b"\0\0" + b"".join(channels)
+    header = struct.pack(">H6xHIIHH", 1, len(channels), 1, len(channels[0]), 8, mode)
+    return b"8BPS" + header + bytes(8) + section + data
+
+
+@pytest.mark.parametrize(("mode", "channels"), [(1, 2), (3, 5), (4, 5)], ids=["grey", "RGB", "CMYK"])
+def test_packed_psd_files_with_more_channels_than_pillow_reads_are_refused(tmp_path, mode, channels):
+    rows = [bytes([0, 40, 80])] * channels
+    path = tmp_path / "a.psd"
+    path.write_bytes(_psd_of_channels(mode, rows, is_packed=True))
+    with pytest.raises(InputError, match="a.psd: pixels must be .*, got compressed ones with more channels in a PSD"):
+        read_image(path)
+    path.write_bytes(_psd_of_channels(mode, rows))
+    expected = [0, 40, 80] if mode != 4 else [0, 6, 25]
+    assert np.abs(read(path, "L")[0].astype(int) - expected).max() <= 1
+    path.write_bytes(_psd_of_channels(1, rows[:1], is_packed=True))
+    assert read(path, "L").tolist() == [[0, 40, 80]]
+
+
+@pytest.mark.parametrize(("layers", "is_alpha"), [(None, False), (1, False), (0, False), (-1, True)])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_fourth_channel_of_a_psd_file_is_alpha_if_its_layers_say_so(tmp_path, layers, is_alpha, is_packed):
+    rows = [bytes([10, 20])] * 3 + [bytes([255, 0])]
+    (tmp_path / "a.psd").write_bytes(_psd_of_channels(3, rows, is_packed=is_packed, layers=layers))
+    assert read(tmp_path / "a.psd", "L").tolist() == [[10, 255 if is_alpha else 20]]
+
+
+@pytest.mark.parametrize(("alpha_bits", "expected"), [(0, [200, 20, 10]), (8, [255, 255, 255])])
+def test_the_fourth_byte_of_a_tga_file_is_alpha_if_its_header_says_so(tmp_path, alpha_bits, expected):
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 2, 1, 32, 0x20 | alpha_bits)
+    (tmp_path / "a.tga").write_bytes(header + bytes([10, 20, 200, 0]) * 2)
+    assert read(tmp_path / "a.tga").tolist() == [[expected] * 2]
+
+
+@pytest.mark.parametrize("kind", [1, 3])
+def test_sun_raster_files_of_32_bits_are_refused(tmp_path, kind):
+    header = struct.pack(">8I", 0x59A66A95, 2, 2, 32, 16, kind, 0, 0)
+    (tmp_path / "a.ras").write_bytes(header + bytes([0, 10, 20, 200]) * 4)
+    with pytest.raises(InputError, match="a.ras: pixels must be .*, got those of 32 bits in a Sun raster file"):
+        read_image(tmp_path / "a.ras")
+
+
+def test_a_gif_frame_of_grey_levels_does_not_get_the_palette_of_the_file(tmp_path):
+    grey = bytes(level for i in range(4) for level in (i, i, i))
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0x81) + grey + b"\2\2\x4c\1\0"
+    header = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x81, 0, 0) + bytes([255, 0, 0] * 4)
+    (tmp_path / "a.gif").write_bytes(header + frame + b";")
+    assert read(tmp_path / "a.gif").tolist() == [[[1, 1, 1]]]
+
+
 def _gif(left: int, transparent: int | None = None, *, grey: bool = False) -> bytes:
     """A GIF file of 2 x 1 pixels with a frame of one pixel, whose colour is the second of the palette."""
     palette = bytes([9, 9, 9, 200, 200, 200]) if grey else bytes([255, 0, 0, 0, 255, 0])

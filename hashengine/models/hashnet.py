@@ -70,6 +70,8 @@ class HashNet(nn.Module):
         self.trained_by: checkpoint.MethodState | None = None
         self.backbone = SmallResNet(config.channels, config.widths, config.stem_stride, config.attention)
         self.hash_layer = head(self.backbone.features, config.bits)
+        if not isinstance(self.hash_layer, nn.Module):
+            raise invalid("HashNet", "head", "a function that returns an nn.Module", type(self.hash_layer).__name__)
         self._set_mean_and_std(next(self.backbone.parameters()))
         self._arrange_weights()
         self.register_load_state_dict_post_hook(_set_mean_and_std_of)
@@ -171,11 +173,12 @@ class HashNet(nn.Module):
         if trained_by is not None:
             method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))
             head = method(**trained_by.options).head
-        # A network without values comes first: config.json may describe one that no memory can hold.
+        # A network without values comes first: config.json may describe one that no memory can hold. A subclass may
+        # have other weights, and read values when it is made.
         with torch_defaults(), torch.device("meta"):
-            described = cls(config, head)
+            described = HashNet(config, head)
         try:
-            described.load_state_dict(weights, assign=True)
+            described.load_state_dict(weights, strict=cls is HashNet, assign=True)
             with torch_defaults():
                 model = cls(config, head)
             model.load_state_dict(weights)

@@ -56,9 +56,11 @@ class FitConfig(Config):
     ] = None
     batch_size: Annotated[Integer, Field(ge=2, description="images per step")] = 64
     lr: Annotated[
-        Number, Field(gt=0, allow_inf_nan=False, description="highest learning rate of the one-cycle schedule")
+        Number, Field(gt=0, le=1e30, allow_inf_nan=False, description="highest learning rate of the one-cycle schedule")
     ] = 4e-3
-    weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False, description="weight decay of AdamW")] = 0.01
+    weight_decay: Annotated[Number, Field(ge=0, le=1e30, allow_inf_nan=False, description="weight decay of AdamW")] = (
+        0.01
+    )
     image_size: Annotated[
         ImageSize | None,
         Field(description="pixels per side; by default the images' own size, limited to 8 to 64"),

@@ -169,7 +169,7 @@ def train(
         For each epoch, its number and the means of the loss terms and of the method's measures, on augmented images.
 
     Raises:
-        InputError: the loss became infinite or NaN.
+        InputError: the loss or a weight became infinite or NaN.
     """
     parameters = [*network.parameters(), *method.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
@@ -206,6 +206,9 @@ def train(
                 raise _diverged(epoch, config.lr)
             history.append({"epoch": epoch, **means})
             progress.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{loss_mean:.3f}")
+    # No loss shows what the last step did.
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+        raise _diverged(epochs, config.lr)
     return history
 
 

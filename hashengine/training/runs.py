@@ -198,12 +198,15 @@ def check_evaluation_file(where: str, folder: Path) -> None:
 
     Raises:
         InputError: it has one; the error names `where`.
+        PermissionError: the file cannot be read.
     """
     path = folder / EVALUATION_FILE
     if not path.exists():
         return
     try:
         found = json.loads(read_file(path).decode("utf-8-sig"))
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError):
         found = None
     check_evaluation_is_own(where, found, folder)

@@ -202,6 +202,8 @@ def _check_table(folder: Path) -> None:
     existing = [name for name in TABLE_FILES if (folder / name).exists()]
     try:
         is_own = not existing or {"version", "groups"} <= dict(json.loads(read_file(folder / TABLE_FILES[1]))).keys()
+    except PermissionError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError):
         is_own = False
     if not is_own:

@@ -390,3 +390,25 @@ def test_a_network_in_fsdp1_can_be_converted():
 def test_preprocess_takes_only_images_of_pil(image):
     with pytest.raises(InputError, match="^preprocess: image must be a PIL image, got .*; read_image opens a file"):
         network().preprocess(image)
+
+
+class WithItsOwnValues(HashNet):
+    """A network whose constructor reads a weight, and that has one more."""
+
+    def __init__(self, config, head=nn.Linear):
+        super().__init__(config, head)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.first = float(next(self.backbone.parameters()).flatten()[0])
+
+
+def test_a_subclass_may_read_values_and_have_more_weights(tmp_path):
+    config = network().config
+    WithItsOwnValues(config).save_pretrained(tmp_path)
+    assert isinstance(WithItsOwnValues.from_pretrained(tmp_path).first, float)
+    with pytest.raises(InputError, match="scale"):
+        HashNet.from_pretrained(tmp_path)
+
+
+def test_a_head_that_is_no_module_is_refused():
+    with pytest.raises(InputError, match="^HashNet: head must be a function that returns an nn.Module, got NoneType"):
+        HashNet(network().config, lambda features, bits: None)

@@ -72,6 +72,19 @@ def test_a_diverging_training_is_reported_and_writes_no_model(images, tmp_path):
     assert not any((tmp_path / "model").iterdir())
 
 
+@pytest.mark.parametrize("options", [{"lr": 1e30}, {"weight_decay": 1e30, "lr": 1e10}])
+def test_a_last_step_that_diverges_writes_no_model(images, tmp_path, options):
+    with pytest.raises(InputError, match="^fit: the loss must be finite, got infinity or NaN in epoch 1; lower"):
+        fit(tiny(images, tmp_path / "model", epochs=1, **options))
+    assert not any((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_rates_that_no_step_can_compute_are_refused(images, tmp_path, option):
+    with pytest.raises(InputError, match=f"^fit: {option} must be less than or equal to 10*, got 1e"):
+        fit(tiny(images, tmp_path / "model", **{option: 1e38}))
+
+
 def test_greedy_hash_is_saved_with_alpha_as_a_field_of_the_config(images, tmp_path):
     run = fit(tiny(images, tmp_path / "model", alpha=0.25))
     config = json.loads((run.folder / "config.json").read_text())
