@@ -11,8 +11,8 @@
 // Traffic. Maps only: per value of a map, 2 Reals read and 1 to 3 written. For samples of 56 x 56 x 56 elements, the
 // maps have about 5% as many values as x. Most of this traffic stays in L2.
 //
-// Instructions, in training with samples of 256 x 56 x 56 in NCHW: about 231 per value of the CW map, 239 of the HC map
-// and 347 of the HW map, which the kernel merges from 5 parts. In the CW map, 116 of them are for the convolution (98
+// Instructions, in training with samples of 256 x 56 x 56 in NCHW: about 228 per value of the CW map, 239 of the HC map
+// and 342 of the HW map, which the kernel merges from 5 parts. In the CW map, 116 of them are for the convolution (98
 // multiplications for a kernel_size of 7) and about 50 for loading the tile with its border.
 //
 // Launch. 256 threads per block, of which two blocks fit into the registers of a multiprocessor. For a kernel_size of
