@@ -17,10 +17,14 @@ namespace hashengine::triplet {
 struct MapTiling {
   static constexpr int kThreads = 256;
   static constexpr int kRows = 8;
+  // The arrays in shared memory in response_backward.cu.
+  static constexpr int kBackwardPlanes = 3;
+
   int64_t first_block;    // the branch's first block in the grid
   int groups;             // threads per column of a tile
   int thread_columns;     // columns per thread
   int columns;            // columns of a tile, a multiple of thread_columns
+  unsigned row_threads;   // threads per row of a tile
   unsigned row_tiles;     // number of tiles into which the rows of the map are divided
   unsigned column_tiles;  // number of tiles into which its columns are divided
 
@@ -35,8 +39,8 @@ struct MapTiling {
     constexpr int64_t kWantedColumns = 64, kMaxGroups = 32, kMaxSharedBytes = 80 << 10;
     MapTiling tiling{};
     tiling.thread_columns = thread_columns;
-    const int64_t row_threads = ceil_div<int64_t>(std::min(map_columns, kWantedColumns), thread_columns);
-    const int64_t max_rows = std::min(kMaxGroups, kThreads / row_threads) * kRows;
+    const int64_t wanted_threads = ceil_div<int64_t>(std::min(map_columns, kWantedColumns), thread_columns);
+    const int64_t max_rows = std::min(kMaxGroups, kThreads / wanted_threads) * kRows;
     const int64_t rows = ceil_div(map_rows, ceil_div(map_rows, max_rows));
     tiling.groups = static_cast<int>(ceil_div<int64_t>(rows, kRows));
     const auto cut_columns = [&](int64_t max_columns) {
@@ -52,6 +56,7 @@ struct MapTiling {
         cut_columns(ceil_div(tiling.columns, 2));
       }
     }
+    tiling.row_threads = static_cast<unsigned>(tiling.columns / thread_columns);
     tiling.row_tiles = static_cast<unsigned>(ceil_div<int64_t>(map_rows, tiling.rows()));
     tiling.column_tiles = static_cast<unsigned>(ceil_div<int64_t>(map_columns, tiling.columns));
     return tiling;
@@ -60,8 +65,14 @@ struct MapTiling {
   // The number of values of a tile with its border: pitch() per row, area() in total.
   __host__ __device__ int pitch(int kernel_size) const { return columns + kernel_size - 1; }
   __host__ __device__ int area(int kernel_size) const { return (rows() + kernel_size - 1) * pitch(kernel_size); }
+  // The same for an array in which columns are contiguous, in response_backward.cu for a kernel_size of 7. A column has
+  // 4 times an odd number of values. Therefore every 4th one is aligned to 16 bytes, and if 8 lanes load 16 bytes each
+  // from adjacent columns, no two of them use the same bank of shared memory.
+  __host__ __device__ int column_pitch() const { return rows() + 12; }
+  __host__ __device__ int column_area() const { return pitch(7) * column_pitch(); }
   int64_t shared_values(int kernel_size, int planes) const {
-    return static_cast<int64_t>(planes) * area(kernel_size) + 2 * kernel_size * kernel_size;
+    const int plane = planes == kBackwardPlanes && kernel_size == 7 ? column_area() : area(kernel_size);
+    return static_cast<int64_t>(planes) * plane + 2 * kernel_size * kernel_size;
   }
 };
 
@@ -189,9 +200,8 @@ struct MapTile {
     rest /= tiling.column_tiles;
     row = static_cast<int64_t>(rest % tiling.row_tiles) * tiling.rows();
     sample = rest / tiling.row_tiles;
-    const int row_threads = tiling.columns / tiling.thread_columns;
-    thread_group = static_cast<int>(threadIdx.x) / row_threads;
-    thread_column = static_cast<int>(threadIdx.x) % row_threads * tiling.thread_columns;
+    thread_group = static_cast<int>(threadIdx.x / tiling.row_threads);
+    thread_column = static_cast<int>(threadIdx.x % tiling.row_threads) * tiling.thread_columns;
   }
 
   // About the thread's r-th value in its c-th column: whether it is inside the map, its row in the map, and, for the

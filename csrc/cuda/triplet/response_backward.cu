@@ -7,18 +7,19 @@
 // (2) convolution_kernel loads a tile of the response's gradient and of the pooled maps, with a border, into shared
 // memory. First, a thread correlates the gradient with the flipped weights of both channels for 8 values of a column.
 // Then it computes a part of the weights' gradients. For this part, if kernel_size is 7, the threads form 18 groups of
-// 14, with one thread per column of weights. A thread computes 7 weights' gradients, so that 22 loads serve 56
-// multiplications. (3) weights_kernel sums the weights' gradients over the tiles, with one block per weight.
+// 14, with one thread per column of weights. A thread computes 7 weights' gradients, so that 6 loads of vectors serve
+// 56 multiplications. (3) weights_kernel sums the weights' gradients over the tiles, with one block per weight.
 //
 // Traffic. Maps only: per value of a map, about 7 Reals read and 3 written; per tile, 2 * kernel_size^2 Reals written
 // and read.
 //
-// Instructions, for samples of 256 x 56 x 56 in NCHW: affine_kernel and convolution_kernel together take about 680 per
-// value of a map. The weights' gradients are about 230 of them and the correlation about 140, each with 98
-// multiplications.
+// Instructions, in training with samples of 256 x 56 x 56 in NCHW: affine_kernel takes about 84 per value of the CW
+// map, 86 of the HC map and 160 of the HW map, whose sums are in 5 parts. convolution_kernel takes 420 per value of the
+// CW map and about 450 of the others, whose last tiles are not full. In the CW map, the weights' gradients are about
+// 144 of them and the correlation 115, each with 98 multiplications.
 //
 // Launch. 256 threads per block (96 in weights_kernel) and tiles as in response.cu, with at most half as many values.
-// For a kernel_size of 7, a block has up to 51 KB of shared memory (94 KB for float64). A memset of 4 bytes precedes
+// For a kernel_size of 7, a block has up to 69 KB of shared memory (94 KB for float64). A memset of 4 bytes precedes
 // the first launch.
 //
 // Numerics. Sums in Real within a tile, in float64 over the tiles. The launch plan fixes the order; there are no
@@ -33,6 +34,7 @@ namespace {
 
 constexpr int kThreads = MapTiling::kThreads;
 constexpr int kRows = MapTiling::kRows;
+constexpr int kPlanes = MapTiling::kBackwardPlanes;
 constexpr int kWeightThreads = 96;  // threads per block of weights_kernel
 
 struct BlockSums {
@@ -121,10 +123,30 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(ResponseBackward<Real>
   if (finishes_last(workspace.finished_blocks)) merge_sums(params, workspace.sums);
 }
 
+// The planes in shared memory: the response's gradient, the maximum and the mean of a tile with its border. For a
+// kernel_size of 7, columns are contiguous, so that a thread loads the rows of a strip (kRows rows of one column) and
+// their border as vectors. Otherwise rows are contiguous.
+struct PlaneLayout {
+  int row_pitch, column_pitch;
+  int area;
+  // The gradient's columns begin with this number of unused values. Then the gradients of a strip are aligned.
+  int gradient_begin;
+
+  template <int kSize>
+  static __device__ __forceinline__ PlaneLayout make(const MapTiling& tiling, int size) {
+    if constexpr (kSize == 7) return {1, tiling.column_pitch(), tiling.column_area(), 1};
+    return {tiling.pitch(size), 1, tiling.area(size), 0};
+  }
+};
+
+// A thread loads this number of values for the rows of a strip with their border of 3 rows on each side. Two are
+// unused: of the gradient the first and the last one, of the maximum and the mean the last two.
+constexpr int kStripValues = kRows + 8;
+
 // Loads the response's gradient, the maximum and the mean of the tile with its border, where they are inside the map.
 template <typename Real>
 __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, const MapTile<Real>& tile,
-                                          Real* planes) {
+                                          const PlaneLayout& layout, Real* planes) {
   const BranchMap<Real>& map = tile.map;
   const GateFunction<Real> function = gate_function(params, tile);
   const Real slope = function.weight * function.rstd;
@@ -132,7 +154,6 @@ __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, 
   const Real per_value = params.training ? Real(1) / static_cast<Real>(map.numel() * params.maps.samples) : Real(0);
   const Real from_mean = params.grad_bn_bias[tile.branch] * per_value;
   const Real from_var = params.grad_bn_weight[tile.branch] * per_value;
-  const int area = map.tiling.area(params.maps.kernel_size);
   const int64_t sample_begin = map.flat_begin + tile.sample * map.numel();
   const Real* responses = params.response + sample_begin;
   const Real* grad_affine = params.grad_affine + sample_begin;
@@ -140,48 +161,58 @@ __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, 
   struct Loaded {
     Real response, grad_affine, largest, mean;
   };
-  BorderLines<false>(tile, params.maps.kernel_size)
-      .template visit<Loaded>(
-          map.columns,
-          [&](int64_t offset) {
-            return Loaded{responses[offset], grad_affine[offset], pooled[offset], pooled[offset + map.numel()]};
-          },
-          [&](int at, int64_t, const Loaded& loaded) {
-            const Real through_statistics = from_mean + function.normalized(loaded.response) * from_var;
-            planes[at] = (loaded.grad_affine - through_statistics) * slope;
-            planes[area + at] = loaded.largest;
-            planes[2 * area + at] = loaded.mean;
-          });
+  BorderLines<false> lines(tile, params.maps.kernel_size);
+  lines.line_pitch = layout.row_pitch;
+  lines.place_pitch = layout.column_pitch;
+  lines.template visit<Loaded>(
+      map.columns,
+      [&](int64_t offset) {
+        return Loaded{responses[offset], grad_affine[offset], pooled[offset], pooled[offset + map.numel()]};
+      },
+      [&](int at, int64_t, const Loaded& loaded) {
+        const Real through_statistics = from_mean + function.normalized(loaded.response) * from_var;
+        planes[layout.gradient_begin + at] = (loaded.grad_affine - through_statistics) * slope;
+        planes[layout.area + at] = loaded.largest;
+        planes[2 * layout.area + at] = loaded.mean;
+      });
 }
 
-// sums[channel][r] += the correlation of the channel's weights [size, size] with the window that begins r rows below
-// `window`. kSize is the size if it is known at compile time, otherwise 0. If it is known, the thread loads each value
-// of its windows once, for all of its sums.
+// The place of a weight in shared memory. For a kernel_size of 7, the weights of a column are contiguous, for both
+// channels.
+template <int kSize>
+__device__ __forceinline__ int weight_place(int channel, int y, int x, int size) {
+  return kSize > 0 ? (x * 2 + channel) * kSize + y : (channel * size + y) * size + x;
+}
+
+// sums[channel][r] += the correlation of the channel's weights [size, size] with the window of the gradient that begins
+// r rows below `window`. kSize is the size if it is 7, otherwise 0. If it is 7, the thread loads each value of its
+// windows once, for all of its sums, and `window` is the unused value above the windows.
 template <int kSize, typename Real>
-__device__ __forceinline__ void correlate_both(Real (&sums)[2][kRows], const Real* window, int pitch,
+__device__ __forceinline__ void correlate_both(Real (&sums)[2][kRows], const Real* window, const PlaneLayout& layout,
                                                const Real* weights, int size) {
 #pragma unroll 1
   for (int x = 0; x < size; ++x) {
     if constexpr (kSize > 0) {
-      Real values[kRows + kSize - 1];
+      const auto strip = vector_at<kStripValues>(window, x * layout.column_pitch);
+      const Real* column = weights + weight_place<kSize>(0, 0, x, size);
 #pragma unroll
-      for (int y = 0; y < kRows + kSize - 1; ++y) values[y] = window[y * pitch + x];
+      for (int pair = 0; pair < kSize; ++pair) {
+        const auto both = vector_at<2>(column, 2 * pair);
 #pragma unroll
-      for (int channel = 0; channel < 2; ++channel) {
+        for (int i = 0; i < 2; ++i) {
+          const int channel = (2 * pair + i) / kSize, y = (2 * pair + i) % kSize;
 #pragma unroll
-        for (int y = 0; y < kSize; ++y) {
-          const Real weight = weights[(channel * kSize + y) * kSize + x];
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) sums[channel][r] += weight * values[r + y];
+          for (int r = 0; r < kRows; ++r) sums[channel][r] += both.at[i] * strip.at[1 + r + y];
         }
       }
     } else {
 #pragma unroll 1
       for (int y = 0; y < size; ++y) {
-        const Real first = weights[y * size + x], second = weights[(size + y) * size + x];
+        const Real first = weights[weight_place<kSize>(0, y, x, size)];
+        const Real second = weights[weight_place<kSize>(1, y, x, size)];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          const Real value = window[(r + y) * pitch + x];
+          const Real value = window[(r + y) * layout.row_pitch + x];
           sums[0][r] += first * value;
           sums[1][r] += second * value;
         }
@@ -190,29 +221,38 @@ __device__ __forceinline__ void correlate_both(Real (&sums)[2][kRows], const Rea
   }
 }
 
-// Computes the tile's part of the gradients of 7 x 7 weights. The tile is divided into strips: kRows rows of one
-// column. A group of kColumns threads processes every kGroups-th strip, with one thread per column of weights.
+// Computes the tile's part of the gradients of 7 x 7 weights. A group of kColumns threads processes every kGroups-th
+// strip of the tile, with one thread per column of weights.
 template <typename Real>
-__device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling, const Real* planes, Real* scratch,
-                                                        Real* gradients, int64_t stride) {
+__device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling, const PlaneLayout& layout,
+                                                        const Real* planes, Real* scratch, Real* result,
+                                                        int64_t stride) {
   constexpr int kSize = 7, kColumns = 2 * kSize, kGroups = kThreads / kColumns;
-  const int pitch = tiling.pitch(kSize), area = tiling.area(kSize);
   const int weight_column = static_cast<int>(threadIdx.x) % kColumns, group = static_cast<int>(threadIdx.x) / kColumns;
   const int channel = weight_column / kSize, x = weight_column % kSize;
   Real sums[kSize] = {};
   if (group < kGroups) {
-    int row = 0, column = group;
+    const Real* gradient = planes + layout.gradient_begin + kSize / 2 + (group + kSize / 2) * layout.column_pitch;
+    const Real* window = planes + (1 + channel) * layout.area + (group + x) * layout.column_pitch;
+    const int step = kGroups * layout.column_pitch, wrap = kRows - tiling.columns * layout.column_pitch;
+    int column = group, strips_left = tiling.groups;  // in the column
     while (true) {
-      for (; column >= tiling.columns; column -= tiling.columns) row += kRows;
-      if (row >= tiling.rows()) break;
-      const Real* gradient = planes + (row + kSize / 2) * pitch + column + kSize / 2;
-      const Real* window = planes + (1 + channel) * area + row * pitch + column + x;
+      for (; column >= tiling.columns; column -= tiling.columns) {
+        --strips_left;
+        gradient += wrap;
+        window += wrap;
+      }
+      if (strips_left <= 0) break;
+      const auto gradients = vector_at<kRows>(gradient, 0);
+      const auto pooled = vector_at<kStripValues>(window, 0);
 #pragma unroll
       for (int y = 0; y < kSize; ++y) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) sums[y] += gradient[r * pitch] * window[(r + y) * pitch];
+        for (int r = 0; r < kRows; ++r) sums[y] += gradients.at[r] * pooled.at[r + y];
       }
       column += kGroups;
+      gradient += step;
+      window += step;
     }
 #pragma unroll
     for (int y = 0; y < kSize; ++y) scratch[group * kColumns * kSize + (channel * kSize + y) * kSize + x] = sums[y];
@@ -221,7 +261,7 @@ __device__ __forceinline__ void tile_weight_gradients_7(const MapTiling& tiling,
   for (int weight = threadIdx.x; weight < kColumns * kSize; weight += kThreads) {
     Real sum = 0;
     for (int g = 0; g < kGroups; ++g) sum += scratch[g * kColumns * kSize + weight];
-    gradients[weight * stride] = sum;
+    result[weight * stride] = sum;
   }
 }
 // The number of values in the scratch of tile_weight_gradients_7: 98 weights for each group of 14 threads.
@@ -251,23 +291,25 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(ResponseBackward<
   const MapTile<Real> tile(params.maps);
   const BranchMap<Real>& map = tile.map;
   const int size = kSize > 0 ? kSize : params.maps.kernel_size;
-  const int pitch = map.tiling.pitch(size), area = map.tiling.area(size);
-  Real* weights = planes + 3 * area;
+  const PlaneLayout layout = PlaneLayout::make<kSize>(map.tiling, size);
+  Real* weights = planes + kPlanes * layout.area;
   for (int i = threadIdx.x; i < 2 * size * size; i += kThreads) {
-    const int channel = i / (size * size), flipped = size * size - 1 - i % (size * size);
-    weights[i] = map.conv_weight[channel * size * size + flipped];
+    const int channel = i / (size * size), place = i % (size * size);
+    weights[weight_place<kSize>(channel, place / size, place % size, size)] =
+        map.conv_weight[channel * size * size + size * size - 1 - place];
   }
-  for (int i = threadIdx.x; i < 3 * area; i += kThreads) planes[i] = 0;
+  for (int i = threadIdx.x; i < kPlanes * layout.area; i += kThreads) planes[i] = 0;
   __syncthreads();
-  load_tile(params, tile, planes);
+  load_tile(params, tile, layout, planes);
   __syncthreads();
 
   if (tile.has(0)) {
     Real* grad_pooled = params.grad_pooled + 2 * (map.flat_begin + tile.sample * map.numel());
-    const Real* window = planes + tile.thread_group * kRows * pitch + tile.thread_column;
+    const Real* window =
+        planes + tile.thread_group * kRows * layout.row_pitch + tile.thread_column * layout.column_pitch;
     const Real per_element = Real(1) / static_cast<Real>(map.pooled_length);
     Real results[2][kRows] = {};
-    correlate_both<kSize>(results, window, pitch, weights, size);
+    correlate_both<kSize>(results, window, layout, weights, size);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (!tile.has(r)) break;
@@ -277,7 +319,7 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(ResponseBackward<
   }
   Real* gradients = BackwardWorkspace<Real>(params.workspace, gridDim.x).weight_gradients + blockIdx.x;
   if constexpr (kSize == 7) {
-    tile_weight_gradients_7(map.tiling, planes, weights + 2 * size * size, gradients, gridDim.x);
+    tile_weight_gradients_7(map.tiling, layout, planes, weights + 2 * size * size, gradients, gridDim.x);
   } else {
     tile_weight_gradients(map.tiling, size, planes, gradients, gridDim.x);
   }
@@ -313,7 +355,7 @@ void launch_response_backward(const ResponseBackward<Real>& params, cudaStream_t
   cudaMemsetAsync(params.workspace, 0, sizeof(unsigned), stream);
   launch(affine_kernel<Real>, blocks, kThreads, stream, params);
   const bool is_7 = params.maps.kernel_size == 7;
-  const int64_t values = params.maps.shared_values(3) + (is_7 ? kWeightScratchValues : 0);
+  const int64_t values = params.maps.shared_values(kPlanes) + (is_7 ? kWeightScratchValues : 0);
   launch(is_7 ? convolution_kernel<Real, 7> : convolution_kernel<Real, 0>,
          {blocks, kThreads, values * static_cast<int64_t>(sizeof(Real))}, stream, params);
   launch(weights_kernel<Real>, params.maps.branches * 2 * params.maps.kernel_size * params.maps.kernel_size,

@@ -128,7 +128,8 @@ struct Backward {
                                    params.saved.var)) {
     for (AxisMap<Real>& map : products.axis) map.scale = gates.branch_weight;
     const int64_t values = params.shape.maps_numel();
-    response.maps = BranchMaps<Real>::make(geometry, params.shape, params.parameters, products, 3, 1);
+    response.maps =
+        BranchMaps<Real>::make(geometry, params.shape, params.parameters, products, MapTiling::kBackwardPlanes, 1);
     response.pooled = static_cast<const Real*>(params.saved.pooled);
     response.response = gates.response;
     response.mean = gates.mean;
