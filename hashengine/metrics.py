@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hashengine._validation import Array, Labels, check_codes, check_integer, check_labels
+from hashengine._validation import Array, Labels, check_codes, check_integer, check_labels, dtype_name
 from hashengine.errors import invalid
 from hashengine.index.searcher import Searcher
 from hashengine.ops import hamming_count
@@ -136,16 +136,23 @@ class DistanceCounts:
         relevant: the number of relevant items per query and distance, int64 [Q, bits + 1] on the CPU.
 
     Raises:
-        InputError: the two differ in shape, or the queries were compared with different numbers of items.
+        InputError: the two are no int64 tensors of one shape or no counts, or the queries were compared with different
+            numbers of items.
     """
 
     items: Tensor
     relevant: Tensor
 
     def __post_init__(self) -> None:
+        for name, counts in (("items", self.items), ("relevant", self.relevant)):
+            kind = f"{dtype_name(counts)} on {counts.device}" if isinstance(counts, Tensor) else type(counts).__name__
+            if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.device.type != "cpu":
+                raise invalid("DistanceCounts", name, "an int64 tensor on the CPU", kind)
         if self.items.ndim != 2 or self.items.shape != self.relevant.shape:
             actual = f"{list(self.items.shape)} and {list(self.relevant.shape)}"
             raise invalid("DistanceCounts", "items and relevant", "of one shape [Q, bits + 1]", actual)
+        if bool((self.relevant < 0).any() or (self.relevant > self.items).any()):
+            raise invalid("DistanceCounts", "relevant", "0 to items at each distance", "another number")
         totals = self.items.sum(1).unique().tolist()
         if len(totals) > 1:
             actual = f"{totals[0]} for some and {totals[-1]} for others"

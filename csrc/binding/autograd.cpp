@@ -50,6 +50,16 @@ bool needs_gradient(const char* op, const Tensor& x, std::initializer_list<Tenso
   return is_needed;
 }
 
+// Refuses running statistics that require a gradient, which the formulas would not compute.
+void check_statistics(const char* op, TensorList running_mean, TensorList running_var) {
+  if (!at::GradMode::is_enabled()) return;
+  bool is_needed = false;
+  for (const TensorList tensors : {running_mean, running_var})
+    for (const Tensor& tensor : tensors) is_needed |= tensor.requires_grad();
+  TORCH_CHECK_VALUE(!is_needed, op,
+                    ": running statistics must be without a gradient, got some that require one; detach them");
+}
+
 // Skips the autograd kernel of a backward op, refuse_derivatives() below, in a backward that nothing differentiates: it
 // runs without create_graph, and its gradients have no tangents, neither of forward-mode differentiation nor of
 // torch.func.
@@ -219,6 +229,7 @@ struct TripletAttention : torch::autograd::Function<TripletAttention> {
 
 TripletOutputs triplet_attention(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                  TensorList running_mean, TensorList running_var, bool training, double eps) {
+  check_statistics("triplet_attention", running_mean, running_var);
   if (!needs_gradient("triplet_attention", x, {conv_weight, bn_weight, bn_bias}))
     return triplet_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps);
   TripletOutputs outputs;
@@ -271,6 +282,7 @@ struct TripletInference : torch::autograd::Function<TripletInference> {
 
 Tensor triplet_attention_inference(const Tensor& x, TensorList conv_weight, TensorList bn_weight, TensorList bn_bias,
                                    TensorList running_mean, TensorList running_var, double eps) {
+  check_statistics("triplet_attention_inference", running_mean, running_var);
   if (!needs_gradient("triplet_attention_inference", x, {conv_weight, bn_weight, bn_bias}))
     return inference_below_autograd(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);
   return TripletInference::apply(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, eps);

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS
-from hashengine._files import Marker, check_output, make_folder, write_file
+from hashengine._files import TEMPORARY_LOCK, Marker, check_output, locked, make_folder, write_file
 from hashengine._validation import check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder
@@ -48,29 +48,43 @@ def run_demo(data: str, output: Path, bits: int) -> Report:
         bits: length of a code.
 
     Raises:
-        InputError: `output` is neither empty nor the folder of an earlier demo, `output` contains `data`, or a step
-            fails.
+        InputError: `output` is neither empty nor the folder of an earlier demo, `output` contains `data`, another demo
+            is running there, or a step fails.
     """
     check_path("demo", "data", data)
     output = check_path("demo", "output", output)
+    _check_output(output, data)
     _check_options(data, output, bits)
-    start_over(output, data)
+    make_folder(output.resolve())  # the target of a link
+
+    def refuse() -> None:
+        actual, advice = f"{str(output)!r}, which another demo uses", "wait for it, or choose another folder"
+        raise invalid("demo", "output", "a folder that no other demo uses", actual, advice) from None
+
+    with locked(output.resolve(), refuse, TEMPORARY_LOCK, keep=False):
+        _empty(output)
+        _run_steps(data, output, bits)
+    return Report.read(output / "report.json", "demo", "report", "hashengine report")
+
+
+def _run_steps(data: str, output: Path, bits: int) -> None:
     scripts = Path(sys.executable).parent
     if shutil.which("hashengine") != str(scripts / "hashengine") and (scripts / "activate").is_file():
         _progress.note(f"To try the commands below, type first: source {shlex.quote(str(scripts / 'activate'))}")
     for step in steps(data, output, bits):
         _progress.note(f"$ {shlex.join(step.command)}")
         _progress.note(step.run())
-    return Report.read(output / "report.json", "demo", "report", "hashengine report")
 
 
 def _check_options(data: str, output: Path, bits: int) -> None:
     """Find mistakes before the folder of an earlier demo is emptied."""
     from hashengine.training.config import FitConfig
     from hashengine.training.data import list_classes
+    from hashengine.training.datasets import check_folder
 
     if data not in DATA_SETS:
         list_classes(Path(data), "demo")
+        check_folder(data)
     FitConfig.checked("demo", images=output, output=output, bits=bits)
 
 
@@ -81,17 +95,25 @@ def start_over(output: Path, data: str) -> None:
         InputError: `output` exists but is neither an empty folder nor one with this file, or it contains the folder
             `data`.
     """
+    _check_output(output, data)
+    make_folder(output.resolve())
+    _empty(output)
+
+
+def _empty(output: Path) -> None:
+    output = output.resolve()  # the target of a link
+    for path in output.iterdir():  # the marker stays, so that an interrupted demo can start over
+        if path.name not in (MARKER.name, TEMPORARY_LOCK):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_file(output / MARKER.name, "Made by 'hashengine demo', which empties this folder when it starts over.\n")
+
+
+def _check_output(output: Path, data: str) -> None:
     if data not in DATA_SETS and Path(data).is_dir() and Path(data).resolve().is_relative_to(output.resolve()):
         raise invalid(
             "demo", "output", "a folder that does not contain the data", f"{str(output)!r}, which is emptied first"
         )
     check_output("demo", output, is_folder=True, marker=MARKER)
-    output = output.resolve()  # the target of a link
-    make_folder(output)
-    for path in output.iterdir():  # the marker stays, so that an interrupted demo can start over
-        if path.name != MARKER.name:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write_file(output / MARKER.name, "Made by 'hashengine demo', which empties this folder when it starts over.\n")
 
 
 def steps(data: str, output: Path, bits: int) -> list[Step]:

@@ -16,8 +16,8 @@ from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE, CODES_MARKER, is_split
 from hashengine._files import read_unchanged, replace_folder
 from hashengine._threads import thread_pool
-from hashengine._validation import DeviceName, check_code_array, check_device, check_integer, check_path
-from hashengine.errors import InputError, invalid
+from hashengine._validation import DeviceName, check_code_array, check_device, check_integer, check_path, is_path
+from hashengine.errors import InputError, brief, invalid
 from hashengine.evaluation.records import (
     EncodeRecord,
     Item,
@@ -117,6 +117,13 @@ class CodesFolder:
         return loaded
 
 
+def _can_be_written(item: Item) -> bool:
+    """Whether items.csv can hold the item, so that a reader gets it back."""
+    if type(item.id) is not int or not (isinstance(item.path, str) and isinstance(item.label, str)):
+        return False
+    return is_path(item.path) and (item.label == "" or is_path(item.label))
+
+
 def check_codes_folder(where: str, argument: str, codes: object) -> None:
     """Require a `CodesFolder` whose parts belong together: codes of the record's bits, and one item per code.
 
@@ -136,6 +143,9 @@ def check_codes_folder(where: str, argument: str, codes: object) -> None:
     check_code_array(where, argument, codes.codes, bits)
     if len(codes.items) != len(codes.codes):
         raise invalid(where, argument, f"{len(codes.codes)} codes with one item each", f"{len(codes.items)} items")
+    if wrong := next((item for item in codes.items if not _can_be_written(item)), None):
+        expected = "codes whose items have an integer id, and text that a file can hold as path and label"
+        raise invalid(where, argument, expected, brief(repr(tuple(wrong))))
     if other := next((item for row, item in enumerate(codes.items) if item.id != row), None):
         expected = "codes whose items have their rows, counted from 0, as ids"
         raise invalid(where, argument, expected, f"the id {other.id} for {other.path!r}", "number the items again")

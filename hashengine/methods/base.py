@@ -73,7 +73,8 @@ class HashingMethod(nn.Module):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        HashingMethod._registry[cls.name] = cls
+        if "name" in vars(cls):  # a class that inherits the name is not that method
+            HashingMethod._registry[cls.name] = cls
 
     @classmethod
     def registered(cls, name: str) -> type[HashingMethod]:

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from hashengine._config import Config, Integer, Number
 from hashengine.errors import invalid
 from hashengine.methods.base import Batch, HashingMethod
+from hashengine.ops._plain import without_autocast
 
 
 class CibHashOptions(Config):
@@ -70,7 +71,7 @@ class CibHashMethod(HashingMethod):
             raise invalid(self.name, "the second view", f"of the shape of the first, {shapes[0]}", shapes[1])
         if len(batch.activations) < 2:
             raise invalid(self.name, "batch", "at least 2 images", len(batch.activations))
-        with torch.autocast(batch.activations.device.type, enabled=False):
+        with without_autocast(batch.activations):
             first, second = (_at_least_float32(u) for u in (batch.activations, batch.second.activations))
             contrastive = _contrastive(self.binarise(first), self.binarise(second), self.options.temperature)
             bottleneck = (_divergence(first, second.detach()) + _divergence(second, first.detach())) / 2

@@ -84,7 +84,11 @@ def save(folder: Path, model: Model) -> str:
     weights = dict(model.weights)
     if model.method is not None:
         prefix = "" if model.method.name == _GREEDY_HASH else _METHOD_PREFIX
-        weights |= {prefix + name: tensor for name, tensor in model.method.weights.items()}
+        of_method = {prefix + name: tensor for name, tensor in model.method.weights.items()}
+        if both := sorted(weights.keys() & of_method.keys()):
+            actual = f"{both[0]!r}, which is also a weight of the method"
+            raise invalid(str(folder), "a weight of the network", "named otherwise than those of its method", actual)
+        weights |= of_method
     content = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
         metadata={"config": to_json(described)},

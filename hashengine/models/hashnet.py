@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hashengine import methods, ops
-from hashengine._torch_defaults import torch_defaults
+from hashengine._torch_defaults import own_random_numbers, torch_defaults
 from hashengine._validation import check_integer, check_path, dtype_name
 from hashengine.errors import invalid
 from hashengine.images import image_tensor
@@ -102,7 +102,8 @@ class HashNet(nn.Module):
     def encode(self, images: Tensor, batch_size: int = 512) -> Tensor:
         """Hash images to packed codes.
 
-        Runs in evaluation mode on the network's device and restores the mode of each module afterwards.
+        Runs in evaluation mode on the network's device and restores the mode of each module afterwards. If several
+        threads use the network, call `eval` before: the modes are those of all threads.
 
         Args:
             images: uint8 [N, channels, image_size, image_size].
@@ -152,9 +153,10 @@ class HashNet(nn.Module):
         crash may leave one file of the earlier save and one of the new save; `from_pretrained` refuses such a folder.
 
         Raises:
-            InputError: the network is on the device "meta".
+            InputError: the network is on the device "meta", or `from_pretrained` would make another hash layer.
         """
         self._check_has_values("HashNet.save_pretrained")
+        self._check_hash_layer()
         checkpoint.save(
             check_path("HashNet.save_pretrained", "folder", folder),
             checkpoint.Model(self.config, self.state_dict(), self.trained_by),
@@ -169,17 +171,14 @@ class HashNet(nn.Module):
                 names the file.
         """
         config, weights, trained_by = checkpoint.load(check_path("HashNet.from_pretrained", "folder", folder))
-        head: MakeHead = nn.Linear
-        if trained_by is not None:
-            method = methods.find(trained_by.name, str(Path(folder, checkpoint.CONFIG_FILE)))
-            head = method(**trained_by.options).head
+        head = _head_of(trained_by, str(Path(folder, checkpoint.CONFIG_FILE)))
         # A network without values comes first: config.json may describe one that no memory can hold. A subclass may
         # have other weights, and read values when it is made.
         with torch_defaults(), torch.device("meta"):
             described = HashNet(config, head)
         try:
             described.load_state_dict(weights, strict=cls is HashNet, assign=True)
-            with torch_defaults():
+            with torch_defaults(), own_random_numbers(0):
                 model = cls(config, head)
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -193,11 +192,21 @@ class HashNet(nn.Module):
         self._set_mean_and_std(self.mean)
         return self
 
+    def _check_hash_layer(self) -> None:
+        """Require the hash layer that `from_pretrained` makes: config.json describes no other."""
+        head = _head_of(self.trained_by, "HashNet.save_pretrained")
+        with torch_defaults(), torch.device("meta"):
+            made = head(self.backbone.features, self.config.bits)
+        if type(self.hash_layer) is not type(made) or repr(self.hash_layer) != repr(made):
+            advice = "save its state_dict with torch.save"
+            raise invalid("HashNet.save_pretrained", "the hash layer", repr(made), repr(self.hash_layer), advice)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert the tensors and restore the layout. torch calls this for every `.to`, `.cuda`, `.half` and so on."""
-        had_values = not self.mean.is_meta
+        dtype, had_values = self.mean.dtype, not self.mean.is_meta
         super()._apply(fn, recurse)
-        if not had_values and not self.mean.is_meta:  # `to_empty` of a module that contains the network
+        # The values are lost in `to_empty` of a module that contains the network, and rounded in another dtype.
+        if not self.mean.is_meta and (self.mean.dtype != dtype or not had_values):
             self._set_mean_and_std(self.mean)
         self._arrange_weights()
         return self
@@ -235,6 +244,13 @@ class HashNet(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             expected = f"uint8 [N, {', '.join(map(str, shape))}], as HashNet.preprocess makes them"
             raise invalid(where, "images", expected, f"{dtype_name(images)} {list(images.shape)}")
+
+
+def _head_of(trained_by: checkpoint.MethodState | None, where: str) -> MakeHead:
+    """What makes the hash layer of a network that the method trained; `where` is for an error."""
+    if trained_by is None:
+        return nn.Linear
+    return methods.find(trained_by.name, where)(**trained_by.options).head
 
 
 def _set_mean_and_std_of(network: HashNet, _: Any) -> None:

@@ -107,7 +107,7 @@ def insert(host: nn.Module, attention: nn.Module, *, is_before: bool = False) ->
     if block is None:
         host.add_module(child, attention)
         if is_before:
-            host.register_forward_pre_hook(_run_attention_before)
+            host.register_forward_pre_hook(_run_attention_before, with_kwargs=True)
         else:
             host.register_forward_hook(_run_attention)
     elif block.__module__ == TIMM:
@@ -131,6 +131,7 @@ def remove(host: nn.Module) -> str:
         for hooks in (host._forward_hooks, host._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_run_attention, _run_attention_before)]:
                 del hooks[key]
+                host._forward_pre_hooks_with_kwargs.pop(key, None)
     elif block.__module__ == TIMM:
         host.se = None  # type: ignore[assignment]  # in timm, an empty slot is a plain attribute
     else:
@@ -142,8 +143,12 @@ def _run_attention(host: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
     return _attention_of(host)(output)
 
 
-def _run_attention_before(host: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (_attention_of(host)(inputs[0]), *inputs[1:])
+def _run_attention_before(host: Any, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    attention = _attention_of(host)
+    if inputs:
+        return (attention(inputs[0]), *inputs[1:]), named
+    (name, x), *others = named.items()
+    return (), {name: attention(x), **dict(others)}
 
 
 def _attention_of(host: Any) -> Any:

@@ -246,11 +246,10 @@ def _mark_and_change_class(module: Any, to: type[nn.Module]) -> None:
 def _numerical_difference(module: nn.Module) -> str | None:
     """Compare a copy of `module` with a fused copy. Returns the reason not to fuse it, or None.
 
-    The comparison runs on the CPU and does not change the global random state.
+    The comparison runs on the CPU and draws from a generator of its own.
     """
     try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
-            torch.manual_seed(0)
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
             official = _random_copy(module)
             fused = copy.deepcopy(official)
             _change_class(fused)
@@ -275,9 +274,11 @@ def _random_copy(module: nn.Module) -> nn.Module:
     for part in twin.modules():
         if isinstance(part, nn.SyncBatchNorm):  # the same computation, without communication between processes
             part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
     for name, tensor in twin.state_dict().items():
         if tensor.is_floating_point():
-            tensor.uniform_(0.5, 1.5) if name.endswith("running_var") else tensor.normal_()
+            bounds = (0.5, 1.5) if name.endswith("running_var") else None
+            tensor.uniform_(*bounds, generator=generator) if bounds else tensor.normal_(generator=generator)
         else:
             tensor.zero_()
     return twin

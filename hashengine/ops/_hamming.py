@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hashengine._validation import MAX_BITS, check_code_array, check_filter_shape, dtype_name
 from hashengine.errors import invalid
+from hashengine.ops._plain import without_autocast
 
 # A reference computes the distances of a block of queries together. A block has at most this many distances, unless one
 # query alone has more: 64 MiB as int32, and 128 MiB for the int64 keys that hamming_topk and hamming_count derive.
@@ -78,7 +79,7 @@ def distance_rows(queries: Tensor, codes: Tensor, filter: Tensor | None) -> Iter
     for first in range(0, queries.shape[0], rows):
         block = slice(first, min(first + rows, queries.shape[0]))
         signs = _signs(queries[block])
-        with torch.autocast(codes.device.type, enabled=False):  # half precision would round the distances
+        with without_autocast(codes):  # half precision would round the distances
             parts = [((bits - signs @ _signs(part).T) / 2).int() for part in codes.split(columns)]
         distances = torch.cat(parts, 1) if parts else queries.new_empty((len(signs), 0), dtype=torch.int32)
         if filter is not None:

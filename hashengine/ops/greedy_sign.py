@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hashengine._validation import dtype_name
 from hashengine.errors import invalid
-from hashengine.ops._check import check_floating, check_gradient, check_no_nan, check_number, wide_dtype
+from hashengine.ops._check import check_constant, check_floating, check_gradient, check_no_nan, check_number, wide_dtype
 from hashengine.ops._library import define_op
 from hashengine.ops._plain import in_dtype_and_layout_of, is_functionalized, needs_plain_torch
 
@@ -40,6 +40,7 @@ def greedy_sign(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         ValueError: `u` is not floating point, or contains a NaN, or `alpha` is out of range. NaN is checked on the CPU
             only, because the check would synchronize a GPU, and not under a transform of `torch.func`.
     """
+    check_constant("greedy_sign", "alpha", alpha)
     return _plain(u, alpha) if needs_plain_torch() else _greedy_sign(u, alpha)
 
 

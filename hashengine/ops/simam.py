@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashengine.ops._check import check_feature_map, check_gradient, check_like, check_number, wide_dtype
+from hashengine.ops._check import (
+    check_constant,
+    check_feature_map,
+    check_gradient,
+    check_like,
+    check_number,
+    wide_dtype,
+)
 from hashengine.ops._library import define_op
 from hashengine.ops._plain import in_dtype_and_layout_of, needs_plain_torch, untraced
 
@@ -32,6 +39,7 @@ def simam(x: Tensor, lam: float = 1e-4) -> Tensor:
     Raises:
         ValueError: `x` is not a floating-point feature map of four axes, or `lam` is out of range.
     """
+    check_constant("simam", "lam", lam)
     return (_reference if needs_plain_torch() else _simam)(x, lam)[0]
 
 
@@ -48,6 +56,7 @@ def simam_energy(x: Tensor, lam: float = 1e-4) -> Tensor:
     Raises:
         ValueError: as for `simam`.
     """
+    check_constant("simam_energy", "lam", lam)
     return (_energy_reference if needs_plain_torch() else _simam_energy)(x, lam)
 
 

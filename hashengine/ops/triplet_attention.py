@@ -14,6 +14,7 @@ from torch import Tensor
 from hashengine.errors import invalid
 from hashengine.ops._branches import BRANCHES, add, map_numel, map_shape, max_and_mean, sum_over, unpool
 from hashengine.ops._check import (
+    check_constant,
     check_feature_map,
     check_floating,
     check_gradient,
@@ -61,6 +62,7 @@ def triplet_attention(
         ValueError: a dtype, a shape or a device is wrong, a list does not have two or three tensors, a branch has fewer
             than two values in `training`, or `eps` is out of range.
     """
+    check_constant("triplet_attention", "eps", eps)
     op = _reference if needs_plain_torch() else _triplet_attention
     y, mean, var, *_ = op(x, conv_weight, bn_weight, bn_bias, running_mean, running_var, training, eps)
     return y, mean, var
@@ -371,7 +373,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, conv_weight, bn_weight, bn_bias, _, _, ctx.training, ctx.eps = inputs
+    x, conv_weight, bn_weight, bn_bias, running_mean, running_var, ctx.training, ctx.eps = inputs
+    _refuse_gradient_of_statistics("triplet_attention", running_mean, running_var)
     ctx.branches = len(conv_weight)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -386,8 +389,14 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
     return *_gradients(grad_y, x, lists, saved[3 * ctx.branches :], ctx.training, ctx.eps), None, None
 
 
+def _refuse_gradient_of_statistics(where: str, running_mean: list[Tensor], running_var: list[Tensor]) -> None:
+    if any(tensor.requires_grad for tensor in (*running_mean, *running_var)):
+        raise invalid(where, "running statistics", "without a gradient", "some that require one", "detach them")
+
+
 def _inference_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *lists, ctx.eps = inputs
+    _refuse_gradient_of_statistics("triplet_attention_inference", *lists[3:])
     ctx.branches = len(lists[0])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *(tensor for tensors in lists for tensor in tensors))

@@ -49,6 +49,16 @@ class Split(NamedTuple):
     query: list[Picture]
 
 
+def check_folder(source: str | Path) -> None:
+    """Require a folder of class folders that `prepare` can split.
+
+    Raises:
+        InputError: it is missing, cannot be read, or has no class of at least two different images.
+    """
+    list_images(str(source), WHERE)
+    _class_folders(Path(source), SEED, None)
+
+
 def prepare(
     source: str | Path,
     output: str | Path,

@@ -16,7 +16,7 @@ from torch import Tensor
 from hashengine import _environment, _progress, methods
 from hashengine._defaults import CODES_MARKER, INDEX_MARKER, SPLIT_FILE, is_split
 from hashengine._files import TEMPORARY_LOCK, check_output, locked, make_folder, write_file
-from hashengine._torch_defaults import torch_defaults
+from hashengine._torch_defaults import own_random_numbers, torch_defaults
 from hashengine._validation import check_device
 from hashengine.errors import InputError, invalid
 from hashengine.methods.base import Batch, HashingMethod, View
@@ -146,8 +146,7 @@ def build(config: FitConfig, images: data.LabelledImages) -> tuple[HashNet, Hash
     """
     method = methods.create(config.method, **config.method_options)
     channels, size = images.images.shape[1], images.images.shape[-1]
-    with torch_defaults(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with torch_defaults(), own_random_numbers(config.seed):
         network = HashNet(config.network(images.classes, channels, size, *images.statistics()), method.head)
         method.add_parameters(config.bits, len(images.classes))
     return network, method

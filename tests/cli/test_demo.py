@@ -142,3 +142,24 @@ def test_a_folder_named_like_a_data_set_can_start_over(tmp_path, monkeypatch):
     for _ in range(2):
         demo_module.start_over(Path("digits"), "digits")
     assert (tmp_path / "digits" / ".hashengine-demo").exists()
+
+
+def test_data_that_cannot_be_split_leaves_an_earlier_demo_as_it_is(tmp_path):
+    data = make_images(tmp_path / "data", per_class=1)
+    demo_module.start_over(tmp_path / "demo", "digits")
+    (tmp_path / "demo" / "model").mkdir()
+    with pytest.raises(InputError, match="a folder with a class of at least two different images"):
+        run_demo(str(data), tmp_path / "demo", 32)
+    assert (tmp_path / "demo" / "model").is_dir()
+
+
+def test_two_demos_in_one_folder_are_refused(tmp_path, monkeypatch):
+    def second(*arguments, **options):
+        with pytest.raises(InputError, match="^demo: output must be a folder that no other demo uses, got "):
+            run_demo("digits", tmp_path / "demo", 32)
+        raise InputError("the first demo went on")
+
+    monkeypatch.setattr("hashengine.training.prepare", second, raising=False)
+    with pytest.raises(InputError, match="the first demo went on"):
+        run_demo("digits", tmp_path / "demo", 32)
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo_module.MARKER.name]

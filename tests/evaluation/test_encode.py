@@ -229,3 +229,15 @@ def test_a_record_with_bits_that_no_codes_have_is_refused(codes, tmp_path, bits)
     np.save(tmp_path / "codes" / "codes.npy", codes.codes[:, : max(bits, 0) // 8])
     with pytest.raises(InputError, match=f"must be .* in the record too, got {bits}|as items.csv and encode.json say"):
         CodesFolder.load(tmp_path / "codes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"id": 0.0}, {"id": False}, {"label": 3}, {"label": None}, {"label": b"a"}, {"label": "\ud800"}, {"path": "a\0b"}],
+    ids=repr,
+)
+def test_items_that_a_file_cannot_hold_are_refused_before_anything_is_written(codes, tmp_path, change):
+    wrong = CodesFolder(codes.codes, [codes.items[0]._replace(**change), *codes.items[1:]], codes.record)
+    with pytest.raises(InputError, match="^encode: codes must be codes whose items have an integer id, and text that"):
+        wrong.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

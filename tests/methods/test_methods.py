@@ -8,7 +8,7 @@ from torch import nn
 
 from hashengine import methods
 from hashengine.errors import InputError
-from hashengine.methods.base import Batch, View
+from hashengine.methods.base import Batch, HashingMethod, View
 
 BITS, DIM, CLASSES, COUNT = 16, 24, 3, 12
 
@@ -131,3 +131,10 @@ def test_a_wrong_method_or_option_gives_an_error_of_one_line(name, options, comp
     with pytest.raises(InputError, match=complaint) as caught:
         methods.create(name, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_subclass_that_inherits_a_name_does_not_replace_the_method():
+    registered = methods.find("greedy_hash")
+    type("Mine", (registered,), {})
+    type("Nameless", (HashingMethod,), {})
+    assert methods.find("greedy_hash") is registered

@@ -452,3 +452,17 @@ def test_mistakes_with_a_searcher_are_refused(make):
 def test_counts_of_different_rankings_are_refused(items, relevant, message):
     with pytest.raises(InputError, match=f"^DistanceCounts: {message}"):
         DistanceCounts(torch.tensor(items), torch.tensor(relevant))
+
+
+@pytest.mark.parametrize(
+    ("items", "relevant", "message"),
+    [
+        (torch.tensor([[1, 2]]), torch.tensor([[2, 1]]), "relevant must be 0 to items at each distance"),
+        (torch.tensor([[1, 2]]), torch.tensor([[-1, 1]]), "relevant must be 0 to items at each distance"),
+        (torch.tensor([[1.0, 2]]), torch.tensor([[1.0, 1]]), "items must be an int64 tensor on the CPU, got float32"),
+        (np.array([[1, 2]]), torch.tensor([[1, 1]]), "items must be an int64 tensor on the CPU, got ndarray"),
+    ],
+)
+def test_what_is_no_count_is_refused(items, relevant, message):
+    with pytest.raises(InputError, match=f"^DistanceCounts: {message}"):
+        DistanceCounts(items, relevant)

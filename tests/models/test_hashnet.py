@@ -412,3 +412,33 @@ def test_a_subclass_may_read_values_and_have_more_weights(tmp_path):
 def test_a_head_that_is_no_module_is_refused():
     with pytest.raises(InputError, match="^HashNet: head must be a function that returns an nn.Module, got NoneType"):
         HashNet(network().config, lambda features, bits: None)
+
+
+class Centred(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - 0.3)
+
+
+@pytest.mark.parametrize(
+    "head", [Centred, lambda f, b: nn.Linear(f, b, bias=False), lambda f, b: nn.Sequential(nn.Linear(f, b))]
+)
+def test_a_hash_layer_that_cannot_be_loaded_is_not_saved(tmp_path, head):
+    model = HashNet(network().config, head)
+    with pytest.raises(InputError, match="^HashNet.save_pretrained: the hash layer must be Linear.*; save its state"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_mean_and_std_are_exact_in_every_dtype():
+    model = network(mean=(0.4914,), std=(0.2023,))
+    assert model.bfloat16().float().mean.item() == torch.tensor(0.4914).item()
+    assert model.double().std.item() == 0.2023
+
+
+def test_loading_does_not_depend_on_the_modes_and_the_random_state_of_the_caller(tmp_path):
+    network().save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        model = HashNet.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(parameter.is_inference() for parameter in model.parameters())

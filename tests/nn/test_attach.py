@@ -545,3 +545,11 @@ def test_detach_needs_something_to_detach():
     message = "detach: model must be a network with attached attention, got a Sequential with none"
     with pytest.raises(he.InputError, match=message):
         he.nn.detach(nn.Sequential(SimAM(), TripletAttention()))
+
+
+def test_the_layer_after_a_norm_may_be_called_by_keyword():
+    model, x = norm_before_pooling(), torch.randn(2, 6, 8, 8)
+    he.nn.attach(model, Halve)
+    torch.testing.assert_close(model[2](input=x), model[2](x), rtol=0, atol=0)
+    he.nn.detach(model)
+    assert not model[2]._forward_pre_hooks and not model[2]._forward_pre_hooks_with_kwargs

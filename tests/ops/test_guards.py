@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hashengine import _native, ops
+from hashengine.nn import GreedyHash, SimAM
 from hashengine.ops.triplet_attention import triplet_attention_inference
 from hashengine.ops.triplet_attention_update import triplet_attention_update
 from tests.helpers.eager import gate_maps, triplet_parameters
@@ -294,3 +295,33 @@ def test_an_empty_batch_of_vmap_is_refused_in_one_line():
     x = torch.zeros(0, 2, 3, 4, 5)
     with pytest.raises(ValueError, match="^vmap: the batch must be of at least one element, got 0"):
         torch.vmap(lambda x: RAW_OPS.triplet_attention_inference(x, *PARAMETERS, 1e-5))(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x, number: ops.greedy_sign(x, number), "greedy_sign: alpha"),
+        (lambda x, number: ops.simam(x, number), "simam: lam"),
+        (lambda x, number: ops.simam_energy(x, number), "simam_energy: lam"),
+        (lambda x, number: ops.triplet_attention(x, *PARAMETERS, False, number), "triplet_attention: eps"),
+        (lambda x, number: GreedyHash(number), "GreedyHash: alpha"),
+        (lambda x, number: SimAM(lam=number), "SimAM: lam"),
+    ],
+)
+def test_numbers_that_require_a_gradient_are_refused(call, name):
+    number = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(ValueError, match=f"^{name} must be a number, got a tensor that requires a gradient"):
+        call(feature_map("contiguous"), number)
+    call(feature_map("contiguous"), number.detach())
+
+
+@pytest.mark.parametrize("place", [3, 4])
+def test_running_statistics_that_require_a_gradient_are_refused(place):
+    parameters = [[tensor.clone() for tensor in tensors] for tensors in PARAMETERS]
+    parameters[place][1].requires_grad_()
+    x = feature_map("contiguous")
+    for op in (triplet_attention_inference, lambda *arguments: ops.triplet_attention(*arguments, False)):
+        with pytest.raises(ValueError, match="running statistics must be without a gradient, got some that require"):
+            op(x, *parameters)
+        with torch.no_grad():
+            op(x, *parameters)

@@ -1,6 +1,7 @@
 """Training: from a folder of class folders to a model folder and its record."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hashengine.methods.base import Batch, HashingMethod
 from hashengine.models import HashNet, checkpoint
 from hashengine.training import FitConfig, Run, fit
 from hashengine.training.data import load
+from hashengine.training.loop import build
 from tests.helpers.tiny_images import write_noise
 
 
@@ -176,3 +178,27 @@ def test_an_earlier_model_is_replaced_but_not_that_of_an_index(images, tmp_path)
     (tmp_path / "index.json").write_text('{"fingerprint": "", "sources": []}')
     with pytest.raises(InputError, match="^fit: output must be .* which is in a folder that holds index.json"):
         fit(tiny(images, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("method", ["greedy_hash", "itq"])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+)
+def test_the_modes_of_the_caller_change_nothing(images, tmp_path, mode, method):
+    fit(tiny(images, tmp_path / "plain", method=method, bits=8))
+    with mode():
+        fit(tiny(images, tmp_path / "mode", method=method, bits=8))
+    plain, within = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "mode"))
+    assert plain == within
+
+
+def test_networks_built_in_two_threads_are_those_of_their_seeds(images, tmp_path):
+    data = load(images)
+    configs = [tiny(images, tmp_path / str(seed), seed=seed) for seed in range(8)]
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(2) as pool:
+        built = [network for network, _ in pool.map(lambda config: build(config, data), configs)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for config, network in zip(configs, built, strict=True):
+        alone, _ = build(config, data)
+        torch.testing.assert_close(network.state_dict(), alone.state_dict(), rtol=0, atol=0)
