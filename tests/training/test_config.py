@@ -47,7 +47,7 @@ def test_the_options_of_the_method_are_given_like_the_others():
         ({"flip": 1}, "^fit: flip must be true or false, got 1$"),
         ({"epochs": 0}, "^fit: epochs must be greater than 0, got 0"),
         ({"batch_size": 1}, "^fit: batch_size must be greater than or equal to 2, got 1"),
-        ({"lr": float("inf")}, "^fit: lr must be a finite number"),
+        ({"lr": float("inf")}, "^fit: lr must be less than or equal to 10*, got inf"),
     ],
 )
 def test_a_mistake_gives_an_error_of_one_line(options, complaint):
