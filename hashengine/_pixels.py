@@ -252,7 +252,7 @@ def _transform(profile: bytes) -> tuple[str, Any]:
 
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space.strip()
-    # Without the optimisation, dark levels of a linear grey profile are exact. It would save no time for one channel.
+    # The optimised transform rounds the dark levels of a linear grey profile.
     flags = ImageCms.Flags.NOOPTIMIZE if space == "GRAY" else ImageCms.Flags.NONE
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), _SPACES[space][0], "RGB", flags=flags)
     if space == "RGB":

@@ -156,12 +156,8 @@ def number_form(above: float | None, least: float | None) -> str:
 
 
 def check_number(where: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
-    """Require a finite number that is greater than `above`, or at least `least`; one of these bounds is given.
-
-    A tensor that requires a gradient is refused, because its gradient would be lost.
-    """
-    if is_tensor(value) and value.requires_grad:
-        raise invalid(where, name, "a number", "a tensor that requires a gradient", "pass its value as a float")
+    """Require a finite number that is greater than `above`, or at least `least`; one of these bounds is given."""
+    check_constant(where, name, value)
     try:
         number = float(value) if _may_be_number(value) else math.nan
     except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several values
@@ -170,6 +166,12 @@ def check_number(where: str, name: str, value: Any, *, above: float | None = Non
     if not (is_in_range and number < math.inf):
         raise invalid(where, name, number_form(above, least), shown(value))
     return number
+
+
+def check_constant(where: str, name: str, value: Any) -> None:
+    """Require that a number is no tensor that requires a gradient, which would be lost."""
+    if is_tensor(value) and value.requires_grad:
+        raise invalid(where, name, "a number", "a tensor that requires a gradient", "pass its value as a float")
 
 
 def _may_be_number(value: Any) -> bool:

@@ -324,11 +324,11 @@ def test_a_wide_gamut_profile_is_converted_to_srgb(tmp_path):
 def test_a_grey_profile_is_converted_and_transparency_stays(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.png", icc_profile=GAMMA_GREY)
     linear = np.rint(255 * np.clip(1.055 * (GREY / 255) ** (1 / 2.4) - 0.055, 0, 1))
-    assert np.abs(read(tmp_path / "a.png", "L") - linear)[GREY > 8].max() <= 1  # LittleCMS is less exact near black
+    assert np.abs(read(tmp_path / "a.png", "L") - linear).max() <= 1
     half = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(np.where(GREY < 128, 255, 0).astype(np.uint8))))
     half.save(tmp_path / "half.png", icc_profile=GAMMA_GREY)
     found = read(tmp_path / "half.png", "L")
-    assert np.abs(found - linear)[(GREY > 8) & (GREY < 128)].max() <= 1 and (found[GREY >= 128] == 255).all()
+    assert np.abs(found - linear)[GREY < 128].max() <= 1 and (found[GREY >= 128] == 255).all()
 
 
 def test_an_srgb_profile_changes_nothing(tmp_path):

@@ -47,7 +47,7 @@ class CodesFolder:
     record: EncodeRecord
 
     def described(self) -> EncodeRecord:
-        """The record of these codes and items. A caller may have made them from those that `record` describes.
+        """`record` with the number and the digests of these codes and items, which a caller may have changed.
 
         Raises:
             InputError: the parts do not belong together, as `check_codes_folder` describes.

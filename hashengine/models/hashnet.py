@@ -254,7 +254,7 @@ def _head_of(trained_by: checkpoint.MethodState | None, where: str) -> MakeHead:
 
 
 def _set_mean_and_std_of(network: HashNet, _: Any) -> None:
-    """After `load_state_dict(assign=True)`, the parameters may have another device, such as not "meta", or dtype."""
+    """Give the buffers the dtype and the device of the parameters, which `load_state_dict(assign=True)` may change."""
     like = next(network.backbone.parameters(), None)  # None in FSDP1
     if like is not None and (like.device, like.dtype) != (network.mean.device, network.mean.dtype):
         network._set_mean_and_std(like)

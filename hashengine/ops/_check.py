@@ -6,7 +6,6 @@ reads values; the references call it and the fakes do not.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +64,6 @@ def check_number(
     is_in_range = value >= least if least is not None else above is not None and value > above
     if not (is_in_range and value < math.inf):
         raise invalid(where, name, number_form(above, least), _short(value))
-
-
-def check_constant(where: str, name: str, value: Any) -> None:
-    """Check that a number is no tensor that requires a gradient, which would be lost."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise invalid(where, name, "a number", "a tensor that requires a gradient", "pass its value as a float")
 
 
 def _short(value: float) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashengine._validation import dtype_name
+from hashengine._validation import check_constant, dtype_name
 from hashengine.errors import invalid
-from hashengine.ops._check import check_constant, check_floating, check_gradient, check_no_nan, check_number, wide_dtype
+from hashengine.ops._check import check_floating, check_gradient, check_no_nan, check_number, wide_dtype
 from hashengine.ops._library import define_op
 from hashengine.ops._plain import in_dtype_and_layout_of, is_functionalized, needs_plain_torch
 

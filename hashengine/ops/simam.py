@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hashengine._validation import check_constant
 from hashengine.ops._check import (
-    check_constant,
     check_feature_map,
     check_gradient,
     check_like,

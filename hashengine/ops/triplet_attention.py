@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hashengine._validation import check_constant
 from hashengine.errors import invalid
 from hashengine.ops._branches import BRANCHES, add, map_numel, map_shape, max_and_mean, sum_over, unpool
 from hashengine.ops._check import (
-    check_constant,
     check_feature_map,
     check_floating,
     check_gradient,
@@ -427,7 +427,7 @@ def _gradients(
 
 
 def _no_gradients(branches: int, options: int) -> tuple[Any, ...]:
-    """A gradient of None for x, for each tensor of five lists, and for each of the options after them."""
+    """None as the gradient of every argument: of x, of five lists with one tensor per branch, and of the options."""
     return None, *([[None] * branches] * 5), *([None] * options)
 
 

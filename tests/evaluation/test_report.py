@@ -234,3 +234,13 @@ def test_none_in_place_of_a_path_is_refused(index, searched, tmp_path, argument)
     arguments = {"index": index.folder, **searched} | {argument: None}
     with pytest.raises(InputError, match=f"^report: {argument} must be a path"):
         write_report(tmp_path / "report.html", **arguments)
+
+
+def test_the_colours_are_explained_if_only_some_queries_have_a_class(index, queries, tmp_path):
+    results = index.search(queries, 1)
+    for name, labelled in (("some", 1), ("none", 0)):
+        for number, query in enumerate(results.queries):
+            query.label = "a" if number < labelled else ""
+        results.write(tmp_path / "results.json")
+        write_report(tmp_path / f"{name}.html", index.folder, tmp_path / "results.json", rows=len(results.queries))
+        assert (tmp_path / f"{name}.html").read_text().count('class="key"') == labelled

@@ -131,3 +131,9 @@ def test_a_missing_view_and_a_single_image_are_rejected():
 def test_the_head_has_the_hidden_units_of_the_option():
     first, _, last = methods.create("cibhash", hidden=20).head(8, 16)
     assert (first.out_features, last.in_features, last.out_features) == (20, 20, 16)
+
+
+def test_the_loss_works_on_a_device_without_autocast():
+    views = (activations(5, 8, seed).to("meta") for seed in (0, 1))
+    terms = methods.create("cibhash").loss(batch(*views), 0, 1)
+    assert all(term.is_meta and term.shape == () for term in terms.values())

@@ -666,6 +666,21 @@ def test_a_foreign_evaluation_that_appears_before_the_evaluation_is_kept(data, m
     assert foreign.read_bytes() == OTHER_FILES[0]
 
 
+@pytest.mark.parametrize("name", ["seed=0/evaluation.json", "table.json"])
+def test_a_record_that_may_not_be_read_is_not_called_foreign(data, monkeypatch, name):
+    sweep(config(data, grid={"seed": [0]}))
+    forbidden, read = data / "runs" / name, Path.read_bytes
+
+    def read_bytes(path):
+        if path == forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(PermissionError):
+        sweep(config(data, grid={"seed": [0]}))
+
+
 def test_a_copy_that_was_evaluated_with_a_copy_of_the_queries_counts_once(data):
     sweep(config(data, grid={"seed": [0]}))
     shutil.copytree(data / "runs", data / "copies")

@@ -65,9 +65,9 @@ struct MapTiling {
   // The number of values of a tile with its border: pitch() per row, area() in total.
   __host__ __device__ int pitch(int kernel_size) const { return columns + kernel_size - 1; }
   __host__ __device__ int area(int kernel_size) const { return (rows() + kernel_size - 1) * pitch(kernel_size); }
-  // The same for an array in which columns are contiguous, in response_backward.cu for a kernel_size of 7. A column has
-  // 4 times an odd number of values. Therefore every 4th one is aligned to 16 bytes, and if 8 lanes load 16 bytes each
-  // from adjacent columns, no two of them use the same bank of shared memory.
+  // The same for the arrays in response_backward.cu for a kernel_size of 7, in which the values of a column are
+  // contiguous. The pitch is 4 times an odd number. Therefore each column of floats begins at a multiple of 16 bytes.
+  // If 8 lanes load 16 bytes each from 8 adjacent columns, they use 32 different banks of shared memory.
   __host__ __device__ int column_pitch() const { return rows() + 12; }
   __host__ __device__ int column_area() const { return pitch(7) * column_pitch(); }
   int64_t shared_values(int kernel_size, int planes) const {
