@@ -46,22 +46,29 @@ def _peak_of(allocations: list[int]) -> int:
     return peak
 
 
-def extra_resident_bytes(call: Callable[[], Any]) -> int | None:
+def extra_resident_bytes(call: Callable[[], Any], rounds: int = 3) -> int | None:
     """Peak of the process's resident bytes during the call, minus the resident bytes before it and the returned arrays.
+
+    The largest of `rounds` measurements: pages that leave memory during a call, such as pages of a mapped file that the
+    system takes back, hide memory that the call needs.
 
     None if /proc does not report them, as on systems other than Linux.
     """
+    try:
+        return max(_extra_resident_bytes_of_one_call(call) for _ in range(rounds))
+    except OSError:
+        return None
+
+
+def _extra_resident_bytes_of_one_call(call: Callable[[], Any]) -> int:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)  # returns freed blocks to the system; otherwise blocks that the call reuses would not count
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
-        before = _status_bytes("VmRSS")
-        result = call()
-        peak = _status_bytes("VmHWM")
-    except OSError:
-        return None
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
+    before = _status_bytes("VmRSS")
+    result = call()
+    peak = _status_bytes("VmHWM")
     returned = sum(array.nbytes for array in result) if isinstance(result, tuple) else 0
     return max(0, peak - before - returned)
 

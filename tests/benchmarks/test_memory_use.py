@@ -26,3 +26,15 @@ def test_the_extra_memory_of_a_call_excludes_what_it_returns():
 
     extra = memory_use.extra_resident_bytes(call)
     assert extra is None or extra == pytest.approx(32 << 20, abs=2 << 20)
+
+
+def test_memory_that_is_released_during_one_call_hides_nothing():
+    """As when the system takes back pages of mapped files."""
+    resident = [np.ones(64 << 20, np.uint8)]
+
+    def call():
+        resident.clear()
+        np.ones(32 << 20, np.uint8)
+
+    extra = memory_use.extra_resident_bytes(call)
+    assert extra is None or extra == pytest.approx(32 << 20, abs=2 << 20)
