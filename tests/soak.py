@@ -195,10 +195,11 @@ class Comparison:
 
     def save_and_load(self) -> None:
         """Save one of the two indexes, then load `index`, and sometimes `plain`, from the folder."""
-        path, mmap = self.folder / self.pick("ab"), self.chance(0.5)
+        writer, mmap = self.pick(("index", "plain")), self.chance(0.5)
+        path = self.folder / f"{writer}-{self.pick('ab')}"  # a folder of one writer: others may not save to it
         self.place = self.pick(placements(self.devices))
         self.operation += f" to {self.place}, mmap={mmap}"
-        self.pick((self.index, self.plain)).save(path)
+        getattr(self, writer).save(path)
         self.index = HammingIndex.load(path, mmap=mmap, **self.place)
         if self.chance(0.3):
             self.plain = HammingIndex.load(path)

@@ -71,14 +71,16 @@ class Contents:
 
 @dataclass(frozen=True)
 class SavePoint:
-    """A folder, and the manifest that it had when its contents were last equal to the index in memory.
+    """The folder of the last save or load of an index, and the manifest that it had then.
 
-    `versions` tells whether another program has changed or replaced the files of the manifest since.
+    `versions` tells whether another program has changed or replaced the files of the manifest since. `rows_changed`
+    tells whether rows of the manifest have changed in memory since.
     """
 
     path: Path
     manifest: Manifest
     versions: dict[str, Version]
+    rows_changed: bool = False
 
 
 # Saving.
@@ -90,15 +92,22 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
     Args:
         path: the folder; created if it does not exist.
         contents: the index.
-        last: the folder, the manifest and the versions of its files at the last save or load of this index, or None. If
-            all are unchanged, only the new codes and ids, and which rows are live, are written. Otherwise everything is
+        last: the last save or load of this index, or None. If the folder, the versions of its files and the rows are
+            unchanged, only the new codes and ids, and which rows are live, are written. Otherwise everything is
             written.
+
+    Raises:
+        InputError: as `HammingIndex.save`.
     """
     if path.exists() and not path.is_dir():
         raise invalid("save", "path", "a folder or not exist yet", f"the file {path}")
     with _explain_read_only(path), _locked(path):
         old = read_manifest(path) if (path / MANIFEST).exists() else None
         base = None
+        if last is not None and old is not None and last.path == path.resolve() and last.manifest != old:
+            expected = "a folder that still holds the index of the last load or save"
+            advice = "load it and change it again, or save to another folder"
+            raise invalid("save", "path", expected, f"{path}, to which another index was saved since", advice)
         if last is not None and old is not None and last == SavePoint(path.resolve(), old, _versions(path, old)):
             base = old
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import threading
 import weakref
@@ -397,7 +398,7 @@ class HammingIndex:
             stored = self._current("update").codes
             rows = self._snapshot.rows_of(wanted, "update")
             if len(rows):
-                self._last_saved = None  # the next save must write these rows again
+                self._write_all_rows_next()
                 with self._explain_out_of_memory("update", new_codes.nbytes):
                     replacements = stored.scatter(rows, new_codes)
 
@@ -416,7 +417,7 @@ class HammingIndex:
                 with self._explain_out_of_memory("compact", self._bytes_per_device(snapshot.count)):
                     blocks = snapshot.codes.blocks(snapshot.live_rows())
                     codes = GrowingCodes.from_blocks(blocks, snapshot.count, self.bits // 8, self._code_devices)
-                    self._last_saved = None  # first, because Ctrl-C may end this after the rows have moved
+                    self._write_all_rows_next()  # first, because Ctrl-C may end this after the rows have moved
                     self._publish_codes(codes, snapshot.count, snapshot.live_ids(), None, snapshot.next_id)
 
     # Folders, devices, copies.
@@ -425,12 +426,12 @@ class HammingIndex:
         """Write the index to a folder. If the last save or load used this folder, only new codes and ids are written.
 
         The folder contains a manifest and a file with the codes as they are in memory, row after row. A save appends
-        the new codes to that file. After an update or a compaction, or if another save has changed the folder or the
-        file is no longer complete, it writes all codes to a new file. If it fails before the new manifest replaces the
-        old one, the old index remains.
+        the new codes to that file. After an update or a compaction, or if the file is no longer complete, it writes all
+        codes to a new file. If it fails before the new manifest replaces the old one, the old index remains.
 
         Raises:
-            InputError: the path cannot be written to, contains a damaged index, or is in use by another save.
+            InputError: the path cannot be written to, contains a damaged index, or is in use by another save; or it is
+                the folder of the last load or save, and another index was saved to it since, whose codes would be lost.
             OSError: the disk is full or fails.
         """
         with self._writing("save"):
@@ -623,6 +624,11 @@ class HammingIndex:
         index._last_saved = self._last_saved
         return index
 
+    def _write_all_rows_next(self) -> None:
+        """Let the next save write all rows, because rows that are in the folder change."""
+        if self._last_saved is not None:
+            self._last_saved = dataclasses.replace(self._last_saved, rows_changed=True)
+
     def _mapped_folder(self) -> folder.StoredIndex | None:
         """The folder whose file equals the first codes of this mapped index.
 
@@ -630,7 +636,7 @@ class HammingIndex:
         the files, or has another file of codes.
         """
         file = self._snapshot.codes.file
-        if self._last_saved is None or file is None:
+        if self._last_saved is None or self._last_saved.rows_changed or file is None:
             return None
         stored = folder.StoredIndex(self._last_saved.path, self._last_saved.manifest)
         return stored if stored.has_files() and file.is_at(stored.codes_file()) else None

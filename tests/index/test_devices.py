@@ -22,22 +22,22 @@ def small_blocks(monkeypatch):
 def test_the_method_to_changes_the_devices_and_nothing_else(tmp_path):
     index = index_of(100, bits=BITS, ids=True)
     index.remove(np.array([30, 990]))
-    index.save(tmp_path)
     assert index.to() is index.to("cpu") is index.to(torch.device("cpu"), streamed=False) is index
-    for placement in PLACEMENTS[1:]:
+    for number, placement in enumerate(PLACEMENTS[1:]):
+        folder = tmp_path / str(number)
+        index.save(folder)
         other = index.to(**placement)
         assert other.devices == (torch.device("cpu"),) * len(placement["device"])
         assert other.streamed == placement["streamed"]
         assert other.to(**placement) is other
         assert_same_index(other, index)
-        inode = {file.stat().st_ino for file in tmp_path.glob("codes-*.bin")}
+        inode = {file.stat().st_ino for file in folder.glob("codes-*.bin")}
         other.add(codes_of(1, BITS), np.array([7]))
-        other.save(tmp_path)  # appends to the file
-        assert {file.stat().st_ino for file in tmp_path.glob("codes-*.bin")} == inode
+        other.save(folder)  # appends to the file
+        assert {file.stat().st_ino for file in folder.glob("codes-*.bin")} == inode
         other.remove(np.array([7]))
         other.update(np.array([0]), codes_of(1, BITS, seed=5))
         assert len(index) == 98 and (index.reconstruct(np.array([0])) == codes_of(100, BITS)[99]).all()
-        index.save(tmp_path)
     assert str(index) == "HammingIndex(bits=16, codes=98)"
     assert str(index.to(["cpu"] * 2, streamed=True)) == "HammingIndex(bits=16, codes=98, device=cpu, cpu, streamed)"
 

@@ -73,13 +73,10 @@ def test_the_codes_file_equals_the_codes_in_memory(tmp_path):
 
 def test_a_save_replaces_another_index_in_the_folder(tmp_path):
     index_of().save(tmp_path)
-    stale = HammingIndex.load(tmp_path)
     other = index_of(20, bits=128)
     other.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
-    stale.add(codes_of(1))
-    stale.save(tmp_path)  # the folder has changed since `stale` was loaded, so nothing may be appended
-    assert_same_index(HammingIndex.load(tmp_path), stale)
+    assert_same_index(HammingIndex.load(tmp_path), other)
 
 
 def failing(function, after: int):
@@ -282,14 +279,37 @@ def test_the_error_of_a_file_system_without_locks_names_the_lock(tmp_path, monke
         index_of().save(tmp_path)
 
 
-def test_two_writers_that_take_turns_leave_a_complete_index(tmp_path):
+def test_a_save_that_would_lose_the_codes_of_another_save_is_refused(tmp_path):
     index_of().save(tmp_path)
     first, second = HammingIndex.load(tmp_path, mmap=True), HammingIndex.load(tmp_path)
     for step in range(3):
-        for writer in (first, second):
-            writer.add(codes_of(3 + step, seed=step))
-            writer.save(tmp_path)
-            assert_same_index(HammingIndex.load(tmp_path), writer)
+        first.add(codes_of(3 + step, seed=step))
+        first.save(tmp_path)
+        second.add(codes_of(2))
+        for _ in range(2):
+            for writer in (second, copy.copy(second)):
+                with pytest.raises(
+                    InputError, match="got .*, to which another index was saved since; load it and change"
+                ):
+                    writer.save(tmp_path)
+            second.update(np.array([5]), codes_of(1))
+        assert_same_index(HammingIndex.load(tmp_path), first)
+        second.save(tmp_path / "other")
+        second = HammingIndex.load(tmp_path)
+        second.add(codes_of(4, seed=step))
+        second.save(tmp_path)
+        first = HammingIndex.load(tmp_path, mmap=True)
+        assert_same_index(first, second)
+
+
+def test_an_index_of_another_folder_replaces_the_one_in_a_folder(tmp_path):
+    index_of().save(tmp_path / "a")
+    index_of(20).save(tmp_path / "b")
+    moved, new = HammingIndex.load(tmp_path / "a"), index_of(30)
+    moved.save(tmp_path / "b")
+    assert len(HammingIndex.load(tmp_path / "b")) == 50
+    new.save(tmp_path / "b")
+    assert len(HammingIndex.load(tmp_path / "b")) == 30
 
 
 def test_a_load_starts_again_if_a_save_removes_the_files_to_read(tmp_path, monkeypatch):
