@@ -98,11 +98,11 @@ class FitConfig(Config):
             raise ValueError(f"must be one of {', '.join(methods.names())}")
         return name
 
-    @field_validator("device")
+    @field_validator("device", mode="before")
     @classmethod
-    def _is_a_device(cls, name: str) -> str:
+    def _is_a_device(cls, name: Any) -> str:
         check_device_name(cls.where, name, auto=True)
-        return name
+        return str(name)
 
     @field_validator("method_options")
     @classmethod
