@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from hashengine._config import Config
-from hashengine._validation import check_integer
+from hashengine._validation import FLOATING, check_array, check_integer
+from hashengine.errors import invalid
 from hashengine.ops import greedy_sign
 
 
@@ -103,6 +104,20 @@ class HashingMethod(nn.Module):
             InputError: a size is not a positive integer.
         """
         return tuple(check_integer(self.name, name, value, 1) for name, value in sizes.items())
+
+    def check_activations(self, batch: Batch) -> None:
+        """Require activations [N, bits] of a floating dtype, of at least one image, in both views.
+
+        Raises:
+            InputError: they are something else.
+        """
+        for view in (batch, batch.second) if batch.second is not None else (batch,):
+            u = view.activations
+            if not isinstance(u, Tensor):
+                raise invalid(self.name, "activations", "a torch tensor", type(u).__name__)
+            check_array(self.name, "activations", u, FLOATING, may_be_meta=True)
+            if u.dim() != 2 or 0 in u.shape:
+                raise invalid(self.name, "activations", "[N, bits] with N and bits at least 1", list(u.shape))
 
     def add_parameters(self, bits: int, classes: int) -> None:
         """Register the parameters of the loss, such as a classifier or proxies. The default registers none.

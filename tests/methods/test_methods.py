@@ -100,6 +100,24 @@ def test_the_loss_does_not_overflow_in_half_precision(name, dtype):
     assert bool(torch.isfinite(u.grad).all())
 
 
+@trained_methods
+@pytest.mark.parametrize(
+    ("activations", "complaint"),
+    [
+        (torch.ones(COUNT, BITS, dtype=torch.int64), "float64, float32, float16 or bfloat16, got int64"),
+        (torch.ones(COUNT), "[N, bits] with N and bits at least 1, got [12]"),
+        (torch.ones(COUNT, BITS, 2), "[N, bits] with N and bits at least 1, got [12, 16, 2]"),
+        (torch.ones(0, BITS), "[N, bits] with N and bits at least 1, got [0, 16]"),
+        ([1.0], "a torch tensor, got list"),
+    ],
+)
+def test_activations_that_have_no_loss_are_refused_in_one_line(name, activations, complaint):
+    batch = Batch(activations, activations, torch.zeros(len(activations)).long(), View(activations, activations))
+    with pytest.raises(InputError) as caught:
+        make(name).loss(batch, 0, 1)
+    assert str(caught.value) == f"{name}: activations must be {complaint}"
+
+
 @every_method
 def test_a_state_dict_restores_the_parameters_of_a_method(name):
     method, other = make(name), methods.create(name)
