@@ -94,8 +94,7 @@ class FitConfig(Config):
     @field_validator("method")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        if name not in methods.names():
-            raise ValueError(f"must be one of {', '.join(methods.names())}")
+        methods.find(name, cls.where)
         return name
 
     @field_validator("device", mode="before")
