@@ -107,6 +107,13 @@ class Config(BaseModel):
         return invalid(self.where or type(self).__name__, name, "left as it was constructed", actual, advice)
 
     @classmethod
+    def require(cls, config: Any) -> None:
+        """Require that the argument `config` of the function that an error names is of this class."""
+        if not isinstance(config, cls):
+            advice = f"pass {cls.__name__}(...)"
+            raise invalid(cls.where or cls.__name__, "config", f"a {cls.__name__}", type(config).__name__, advice)
+
+    @classmethod
     def checked(cls, where: str, /, **values: Any) -> Self:
         """Construct from `values`. An error names the argument `where`, such as a file, not the attribute `where`."""
         new = cls.__new__(cls)

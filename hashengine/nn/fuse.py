@@ -117,7 +117,9 @@ def fuse(model: nn.Module) -> FuseReport:
     device and dtype stay the same. Results differ by rounding only, except for planes of 1 x 1, on which the official
     SimAM divides by zero.
 
-    `unfuse` gives the modules their official classes back.
+    `unfuse` gives the modules their official classes back. Call it before you replace a part of a module, such as the
+    pooling of a gate or the sigmoid of a SimAM, which a fused module does not run, and before you call a method that
+    the official class has.
 
     Args:
         model: changed in place. Call `fuse` before `torch.compile` and before DDP wraps the model.

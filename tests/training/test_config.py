@@ -10,7 +10,7 @@ import torch
 from hashengine.errors import InputError
 from hashengine.methods import create, find, names
 from hashengine.models import HashNetConfig
-from hashengine.training import FitConfig, SweepConfig
+from hashengine.training import FitConfig, SweepConfig, fit, sweep
 from hashengine.training.config import override, parse_yaml, read_yaml
 
 FOLDERS = {"images": "images", "output": "model"}
@@ -77,6 +77,19 @@ def test_a_change_of_a_configuration_gives_an_error_of_one_line_with_another_way
         del config.bits
     assert "\n" not in str(new.value) + str(deleted.value)
     assert FitConfig(**config.model_dump() | {"bits": 8}) == FitConfig(**FOLDERS, bits=8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (fit, "fit: config must be a FitConfig, got dict; pass FitConfig(...)"),
+        (sweep, "train sweep: config must be a SweepConfig, got dict; pass SweepConfig(...)"),
+    ],
+)
+def test_options_that_are_no_configuration_are_refused_in_one_line(call, message):
+    with pytest.raises(InputError) as caught:
+        call(FOLDERS)
+    assert str(caught.value) == message
 
 
 NETWORK = {"classes": ("a", "b")}
