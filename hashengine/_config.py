@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
-from hashengine._validation import as_integer, is_path
-from hashengine.errors import input_error
+from hashengine._validation import as_integer, is_bool, is_path
+from hashengine.errors import InputError, brief, input_error, invalid, shown
 
 
 def _check_integer(value: Any) -> int:
@@ -26,7 +26,7 @@ def _check_choice(value: Any) -> Any:
 
 
 def _check_number(value: Any) -> Any:
-    if isinstance(value, bool):
+    if is_bool(value):
         raise ValueError("must be a valid number")
     return value
 
@@ -77,6 +77,41 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise input_error(error, self.where or type(self).__name__) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _have_an_order(cls, values: Any) -> Any:
+        """Refuse sets, which pydantic would take for tuples."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, (set, frozenset)):
+                raise ValueError(f"{name} must be a list or a tuple, which has an order, got {brief(shown(value))}")
+        return values
+
+    if not TYPE_CHECKING:  # a type checker would allow assignments to any name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            try:
+                super().__setattr__(name, value)
+            except ValidationError:
+                raise self._frozen(name, f"the new value {brief(shown(value))}") from None
+
+        def __delattr__(self, name: str) -> None:
+            try:
+                super().__delattr__(name)
+            except ValidationError:
+                raise self._frozen(name, "a deletion") from None
+
+    def _frozen(self, name: str, actual: str) -> InputError:
+        made = f"{type(self).__name__}(**config.model_dump() | {{{name!r}: ...}})"
+        advice = f"make another configuration: {made}"
+        return invalid(self.where or type(self).__name__, name, "left as it was constructed", actual, advice)
+
+    @classmethod
+    def require(cls, config: Any) -> None:
+        """Require that the argument `config` of the function that an error names is of this class."""
+        if not isinstance(config, cls):
+            advice = f"pass {cls.__name__}(...)"
+            raise invalid(cls.where or cls.__name__, "config", f"a {cls.__name__}", type(config).__name__, advice)
 
     @classmethod
     def checked(cls, where: str, /, **values: Any) -> Self:

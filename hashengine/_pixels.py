@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImagePalette
 from PIL.GifImagePlugin import GifImageFile
+from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PsdImagePlugin import PsdImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -17,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from hashengine.errors import invalid
 
 _PSD_CHANNELS, _PSD_COLOURS = 12, 26  # places in the file: the number of channels, and the length of the colours
+_PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG file
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # and the modes with the same bands that Pillow can convert
 # For each colour space of a profile: the mode of its pixels, and the modes that Pillow converts to it without loss.
 _SPACES = {
@@ -71,7 +73,11 @@ def encoding_of(image: Image.Image, where: str) -> Encoding:
             is_16_bit=image.format in ("PNG", "PPM"),
             is_negative=image.mode == "1" and image.format in ("PSD", "XBM"),  # a set bit is black
             covered=_covered_by_first_frame(image) if isinstance(image, GifImageFile) else None,
-            is_opaque=image.mode == "RGBA" and (_is_tga_without_alpha(image) or _is_psd_without_transparency(image)),
+            is_opaque=image.mode == "RGBA"
+            and any(
+                has_none(image)
+                for has_none in (_is_tga_without_alpha, _is_psd_without_transparency, _is_ico_without_alpha)
+            ),
         )
     tags = image.tag_v2
     bits, formats = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
@@ -121,6 +127,14 @@ def _is_psd_without_transparency(image: Image.Image) -> bool:
         start += 4 + length
     layers = _number_at(image, start + 8, 2) if _number_at(image, start, 4) else 0
     return layers is not None and layers < 1 << 15
+
+
+def _is_ico_without_alpha(image: Image.Image) -> bool:
+    """Whether the alpha of an ICO file is 0 in every pixel: the padding of writers that know no alpha. PNG has none."""
+    if not isinstance(image, IcoImageFile) or image.getchannel("A").getextrema() != (0, 0):
+        return False
+    frame = image.ico.entry[image.ico.getentryindex(image.size)]
+    return frame.bpp == 32 and _number_at(image, frame.offset, len(_PNG)) != int.from_bytes(_PNG, "big")
 
 
 def _number_at(image: Image.Image, start: int, size: int) -> int | None:

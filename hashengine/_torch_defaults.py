@@ -5,41 +5,64 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from torch.overrides import TorchFunctionMode
 
-_lock = threading.Lock()  # held while one of the following two or the default dtype changes
-_blocks = 0  # the number of `with torch_defaults()` blocks that run, in all threads
-_before: torch.dtype | None = None  # the default dtype outside these blocks
 _random_lock = threading.RLock()  # held while the generator of the process is in another state
+
+
+@cache
+def _float32() -> type[TorchFunctionMode]:
+    """The mode in which functions that make tensors of the default dtype make float32. It acts in one thread only."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    always = {
+        *(torch.empty, torch.empty_permuted, torch.empty_strided, torch.zeros, torch.ones, torch.eye),
+        *(torch.rand, torch.randn, torch.linspace, torch.logspace),
+    }
+    for_floats = {torch.tensor, torch.as_tensor, torch.full, torch.arange, torch.scalar_tensor}
+
+    class Float32(TorchFunctionMode):
+        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            named = kwargs or {}
+            if named.get("dtype") is None and (func in always or (func in for_floats and _has_float(args, named))):
+                named = {**named, "dtype": torch.float32}
+            return func(*args, **named)
+
+    return Float32
+
+
+def _has_float(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a number of Python among the arguments, or in lists of them, is a float."""
+    values = [*args, *named.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, float):
+            return True
+        if isinstance(value, (list, tuple)):
+            values += value
+    return False
 
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
     """Create tensors and modules in float32 on the CPU unless a dtype or a device is given, and record gradients.
 
-    The modes of the caller, such as inference mode and autocast, do not apply. The default dtype belongs to the
-    process: the first of several blocks that run at the same time sets it, and the last one restores it.
+    The modes of the caller, such as inference mode and autocast, do not apply. Other threads do not see the block:
+    `torch.set_default_dtype` would change their dtype, too. Therefore `torch.get_default_dtype` is that of the caller,
+    and an operation that makes floating-point values of integers, such as a quotient of two integer tensors, has to
+    name its dtype.
     """
     import torch
 
-    global _blocks, _before
-    with _lock:
-        if _blocks == 0:
-            _before = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
-        _blocks += 1
-    try:
-        autocast_off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
-        with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), autocast_off[0], autocast_off[1]:
+    autocast_off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), autocast_off[0], autocast_off[1]:
+        with _float32()():
             yield
-    finally:
-        with _lock:
-            _blocks -= 1
-            if _blocks == 0 and _before is not None:
-                torch.set_default_dtype(_before)
 
 
 @contextmanager

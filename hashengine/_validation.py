@@ -118,14 +118,15 @@ def check_dense(where: str, name: str, array: Any, expected: str, *, may_be_meta
         raise invalid(where, name, "a tensor with values", "one on the device 'meta'")
 
 
-def _is_bool(value: Any) -> bool:
+def is_bool(value: Any) -> bool:
+    """Whether `value` is a bool of Python, numpy or torch, or an array of them."""
     is_array = isinstance(value, np.ndarray) or is_tensor(value)
     return isinstance(value, (bool, np.bool_)) or (is_array and dtype_name(value) == "bool")
 
 
 def as_integer(value: Any) -> int | None:
     """`value` as an int if it is an integer of Python, numpy or torch; None for everything else, such as a bool."""
-    if _is_bool(value):
+    if is_bool(value):
         return None
     try:
         return operator.index(value)
@@ -180,7 +181,7 @@ def _may_be_number(value: Any) -> bool:
         return value.dtype.kind in "iufV"  # V is that of ml_dtypes
     if is_tensor(value) and value.is_complex():
         return False
-    return not (isinstance(value, (str, bytes, bytearray, memoryview)) or _is_bool(value))
+    return not (isinstance(value, (str, bytes, bytearray, memoryview)) or is_bool(value))
 
 
 def check_flag(where: str, name: str, value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Images of every mode of Pillow: their pixels as 8-bit sRGB or grey, their transparency and their colour profiles."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -536,3 +537,27 @@ def test_a_later_frame_of_a_gif_file_is_converted_as_it_was_opened(tmp_path):
     with Image.open(tmp_path / "a.gif") as opened:
         opened.seek(1)
         assert np.array_equal(image_tensor(opened, 4, 3).permute(1, 2, 0).numpy(), pixels(frames[1]))
+
+
+def _ico(bitmap: bytes, size: int) -> bytes:
+    entry = struct.pack("<4B2H2I", size, size, 0, 0, 1, 32, len(bitmap), 22)
+    return struct.pack("<3H", 0, 1, 1) + entry + bitmap
+
+
+@pytest.mark.parametrize(("alpha", "is_opaque"), [((0,) * 4, True), ((255,) * 4, True), ((0, 0, 0, 255), False)])
+def test_the_fourth_byte_of_an_icon_is_alpha_unless_it_is_0_everywhere(tmp_path, alpha, is_opaque):
+    header = struct.pack("<3I2H6I", 40, 2, 4, 1, 32, 0, 16, 0, 0, 0, 0)
+    bitmap = header + b"".join(bytes([30, 20, 10, value]) for value in alpha) + bytes(8)  # and an empty mask
+    (tmp_path / "a.ico").write_bytes(_ico(bitmap, 2))
+    wanted = np.full((2, 2, 3), (10, 20, 30), np.uint8)
+    found = read(tmp_path / "a.ico")
+    assert np.array_equal(found, wanted) == is_opaque
+    with Image.open(tmp_path / "a.ico") as image:
+        assert np.array_equal(image_tensor(image, 2, 3).permute(1, 2, 0).numpy(), found)
+
+
+def test_a_transparent_png_image_in_an_icon_is_white(tmp_path):
+    png = io.BytesIO()
+    Image.new("RGBA", (2, 2), (10, 20, 30, 0)).save(png, "PNG")
+    (tmp_path / "a.ico").write_bytes(_ico(png.getvalue(), 2))
+    assert (read(tmp_path / "a.ico") == 255).all()

@@ -339,27 +339,52 @@ def test_the_defaults_of_torch_return_after_a_computation_without_them(changed):
     assert (after.dtype, after.device) == (before.dtype, before.device)
 
 
-@pytest.mark.parametrize("first_to_leave", [0, 1])
-def test_the_default_dtype_returns_after_blocks_that_overlap_in_two_threads(first_to_leave):
-    entered, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
-    inside: list[torch.dtype] = []
+def test_other_threads_do_not_see_the_block():
+    inside, leave = threading.Event(), threading.Event()
 
-    def block(number: int) -> None:
+    def block() -> torch.dtype:
         with torch_defaults():
-            entered[number].set()
-            assert leave[number].wait(60)
-            inside.append(torch.empty(0).dtype)
+            inside.set()
+            assert leave.wait(60)
+            return torch.empty(0).dtype
 
     with defaults(torch.float64), ThreadPoolExecutor() as pool:
-        runs = []
-        for number in (0, 1):
-            runs.append(pool.submit(block, number))
-            assert entered[number].wait(60)
-        for number in (first_to_leave, 1 - first_to_leave):
-            leave[number].set()
-            runs[number].result()
-        assert torch.get_default_dtype() == torch.float64
-    assert inside == [torch.float32, torch.float32]
+        run = pool.submit(block)
+        assert inside.wait(60)
+        assert torch.get_default_dtype() == torch.empty(0).dtype == nn.Linear(1, 1).weight.dtype == torch.float64
+        leave.set()
+        assert run.result() == torch.float32
+
+
+def test_a_training_run_does_not_change_the_default_dtype_of_the_process(tmp_path, monkeypatch):
+    write_noise(tmp_path / "images", {"a": 12, "b": 12})
+    seen: set[torch.dtype] = set()
+    zero_grad = torch.optim.AdamW.zero_grad
+
+    def look(optimizer: torch.optim.AdamW) -> None:
+        seen.add(torch.get_default_dtype())
+        zero_grad(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", look)
+    options = {"bits": 8, "epochs": 1, "batch_size": 8, "widths": (8,), "device": "cpu"}
+    with defaults(torch.float64):
+        fit(FitConfig(images=tmp_path / "images", output=tmp_path / "model", **options))
+    assert seen == {torch.float64}
+
+
+@pytest.mark.parametrize("changed", DEFAULTS)
+def test_functions_that_make_tensors_have_the_dtypes_of_float32_as_the_default(changed):
+    def made() -> list[Tensor]:
+        numbers = [torch.tensor(0.1), torch.tensor([[1, 0.1]]), torch.full((2,), 0.1), torch.arange(0.0, 1.0, 0.3)]
+        others = [torch.tensor(1), torch.arange(3), torch.full((2,), True), torch.tensor(np.ones(2)), torch.eye(2)]
+        typed = [torch.zeros(2, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64), torch.linspace(0, 1, 7)]
+        return [*numbers, *others, *typed, torch.zeros(2), torch.as_tensor(0.1)]
+
+    expected = made()
+    with defaults(**DEFAULTS[changed]), torch_defaults():
+        found = made()
+    assert described(found) == described(expected)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_nested_blocks_and_errors_in_them_restore_the_default_dtype():
@@ -367,8 +392,8 @@ def test_nested_blocks_and_errors_in_them_restore_the_default_dtype():
         with torch_defaults():
             with pytest.raises(ValueError, match="inner"), torch_defaults():
                 raise ValueError("inner")
-            assert torch.get_default_dtype() == torch.float32
-        assert torch.get_default_dtype() == torch.float64
+            assert torch.empty(0).dtype == torch.float32
+        assert torch.empty(0).dtype == torch.float64
 
 
 @pytest.mark.parametrize("changed", DEFAULTS)

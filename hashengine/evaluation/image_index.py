@@ -192,8 +192,12 @@ class ImageIndex:
 
         Raises:
             InputError: there are none, their parts do not belong together, or they have another number of bits or
-                another model; the error names `where` and `argument`.
+                another model; the error names `where` and `argument`. Or `items` or `hamming` of the index were changed
+                without the other.
         """
+        if len(self.items) != len(self.hamming):
+            expected = f"one with an item for each of its {len(self.hamming)} codes"
+            raise invalid(where, "the index", expected, f"{len(self.items)} items", "load it again")
         _check_some(where, codes, argument)
         if codes.record.bits != self.record.bits:
             raise invalid(

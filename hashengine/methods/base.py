@@ -3,9 +3,9 @@
 The head is the hash layer: it computes the activations from the features of the network. The head is trained with the
 network by minimising the loss, or the closed form computes it from the features of all training images.
 
-A method is one file in this folder, with the method's name. The file's docstring names the paper and describes the
-head, the loss or the closed form, and the source of the defaults. The file defines a subclass of `HashingMethod`, which
-is registered under its attribute `name`.
+A method is a subclass of `HashingMethod`, which is registered under its attribute `name`. One of hashengine is a file
+in this folder, with the method's name. The file's docstring names the paper and describes the head, the loss or the
+closed form, and the source of the defaults.
 
 For N images, the features are [N, dim] and the activations [N, bits]. Bit i of a code is set if activation i >= 0.
 """
@@ -16,8 +16,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from hashengine import methods
 from hashengine._config import Config
-from hashengine._validation import check_integer
+from hashengine._validation import FLOATING, check_array, check_integer
+from hashengine.errors import invalid
 from hashengine.ops import greedy_sign
 
 
@@ -58,28 +60,27 @@ class HashingMethod(nn.Module):
     `fit` instead.
 
     Attributes:
-        name: the method's name in options, which is also the name of its file.
-        Options: the class of its options, a `Config` whose fields have descriptions and defaults.
+        name: the method's name in options and saved models. In hashengine, it is also the name of its file.
+        Options: the class of its options, a `Config` whose fields have descriptions and defaults; by default, there are
+            none.
         views: the number of augmentations of each image that `loss` needs, 1 or 2.
+        registry: the classes in memory, by name.
         has_closed_form: true if the head is computed by `fit`; false if the network is trained by `loss`.
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[Config]]
+    Options: ClassVar[type[Config]] = Config
     views: ClassVar[int] = 1
     has_closed_form: ClassVar[bool] = False
 
-    _registry: ClassVar[dict[str, type[HashingMethod]]] = {}
+    registry: ClassVar[dict[str, type[HashingMethod]]] = {}
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if "name" in vars(cls):  # a class that inherits the name is not that method
-            HashingMethod._registry[cls.name] = cls
-
-    @classmethod
-    def registered(cls, name: str) -> type[HashingMethod]:
-        """The class with this name; its file must have been imported."""
-        return cls._registry[name]
+            if cls.name in methods.own_names() and cls.__module__ != f"{methods.__name__}.{cls.name}":
+                raise invalid(cls.__qualname__, "name", "none of a method of hashengine", repr(cls.name))
+            HashingMethod.registry[cls.name] = cls
 
     def __init__(self, **options: Any):
         super().__init__()
@@ -103,6 +104,20 @@ class HashingMethod(nn.Module):
             InputError: a size is not a positive integer.
         """
         return tuple(check_integer(self.name, name, value, 1) for name, value in sizes.items())
+
+    def check_activations(self, batch: Batch) -> None:
+        """Require activations [N, bits] of a floating dtype, of at least one image, in both views.
+
+        Raises:
+            InputError: they are something else.
+        """
+        for view in (batch, batch.second) if batch.second is not None else (batch,):
+            u = view.activations
+            if not isinstance(u, Tensor):
+                raise invalid(self.name, "activations", "a torch tensor", type(u).__name__)
+            check_array(self.name, "activations", u, FLOATING, may_be_meta=True)
+            if u.dim() != 2 or 0 in u.shape:
+                raise invalid(self.name, "activations", "[N, bits] with N and bits at least 1", list(u.shape))
 
     def add_parameters(self, bits: int, classes: int) -> None:
         """Register the parameters of the loss, such as a classifier or proxies. The default registers none.

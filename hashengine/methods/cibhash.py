@@ -62,10 +62,11 @@ class CibHashMethod(HashingMethod):
 
         Raises:
             InputError: the batch has no second view or one of another shape, or has only one image, which cannot be
-                compared with others.
+                compared with others; or activations are not floating-point [N, bits].
         """
         if batch.second is None:
             raise invalid(self.name, "batch", "two views of each image", "one")
+        self.check_activations(batch)
         shapes = [list(view.activations.shape) for view in (batch, batch.second)]
         if shapes[0] != shapes[1]:
             raise invalid(self.name, "the second view", f"of the shape of the first, {shapes[0]}", shapes[1])

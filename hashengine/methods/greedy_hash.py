@@ -51,7 +51,8 @@ class GreedyHashMethod(HashingMethod):
         """The classification loss of the code and the quantisation penalty of the activations.
 
         Raises:
-            InputError: the targets are not int64 [N], such as multi-hot ones, or on the CPU, a target is no class.
+            InputError: the activations are not floating-point [N, bits] with N at least 1; the targets are not int64
+                [N], such as multi-hot ones, or on the CPU, a target is no class.
         """
         targets = self._checked_targets(batch)
         b, penalty = greedy_sign(batch.activations, self.options.alpha)
@@ -66,7 +67,8 @@ class GreedyHashMethod(HashingMethod):
         """The classifier's accuracy.
 
         Raises:
-            InputError: the targets are not int64 [N].
+            InputError: the activations are not floating-point [N, bits] with N at least 1, or the targets are not
+                int64 [N].
         """
         targets = self._checked_targets(batch)
         predicted = self.classifier(self.binarise(batch.activations)).argmax(1)
@@ -75,6 +77,10 @@ class GreedyHashMethod(HashingMethod):
     def _checked_targets(self, batch: Batch) -> Tensor:
         if not hasattr(self, "classifier"):
             raise invalid(self.name, "the method", "one with a classifier", "one without", "call add_parameters first")
+        self.check_activations(batch)
+        bits = self.classifier.in_features
+        if batch.activations.shape[1] != bits:
+            raise invalid(self.name, "activations", f"[N, {bits}]", list(batch.activations.shape))
         targets, shape = batch.targets, batch.activations.shape[:1]
         is_tensor = isinstance(targets, Tensor)
         if not is_tensor or targets.dtype != torch.int64 or targets.shape != shape:

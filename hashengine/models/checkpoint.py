@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -90,11 +91,16 @@ def save(folder: Path, model: Model) -> str:
             raise invalid(str(folder), "a weight of the network", "named otherwise than those of its method", actual)
         weights |= of_method
     content = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        {name: _copy_of(tensor) for name, tensor in weights.items()},
         metadata={"config": to_json(described)},
     )
     write_files(folder, {WEIGHTS_FILE: content, CONFIG_FILE: to_json(described, indent=2).encode() + b"\n"})
     return hashlib.sha256(content).hexdigest()
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU. safetensors refuses tensors that share memory, such as tied weights."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def has_config(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
 from hashengine import methods, ops
@@ -72,6 +73,10 @@ class HashNet(nn.Module):
         self.hash_layer = head(self.backbone.features, config.bits)
         if not isinstance(self.hash_layer, nn.Module):
             raise invalid("HashNet", "head", "a function that returns an nn.Module", type(self.hash_layer).__name__)
+        if any(is_lazy(tensor) for tensor in (*self.hash_layer.parameters(), *self.hash_layer.buffers())):
+            expected = "a function that returns a module whose parameters have shapes"
+            actual = "a lazy module such as nn.LazyLinear"
+            raise invalid("HashNet", "head", expected, actual, "use its first argument, the number of features")
         self._set_mean_and_std(next(self.backbone.parameters()))
         self._arrange_weights()
         self.register_load_state_dict_post_hook(_set_mean_and_std_of)

@@ -110,13 +110,16 @@ def fuse(model: nn.Module) -> FuseReport:
     A SimAM is a module that has `e_lambda` and no parameters. A triplet attention has the gates `cw`, `hc` and `hw`, or
     `ChannelGateH`, `ChannelGateW` and `SpatialGate`; the last gate may be missing. Before a candidate is fused, it is
     tested: a copy in float64 with random parameters must give the same outputs, gradients and running statistics as the
-    fused op, in training and in eval mode. A module that gives other results is left unchanged.
+    fused op, in training and in eval mode. A module that gives other results is left unchanged, and so is one whose
+    forward takes anything but `x`.
 
     Fusing changes the class of a module. The object, its parameters, state dict (with the same keys), hooks, mode,
     device and dtype stay the same. Results differ by rounding only, except for planes of 1 x 1, on which the official
     SimAM divides by zero.
 
-    `unfuse` gives the modules their official classes back.
+    `unfuse` gives the modules their official classes back. Call it before you replace a part of a module, such as the
+    pooling of a gate or the sigmoid of a SimAM, which a fused module does not run, and before you call a method that
+    the official class has.
 
     Args:
         model: changed in place. Call `fuse` before `torch.compile` and before DDP wraps the model.
@@ -194,8 +197,11 @@ def _official_gates(module: nn.Module) -> list[Any]:
 def _structural_difference(module: Any) -> str | None:
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return "its forward is not that of its class"
-    if len(inspect.signature(module.forward).parameters) != 1:
+    arguments = list(inspect.signature(module.forward).parameters)
+    if len(arguments) != 1:
         return "its forward takes more arguments than x"
+    if arguments != ["x"]:
+        return f"the argument of its forward is {arguments[0]}, not x, and a caller may give it by this name"
     inner = [child for child in module.modules() if child is not module]
     if any(getattr(child, hooks) for child in inner for hooks in _HOOKS):
         return "a module inside it has hooks, which would no longer run"

@@ -26,6 +26,8 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def check_floating(where: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise invalid(where, name, "a torch tensor", type(tensor).__name__)
+    if (layout := str(tensor.layout).removeprefix("torch.")) != "strided":
+        raise invalid(where, name, "a dense tensor", f"one of layout {layout}", "call .to_dense() first")
     if tensor.dtype not in FLOATING:
         raise invalid(where, name, "float64, float32, float16 or bfloat16", dtype_name(tensor))
 

@@ -94,15 +94,14 @@ class FitConfig(Config):
     @field_validator("method")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        if name not in methods.names():
-            raise ValueError(f"must be one of {', '.join(methods.names())}")
+        methods.find(name, cls.where)
         return name
 
-    @field_validator("device")
+    @field_validator("device", mode="before")
     @classmethod
-    def _is_a_device(cls, name: str) -> str:
+    def _is_a_device(cls, name: Any) -> str:
         check_device_name(cls.where, name, auto=True)
-        return name
+        return str(name)
 
     @field_validator("method_options")
     @classmethod

@@ -48,6 +48,7 @@ def fit(config: FitConfig) -> Run:
     Raises:
         InputError: an option, the folder of images or an image is unusable, or the loss became infinite or NaN.
     """
+    FitConfig.require(config)
     device = check_device("fit", config.device, auto=True)
     check_model_output("fit", config)
     images = data.load(config.images, config.image_size)

@@ -39,6 +39,7 @@ def sweep(config: SweepConfig) -> RunTable:
             output has foreign files, or the folder of a run contains a damaged run, a run with other options, or a run
             with other images (all of these are found before the first run starts); or `fit` or `evaluate` raises it.
     """
+    SweepConfig.require(config)
     planned = list(plan(config))
     images = {options.images for options in planned}
     check_output("train sweep", config.output, outside=(*images, config.queries), is_folder=True)

@@ -413,3 +413,15 @@ def test_an_empty_codes_folder_is_refused_and_changes_no_index(index, codes, tmp
         with pytest.raises(InputError, match=f"^{where}: {argument} must be at least one code, got none$"):
             call()
     assert ImageIndex.load(index.folder).record.identity == identity
+
+
+@pytest.mark.parametrize("change", [lambda index: index.items.pop(), lambda index: index.hamming.remove(np.array([0]))])
+def test_an_index_whose_items_or_codes_were_changed_alone_is_refused_in_one_line(index, queries, change):
+    changed = ImageIndex.load(index.folder)
+    change(changed)
+    complaint = r": the index must be one with an item for each of its \d+ codes, got \d+ items; load it again$"
+    for where, call in {"search": changed.search, "index": changed.append}.items():
+        with pytest.raises(InputError, match="^" + where + complaint):
+            call(queries)
+    with pytest.raises(InputError, match="^evaluate" + complaint):
+        evaluate(changed, queries)

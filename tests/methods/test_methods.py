@@ -100,6 +100,24 @@ def test_the_loss_does_not_overflow_in_half_precision(name, dtype):
     assert bool(torch.isfinite(u.grad).all())
 
 
+@trained_methods
+@pytest.mark.parametrize(
+    ("activations", "complaint"),
+    [
+        (torch.ones(COUNT, BITS, dtype=torch.int64), "float64, float32, float16 or bfloat16, got int64"),
+        (torch.ones(COUNT), "[N, bits] with N and bits at least 1, got [12]"),
+        (torch.ones(COUNT, BITS, 2), "[N, bits] with N and bits at least 1, got [12, 16, 2]"),
+        (torch.ones(0, BITS), "[N, bits] with N and bits at least 1, got [0, 16]"),
+        ([1.0], "a torch tensor, got list"),
+    ],
+)
+def test_activations_that_have_no_loss_are_refused_in_one_line(name, activations, complaint):
+    batch = Batch(activations, activations, torch.zeros(len(activations)).long(), View(activations, activations))
+    with pytest.raises(InputError) as caught:
+        make(name).loss(batch, 0, 1)
+    assert str(caught.value) == f"{name}: activations must be {complaint}"
+
+
 @every_method
 def test_a_state_dict_restores_the_parameters_of_a_method(name):
     method, other = make(name), methods.create(name)
@@ -138,3 +156,43 @@ def test_a_subclass_that_inherits_a_name_does_not_replace_the_method():
     type("Mine", (registered,), {})
     type("Nameless", (HashingMethod,), {})
     assert methods.find("greedy_hash") is registered
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that has its former entries again after the test."""
+    monkeypatch.setattr(HashingMethod, "registry", dict(HashingMethod.registry))
+
+
+def test_a_method_outside_the_package_is_found_by_its_name(registry):
+    class Lattice(HashingMethod):
+        name = "lattice"
+
+    assert methods.find("lattice") is Lattice and "lattice" in methods.names()
+    assert methods.create("lattice").options == methods.Config()
+
+
+def test_a_method_outside_the_package_cannot_take_the_name_of_one_in_it(registry):
+    itq = methods.find("itq")
+    with pytest.raises(InputError, match="Mine: name must be none of a method of hashengine, got 'itq'$"):
+        type("Mine", (HashingMethod,), {"name": "itq"})
+    assert methods.find("itq") is itq
+
+
+def test_a_method_of_an_installed_package_is_found_by_its_name(registry, tmp_path, monkeypatch):
+    (tmp_path / "crystals.py").write_text(
+        "from hashengine.methods import HashingMethod\nclass Lattice(HashingMethod):\n    name = 'crystal'\n"
+    )
+    (tmp_path / "crystals-1.dist-info").mkdir()
+    (tmp_path / "crystals-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: crystals\nVersion: 1\n")
+    (tmp_path / "crystals-1.dist-info" / "entry_points.txt").write_text(
+        "[hashengine.methods]\ncrystal = crystals:Lattice\nlost = no_such_module:Lost\nother = crystals:Lattice\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"crystal", "lost"} <= set(methods.names())
+    assert methods.find("crystal").__module__ == "crystals"
+    with pytest.raises(InputError, match="^f: method 'lost' must be defined by no_such_module:Lost, got No module "):
+        methods.find("lost", "f")
+    with pytest.raises(InputError, match="^f: method must be one of .*, got 'other'; import the module "):
+        methods.find("other", "f")
+    monkeypatch.delitem(sys.modules, "crystals")

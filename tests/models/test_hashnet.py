@@ -442,3 +442,25 @@ def test_loading_does_not_depend_on_the_modes_and_the_random_state_of_the_caller
         model = HashNet.from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_a_lazy_head_is_refused_in_one_line():
+    with pytest.raises(
+        InputError, match="^HashNet: head must be .* got a lazy module such as nn.LazyLinear; "
+    ) as caught:
+        HashNet(network().config, lambda dim, bits: nn.Sequential(nn.LazyLinear(bits)))
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path):
+    class Tied(HashNet):
+        def __init__(self, config, head=nn.Linear):
+            super().__init__(config, head)
+            self.other = nn.Linear(self.hash_layer.in_features, config.bits)
+            self.other.weight = self.hash_layer.weight
+
+    model = Tied(network().config)
+    model.save_pretrained(tmp_path)
+    loaded = Tied.from_pretrained(tmp_path)
+    assert loaded.other.weight is loaded.hash_layer.weight
+    assert torch.equal(loaded.hash_layer.weight, model.hash_layer.weight)

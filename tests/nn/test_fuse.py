@@ -183,6 +183,11 @@ class ThreeChannelsOnly(OfficialSimAM):
         return super().forward(x) + x.new_zeros(1, 3, 1, 1)
 
 
+class WithAnotherName(OfficialSimAM):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
 class WithParameter(OfficialSimAM):
     def __init__(self):
         super().__init__()
@@ -207,6 +212,7 @@ SIMILAR = {
     "another variance": (PopulationVariance, "it computes something else"),
     "one more argument": (WithScale, "its forward takes more arguments than x"),
     "keywords": (WithOptions, "its forward takes more arguments than x"),
+    "another name": (WithAnotherName, "the argument of its forward is input, not x, and a caller may"),
     "another gradient": (Detached, "it computes something else"),
     "a fixed number of channels": (ThreeChannelsOnly, "it could not be tried: RuntimeError"),
     "a parameter": (WithParameter, "a SimAM has no parameters, but this module does"),

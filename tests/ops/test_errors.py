@@ -363,3 +363,14 @@ def test_public_functions_check_their_own_arguments(call, message):
 def test_none_in_place_of_a_tensor_is_refused_in_one_line(call):
     with pytest.raises(ValueError, match="must be .*, got NoneType"):
         call()
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "_mkldnn"])
+@pytest.mark.parametrize("layer", [he.nn.SimAM, he.nn.TripletAttention, he.nn.GreedyHash, he.nn.PlainSimAM])
+def test_an_input_that_is_not_dense_is_refused_with_its_layout(layer, layout):
+    x = X.contiguous().to_sparse() if layout == "sparse_coo" else X.contiguous().to_mkldnn()
+    with pytest.raises(
+        ValueError, match=f" must be a dense tensor, got one of layout {layout}; call .to_dense"
+    ) as caught:
+        (layer(4) if layer is he.nn.PlainSimAM else layer())(x)
+    assert "\n" not in str(caught.value)

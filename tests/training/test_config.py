@@ -5,11 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from hashengine.errors import InputError
 from hashengine.methods import create, find, names
 from hashengine.models import HashNetConfig
-from hashengine.training import FitConfig, SweepConfig
+from hashengine.training import FitConfig, SweepConfig, fit, sweep
 from hashengine.training.config import override, parse_yaml, read_yaml
 
 FOLDERS = {"images": "images", "output": "model"}
@@ -47,6 +48,12 @@ def test_the_options_of_the_method_are_given_like_the_others():
         ({"flip": 1}, "^fit: flip must be true or false, got 1$"),
         ({"epochs": 0}, "^fit: epochs must be greater than 0, got 0"),
         ({"batch_size": 1}, "^fit: batch_size must be greater than or equal to 2, got 1"),
+        ({"device": 3}, "^fit: device must be 'auto', 'cpu', 'cuda', 'cuda:1' or a torch.device, got int$"),
+        ({"widths": {8}}, "^fit: widths must be a list or a tuple, which has an order, got \\{8\\}$"),
+        ({"widths": frozenset({8})}, "^fit: widths must be a list or a tuple, which has an order, got frozenset"),
+        ({"lr": np.True_}, "^fit: lr must be a valid number, got np.True_$"),
+        ({"lr": np.array(True)}, "^fit: lr must be a valid number, got array"),
+        ({"alpha": torch.tensor(True)}, "^fit: alpha must be a valid number, got tensor"),
         ({"lr": float("inf")}, "^fit: lr must be less than or equal to 10*, got inf"),
     ],
 )
@@ -54,6 +61,35 @@ def test_a_mistake_gives_an_error_of_one_line(options, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         FitConfig(**FOLDERS | options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_of_torch_is_taken_by_its_name():
+    assert FitConfig(**FOLDERS, device=torch.device("cuda", 1)).device == "cuda:1"
+
+
+def test_a_change_of_a_configuration_gives_an_error_of_one_line_with_another_way():
+    config = FitConfig(**FOLDERS)
+    with pytest.raises(
+        InputError, match=r"^fit: bits must be left as .*got the new value 8; make .* \| {'bits': "
+    ) as new:
+        config.bits = 8
+    with pytest.raises(InputError, match="^fit: bits must be left as it was constructed, got a deletion; ") as deleted:
+        del config.bits
+    assert "\n" not in str(new.value) + str(deleted.value)
+    assert FitConfig(**config.model_dump() | {"bits": 8}) == FitConfig(**FOLDERS, bits=8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (fit, "fit: config must be a FitConfig, got dict; pass FitConfig(...)"),
+        (sweep, "train sweep: config must be a SweepConfig, got dict; pass SweepConfig(...)"),
+    ],
+)
+def test_options_that_are_no_configuration_are_refused_in_one_line(call, message):
+    with pytest.raises(InputError) as caught:
+        call(FOLDERS)
+    assert str(caught.value) == message
 
 
 NETWORK = {"classes": ("a", "b")}

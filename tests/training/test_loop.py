@@ -125,8 +125,6 @@ initial_proxies: list[torch.Tensor] = []  # the proxies of each model that was c
 
 
 def test_the_parameters_of_another_method_are_trained_and_saved_with_a_prefix(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("hashengine.methods.names", lambda: ["proxies"])
-    monkeypatch.setattr("hashengine.methods.find", lambda name, where="": Proxies)
     steps.clear()
     initial_proxies.clear()
     run = fit(tiny(images, tmp_path / "model", method="proxies", iterations=3))
@@ -138,6 +136,11 @@ def test_the_parameters_of_another_method_are_trained_and_saved_with_a_prefix(im
     assert list(loaded.method.weights) == ["proxies"] and not any(name.startswith("method.") for name in loaded.weights)
     assert not torch.equal(loaded.method.weights["proxies"], initial_proxies[0])
     assert list(run.record["epochs"][0]) == ["epoch", "distance"]
+    assert run.model().trained_by.name == "proxies"
+    monkeypatch.setattr(HashingMethod, "registry", {})
+    complaint = "config.json: method must be one of .*got 'proxies'; import the module that defines it first$"
+    with pytest.raises(InputError, match=complaint):
+        run.model()
 
 
 @pytest.mark.parametrize(
