@@ -40,6 +40,8 @@ def _check_flag(value: Any) -> bool:
 def _check_path(value: Any) -> Any:
     if value == "":
         raise ValueError("must be a path ('.' is the working folder)")
+    if isinstance(value, (int, float)):  # YAML reads a path of digits as a number
+        raise ValueError("must be a path (with quotes in a YAML file if it looks like a number)")
     if isinstance(value, str) and not is_path(value):
         raise ValueError("must be a path that a file system can have")
     return value

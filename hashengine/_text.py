@@ -26,6 +26,11 @@ def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and a regular noun in the singular or the plural: "1 image", "2 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """A plain value or a pydantic model as JSON. A lone surrogate becomes an escape, which `json.loads` turns back."""
     import pydantic_core

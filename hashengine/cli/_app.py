@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -36,6 +37,16 @@ class Commands(TyperGroup):
 
     Any other exception keeps its traceback.
     """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command line, or complete it; a completion without the variables of the shell is refused."""
+        is_bash = os.environ.get("_HASHENGINE_COMPLETE") == "complete_bash"
+        if is_bash and not ("COMP_WORDS" in os.environ and os.environ.get("COMP_CWORD", "").isdecimal()):
+            expected = "those that bash sets during a completion"
+            error = invalid("hashengine", "COMP_WORDS and COMP_CWORD", expected, "others", "unset _HASHENGINE_COMPLETE")
+            _write_error(str(error))
+            sys.exit(MISTAKE)
+        return super().main(*args, **extra)
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the arguments of the group; a mistake in them is reported in one line."""
@@ -76,7 +87,7 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command that refuses empty values. An empty path would become the path of the working folder."""
+    """A command that refuses empty values, which would become the working folder, and takes "./-" for a file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
@@ -86,7 +97,11 @@ class Command(TyperCommand):
             for name, value in given.items():
                 if "" in (value if isinstance(value, (list, tuple)) else (value,)):
                     raise empty_value(ctx.command_path.partition(" ")[2], name)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.meta.get(_GIVEN, {}).items():
+            if isinstance(value, str) and value != "-" and ctx.params.get(name) == Path("-"):
+                ctx.params[name] = Path.cwd() / "-"  # `Path` shortens "./-", a file, to "-", which is stdout
+        return rest
 
 
 def empty_value(where: str, name: str) -> InputError:
@@ -132,7 +147,8 @@ def _write_error(message: str) -> None:
     if _progress.logs_json():
         _progress.write_json("error", message=message)
     else:
-        typer.echo(f"error: {printable(message)}", err=True)
+        with suppress(OSError):  # stderr is closed or its disk is full: the exit code still tells what happened
+            typer.echo(f"error: {printable(message)}", err=True)
 
 
 def _report_usage(error: Any) -> NoReturn:

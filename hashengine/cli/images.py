@@ -11,6 +11,7 @@ import typer
 from hashengine import _progress
 from hashengine._defaults import BATCH_SIZE, CODES_MARKER, IMAGE_SUFFIXES, NEIGHBOURS, RADIUS, REPORT_ROWS, SEED
 from hashengine._files import check_output, is_stdout
+from hashengine._text import counted
 from hashengine.cli._app import (
     BatchSize,
     DeviceOption,
@@ -56,7 +57,7 @@ def index(
     from hashengine import evaluation
 
     image_index = evaluation.index_codes(codes, output, append=append, model=model)
-    _progress.note(f"{len(image_index.items)} codes in the index: {output}")
+    _progress.note(f"{counted(len(image_index.items), 'code')} in the index: {output}")
 
 
 @command(app)

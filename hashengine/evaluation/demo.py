@@ -15,6 +15,7 @@ from typing import NamedTuple
 from hashengine import _progress
 from hashengine._defaults import DATA_SETS
 from hashengine._files import TEMPORARY_LOCK, Marker, check_output, locked, make_folder, write_file
+from hashengine._text import counted
 from hashengine._validation import check_path
 from hashengine.errors import invalid
 from hashengine.evaluation.encode import CodesFolder, encode_folder
@@ -135,7 +136,7 @@ def steps(data: str, output: Path, bits: int) -> list[Step]:
         config = training.FitConfig(images=images / "database", output=model, bits=bits, flip=flip)
         record = training.fit(config).record
         rate = f"{record['images_per_second']:,.0f} images per second on {record['device']}"
-        return f"{len(record['epochs'])} epochs in {record['seconds']:.1f} s, {rate}"
+        return f"{counted(len(record['epochs']), 'epoch')} in {record['seconds']:.1f} s, {rate}"
 
     def encode(side: str) -> Callable[[], str]:
         def run() -> str:
@@ -147,7 +148,7 @@ def steps(data: str, output: Path, bits: int) -> list[Step]:
 
     def build() -> str:
         built = ImageIndex.build(CodesFolder.load(output / "database"), index)
-        return f"{len(built.items):,} codes in the index"
+        return f"{counted(len(built.items), 'code')} in the index"
 
     def search() -> str:
         found = ImageIndex.load(index).search(CodesFolder.load(output / "query"))

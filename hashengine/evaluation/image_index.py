@@ -14,6 +14,7 @@ import numpy as np
 from hashengine import _progress
 from hashengine._defaults import INDEX_MARKER, NEIGHBOURS
 from hashengine._files import locked, read_unchanged, replace_folder
+from hashengine._text import counted
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
 from hashengine.evaluation.encode import CodesFolder, check_codes_folder, codes_digest
@@ -134,8 +135,8 @@ class ImageIndex:
     def append_to(cls, folder: str | os.PathLike[str], codes: CodesFolder) -> ImageIndex:
         """Load the index in `folder`, append `codes` and return it. No other append can come in between.
 
-        Codes that were already appended, or that the index was built of, are not added again. Therefore an interrupted
-        command can be run again.
+        Images that the index holds are not added again, as `append` describes. Therefore an interrupted command can be
+        run again, and the codes of a folder that grew can be appended.
 
         Raises:
             InputError: for the reasons of `load` and `append`.
@@ -144,22 +145,19 @@ class ImageIndex:
         with _locked(Path(folder)):
             index = cls.load(folder, "index")
             index.check("index", codes, "codes")
-            added = codes.described()
-            held = {(source.codes_sha256, source.items_sha256) for source in index.record.sources}
-            if (added.codes_sha256, added.items_sha256) in held:
-                _progress.note(f"the index {os.fspath(folder)} already holds these {added.count} codes")
-            else:
-                index._append(codes)
+            index._append(codes)
         return index
 
     def append(self, codes: CodesFolder) -> None:
         """Add `codes` after those in the index, and save. Appends from several processes or threads take turns.
 
+        An image whose path and code the index holds is skipped. One whose path it holds with another code is refused.
+
         An index that another process or thread changed or built again after it was loaded is refused. After a failure,
         the old index is in memory, and the old or the new index is on disk.
 
         Raises:
-            InputError: for the reasons of `check`, or the folder no longer holds this index.
+            InputError: for the reasons of `check`, the folder no longer holds this index, or an image has changed.
         """
         self.check("index", codes, "codes")
         _check_is_index(self.folder, "index")  # otherwise the lock cannot be created
@@ -177,6 +175,14 @@ class ImageIndex:
                 actual = f"other images or codes in {str(self.folder)!r}"
             raise invalid("index", "index", expected, actual, "load it again")
         hamming = HammingIndex.load(self.folder / "codes", mmap=True)
+        given = len(codes.items)
+        codes = self._new_codes(hamming, codes)
+        added = len(codes.items)
+        if added < given:
+            there = f"{given - added} {'was' if given - added == 1 else 'were'} there already"
+            _progress.note(f"{counted(added, 'image')} added, {there}: {self.folder}")
+        if not added:
+            return
         hamming.add(codes.codes)
         items = [*self.items, *(Item(first + item.id, item.path, item.label) for item in codes.items)]
         write_items(self.folder / "items.csv", items)
@@ -186,6 +192,26 @@ class ImageIndex:
         record.write(self.folder / "index.json")
         hamming.save(self.folder / "codes")  # last, because `load` ignores items and sources without codes
         self.hamming, self.items, self.record = hamming, items, record
+
+    def _new_codes(self, hamming: HammingIndex, codes: CodesFolder) -> CodesFolder:
+        """Those of `codes` whose images are not in the index, numbered from 0.
+
+        Raises:
+            InputError: the index holds an image with another code.
+        """
+        given = {item.path for item in codes.items}
+        ids = [item.id for item in self.items if item.path in given]
+        held: dict[str, set[bytes]] = {}
+        for id, code in zip(ids, np.asarray(hamming.reconstruct(np.array(ids, np.int64))), strict=True):
+            held.setdefault(self.items[id].path, set()).add(code.tobytes())
+        rows = [row for row, item in enumerate(codes.items) if item.path not in held]
+        for item, code in zip(codes.items, np.asarray(codes.codes), strict=True):
+            if code.tobytes() not in held.get(item.path, {code.tobytes()}):
+                expected = "codes of images that are new, or unchanged since they were indexed"
+                actual = f"another code of {item.path!r}"
+                raise invalid("index", "codes", expected, actual, "build the index again without --append")
+        items = [codes.items[row]._replace(id=new) for new, row in enumerate(rows)]
+        return CodesFolder(codes.codes[rows], items, codes.record)
 
     def check(self, where: str, codes: CodesFolder, argument: str) -> None:
         """Refuse codes that cannot be compared with those in the index.

@@ -45,7 +45,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from hashengine._files import make_parent, read_file, write_file
-from hashengine._text import to_json
+from hashengine._text import counted, to_json
 from hashengine.errors import InputError, brief, input_error, invalid
 
 
@@ -142,7 +142,7 @@ class EncodeRecord(Record):
         """The counts and the rate in one line."""
         skipped = f", {len(self.errors)} skipped" if self.errors else ""
         rate = f"{self.count / self.seconds:.0f} per second"
-        return f"{self.count} images{skipped} to {self.bits}-bit codes in {self.seconds:.2f} s ({rate})"
+        return f"{counted(self.count, 'image')}{skipped} to {self.bits}-bit codes in {self.seconds:.2f} s ({rate})"
 
 
 class IndexRecord(Record):

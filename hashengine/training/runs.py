@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hashengine._files import check_output, make_parent, read_file, write_file
-from hashengine._text import printable
+from hashengine._text import counted, printable
 from hashengine._validation import check_path, is_path
 from hashengine.errors import InputError, brief, invalid, shown
 from hashengine.images import refuse_image
@@ -108,7 +108,7 @@ class Run:
                 "images",
                 f"{record['images']:,} of {len(network['classes'])} classes, {network['image_size']} pixels per side",
             ),
-            ("training", f"{len(record['epochs'])} epochs in {record['seconds']:.1f} s, {rate}"),
+            ("training", f"{counted(len(record['epochs']), 'epoch')} in {record['seconds']:.1f} s, {rate}"),
             ("last epoch", ", ".join(f"{name} {value:.4f}" for name, value in last.items() if name != "epoch")),
         ]
 

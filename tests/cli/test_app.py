@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -358,3 +359,21 @@ def test_a_working_folder_that_was_removed_is_named(tmp_path):
                             capture_output=True, text=True)  # fmt: skip
     expected = "the working folder must be present, got one that was removed; change to another folder"
     assert (result.returncode, result.stderr) == (2, f"error: hashengine: {expected}\n")
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", None])
+def test_a_mistake_has_its_exit_code_if_stderr_cannot_be_written_to(stderr):
+    command = [sys.executable, "-m", "hashengine", "search", "missing", "missing"]
+    redirection = "2>&-" if stderr is None else f"2>{stderr}"
+    result = subprocess.run(f"{shlex.join(command)} {redirection}", shell=True, stdout=subprocess.PIPE)
+    assert (result.returncode, result.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize("variables", [{}, {"COMP_WORDS": "hashengine"}, {"COMP_WORDS": "", "COMP_CWORD": "x"}])
+def test_a_completion_without_the_variables_of_bash_is_refused_in_one_line(variables, monkeypatch):
+    monkeypatch.delenv("COMP_WORDS", raising=False)
+    monkeypatch.delenv("COMP_CWORD", raising=False)
+    monkeypatch.setenv("_HASHENGINE_COMPLETE", "complete_bash")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert refuse().startswith("error: hashengine: COMP_WORDS and COMP_CWORD must be those that bash sets")

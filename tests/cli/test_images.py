@@ -96,6 +96,22 @@ def test_the_default_k_is_10_or_the_number_of_images(folder, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["k"] == 6
 
 
+def test_a_file_named_dash_is_written_if_its_folder_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for option in (("--output", "./-"), ("--output=./-",)):
+        assert "mAP" in succeed("evaluate", folder / "index", folder / "query", *option).stdout
+        assert json.loads(Path("-").read_text())["queries"] == 6
+        Path("-").unlink()
+
+
+def test_one_image_is_counted_in_the_singular(folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copy(folder / "images" / "query" / "bars" / "0.png", tmp_path / "images")
+    command = ("encode", tmp_path / "images", "--model", folder / "model", "--output", tmp_path / "codes")
+    assert succeed(*command).stderr.startswith("1 image to ")
+    assert "1 code in the index" in succeed("index", tmp_path / "codes", "--output", tmp_path / "index").stderr
+
+
 def test_index_with_append_adds_codes_to_the_index(folder, tmp_path):
     succeed("index", folder / "query", "--output", tmp_path / "index")
     assert (

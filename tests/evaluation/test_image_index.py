@@ -251,7 +251,7 @@ def test_an_index_has_no_copy_of_a_model_that_was_saved_during_the_build(codes, 
 
 def test_concurrent_appends_lose_nothing_and_keep_items_with_their_codes(index, queries):
     def part(number: int) -> CodesFolder:
-        items = [item._replace(label=str(number)) for item in queries.items]
+        items = [item._replace(path=f"/{number}{item.path}", label=str(number)) for item in queries.items]
         return CodesFolder(queries.codes ^ np.uint8(number), items, queries.record)
 
     with ThreadPoolExecutor(8) as pool:
@@ -324,9 +324,29 @@ def test_codes_that_the_index_holds_are_not_appended_again(index, codes, queries
     for _ in range(2):
         assert len(ImageIndex.append_to(index.folder, queries).items) == 27
     assert len(ImageIndex.append_to(index.folder, codes).items) == 27
-    assert notes == [f"the index {index.folder} already holds these {count} codes" for count in (6, 21)]
+    assert notes == [f"0 images added, {count} were there already: {index.folder}" for count in (6, 21)]
     moved = [item._replace(path=f"/moved{item.path}") for item in queries.items]
     assert len(ImageIndex.append_to(index.folder, CodesFolder(queries.codes, moved, queries.record)).items) == 33
+
+
+def test_an_append_of_a_folder_that_grew_adds_the_new_images(index, codes, queries, monkeypatch):
+    notes = []
+    monkeypatch.setattr(_progress, "note", notes.append)
+    items = [item._replace(id=row) for row, item in enumerate([*queries.items[:1], *codes.items, *queries.items[1:]])]
+    both = np.concatenate([queries.codes[:1], codes.codes, queries.codes[1:]])
+    ImageIndex.append_to(index.folder, CodesFolder(both, items, codes.record))
+    assert notes == [f"6 images added, 21 were there already: {index.folder}"]
+    found = ImageIndex.load(index.folder)
+    assert [item.path for item in found.items] == [item.path for item in [*codes.items, *queries.items]]
+    assert np.array_equal(np.asarray(found.hamming.codes), np.concatenate([codes.codes, queries.codes]))
+
+
+def test_an_append_of_an_image_that_changed_is_refused(index, codes):
+    changed = CodesFolder(codes.codes.copy(), codes.items, codes.record)
+    changed.codes[3] ^= 1
+    with pytest.raises(InputError, match=r"got another code of '.*\.png'; build the index again without --append$"):
+        ImageIndex.append_to(index.folder, changed)
+    assert len(ImageIndex.load(index.folder).items) == 21
 
 
 def test_a_load_beside_the_save_of_an_append_reads_one_state(index, queries, monkeypatch):

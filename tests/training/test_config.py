@@ -276,3 +276,9 @@ def test_an_option_takes_precedence_over_those_of_its_name_at_every_level():
     }
     assert override(file, {}) == file
     assert override({"options": 3}, {"bits": 16}) == {"options": 3, "bits": 16}
+
+
+@pytest.mark.parametrize("value", [2024, 4.5, True])
+def test_a_number_in_place_of_a_path_is_refused_with_a_hint_at_quotes(value):
+    with pytest.raises(InputError, match=f"images must be a path \\(with quotes in a YAML file .*, got {value}$"):
+        FitConfig(images=value, output="model")
