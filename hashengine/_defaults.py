@@ -6,6 +6,7 @@ import would also import torch.
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hashengine._files import Marker
@@ -38,9 +39,26 @@ INDEX_MARKER = Marker(
     ),
 )
 SPLIT_FILE = "split.json"  # the record of 'hashengine train prepare'
+_SPLIT_MARKER = Marker(SPLIT_FILE, ("database", "query", "queries_identical_to_a_database_image"))
+
+# The files of the folders that hashengine writes, as patterns, and how a folder is recognised.
+_PARTS = (
+    (CODES_MARKER._replace(contents=()), CODES_MARKER.contents),
+    (INDEX_MARKER._replace(contents=()), ("items.csv", "index.json")),
+    (Marker("manifest.json", ("bit_order", "next_id", "crc32")), ("manifest.json", "*.bin")),  # HammingIndex.save
+    (Marker("config.json", ("format", "version", "bits")), ("config.json", "model.safetensors", "training.json")),
+    (_SPLIT_MARKER, (SPLIT_FILE,)),
+)
+
+
+def is_part(file: Path) -> bool:
+    """Whether `file` belongs to codes, an index, a network or a split that hashengine wrote."""
+    return any(
+        any(fnmatchcase(file.name, name) for name in names) and marker.problem(file.parent) is None
+        for marker, names in _PARTS
+    )
 
 
 def is_split(folder: Path) -> bool:
     """Whether 'hashengine train prepare' wrote `folder`, which then has the sides `database` and `query`."""
-    marker = Marker(SPLIT_FILE, ("database", "query", "queries_identical_to_a_database_image"))
-    return marker.problem(folder) is None and all((folder / side).is_dir() for side in ("database", "query"))
+    return _SPLIT_MARKER.problem(folder) is None and all((folder / side).is_dir() for side in ("database", "query"))

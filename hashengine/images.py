@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hashengine._defaults import IMAGE_SUFFIXES
+from hashengine._defaults import IMAGE_SUFFIXES, is_part
 from hashengine._file_warnings import is_damage, named_warnings
 from hashengine._pixels import correct_colours, encoding_of, to_8_bits
 from hashengine._validation import as_integer, check_integer, check_path
@@ -277,15 +277,18 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
         return to_8_bits(_upright(image), mode, name, encoding)
 
 
-def refuse_image(where: str, output: Path) -> None:
-    """Require that the file at the end of all links of `output` is no image, which would be replaced.
+def check_replaced_file(where: str, output: Path) -> None:
+    """Require that the file at the end of all links of `output`, which would be replaced, may be lost.
 
     Raises:
-        InputError: it is one; the error names `where`.
+        InputError: it is an image, or a part of codes, an index, a network or a split; the error names `where`.
     """
     target = Path(os.path.realpath(output))
     if target.is_file() and is_image(target):
         raise invalid(where, "output", "a file that is no image", f"{str(output)!r}, which would be replaced")
+    if target.is_file() and is_part(target):
+        expected, actual = "a file that is no part of codes, an index, a network or a split", repr(str(output))
+        raise invalid(where, "output", expected, f"{actual}, which would be replaced", "choose another path")
 
 
 def _upright(image: Image.Image) -> Image.Image:

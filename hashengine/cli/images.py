@@ -80,12 +80,12 @@ def search(
     if query.is_dir() and output is None:
         raise invalid("search", "output", "a file if the query is a folder", "none", "pass --output FILE")
     if output is not None:
-        from hashengine.images import refuse_image
+        from hashengine.images import check_replaced_file
 
         # A folder of images may also hold results, but no image of it may be replaced.
         is_input = query.is_file() or (query / "encode.json").is_file() or _may_be_image(output)
         check_output("search", output, outside=(index, model, query if is_input else None))
-        refuse_image("search", output)
+        check_replaced_file("search", output)
     from hashengine import evaluation
 
     results = evaluation.search_images(index, query, k, model=model, batch_size=batch_size, device=device)
@@ -116,10 +116,10 @@ def evaluate(
     """
     output = stdout_for_dash(output)
     if output is not None:
-        from hashengine.images import refuse_image
+        from hashengine.images import check_replaced_file
 
         check_output("evaluate", output, outside=(index, queries))
-        refuse_image("evaluate", output)
+        check_replaced_file("evaluate", output)
     from hashengine import evaluation
 
     found = evaluation.evaluate_folders(index, queries, at=at, radius=radius)

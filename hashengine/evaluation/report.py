@@ -30,7 +30,7 @@ from hashengine.evaluation.records import (
     SearchResults,
     labels_digest,
 )
-from hashengine.images import read_image, refuse_image
+from hashengine.images import check_replaced_file, read_image
 from hashengine.index.folder import open_folder
 
 WORST_ROWS = 4  # rows in the grid of the queries with the most errors
@@ -118,7 +118,7 @@ def write_report(
     index, results = check_path("report", "index", index), check_path("report", "results", results)
     for written in (output, figures):
         check_output("report", written, outside=(index, results, evaluation, training))
-        refuse_image("report", written)
+        check_replaced_file("report", written)
     if os.path.realpath(figures) == os.path.realpath(output):
         expected = "a name without a foreign .json beside it, and no link to it"
         raise invalid("report", "output", expected, repr(str(output)), "choose another name")

@@ -20,7 +20,7 @@ from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import counted, printable
 from hashengine._validation import check_path, is_path
 from hashengine.errors import InputError, brief, invalid, shown
-from hashengine.images import refuse_image
+from hashengine.images import check_replaced_file
 from hashengine.models.checkpoint import WEIGHTS_FILE, fingerprint
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     runs = _without_copies(loaded)
     if output is not None:
         check_output("train report", output, outside=[run.folder for run in loaded])
-        refuse_image("train report", output)
+        check_replaced_file("train report", output)
     if not runs:
         raise invalid("train report", "folders", "at least one folder", "none")
     results = table(runs)

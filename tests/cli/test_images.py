@@ -278,6 +278,27 @@ def test_results_and_figures_replace_no_image(folder, tmp_path):
         succeed("search", folder / "index", photos / "0.png", "--output", photos / "new.json")
 
 
+def test_results_and_figures_replace_no_part_of_what_hashengine_wrote(folder, tmp_path):
+    """Not even in a folder that is no input."""
+    for name, copied in (("database", "codes"), ("index", "index"), ("model", "model")):
+        shutil.copytree(folder / name, tmp_path / copied)
+    queries = tmp_path / "queries"
+    succeed("encode", folder / "images" / "query", "--model", folder / "model", "--output", queries)
+    search = ("search", folder / "index", folder / "images" / "query")
+    before = contents(tmp_path)
+    for command, place in (
+        (("evaluate", folder / "index", queries), "model/model.safetensors"),
+        *((search, place) for place in ("codes/items.csv", "index/index.json", "index/items.csv")),
+        *((search, place) for place in ("index/codes/manifest.json", "index/model/config.json", "model/config.json")),
+    ):
+        message = refuse(*command, "--output", tmp_path / place)
+        assert "output must be a file that is no part of codes, an index, a network or a split, got" in message
+    assert contents(tmp_path) == before
+    for _ in range(2):
+        succeed(*search, "--output", tmp_path / "index.json")
+        succeed(*search, "--output", tmp_path / "model" / "results.json")
+
+
 def test_mistakes_in_encode_are_refused(folder, tmp_path):
     model, output = ("--model", folder / "model"), ("--output", tmp_path / "codes")
     images = folder / "images" / "query"

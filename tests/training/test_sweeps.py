@@ -580,6 +580,17 @@ def test_a_table_replaces_no_image(data):
     assert photo.read_bytes() == before
 
 
+def test_a_table_replaces_no_record_of_another_run(data):
+    runs = [fit_into(data / "runs" / name, data) for name in "ab"]
+    record = runs[1].folder / "training.json"
+    before = record.read_bytes()
+    with pytest.raises(
+        InputError, match="^train report: output must be a file that is no part of codes, an index, a net"
+    ):
+        report([runs[0].folder], output=record)
+    assert record.read_bytes() == before
+
+
 def test_none_is_no_run():
     with pytest.raises(InputError, match="^Run.load: run must be a path"):
         Run.load(None)
