@@ -36,10 +36,10 @@ struct MapTiling {
   // unless a single thread needs more. response_backward.cu takes up to 14 KB in addition if kernel_size is 7.
   static MapTiling make(int64_t map_rows, int64_t map_columns, int kernel_size, int thread_columns, int planes,
                         int value_bytes) {
-    constexpr int64_t kWantedColumns = 64, kMaxGroups = 32, kMaxSharedBytes = 80 << 10;
+    constexpr int64_t kMaxGroups = 32, kMaxSharedBytes = 80 << 10;
     MapTiling tiling{};
     tiling.thread_columns = thread_columns;
-    const int64_t wanted_threads = ceil_div<int64_t>(std::min(map_columns, kWantedColumns), thread_columns);
+    const int64_t wanted_threads = std::min<int64_t>(ceil_div<int64_t>(map_columns, thread_columns), kWarpThreads);
     const int64_t max_rows = std::min(kMaxGroups, kThreads / wanted_threads) * kRows;
     const int64_t rows = ceil_div(map_rows, ceil_div(map_rows, max_rows));
     tiling.groups = static_cast<int>(ceil_div<int64_t>(rows, kRows));
@@ -209,6 +209,11 @@ struct MapTile {
   __device__ __forceinline__ bool has(int r, int c = 0) const {
     return thread_group < map.tiling.groups && value_row(r) < map.rows && column + thread_column + c < map.columns;
   }
+  // The number of the thread's values in its first column that are inside the map.
+  __device__ __forceinline__ int rows_inside() const {
+    const int64_t left = map.rows - value_row(0);
+    return !has(0) ? 0 : left < MapTiling::kRows ? static_cast<int>(left) : MapTiling::kRows;
+  }
   __device__ __forceinline__ int64_t value_row(int r) const { return row + thread_group * MapTiling::kRows + r; }
   __device__ __forceinline__ int64_t offset(int r) const { return value_row(r) * map.columns + column + thread_column; }
 };
@@ -238,27 +243,37 @@ struct BorderLines {
     place_pitch = kByColumns ? pitch : 1;
   }
 
-  // Calls load(offset) and then store(at, offset, value) with its result, for each value: `offset` is its place in the
-  // map, from the first value of the map on, if lines are line_stride apart there. `at` is its place in the array. The
-  // lanes of a warp are adjacent along a line. A lane calls load for kBatch lines before it calls store.
-  template <typename Value, typename Load, typename Store>
-  __device__ __forceinline__ void visit(int64_t line_stride, Load load, Store store) const {
+  // Loads each value from every array, and calls store(at, offset, values): `offset` is the place in the arrays, in
+  // which lines are line_stride apart, from the first value of the map on. `at` is the place in the tile with its
+  // border. The lanes of a warp are adjacent along a line. A lane loads from kBatch lines before it calls store. In
+  // place of a line that does not exist it loads from the batch's first line again: branches would be more expensive.
+  template <int kArrays, typename Real, typename Store>
+  __device__ __forceinline__ void visit(const Real* const (&arrays)[kArrays], int64_t line_stride, Store store) const {
     constexpr int kBatch = 4, kWarps = MapTiling::kThreads / kWarpThreads;
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(threadIdx.x) % kWarpThreads;
     const int64_t batch_stride = kWarps * line_stride;
     for (int batch = begin + warp; batch < end; batch += kBatch * kWarps) {
       int64_t offset = (first_line + batch) * line_stride + first_place + place_begin + lane;
       int at = batch * line_pitch + (place_begin + lane) * place_pitch;
-      for (int i = place_begin + lane; i < place_end; i += kWarpThreads) {
-        Value values[kBatch] = {};
+      // One pointer per array: the compiler would add up its parts anew for each line.
+      const Real* sources[kArrays];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-          if (batch + b * kWarps < end) values[b] = load(offset + b * batch_stride);
+      for (int a = 0; a < kArrays; ++a) sources[a] = arrays[a] + offset;
+      for (int i = place_begin + lane; i < place_end; i += kWarpThreads) {
+        Vector<Real, kArrays> values[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int64_t step = batch + b * kWarps < end ? b * batch_stride : 0;
+#pragma unroll
+          for (int a = 0; a < kArrays; ++a) values[b].at[a] = sources[a][step];
+        }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b)
           if (batch + b * kWarps < end) store(at + b * kWarps * line_pitch, offset + b * batch_stride, values[b]);
         offset += kWarpThreads;
         at += kWarpThreads * place_pitch;
+#pragma unroll
+        for (int a = 0; a < kArrays; ++a) sources[a] += kWarpThreads;
       }
     }
   }
@@ -268,6 +283,16 @@ struct BorderLines {
     return static_cast<int>(min(static_cast<int64_t>(count), size - first));
   }
 };
+
+// Fills an array in shared memory with zeros. It must be aligned to 16 bytes. All threads of the block must call it.
+template <typename Real>
+__device__ __forceinline__ void fill_with_zeros(Real* array, int count) {
+  constexpr int kWidth = kVectorBytes / sizeof(Real);
+  const int vectors = count / kWidth, thread = static_cast<int>(threadIdx.x);
+#pragma unroll 4
+  for (int i = thread; i < vectors; i += MapTiling::kThreads) vector_at<kWidth>(array, i * kWidth) = {};
+  if (thread < count % kWidth) array[vectors * kWidth + thread] = 0;
+}
 
 // Stores the values of two adjacent columns, or only the first.
 template <typename Real>

@@ -11,8 +11,8 @@
 // Traffic. Maps only: per value of a map, 2 Reals read and 1 to 3 written. For samples of 56 x 56 x 56 elements, the
 // maps have about 5% as many values as x. Most of this traffic stays in L2.
 //
-// Instructions, in training with samples of 256 x 56 x 56 in NCHW: about 228 per value of the CW map, 239 of the HC map
-// and 342 of the HW map, which the kernel merges from 5 parts. In the CW map, 116 of them are for the convolution (98
+// Instructions, in training with samples of 256 x 56 x 56 in NCHW: about 221 per value of the CW map, 222 of the HC map
+// and 327 of the HW map, which the kernel merges from 5 parts. In the CW map, 116 of them are for the convolution (98
 // multiplications for a kernel_size of 7) and about 50 for loading the tile with its border.
 //
 // Launch. 256 threads per block, of which two blocks fit into the registers of a multiprocessor. For a kernel_size of
@@ -58,29 +58,26 @@ struct StatisticsWorkspace {
 // parts of the map. kByColumns: whether the columns of the map are contiguous in memory, otherwise its rows are.
 template <bool kByColumns, typename Real>
 __device__ __forceinline__ void load_tile(const MapTile<Real>& tile, int kernel_size, Real* planes) {
-  struct Pooled {
-    Real largest, mean;
-  };
   const BranchMap<Real>& map = tile.map;
   const int area = map.tiling.area(kernel_size);
   const Real* sample = map.source_at(tile.sample, 0, 0);
+  const Real* const arrays[] = {sample, sample + map.source.channel_stride};
   BorderLines<kByColumns>(tile, kernel_size)
-      .template visit<Pooled>(
-          kByColumns ? map.column_stride : map.row_stride,
-          [&](int64_t offset) { return Pooled{sample[offset], sample[offset + map.source.channel_stride]}; },
-          [&](int at, int64_t offset, Pooled pooled) {
-            if (map.source.parts > 1) {
-              const Real* source = sample + offset;
+      .visit(arrays, kByColumns ? map.column_stride : map.row_stride,
+             [&](int at, int64_t offset, const Vector<Real, 2>& pooled) {
+               Real largest = pooled.at[0], mean = pooled.at[1];
+               if (map.source.parts > 1) {
+                 const Real* source = sample + offset;
 #pragma unroll 2
-              for (int part = 1; part < map.source.parts; ++part) {
-                source += map.source.part_stride;
-                pooled.largest = maximum(pooled.largest, source[0]);
-                pooled.mean += source[map.source.channel_stride];
-              }
-            }
-            planes[at] = pooled.largest;
-            planes[area + at] = pooled.mean;
-          });
+                 for (int part = 1; part < map.source.parts; ++part) {
+                   source += map.source.part_stride;
+                   largest = maximum(largest, source[0]);
+                   mean += source[map.source.channel_stride];
+                 }
+               }
+               planes[at] = largest;
+               planes[area + at] = mean;
+             });
 }
 
 // Stores the thread's results. If the maps are saved for the backward, also stores the thread's values in `pooled`,
@@ -205,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) response_kernel(Response<Real> pa
   Real* weights = planes + 2 * area;
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * size * size; i += kThreads) weights[i] = tile.map.conv_weight[i];
-  for (int i = threadIdx.x; i < 2 * area; i += kThreads) planes[i] = 0;
+  fill_with_zeros(planes, 2 * area);
   __syncthreads();
   if (tile.map.column_stride == 1) {
     load_tile<false>(tile, size, planes);

@@ -13,17 +13,17 @@
 // Traffic. Maps only: per value of a map, about 7 Reals read and 3 written; per tile, 2 * kernel_size^2 Reals written
 // and read.
 //
-// Instructions, in training with samples of 256 x 56 x 56 in NCHW: affine_kernel takes about 84 per value of the CW
-// map, 86 of the HC map and 160 of the HW map, whose sums are in 5 parts. convolution_kernel takes 420 per value of the
-// CW map and about 450 of the others, whose last tiles are not full. In the CW map, the weights' gradients are about
-// 144 of them and the correlation 115, each with 98 multiplications.
+// Instructions, in training with samples of 256 x 56 x 56 in NCHW: affine_kernel takes about 85 per value of the CW
+// map, 88 of the HC map and 139 of the HW map, whose sums are in 5 parts. convolution_kernel takes 396 per value of the
+// CW map, 416 of the HC map and 421 of the HW map. In the CW map, the weights' gradients are about 140 of them and the
+// correlation 115, each with 98 multiplications.
 //
 // Launch. 256 threads per block (96 in weights_kernel) and tiles as in response.cu, with at most half as many values.
 // For a kernel_size of 7, a block has up to 69 KB of shared memory (94 KB for float64). A memset of 4 bytes precedes
 // the first launch.
 //
-// Numerics. Sums in Real within a tile, in float64 over the tiles. The launch plan fixes the order; there are no
-// atomics on floats.
+// Numerics. Sums in Real within a tile, in float64 over the tiles. If kernel_size is not 7, one thread sums a weight's
+// gradient over a tile, in float64, too. The launch plan fixes the order; there are no atomics on floats.
 
 #include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
@@ -100,20 +100,35 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(ResponseBackward<Real>
   const MapTile<Real> tile(params.maps);
   const BranchMap<Real>& map = tile.map;
   const GateFunction<Real> function = gate_function(params, tile);
-  const int64_t begin = map.flat_begin + tile.sample * map.numel();
+  const int rows = tile.rows_inside();
+  const Real* part_source = map.source_at(tile.sample, tile.value_row(0), tile.column + tile.thread_column);
+  Real grad_gates[kRows] = {};
+#pragma unroll 1
+  for (int part = 0; part < map.source.parts; ++part) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (r < rows) grad_gates[r] += part_source[r * map.row_stride];
+    part_source += map.source.part_stride;
+  }
+  const int64_t first = map.flat_begin + tile.sample * map.numel() + tile.offset(0);
+  const Real* response_source = params.response + first;
+  Real responses[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    responses[r] = r < rows ? *response_source : Real(0);
+    response_source += map.columns;
+  }
+  Real* grad_affine = params.grad_affine + first;
   Real affine = 0, affine_normalized = 0;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (!tile.has(r)) break;
-    const Real* source = map.source_at(tile.sample, tile.value_row(r), tile.column + tile.thread_column);
-    Real grad_gate = *source;
-    for (int part = 1; part < map.source.parts; ++part) grad_gate += source[part * map.source.part_stride];
-    const Real response = params.response[begin + tile.offset(r)];
-    const Real gate = function.gate(response);
-    const Real gradient = grad_gate * gate * (Real(1) - gate);
-    params.grad_affine[begin + tile.offset(r)] = gradient;
+    if (r >= rows) break;
+    const Real gate = function.gate(responses[r]);
+    const Real gradient = grad_gates[r] * gate * (Real(1) - gate);
+    *grad_affine = gradient;
     affine += gradient;
-    affine_normalized += gradient * function.normalized(response);
+    affine_normalized += gradient * function.normalized(responses[r]);
+    grad_affine += map.columns;
   }
   affine = block_sum(affine);
   __syncthreads();
@@ -158,23 +173,16 @@ __device__ __forceinline__ void load_tile(const ResponseBackward<Real>& params, 
   const Real* responses = params.response + sample_begin;
   const Real* grad_affine = params.grad_affine + sample_begin;
   const Real* pooled = params.pooled + 2 * sample_begin;
-  struct Loaded {
-    Real response, grad_affine, largest, mean;
-  };
   BorderLines<false> lines(tile, params.maps.kernel_size);
   lines.line_pitch = layout.row_pitch;
   lines.place_pitch = layout.column_pitch;
-  lines.template visit<Loaded>(
-      map.columns,
-      [&](int64_t offset) {
-        return Loaded{responses[offset], grad_affine[offset], pooled[offset], pooled[offset + map.numel()]};
-      },
-      [&](int at, int64_t, const Loaded& loaded) {
-        const Real through_statistics = from_mean + function.normalized(loaded.response) * from_var;
-        planes[layout.gradient_begin + at] = (loaded.grad_affine - through_statistics) * slope;
-        planes[layout.area + at] = loaded.largest;
-        planes[2 * layout.area + at] = loaded.mean;
-      });
+  const Real* const arrays[] = {responses, grad_affine, pooled, pooled + map.numel()};
+  lines.visit(arrays, map.columns, [&](int at, int64_t, const Vector<Real, 4>& values) {
+    const Real through_statistics = from_mean + function.normalized(values.at[0]) * from_var;
+    planes[layout.gradient_begin + at] = (values.at[1] - through_statistics) * slope;
+    planes[layout.area + at] = values.at[2];
+    planes[2 * layout.area + at] = values.at[3];
+  });
 }
 
 // The place of a weight in shared memory. For a kernel_size of 7, the weights of a column are contiguous, for both
@@ -277,11 +285,11 @@ __device__ __forceinline__ void tile_weight_gradients(const MapTiling& tiling, i
     const int channel = weight / (size * size), y = weight / size % size, x = weight % size;
     const Real* gradient = planes + size / 2 * pitch + size / 2;
     const Real* window = planes + (1 + channel) * area + y * pitch + x;
-    Real sum = 0;
+    double sum = 0;
     for (int row = 0; row < tiling.rows(); ++row)
       for (int column = 0; column < tiling.columns; ++column)
-        sum += gradient[row * pitch + column] * window[row * pitch + column];
-    gradients[weight * stride] = sum;
+        sum += static_cast<double>(gradient[row * pitch + column]) * window[row * pitch + column];
+    gradients[weight * stride] = static_cast<Real>(sum);
   }
 }
 
@@ -298,23 +306,27 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(ResponseBackward<
     weights[weight_place<kSize>(channel, place / size, place % size, size)] =
         map.conv_weight[channel * size * size + size * size - 1 - place];
   }
-  for (int i = threadIdx.x; i < kPlanes * layout.area; i += kThreads) planes[i] = 0;
+  fill_with_zeros(planes, kPlanes * layout.area);
   __syncthreads();
   load_tile(params, tile, layout, planes);
   __syncthreads();
 
   if (tile.has(0)) {
-    Real* grad_pooled = params.grad_pooled + 2 * (map.flat_begin + tile.sample * map.numel());
     const Real* window =
         planes + tile.thread_group * kRows * layout.row_pitch + tile.thread_column * layout.column_pitch;
-    const Real per_element = Real(1) / static_cast<Real>(map.pooled_length);
     Real results[2][kRows] = {};
     correlate_both<kSize>(results, window, layout, weights, size);
+    const Real per_element = Real(1) / static_cast<Real>(map.pooled_length);
+    Real* grad_largest = params.grad_pooled + 2 * (map.flat_begin + tile.sample * map.numel()) + tile.offset(0);
+    Real* grad_mean = grad_largest + map.numel();
+    const int rows = tile.rows_inside();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (!tile.has(r)) break;
-      grad_pooled[tile.offset(r)] = results[0][r];
-      grad_pooled[map.numel() + tile.offset(r)] = results[1][r] * per_element;
+      if (r >= rows) break;
+      *grad_largest = results[0][r];
+      *grad_mean = results[1][r] * per_element;
+      grad_largest += map.columns;
+      grad_mean += map.columns;
     }
   }
   Real* gradients = BackwardWorkspace<Real>(params.workspace, gridDim.x).weight_gradients + blockIdx.x;
