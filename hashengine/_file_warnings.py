@@ -83,6 +83,20 @@ def _leave() -> None:
                 warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
 
 
+def _after_fork() -> None:
+    """In a forked process: other threads of the parent may hold the lock, and do not read here."""
+    global _lock, _readers
+    _lock = threading.Lock()
+    if getattr(_thread, "found", None) is not None:
+        _readers = 1
+    elif _readers > 0:
+        _readers = 1
+        _leave()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _collect(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:

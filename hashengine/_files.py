@@ -47,6 +47,16 @@ _temporaries: set[Path] = set()  # the temporary files and folders that exist at
 _moving = threading.Lock()  # held while one of them is renamed to its final name
 
 
+def _after_fork() -> None:
+    """In a forked process: other threads of the parent own the temporary files, and may hold the lock."""
+    global _moving
+    _moving = threading.Lock()
+    _temporaries.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing. The file replaces `path` when the `with` block ends without an exception.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode
 
 _random_lock = threading.RLock()  # held while the generator of the process is in another state
+
+
+def _renew_lock() -> None:
+    """In a forked process: another thread of the parent may hold the lock."""
+    global _random_lock
+    _random_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @cache

@@ -16,7 +16,6 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hashengine._computed_once import computed_once
 from hashengine.errors import invalid
 from hashengine.index.devices import CPU, copy_into, to_device
 
@@ -138,12 +138,12 @@ class ShardedCodes:
     parts: tuple[Tensor, ...]  # the codes of each shard
     file: MappedFile | None = None  # from which the first codes are mapped
 
-    @cached_property
+    @computed_once
     def shards(self) -> tuple[BlockCyclicShard, ...]:
         """The shards, in the order of `parts`."""
         return device_shards(len(self.parts))
 
-    @cached_property
+    @computed_once
     def devices(self) -> tuple[torch.device, ...]:
         """The device of each shard."""
         return tuple(part.device for part in self.parts)

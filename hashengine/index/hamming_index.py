@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 _RESULT_BYTES = 12  # an int32 distance and an int64 id
 _OWN_ATTRIBUTES = {
     "_bits", "_devices", "_streamed", "_is_on_host", "_last_saved", "_writer", "_rows_lock", "_memory", "_snapshot",
+    "_is_partly_updated", "_is_torn",
 }  # fmt: skip
 
 _living: weakref.WeakValueDictionary[int, HammingIndex] = weakref.WeakValueDictionary()  # every index, by its id()
@@ -117,6 +118,8 @@ class HammingIndex:
         self._streamed = streamed
         self._is_on_host = devices == (CPU,) and not streamed
         self._last_saved: folder.SavePoint | None = None
+        self._is_partly_updated = False  # true while an update overwrites rows
+        self._is_torn = False  # true in a process that was forked in the meantime
         self._make_locks()
         self._publish_codes(GrowingCodes.from_blocks([], 0, self.bits // 8, self._code_devices), 0)
 
@@ -404,7 +407,11 @@ class HammingIndex:
 
                 def overwrite() -> None:
                     synchronize_devices(self._code_devices)  # a search may return before its kernels end
-                    stored.overwrite(replacements)
+                    self._is_partly_updated = True
+                    try:
+                        stored.overwrite(replacements)
+                    finally:
+                        self._is_partly_updated = False
                     synchronize_streams(self._code_devices)
 
                 self._rows_lock.write(overwrite)
@@ -683,8 +690,15 @@ class HammingIndex:
         return self._writer
 
     def _current(self, where: str) -> Snapshot:
-        """The current snapshot, whose codes can be read: if they are mapped, their file has not become shorter."""
+        """The current snapshot, whose codes can be read.
+
+        Raises:
+            InputError: they are mapped and their file has become shorter, or the process was forked during an update.
+        """
         snapshot = self._snapshot
+        if self._is_torn:
+            expected, actual = "one that was complete when the process was forked", "one that a thread was updating"
+            raise invalid(where, "the index", expected, actual, "load or build it in this process")
         if snapshot.codes.file is not None:
             snapshot.codes.file.check(where)
         return snapshot
@@ -707,7 +721,10 @@ class HammingIndex:
         """Make a snapshot current. Its rows are the first rows of `memory`, to which the next `add` appends."""
         _ = snapshot.device_live  # copied to the device here, so that no search waits for the copy
         synchronize_streams(self._code_devices)  # searches may use other streams
+        # Kept until both are stored: to free its memory may let another thread run, which may fork the process.
+        replaced = getattr(self, "_memory", None), getattr(self, "_snapshot", None)
         self._memory, self._snapshot = memory, snapshot
+        del replaced
 
     def _publish_codes(
         self,
@@ -744,8 +761,12 @@ class HammingIndex:
 
 
 def _renew_locks() -> None:
-    """In a forked process: replace the locks, which threads that were not forked may hold."""
+    """In a forked process: replace the locks, which threads that were not forked may hold.
+
+    Such a thread may have been inside an update, of which the rest is missing now.
+    """
     for index in list(_living.values()):
+        index._is_torn |= index._is_partly_updated and not index._rows_lock.is_read_here()
         index._make_locks()
 
 

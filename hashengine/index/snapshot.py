@@ -7,12 +7,12 @@ can change: an update overwrites them in place, under a lock.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hashengine._computed_once import computed_once
 from hashengine.errors import invalid
 from hashengine.index.code_memory import ShardedCodes
 from hashengine.index.devices import CPU, to_device
@@ -28,11 +28,11 @@ class _SortedRun:
     first_row: int
     ids: np.ndarray
 
-    @cached_property
+    @computed_once
     def order(self) -> np.ndarray:
         return np.argsort(self.ids, kind="stable")
 
-    @cached_property
+    @computed_once
     def sorted_ids(self) -> np.ndarray:
         return self.ids[self.order]
 
@@ -93,12 +93,12 @@ class Snapshot:
         device_ids = None if ids is None else to_device(ids, codes.first_device)
         return cls(codes, ids, device_ids, lookup, live, count, next_id)
 
-    @cached_property
+    @computed_once
     def device_live(self) -> Tensor | None:
         """`live` on the first device; `HammingIndex` computes it before it publishes the snapshot."""
         return None if self.live is None else to_device(torch.from_numpy(self.live), self.codes.first_device)
 
-    @cached_property
+    @computed_once
     def host_codes(self) -> np.ndarray | None:
         """The codes of all rows, uint8 [rows, bits / 8], as a view; None if they are not in one part in host memory."""
         first, *others = self.codes.parts

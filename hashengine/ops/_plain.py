@@ -60,7 +60,7 @@ def can_be_array(tensor: Tensor) -> bool:
     """
     if _is_compiling() or needs_plain_torch() or torch._C._len_torch_dispatch_stack():
         return False
-    return tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.is_cpu and tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_neg())
 
 
 def untraced(check: Callable[..., None]) -> Callable[..., None]:

@@ -75,7 +75,8 @@ def _pack_plain(u: Tensor) -> Tensor:
 
 def _pack_formula(u: Tensor) -> Tensor:
     bits = u if u.dtype == torch.bool else u >= 0
-    return (bits.unflatten(-1, (u.shape[-1] // 8, 8)) * _place_values(u)).sum(-1).to(torch.uint8).contiguous()
+    bytes_of_bits = bits.reshape(*u.shape[:-1], u.shape[-1] // 8, 8)  # the legacy exporter fixes sizes in `unflatten`
+    return (bytes_of_bits * _place_values(u)).sum(-1).to(torch.uint8).contiguous()
 
 
 def _place_values(like: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ def _pack_fake(u: Tensor) -> Tensor:
 
 def _unpack_reference(codes: Tensor) -> Tensor:
     _check_unpack(codes)
-    return ((codes.unsqueeze(-1) & _place_values(codes).to(torch.uint8)) != 0).flatten(-2).contiguous()
+    # A quotient instead of a bitwise and, which the legacy ONNX exporter has only from opset 18 on.
+    return (codes.unsqueeze(-1) // _place_values(codes).to(torch.uint8) % 2 != 0).flatten(-2).contiguous()
 
 
 def _unpack_fake(codes: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import threading
 import numpy as np
 import pytest
 
-from hashengine import InputError
+from hashengine import HammingIndex, InputError, _file_warnings, _files, _torch_defaults
+from hashengine.index.code_memory import ShardedCodes
 from hashengine.index.lock import ReadersWriterLock
 from tests.helpers.indexes import codes_of, index_of
 
@@ -173,6 +174,92 @@ def test_a_search_inside_the_update_of_its_own_thread_is_refused():
     index, query = index_of(10), codes_of(1, seed=1)
     with pytest.raises(InputError, match="^HammingIndex: the index must be one that no other call of this thread uses"):
         index._rows_lock.write(lambda: index.search(query, 1))
+
+
+def status_in_fork(call) -> int:
+    """The exit code of a forked process that calls `call`; -14 if it waits for a lock."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        status = 1
+        try:
+            call()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("held", ["the first lookup of ids", "a save", "a seed", "the warnings of a decoder"])
+def test_a_forked_process_waits_for_nothing_that_another_thread_does(held, tmp_path, monkeypatch):
+    index = index_of(100, ids=True)
+    holding, end = threading.Event(), threading.Event()
+
+    def hold(*_, **__):
+        holding.set()
+        end.wait(60)
+
+    def hold_lock(lock):
+        with lock:
+            hold()
+
+    if held == "the first lookup of ids":
+        first = index_of(50, ids=True)
+        sort = np.argsort
+        monkeypatch.setattr(np, "argsort", hold)
+        thread = in_thread(lambda: first._snapshot.lookup._runs[0].sorted_ids)
+    else:
+        lock = {"a save": _files._moving, "a seed": _torch_defaults._random_lock}.get(held, _file_warnings._lock)
+        thread = in_thread(lambda: hold_lock(lock))
+    holding.wait(60)
+    if held == "the first lookup of ids":
+        monkeypatch.setattr(np, "argsort", sort)
+
+    def work():
+        index.remove(index.ids[:1])
+        index.save(tmp_path / "index")
+        assert len(HammingIndex.load(tmp_path / "index")) == 99
+        with _torch_defaults.own_random_numbers(0), _file_warnings.named_warnings("a.png"):
+            pass
+
+    status = status_in_fork(work)
+    end.set()
+    thread.join()
+    assert status == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_refuses_an_index_that_another_thread_was_updating(tmp_path, monkeypatch):
+    index = index_of(100)
+    updating, end = threading.Event(), threading.Event()
+    overwrite = ShardedCodes.overwrite
+
+    def interrupted(replacements):
+        updating.set()
+        end.wait(60)
+        overwrite(replacements)
+
+    monkeypatch.setattr(ShardedCodes, "overwrite", staticmethod(interrupted))
+    thread = in_thread(lambda: index.update(np.array([0]), codes_of(1, seed=5)))
+    updating.wait(60)
+
+    def work():
+        expected = "must be one that was complete when the process was forked, got one that a thread was updating; load"
+        for call in (
+            lambda: index.search(codes_of(1), 1),
+            lambda: index.save(tmp_path),
+            index.compact,
+            lambda: index.codes,
+        ):
+            with pytest.raises(InputError, match=expected):
+                call()
+
+    status = status_in_fork(work)
+    end.set()
+    thread.join()
+    assert status == 0
+    assert status_in_fork(lambda: index.search(codes_of(1), 1)) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -169,3 +169,10 @@ def assert_same_outcome(one_call, many_steps) -> None:
         except (InputError, OverflowError) as error:
             outcomes.append(f"{type(error).__name__}: {error}")
     assert outcomes[0] == outcomes[1]
+
+
+def test_queries_whose_negation_is_pending_are_searched():
+    index, queries = index_of(50), torch.from_numpy(codes_of(4, seed=1))
+    expected = index.search(-queries, 3)
+    for found, right in zip(index.search(torch._neg_view(queries), 3), expected, strict=True):
+        assert torch.equal(found, right)
