@@ -14,6 +14,7 @@ import pytest
 
 from hashengine import _files
 from hashengine.errors import InputError
+from tests.helpers.children import as_user, shared_folder
 
 
 @pytest.mark.parametrize(
@@ -414,6 +415,45 @@ def test_what_replaces_an_output_has_its_permissions(tmp_path):
         (temporary / "encode.json").write_text("{}")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {"codes": 0o700, "file": 0o600, "other": 0o600}
+
+
+def test_the_parts_of_what_replaces_a_folder_have_their_permissions(tmp_path):
+    """A file with a new name has those of the folder around it. Root can also give groups."""
+    group = 12345 if os.geteuid() == 0 else os.getegid()
+    modes = {"index": 0o2770, "index/codes": 0o2750, "index/encode.json": 0o600, "index/x": 0o755}
+    (tmp_path / "index" / "codes").mkdir(parents=True)
+    for name, mode in modes.items():
+        if not (tmp_path / name).is_dir():
+            (tmp_path / name).touch()
+        os.chown(tmp_path / name, -1, group)
+        (tmp_path / name).chmod(mode)
+    with _files.replace_folder(tmp_path / "index", marker=CODES, where="test") as temporary:
+        for name in ("codes", "new"):
+            (temporary / name).mkdir()
+        for name in ("codes/b", "encode.json", "x", "new/c"):
+            (temporary / name).touch()
+    found = {str(path.relative_to(tmp_path)): path.stat() for path in tmp_path.rglob("*")}
+    assert {name: stat.S_IMODE(status.st_mode) for name, status in found.items()} == {
+        "index": 0o2770,
+        "index/codes": 0o2750,
+        "index/codes/b": 0o640,
+        "index/encode.json": 0o600,
+        "index/new": 0o2770,
+        "index/new/c": 0o660,
+        "index/x": 0o755,
+    }
+    assert {status.st_gid for status in found.values()} == {group}
+
+
+def test_a_lock_that_cannot_be_created_is_an_error_about_the_permission():
+    with shared_folder() as folder:
+        folder.chmod(0o555)
+
+        def lock() -> None:
+            with pytest.raises(PermissionError, match="Permission denied: '.*/lock'"), _files.locked(folder, print):
+                pass
+
+        as_user(lock)
 
 
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch):
