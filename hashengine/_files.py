@@ -54,11 +54,11 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     A link is followed: its target is replaced. A pipe or a device, such as /dev/stdout, is written into instead.
     """
     if _is_stream(path):
-        with _open_stream(path) as file:
+        with naming(path), _open_stream(path) as file:
             yield file
         return
-    path = Path(os.path.realpath(path))
-    with _temporary_beside(path) as temporary:
+    given, path = path, Path(os.path.realpath(path))
+    with naming(given), _temporary_beside(path) as temporary:
         with open(temporary, "xb") as file:
             copy_permissions(path, temporary)
             yield file
@@ -95,14 +95,28 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     with ExitStack() as stack:
         temporaries = {name: stack.enter_context(_temporary_beside(folder / name)) for name in contents}
         for name, content in contents.items():
-            with open(temporaries[name], "xb") as file:
+            with naming(folder / name), open(temporaries[name], "xb") as file:
                 copy_permissions(folder / name, temporaries[name])
                 file.write(content)
                 sync_file(file)
         with _moving:
             for name, temporary in temporaries.items():
-                os.replace(temporary, folder / name)
+                with naming(folder / name):
+                    os.replace(temporary, folder / name)
         sync_folder(folder)
+
+
+@contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Let an `OSError` that names no file, as that of a write does, or a temporary file of ours, name `output`."""
+    try:
+        yield
+    except OSError as error:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if names and not any(map(_PARTIAL.search, names)):
+            raise
+        reason = error.strerror or f"Incomplete write ({error})"  # numpy gives no reason
+        raise OSError(error.errno or errno.EIO, reason, str(output)) from None
 
 
 class Marker(NamedTuple):
@@ -170,10 +184,10 @@ def replace_folder(path: Path, *, marker: Marker | None, where: str) -> Iterator
             not changed.
     """
     check_replaceable(path, marker=marker, where=where)
-    path = path.resolve()
+    given, path = path, path.resolve()
     make_folder(path.parent)
     before = _versions(path)
-    with _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
+    with naming(given), _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
         temporary.mkdir()
         copy_permissions(path, temporary)  # what is private stays private while it is written
         with suppress(OSError):

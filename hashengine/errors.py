@@ -16,7 +16,8 @@ are checked only in the kernel that runs.
 
 Other exceptions have these meanings:
 
-- `OSError`: the operating system reports a failure, such as a full disk. It passes through unchanged.
+- `OSError`: the operating system reports a failure, such as a full disk. It passes through unchanged, except that one
+  about a temporary file, or about none, names the output that was written.
 - `torch.cuda.OutOfMemoryError`: a GPU is full. It passes through unchanged.
 - torch's `RuntimeError` or `TypeError`: an argument of an op, a layer or a network has a Python type that torch refuses
   before the op runs, such as a numpy array for a tensor.

@@ -2,7 +2,10 @@
 
 import fcntl
 import os
+import re
+import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -10,11 +13,12 @@ import threading
 import time
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 from hashengine import _files
 from hashengine.errors import InputError
-from tests.helpers.children import as_user, shared_folder
+from tests.helpers.children import as_user, in_child, shared_folder
 
 
 @pytest.mark.parametrize(
@@ -443,6 +447,50 @@ def test_the_parts_of_what_replaces_a_folder_have_their_permissions(tmp_path):
         "index/x": 0o755,
     }
     assert {status.st_gid for status in found.values()} == {group}
+
+
+def _write_folder(path, text):
+    with _files.replace_folder(path, marker=CODES, where="test") as temporary:
+        (temporary / "codes").mkdir()
+        _files.write_file(temporary / "codes" / "encode.json", text)
+
+
+def _save_array(path, text):
+    with _files.replace_folder(path, marker=CODES, where="test") as temporary:
+        np.save(temporary / "codes.npy", np.frombuffer(text.encode(), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        (_files.write_file, "output"),
+        (lambda path, text: _files.write_files(path, {"part": text.encode()}), "output/part"),
+        (_write_folder, "output"),
+        (_save_array, "output"),
+    ],
+)
+def test_an_error_of_the_system_names_the_output(tmp_path, write, named):
+    """A limit on the size of a file stands in for a full disk."""
+
+    def write_much() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "output", "text" * 10_000)
+        reason = r"\[Errno \d+\] (File too large|Incomplete write \(.*\))"
+        assert re.fullmatch(f"{reason}: {str(tmp_path / named)!r}", str(caught.value))
+
+    assert os.waitpid(in_child(write_much), 0)[1] == 0
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_an_error_names_the_input_that_is_missing_or_the_output_that_is_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"directory: '.*/input'$"):
+        with _files.replace_folder(tmp_path / "output", marker=CODES, where="test"):
+            (tmp_path / "input").read_text()
+    (tmp_path / "output").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"^\[Errno 21\] Is a directory: '[^']*/output'$"):
+        _files.write_file(tmp_path / "output", "text")
 
 
 def test_a_lock_that_cannot_be_created_is_an_error_about_the_permission():

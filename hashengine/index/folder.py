@@ -33,6 +33,7 @@ from hashengine._files import (
     copy_permissions,
     locked,
     make_folder,
+    naming,
     read_file,
     sync_file,
     sync_folder,
@@ -110,7 +111,7 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
     """
     if path.exists() and not path.is_dir():
         raise invalid("save", "path", "a folder or not exist yet", f"the file {path}")
-    with _explain_read_only(path), _locked(path):
+    with naming(path), _explain_read_only(path), _locked(path):
         old = read_manifest(path) if (path / MANIFEST).exists() else None
         base = None
         if last is not None and old is not None and last.path == path.resolve() and last.manifest != old:
