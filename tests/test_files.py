@@ -18,7 +18,7 @@ import pytest
 
 from hashengine import _files
 from hashengine.errors import InputError
-from tests.helpers.children import as_user, in_child, shared_folder
+from tests.helpers.children import as_user, in_child
 
 
 @pytest.mark.parametrize(
@@ -493,15 +493,14 @@ def test_an_error_names_the_input_that_is_missing_or_the_output_that_is_a_folder
         _files.write_file(tmp_path / "output", "text")
 
 
-def test_a_lock_that_cannot_be_created_is_an_error_about_the_permission():
-    with shared_folder() as folder:
-        folder.chmod(0o555)
+def test_a_lock_that_cannot_be_created_is_an_error_about_the_permission(tmp_path):
+    tmp_path.chmod(0o555)
 
-        def lock() -> None:
-            with pytest.raises(PermissionError, match="Permission denied: '.*/lock'"), _files.locked(folder, print):
-                pass
+    def lock() -> None:
+        with pytest.raises(PermissionError, match="Permission denied: '.*/lock'"), _files.locked(tmp_path, print):
+            pass
 
-        as_user(lock)
+    as_user(lock)
 
 
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch):

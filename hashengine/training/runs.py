@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import counted, printable
 from hashengine._validation import check_path, is_path
-from hashengine.errors import InputError, brief, invalid, shown
+from hashengine.errors import InputError, brief, invalid, shown, unusable
 from hashengine.images import refuse_image
 from hashengine.models.checkpoint import WEIGHTS_FILE, fingerprint
 
@@ -70,6 +70,8 @@ class Run:
             operator.index(record["options"].get("seed", 0))
             _check_folder(record["options"].get("images"))
             found = str(record.get("fingerprint", ""))
+        except PermissionError as error:
+            raise unusable("Run.load", "run", repr(str(path)), error.strerror) from None
         except OSError as error:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
@@ -280,6 +282,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     Raises:
         InputError: `folders` is no list, a folder neither is a run nor contains one, the record of a run is damaged, or
             `output` has another suffix.
+        PermissionError: a folder cannot be read, or a folder in it, which may be a run.
     """
     output = None if output is None else check_path("train report", "output", output)
     if output is not None and output.suffix not in (".md", ".json"):
@@ -388,7 +391,8 @@ def _group(runs: list[Run], options: dict[str, Any]) -> Group:
 def _run_folders(folder: Path) -> list[Path]:
     if (folder / RECORD_FILE).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in inner if (path / RECORD_FILE).exists()]
     if not found:
         expected = f"a model folder with {RECORD_FILE}, or a folder of them"
         raise invalid("train report", "run", expected, repr(str(folder)))

@@ -28,7 +28,7 @@ from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation import image_index as image_index_module
 from hashengine.models import HashNet
 from hashengine.training import report
-from tests.helpers.children import as_user, shared_folder
+from tests.helpers.children import as_user
 from tests.helpers.tiny_images import CLASSES, make_model
 
 
@@ -296,28 +296,24 @@ def only(codes: CodesFolder, row: int) -> CodesFolder:
 
 
 @pytest.mark.parametrize("locked", ["", "codes", "codes/codes-*.bin", "codes/lock"])
-def test_an_append_of_another_user_writes_nothing_if_a_file_cannot_be_written(codes, queries, locked):
-    """Of an index of root, if the tests run as root."""
-    with shared_folder() as folder:
-        index = ImageIndex.build(codes, folder / "index")
-        index.append(only(queries, 0))  # creates the locks
-        for path in (index.folder, *index.folder.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o666)
-        (path,) = index.folder.glob(locked) if locked else [index.folder]
-        path.chmod(0o555 if path.is_dir() else 0o444 if path.suffix else 0o000)
-        before = {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file()}
+def test_an_append_writes_nothing_if_a_file_cannot_be_written(index, queries, locked):
+    index.append(only(queries, 0))  # creates the locks
+    (path,) = index.folder.glob(locked) if locked else [index.folder]
+    mode = path.stat().st_mode
+    path.chmod(0o555 if path.is_dir() else 0o444 if path.suffix else 0o000)
+    before = {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file() and path.suffix}
 
-        def append() -> None:
-            with pytest.raises(InputError) as caught:
-                ImageIndex.append_to(index.folder, only(queries, 1))
-            expected = f"index: index must be a folder in which everything can be written to, got {str(index.folder)!r}"
-            assert str(caught.value).startswith(f"{expected}, where {str(path)!r} cannot; ask its owner")
+    def append() -> None:
+        with pytest.raises(InputError) as caught:
+            ImageIndex.append_to(index.folder, only(queries, 1))
+        expected = f"index: index must be a folder in which everything can be written to, got {str(index.folder)!r}"
+        assert str(caught.value).startswith(f"{expected}, where {str(path)!r} cannot; ask its owner")
 
-        as_user(append)
-        assert {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file()} == before
-        path.chmod(0o777 if path.is_dir() else 0o666)
-        as_user(lambda: index.append(only(queries, 1)))
-        assert len(ImageIndex.load(index.folder).items) == 23
+    as_user(append)
+    assert {path: path.read_bytes() for path in before} == before
+    path.chmod(mode)
+    as_user(lambda: index.append(only(queries, 1)))
+    assert len(ImageIndex.load(index.folder).items) == 23
 
 
 def test_the_sources_must_describe_every_code(index):

@@ -1,11 +1,9 @@
-"""Runs a function in a forked child of the test, which may be another user."""
+"""Runs a function in a forked child of the test."""
 
+import ctypes
 import os
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
@@ -25,24 +23,15 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def as_user(work: Callable[[], None]) -> None:
-    """Run `work` in a forked child that has no rights of root: if the tests run as root, it becomes the user `nobody`.
+    """Run `work` in a forked child without the rights of root, so that the permissions of files apply to it.
 
     What `work` raises fails the test.
     """
 
-    def change_and_work() -> None:
+    def drop_rights_and_work() -> None:
         if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
+            version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None).capset(version, none) == 0
         work()
 
-    assert os.waitpid(in_child(change_and_work), 0)[1] == 0
-
-
-@contextmanager
-def shared_folder() -> Iterator[Path]:
-    """A temporary folder that every user may read; those of pytest are private."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
+    assert os.waitpid(in_child(drop_rights_and_work), 0)[1] == 0
