@@ -76,9 +76,7 @@ class Run:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise invalid(
-                str(path), "the file", "the record of a training run", f"a damaged one: {type(error).__name__}: {error}"
-            ) from None
+            raise invalid(str(path), "the file", "the record of a training run", _damage(error)) from None
         if found and Path(folder, WEIGHTS_FILE).exists() and fingerprint(folder, "Run.load") != found:
             expected = f"the record of the network in {str(folder)!r}"
             advice = "remove the folder and train again, or put the files of one run together"
@@ -156,11 +154,18 @@ class Run:
             except InputError:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-                actual = f"a damaged one: {type(error).__name__}: {error}"
-                raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
+                expected = "the evaluation of a run"
+                raise invalid(str(evaluation), "the file", expected, _damage(error), "remove it") from None
         last = self.record["epochs"][-1]
         figures |= {name: value for name, value in last.items() if name != "epoch"}
         return figures | {"seconds": self.record["seconds"]}
+
+
+def _damage(error: Exception) -> str:
+    """What a record is whose reading raised `error`."""
+    if isinstance(error, KeyError):
+        return f"a damaged one without the field {error}"
+    return f"a damaged one: {type(error).__name__}: {error}"
 
 
 def _check_folder(path: Any) -> None:
@@ -173,17 +178,17 @@ def _check_folder(path: Any) -> None:
         raise ValueError(f"a folder {brief(shown(path))}, which no file system can have")
 
 
-def check_evaluation_is_own(where: str, evaluation: Any, folder: Path) -> None:
+def check_evaluation_is_own(where: str, evaluation: Any, folder: Path, found: str = "another file") -> None:
     """Require that `evaluation`, the content of the evaluation.json in `folder`, is one that a sweep wrote.
 
-    `hashengine evaluate` writes other fields into files that may have the same name.
+    `hashengine evaluate` writes other fields into files that may have the same name. `found` describes the file.
 
     Raises:
         InputError: it is another one; the error names `where`.
     """
     if not isinstance(evaluation, dict) or not evaluation.keys() >= {"version", "mean_average_precision"}:
         expected = f"one that 'hashengine train sweep' wrote, or missing, in {str(folder)!r}"
-        raise invalid(where, EVALUATION_FILE, expected, "another file", "move it to another folder")
+        raise invalid(where, EVALUATION_FILE, expected, found, "move it to another folder")
 
 
 def has_record(folder: Path) -> bool:
@@ -198,6 +203,8 @@ def has_record(folder: Path) -> bool:
 def check_evaluation_file(where: str, folder: Path) -> None:
     """Require that the folder of a run has no evaluation.json that no sweep wrote, because it would be replaced.
 
+    A file that is not JSON counts as such: a sweep replaces its file atomically, so that no sweep leaves a part of one.
+
     Raises:
         InputError: it has one; the error names `where`.
         PermissionError: the file cannot be read.
@@ -205,13 +212,16 @@ def check_evaluation_file(where: str, folder: Path) -> None:
     path = folder / EVALUATION_FILE
     if not path.exists():
         return
+    evaluation, found = None, "another file"
     try:
-        found = json.loads(read_file(path).decode("utf-8-sig"))
+        evaluation = json.loads(read_file(path).decode("utf-8-sig"))
     except PermissionError:
         raise
-    except (OSError, ValueError, RecursionError):
-        found = None
-    check_evaluation_is_own(where, found, folder)
+    except (ValueError, RecursionError) as error:
+        found = f"{str(path)!r}, which is not JSON ({error})"
+    except OSError:  # a folder or a pipe
+        pass
+    check_evaluation_is_own(where, evaluation, folder, found)
 
 
 @dataclass(frozen=True)
