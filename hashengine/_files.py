@@ -189,12 +189,17 @@ def replace_folder(path: Path, *, marker: Marker | None, where: str) -> Iterator
     before = _versions(path)
     with naming(given), _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
         temporary.mkdir()
-        copy_permissions(path, temporary)  # what is private stays private while it is written
-        with suppress(OSError):
-            os.chmod(temporary, stat.S_IMODE(os.stat(temporary).st_mode) | stat.S_IRWXU)
+        copy_permissions(path, temporary)
+        mode = stat.S_IMODE(os.stat(temporary).st_mode)
+        if path.exists():  # it may hold a private file, whose successor stays private while it is written
+            with suppress(OSError):
+                os.chmod(temporary, mode & stat.S_ISGID | stat.S_IRWXU)
         yield temporary
         _sync_tree(temporary)
         _copy_permissions_of_tree(path, temporary)
+        if not path.exists():
+            with suppress(OSError):
+                os.chmod(temporary, mode)
         with _moving:
             try:
                 _move_into_place(temporary, path)
@@ -478,7 +483,8 @@ def sync_folder(folder: Path) -> None:
     """Make the creation, renaming and removal of files in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

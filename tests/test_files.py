@@ -396,7 +396,7 @@ def test_a_folder_that_changes_while_it_is_replaced_is_kept(tmp_path, monkeypatc
 def test_a_folder_that_is_removed_while_it_is_replaced_or_gets_files_of_systems_is_written(tmp_path):
     for number in range(2):
         folder = tmp_path / str(number)
-        folder.mkdir()
+        folder.mkdir(mode=0o750)
         (folder / "encode.json").write_text("{}")
         with _files.replace_folder(folder, marker=CODES, where="test") as temporary:
             (temporary / "encode.json").write_text("[]")
@@ -404,7 +404,7 @@ def test_a_folder_that_is_removed_while_it_is_replaced_or_gets_files_of_systems_
                 (folder / ".DS_Store").write_text("")
             else:
                 shutil.rmtree(folder)
-        assert (folder / "encode.json").read_text() == "[]"
+        assert (folder / "encode.json").read_text() == "[]" and stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_what_replaces_an_output_has_its_permissions(tmp_path):
@@ -573,8 +573,9 @@ def test_the_group_of_an_output_is_kept_or_gets_the_rights_of_others(tmp_path, m
     assert stat.S_IMODE(os.stat(tmp_path / "file").st_mode) == 0o644
 
 
-def test_a_private_folder_is_private_while_it_is_written(tmp_path):
-    (tmp_path / "codes").mkdir(mode=0o700)
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folder_that_may_hold_private_files_is_private_while_it_is_written(tmp_path, mode):
+    (tmp_path / "codes").mkdir(mode=mode)
     with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
 

@@ -129,7 +129,7 @@ def flush_stdout(code: Any) -> Any:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try again
         if not code and not isinstance(error, BrokenPipeError):  # otherwise the error was reported
-            _write_error(str(error))
+            _write_error(f"{error}: 'stdout'")
             return FAILURE
     return code
 
