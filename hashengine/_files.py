@@ -64,13 +64,13 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     A link is followed: its target is replaced. A pipe or a device, such as /dev/stdout, is written into instead.
     """
     if _is_stream(path):
-        with _open_stream(path) as file:
+        with naming(path), _open_stream(path) as file:
             yield file
         return
-    path = Path(os.path.realpath(path))
-    with _temporary_beside(path) as temporary:
+    given, path = path, Path(os.path.realpath(path))
+    with naming(given), _temporary_beside(path) as temporary:
         with open(temporary, "xb") as file:
-            _copy_permissions(path, temporary)
+            copy_permissions(path, temporary)
             yield file
             sync_file(file)
         with _moving:
@@ -105,14 +105,28 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     with ExitStack() as stack:
         temporaries = {name: stack.enter_context(_temporary_beside(folder / name)) for name in contents}
         for name, content in contents.items():
-            with open(temporaries[name], "xb") as file:
-                _copy_permissions(folder / name, temporaries[name])
+            with naming(folder / name), open(temporaries[name], "xb") as file:
+                copy_permissions(folder / name, temporaries[name])
                 file.write(content)
                 sync_file(file)
         with _moving:
             for name, temporary in temporaries.items():
-                os.replace(temporary, folder / name)
+                with naming(folder / name):
+                    os.replace(temporary, folder / name)
         sync_folder(folder)
+
+
+@contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Let an `OSError` that names no file, as that of a write does, or a temporary file of ours, name `output`."""
+    try:
+        yield
+    except OSError as error:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if names and not any(map(_PARTIAL.search, names)):
+            raise
+        reason = error.strerror or f"Incomplete write ({error})"  # numpy gives no reason
+        raise OSError(error.errno or errno.EIO, reason, str(output)) from None
 
 
 class Marker(NamedTuple):
@@ -165,8 +179,9 @@ class Marker(NamedTuple):
 def replace_folder(path: Path, *, marker: Marker | None, where: str) -> Iterator[Path]:
     """Create a temporary folder. The folder replaces `path` when the `with` block ends without an exception.
 
-    It keeps the permissions of the folder that it replaces. If `path` has changed meanwhile, because another program
-    has created, replaced or written to it, the temporary folder is removed instead, and `path` stays as it is.
+    It keeps the permissions and the groups of the folder that it replaces and of the parts of that folder. A part whose
+    name is new gets those of the folder around it. If `path` has changed meanwhile, because another program has
+    created, replaced or written to it, the temporary folder is removed instead, and `path` stays as it is.
 
     Args:
         path: the folder to create or to replace.
@@ -179,17 +194,22 @@ def replace_folder(path: Path, *, marker: Marker | None, where: str) -> Iterator
             not changed.
     """
     check_replaceable(path, marker=marker, where=where)
-    path = path.resolve()
+    given, path = path, path.resolve()
     make_folder(path.parent)
     before = _versions(path)
-    with _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
+    with naming(given), _temporary_beside(path) as temporary:  # after a replacement, it contains the old content
         temporary.mkdir()
-        _copy_permissions(path, temporary)  # what is private stays private while it is written
-        with suppress(OSError):
-            os.chmod(temporary, stat.S_IMODE(os.stat(temporary).st_mode) | stat.S_IRWXU)
+        copy_permissions(path, temporary)
+        mode = stat.S_IMODE(os.stat(temporary).st_mode)
+        if path.exists():  # it may hold a private file, whose successor stays private while it is written
+            with suppress(OSError):
+                os.chmod(temporary, mode & stat.S_ISGID | stat.S_IRWXU)
         yield temporary
         _sync_tree(temporary)
-        _copy_permissions(path, temporary)
+        _copy_permissions_of_tree(path, temporary)
+        if not path.exists():
+            with suppress(OSError):
+                os.chmod(temporary, mode)
         with _moving:
             try:
                 _move_into_place(temporary, path)
@@ -216,16 +236,31 @@ def _versions(path: Path) -> dict[str, tuple[int, ...] | None]:
     return {str(file.relative_to(path)): version_of(file) for file in files if not _is_of_systems(file)}
 
 
-def _copy_permissions(path: Path, temporary: Path) -> None:
+def _copy_permissions_of_tree(path: Path, temporary: Path) -> None:
+    """Call `copy_permissions` for the folder `temporary`, which will replace `path`, and everything in it.
+
+    What `path` does not hold gets the permissions of the folder around it.
+    """
+    for parent, _, names in os.walk(temporary, topdown=False):
+        for part in (*(Path(parent, name) for name in names), Path(parent)):
+            replaced, is_there = path / part.relative_to(temporary), os.path.isdir if part.is_dir() else os.path.exists
+            while replaced != path and not is_there(replaced):
+                replaced = replaced.parent
+            copy_permissions(replaced, part)
+
+
+def copy_permissions(path: Path, temporary: Path) -> None:
     """Give `temporary` the group and the permissions of `path`, which it will replace, as far as the system allows.
 
-    If the group cannot be given, the new group may do what others may.
+    A file gets from a folder the permissions to read and to write. If the group cannot be given, the new group may do
+    what others may.
     """
     try:
         wanted, found = os.stat(path), os.stat(temporary)
     except FileNotFoundError:
         return
-    mode = wanted.st_mode & (0o3777 if stat.S_ISDIR(wanted.st_mode) else 0o777)
+    is_folder = stat.S_ISDIR(wanted.st_mode), stat.S_ISDIR(found.st_mode)
+    mode = wanted.st_mode & {(True, True): 0o3777, (True, False): 0o666}.get(is_folder, 0o777)
     if wanted.st_gid != found.st_gid:
         try:
             os.chown(temporary, -1, wanted.st_gid)
@@ -325,6 +360,19 @@ def check_output(
         raise invalid(where, "output", "in a folder that can be written to", repr(str(path)))
 
 
+def check_writable(where: str, argument: str, folder: Path, paths: Iterable[Path]) -> None:
+    """Require, before the first of several writes, that each of `paths` in `folder` can be written to.
+
+    Raises:
+        InputError: one of them cannot; the error names `where` and `argument`.
+    """
+    for path in paths:
+        if not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0)):
+            expected = "a folder in which everything can be written to"
+            actual = f"{str(folder)!r}, where {str(path)!r} cannot"
+            raise invalid(where, argument, expected, actual, "ask its owner for the permission to write")
+
+
 @contextmanager
 def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, keep: bool = True) -> Iterator[None]:
     """Hold the lock of an existing folder, the file `name` in it; one process or thread at a time does.
@@ -342,8 +390,11 @@ def locked(folder: Path, waiting: Callable[[], None], name: str = "lock", *, kee
     while True:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except PermissionError:  # the file of another user; on most file systems, reading it suffices for a lock
-            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:  # the file of another user; on most file systems, reading it suffices
+            try:
+                lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise error from None
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -442,7 +493,8 @@ def sync_folder(folder: Path) -> None:
     """Make the creation, renaming and removal of files in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -16,7 +16,8 @@ are checked only in the kernel that runs.
 
 Other exceptions have these meanings:
 
-- `OSError`: the operating system reports a failure, such as a full disk. It passes through unchanged.
+- `OSError`: the operating system reports a failure, such as a full disk. It passes through unchanged, except that one
+  about a temporary file, or about none, names the output that was written.
 - `torch.cuda.OutOfMemoryError`: a GPU is full. It passes through unchanged.
 - torch's `RuntimeError` or `TypeError`: an argument of an op, a layer or a network has a Python type that torch refuses
   before the op runs, such as a numpy array for a tensor.
@@ -24,7 +25,8 @@ Other exceptions have these meanings:
 - `NotImplementedError`: `loss` was called on a hashing method that has only a closed form, or `fit` on a method that
   has only a loss.
 
-The commands print `InputError`, the `ValueError` of an op, `OSError` and `OutOfMemoryError` in one line. Any other
+The commands print `InputError`, the `ValueError` of an op, `OSError` and `OutOfMemoryError` in one line. An `OSError`
+that a user can correct, such as a missing permission or a name that is too long, is a mistake there. Any other
 exception in a command, except the `ImportError` above, is a defect of hashengine, and its traceback is the bug report.
 """
 
@@ -79,6 +81,19 @@ def shown(value: object) -> str:
         return repr(value)
     except ValueError:  # sys.get_int_max_str_digits
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def unusable(where: str, what: str, path: str, reason: str | None, use: str = "read") -> InputError:
+    """The error for a file or a folder that the system does not let this user read or write.
+
+    Args:
+        where: as for `invalid`.
+        what: as for `invalid`.
+        path: the `repr` of its path.
+        reason: the words of the system.
+        use: what is not possible: "read", "written to", or "used" for either.
+    """
+    return invalid(where, what, f"one that can be {use}", f"{path}, which cannot be {use} ({reason})")
 
 
 def missing_package(where: str, package: str, extra: str) -> InputError:

@@ -17,7 +17,7 @@ from hashengine._defaults import IMAGE_SUFFIXES, is_part
 from hashengine._file_warnings import is_damage, named_warnings
 from hashengine._pixels import correct_colours, encoding_of, to_8_bits
 from hashengine._validation import as_integer, check_integer, check_path
-from hashengine.errors import InputError, brief, invalid, shown
+from hashengine.errors import InputError, brief, invalid, shown, unusable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ def find_images(folder: str | os.PathLike[str], where: str = "find_images") -> F
                 entries = [entry for entry in listed if not entry.name.startswith(".")]
         except OSError as error:
             if parent == folder:
-                raise invalid(where, "folder", "readable", f"{str(folder)!r}: {error.strerror}") from None
+                raise unusable(where, "folder", repr(str(folder)), error.strerror) from None
             found.unopened.append(Unopened(parent, str(error.strerror)))
             continue
         for entry in entries:
@@ -137,7 +137,8 @@ def list_images(
     """
     found = find_images(folder, where)
     for path, reason in found.unopened:
-        raise InputError(f"{path}: the file must be readable, got {reason}")
+        what = "folder" if os.path.isdir(path) else "file"
+        raise InputError(f"{path}: the {what} must be readable, got {reason}")
     if warn is not None and found.others:
         warn(found.describe_others(folder))
     return found.images

@@ -2,7 +2,10 @@
 
 import fcntl
 import os
+import re
+import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -10,10 +13,12 @@ import threading
 import time
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 from hashengine import _files
 from hashengine.errors import InputError
+from tests.helpers.children import as_user, in_child
 
 
 @pytest.mark.parametrize(
@@ -391,7 +396,7 @@ def test_a_folder_that_changes_while_it_is_replaced_is_kept(tmp_path, monkeypatc
 def test_a_folder_that_is_removed_while_it_is_replaced_or_gets_files_of_systems_is_written(tmp_path):
     for number in range(2):
         folder = tmp_path / str(number)
-        folder.mkdir()
+        folder.mkdir(mode=0o750)
         (folder / "encode.json").write_text("{}")
         with _files.replace_folder(folder, marker=CODES, where="test") as temporary:
             (temporary / "encode.json").write_text("[]")
@@ -399,7 +404,7 @@ def test_a_folder_that_is_removed_while_it_is_replaced_or_gets_files_of_systems_
                 (folder / ".DS_Store").write_text("")
             else:
                 shutil.rmtree(folder)
-        assert (folder / "encode.json").read_text() == "[]"
+        assert (folder / "encode.json").read_text() == "[]" and stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_what_replaces_an_output_has_its_permissions(tmp_path):
@@ -414,6 +419,88 @@ def test_what_replaces_an_output_has_its_permissions(tmp_path):
         (temporary / "encode.json").write_text("{}")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {"codes": 0o700, "file": 0o600, "other": 0o600}
+
+
+def test_the_parts_of_what_replaces_a_folder_have_their_permissions(tmp_path):
+    """A file with a new name has those of the folder around it. Root can also give groups."""
+    group = 12345 if os.geteuid() == 0 else os.getegid()
+    modes = {"index": 0o2770, "index/codes": 0o2750, "index/encode.json": 0o600, "index/x": 0o755}
+    (tmp_path / "index" / "codes").mkdir(parents=True)
+    for name, mode in modes.items():
+        if not (tmp_path / name).is_dir():
+            (tmp_path / name).touch()
+        os.chown(tmp_path / name, -1, group)
+        (tmp_path / name).chmod(mode)
+    with _files.replace_folder(tmp_path / "index", marker=CODES, where="test") as temporary:
+        for name in ("codes", "new"):
+            (temporary / name).mkdir()
+        for name in ("codes/b", "encode.json", "x", "new/c"):
+            (temporary / name).touch()
+    found = {str(path.relative_to(tmp_path)): path.stat() for path in tmp_path.rglob("*")}
+    assert {name: stat.S_IMODE(status.st_mode) for name, status in found.items()} == {
+        "index": 0o2770,
+        "index/codes": 0o2750,
+        "index/codes/b": 0o640,
+        "index/encode.json": 0o600,
+        "index/new": 0o2770,
+        "index/new/c": 0o660,
+        "index/x": 0o755,
+    }
+    assert {status.st_gid for status in found.values()} == {group}
+
+
+def _write_folder(path, text):
+    with _files.replace_folder(path, marker=CODES, where="test") as temporary:
+        (temporary / "codes").mkdir()
+        _files.write_file(temporary / "codes" / "encode.json", text)
+
+
+def _save_array(path, text):
+    with _files.replace_folder(path, marker=CODES, where="test") as temporary:
+        np.save(temporary / "codes.npy", np.frombuffer(text.encode(), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        (_files.write_file, "output"),
+        (lambda path, text: _files.write_files(path, {"part": text.encode()}), "output/part"),
+        (_write_folder, "output"),
+        (_save_array, "output"),
+    ],
+)
+def test_an_error_of_the_system_names_the_output(tmp_path, write, named):
+    """A limit on the size of a file stands in for a full disk."""
+
+    def write_much() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "output", "text" * 10_000)
+        reason = r"\[Errno \d+\] (File too large|Incomplete write \(.*\))"
+        assert re.fullmatch(f"{reason}: {str(tmp_path / named)!r}", str(caught.value))
+
+    assert os.waitpid(in_child(write_much), 0)[1] == 0
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_an_error_names_the_input_that_is_missing_or_the_output_that_is_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"directory: '.*/input'$"):
+        with _files.replace_folder(tmp_path / "output", marker=CODES, where="test"):
+            (tmp_path / "input").read_text()
+    (tmp_path / "output").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"^\[Errno 21\] Is a directory: '[^']*/output'$"):
+        _files.write_file(tmp_path / "output", "text")
+
+
+def test_a_lock_that_cannot_be_created_is_an_error_about_the_permission(tmp_path):
+    tmp_path.chmod(0o555)
+
+    def lock() -> None:
+        with pytest.raises(PermissionError, match="Permission denied: '.*/lock'"), _files.locked(tmp_path, print):
+            pass
+
+    as_user(lock)
 
 
 def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch):
@@ -486,8 +573,9 @@ def test_the_group_of_an_output_is_kept_or_gets_the_rights_of_others(tmp_path, m
     assert stat.S_IMODE(os.stat(tmp_path / "file").st_mode) == 0o644
 
 
-def test_a_private_folder_is_private_while_it_is_written(tmp_path):
-    (tmp_path / "codes").mkdir(mode=0o700)
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folder_that_may_hold_private_files_is_private_while_it_is_written(tmp_path, mode):
+    (tmp_path / "codes").mkdir(mode=mode)
     with _files.replace_folder(tmp_path / "codes", marker=CODES, where="test") as temporary:
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
 

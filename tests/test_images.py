@@ -229,8 +229,11 @@ def test_folders_and_links_that_cannot_be_read_are_named(tmp_path, noise, monkey
         ("to_itself", "Too many levels of symbolic links"),
         ("to_nothing.png", "No such file or directory"),
     ]
+    with pytest.raises(InputError, match="b: the folder must be readable, got Permission denied$"):
+        list_images(tmp_path)
     (tmp_path / "root").mkdir()
-    with pytest.raises(InputError, match="^find_images: folder must be readable, got .*root': Permission denied"):
+    expected = "folder must be one that can be read, got .*root', which cannot be read .Permission denied.$"
+    with pytest.raises(InputError, match=f"^find_images: {expected}"):
         find_images(tmp_path / "root")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import io
@@ -20,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine.errors import InputError, brief, invalid, shown
+from hashengine.errors import InputError, brief, invalid, shown, unusable
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -83,7 +84,9 @@ class Commands(TyperGroup):
         except Exception as error:
             if not _is_expected(error):
                 raise
-            _report(str(error), MISTAKE if _is_mistake(error) else FAILURE)
+            where = f"{ctx.command_path} {ctx.invoked_subcommand}".partition(" ")[2]
+            mistake = error if _is_mistake(error) else _unusable_path(where, error)
+            _report(str(mistake or error), MISTAKE if mistake else FAILURE)
 
 
 class Command(TyperCommand):
@@ -126,7 +129,7 @@ def flush_stdout(code: Any) -> Any:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try again
         if not code and not isinstance(error, BrokenPipeError):  # otherwise the error was reported
-            _write_error(str(error))
+            _write_error(f"{error}: 'stdout'")
             return FAILURE
     return code
 
@@ -166,6 +169,8 @@ def _report_usage(error: Any) -> NoReturn:
     message = error.message.strip().rstrip(".")
     if parameter is None:
         _report(f"{where}: {message[:1].lower()}{message[1:]}", MISTAKE)
+    if found := re.fullmatch(r"\w+ (.+) is not readable", message, re.DOTALL):
+        _report(str(unusable(where, parameter.name, found[1], os.strerror(errno.EACCES))), MISTAKE)
     words = re.sub(r"^\w+ should ", "must ", message)
     if words == message:
         _report(f"{where}: {parameter.name}: {message}", MISTAKE)
@@ -190,6 +195,24 @@ def _is_mistake(error: Exception) -> bool:
         return isinstance(error, InputError)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__") == "torch._ops"
+
+
+# A missing permission, something else in the place of a file or a folder, or a name that no file can have.
+_UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG
+)  # fmt: skip
+
+
+def _unusable_path(where: str, error: Exception) -> InputError | None:
+    """The mistake behind an error of the system about a path; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _UNUSABLE or error.filename is None:
+        return None
+    path, use = Path(error.filename), "used"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        nearest = next(found for found in (path, *path.parents) if os.path.lexists(found))
+        needed = os.R_OK if nearest == path else os.X_OK
+        use = "written to" if os.access(nearest, needed) else "read"
+    return unusable(where, "a file or folder", repr(str(path)), error.strerror, use)
 
 
 def command_line(help: str, *, add_completion: bool = False) -> typer.Typer:

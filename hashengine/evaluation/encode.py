@@ -17,7 +17,7 @@ from hashengine._defaults import BATCH_SIZE, CODES_MARKER, is_split
 from hashengine._files import read_unchanged, replace_folder
 from hashengine._threads import thread_pool
 from hashengine._validation import DeviceName, check_code_array, check_device, check_integer, check_path, is_path
-from hashengine.errors import InputError, brief, invalid
+from hashengine.errors import InputError, brief, invalid, unusable
 from hashengine.evaluation.records import (
     EncodeRecord,
     Item,
@@ -98,6 +98,8 @@ class CodesFolder:
             raise invalid(where, argument, "a codes folder with a file codes.npy", f"{str(folder)!r} without one")
         try:
             codes = np.load(path, allow_pickle=False)
+        except PermissionError as error:
+            raise unusable(where, argument, repr(str(path)), error.strerror) from None
         except Exception as error:  # numpy evaluates the header of a damaged file, which may raise anything
             raise invalid(where, argument, f"an array in {str(path)!r}", error) from None
         if not isinstance(codes, np.ndarray):

@@ -13,7 +13,7 @@ import numpy as np
 
 from hashengine import _progress
 from hashengine._defaults import INDEX_MARKER, NEIGHBOURS
-from hashengine._files import locked, read_unchanged, replace_folder
+from hashengine._files import check_writable, locked, read_unchanged, replace_folder
 from hashengine._text import counted
 from hashengine._validation import check_integer, check_path
 from hashengine.errors import InputError, invalid
@@ -142,6 +142,7 @@ class ImageIndex:
             InputError: for the reasons of `load` and `append`.
         """
         _check_is_index(Path(folder), "index")  # otherwise the lock would be created in another folder
+        check_writable("index", "index", Path(folder), (Path(folder),))
         with _locked(Path(folder)):
             index = cls.load(folder, "index")
             index.check("index", codes, "codes")
@@ -161,6 +162,7 @@ class ImageIndex:
         """
         self.check("index", codes, "codes")
         _check_is_index(self.folder, "index")  # otherwise the lock cannot be created
+        check_writable("index", "index", self.folder, (self.folder,))
         with _locked(self.folder):
             self._append(codes)
 
@@ -184,6 +186,7 @@ class ImageIndex:
         if not added:
             return
         hamming.add(codes.codes)
+        self._check_writable()
         items = [*self.items, *(Item(first + item.id, item.path, item.label) for item in codes.items)]
         write_items(self.folder / "items.csv", items)
         sources = [*self.record.sources, codes.described()]
@@ -192,6 +195,13 @@ class ImageIndex:
         record.write(self.folder / "index.json")
         hamming.save(self.folder / "codes")  # last, because `load` ignores items and sources without codes
         self.hamming, self.items, self.record = hamming, items, record
+
+    def _check_writable(self) -> None:
+        """Require that an append can write all of its files, before it writes the first one."""
+        stored = open_folder(self.folder / "codes")
+        lock = stored.path / "lock"  # a lock that can be read need not be writable
+        locks = [lock] if lock.exists() and not os.access(lock, os.R_OK) else []
+        check_writable("index", "index", self.folder, (self.folder, stored.path, *stored.files(), *locks))
 
     def _new_codes(self, hamming: HammingIndex, codes: CodesFolder) -> CodesFolder:
         """Those of `codes` whose images are not in the index, numbered from 0.

@@ -29,7 +29,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hashengine._files import locked, make_folder, read_file, sync_file, sync_folder, version_of, write_file
+from hashengine._files import (
+    copy_permissions,
+    locked,
+    make_folder,
+    naming,
+    read_file,
+    sync_file,
+    sync_folder,
+    version_of,
+    write_file,
+)
 from hashengine._validation import MAX_BITS
 from hashengine.errors import InputError, brief, invalid
 
@@ -101,7 +111,7 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
     """
     if path.exists() and not path.is_dir():
         raise invalid("save", "path", "a folder or not exist yet", f"the file {path}")
-    with _explain_read_only(path), _locked(path):
+    with naming(path), _explain_read_only(path), _locked(path):
         old = read_manifest(path) if (path / MANIFEST).exists() else None
         base = None
         if last is not None and old is not None and last.path == path.resolve() and last.manifest != old:
@@ -119,9 +129,9 @@ def save(path: Path, contents: Contents, last: SavePoint | None) -> SavePoint:
                     "bit_order": "msb_first",
                     "count": len(contents.codes),
                     "next_id": contents.next_id,
-                    "codes": _append(path, "codes", contents.codes, base and base["codes"]),
-                    "ids": _append(path, "ids", contents.ids, base and base["ids"]),
-                    "live": _append(path, "live", contents.live, None),
+                    "codes": _append(path, "codes", contents.codes, base and base["codes"], old),
+                    "ids": _append(path, "ids", contents.ids, base and base["ids"], old),
+                    "live": _append(path, "live", contents.live, None, old),
                 }
             )
             sync_folder(path)  # the names of new files must be durable before the manifest that names them
@@ -167,10 +177,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _append(path: Path, kind: str, rows: Rows | None, base: FileEntry | None) -> FileEntry | None:
+def _append(path: Path, kind: str, rows: Rows | None, base: FileEntry | None, old: Manifest | None) -> FileEntry | None:
     """Write `rows` to a file: append to the file of `base`, which contains the first rows, or write a new file.
 
     If the file of `base` is missing, has become shorter than its entry says, or has more rows, a new file replaces it.
+    A new file gets the permissions of the file of its kind in the manifest `old`, or else of the codes there.
     """
     if rows is None:
         return None
@@ -181,6 +192,8 @@ def _append(path: Path, kind: str, rows: Rows | None, base: FileEntry | None) ->
     entry = base or {"file": f"{kind}-{secrets.token_hex(4)}.bin", "bytes": 0, "crc32": 0}
     size, checksum = entry["bytes"], entry["crc32"]
     with open(path / entry["file"], "r+b" if base else "xb") as file:
+        if base is None and old is not None:
+            copy_permissions(path / (old[kind] or old["codes"])["file"], path / entry["file"])
         file.truncate(size)
         file.seek(size)
         step = max(_CHUNK_BYTES // row_bytes, 1)
@@ -255,6 +268,10 @@ class StoredIndex:
         """Whether the folder has the manifest's files. Later saves do not change the rows that the manifest counts."""
         entries = filter(None, map(self.manifest.get, KINDS))
         return all(_holds(self.path / entry["file"], entry["bytes"]) for entry in entries)
+
+    def files(self) -> list[Path]:
+        """The manifest's files."""
+        return [self.path / entry["file"] for entry in filter(None, map(self.manifest.get, KINDS))]
 
     def codes_file(self) -> Path:
         """The file of the codes, for mapping. Its size is checked; it may be longer than the codes."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hashengine._files import read_file, read_unchanged, write_files
 from hashengine._text import to_json
-from hashengine.errors import InputError, input_error, invalid
+from hashengine.errors import InputError, input_error, invalid, unusable
 from hashengine.models.config import HashNetConfig
 
 CONFIG_FILE = "config.json"
@@ -146,6 +146,8 @@ def fingerprint(model: str | os.PathLike[str], where: str = "fingerprint") -> st
         return hashlib.sha256(weights.read_bytes()).hexdigest()
     except InputError:
         raise
+    except PermissionError as error:
+        raise unusable(where, "model", repr(str(weights)), error.strerror) from None
     except (OSError, ValueError) as error:  # ValueError: a character that no path has
         raise invalid(where, "model", expected, f"{os.fspath(model)!r}: {getattr(error, 'strerror', error)}") from None
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hashengine._files import check_output, make_parent, read_file, write_file
 from hashengine._text import counted, printable
 from hashengine._validation import check_path, is_path
-from hashengine.errors import InputError, brief, invalid, shown
+from hashengine.errors import InputError, brief, invalid, shown, unusable
 from hashengine.images import check_replaced_file
 from hashengine.models.checkpoint import WEIGHTS_FILE, fingerprint
 
@@ -70,13 +70,13 @@ class Run:
             operator.index(record["options"].get("seed", 0))
             _check_folder(record["options"].get("images"))
             found = str(record.get("fingerprint", ""))
+        except PermissionError as error:
+            raise unusable("Run.load", "run", repr(str(path)), error.strerror) from None
         except OSError as error:
             expected = f"a folder that 'hashengine train fit' wrote, with {RECORD_FILE}"
             raise invalid("Run.load", "run", expected, f"{str(folder)!r}: {error.strerror}") from None
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise invalid(
-                str(path), "the file", "the record of a training run", f"a damaged one: {type(error).__name__}: {error}"
-            ) from None
+            raise invalid(str(path), "the file", "the record of a training run", _damage(error)) from None
         if found and Path(folder, WEIGHTS_FILE).exists() and fingerprint(folder, "Run.load") != found:
             expected = f"the record of the network in {str(folder)!r}"
             advice = "remove the folder and train again, or put the files of one run together"
@@ -154,11 +154,18 @@ class Run:
             except InputError:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-                actual = f"a damaged one: {type(error).__name__}: {error}"
-                raise invalid(str(evaluation), "the file", "the evaluation of a run", actual, "remove it") from None
+                expected = "the evaluation of a run"
+                raise invalid(str(evaluation), "the file", expected, _damage(error), "remove it") from None
         last = self.record["epochs"][-1]
         figures |= {name: value for name, value in last.items() if name != "epoch"}
         return figures | {"seconds": self.record["seconds"]}
+
+
+def _damage(error: Exception) -> str:
+    """What a record is whose reading raised `error`."""
+    if isinstance(error, KeyError):
+        return f"a damaged one without the field {error}"
+    return f"a damaged one: {type(error).__name__}: {error}"
 
 
 def _check_folder(path: Any) -> None:
@@ -171,17 +178,17 @@ def _check_folder(path: Any) -> None:
         raise ValueError(f"a folder {brief(shown(path))}, which no file system can have")
 
 
-def check_evaluation_is_own(where: str, evaluation: Any, folder: Path) -> None:
+def check_evaluation_is_own(where: str, evaluation: Any, folder: Path, found: str = "another file") -> None:
     """Require that `evaluation`, the content of the evaluation.json in `folder`, is one that a sweep wrote.
 
-    `hashengine evaluate` writes other fields into files that may have the same name.
+    `hashengine evaluate` writes other fields into files that may have the same name. `found` describes the file.
 
     Raises:
         InputError: it is another one; the error names `where`.
     """
     if not isinstance(evaluation, dict) or not evaluation.keys() >= {"version", "mean_average_precision"}:
         expected = f"one that 'hashengine train sweep' wrote, or missing, in {str(folder)!r}"
-        raise invalid(where, EVALUATION_FILE, expected, "another file", "move it to another folder")
+        raise invalid(where, EVALUATION_FILE, expected, found, "move it to another folder")
 
 
 def has_record(folder: Path) -> bool:
@@ -196,6 +203,8 @@ def has_record(folder: Path) -> bool:
 def check_evaluation_file(where: str, folder: Path) -> None:
     """Require that the folder of a run has no evaluation.json that no sweep wrote, because it would be replaced.
 
+    A file that is not JSON counts as such: a sweep replaces its file atomically, so that no sweep leaves a part of one.
+
     Raises:
         InputError: it has one; the error names `where`.
         PermissionError: the file cannot be read.
@@ -203,13 +212,16 @@ def check_evaluation_file(where: str, folder: Path) -> None:
     path = folder / EVALUATION_FILE
     if not path.exists():
         return
+    evaluation, found = None, "another file"
     try:
-        found = json.loads(read_file(path).decode("utf-8-sig"))
+        evaluation = json.loads(read_file(path).decode("utf-8-sig"))
     except PermissionError:
         raise
-    except (OSError, ValueError, RecursionError):
-        found = None
-    check_evaluation_is_own(where, found, folder)
+    except (ValueError, RecursionError) as error:
+        found = f"{str(path)!r}, which is not JSON ({error})"
+    except OSError:  # a folder or a pipe
+        pass
+    check_evaluation_is_own(where, evaluation, folder, found)
 
 
 @dataclass(frozen=True)
@@ -280,6 +292,7 @@ def report(folders: Iterable[str | Path], *, output: str | Path | None = None) -
     Raises:
         InputError: `folders` is no list, a folder neither is a run nor contains one, the record of a run is damaged, or
             `output` has another suffix.
+        PermissionError: a folder cannot be read, or a folder in it, which may be a run.
     """
     output = None if output is None else check_path("train report", "output", output)
     if output is not None and output.suffix not in (".md", ".json"):
@@ -388,7 +401,8 @@ def _group(runs: list[Run], options: dict[str, Any]) -> Group:
 def _run_folders(folder: Path) -> list[Path]:
     if (folder / RECORD_FILE).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in inner if (path / RECORD_FILE).exists()]
     if not found:
         expected = f"a model folder with {RECORD_FILE}, or a folder of them"
         raise invalid("train report", "run", expected, repr(str(folder)))

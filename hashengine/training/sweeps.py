@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,8 @@ def plan(config: SweepConfig) -> Iterator[FitConfig]:
             "train sweep", **override(config.options, chosen | {"output": config.output / name})
         )
         device = str(check_device("train sweep", options.device, auto=True))
-        other = checked.setdefault(
-            json.dumps(options.record() | {"output": "", "device": device}, sort_keys=True), name
-        )
+        same = {"output": "", "device": device, "images": os.path.realpath(options.images)}
+        other = checked.setdefault(json.dumps(options.record() | same, sort_keys=True), name)
         if other != name:
             expected = "values that give each run options of its own"
             raise invalid("train sweep", "grid", expected, f"{other!r} and {name!r}, which are equal")

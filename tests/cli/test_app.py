@@ -18,6 +18,7 @@ from hashengine.cli._app import command, command_line
 from hashengine.cli._options import given, options_of, unknown_options
 from hashengine.errors import InputError
 from hashengine.training import FitConfig, SweepConfig
+from tests.helpers.children import as_user
 from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_images import make_images, make_model
@@ -124,6 +125,36 @@ def test_a_warning_is_a_note_in_one_line(tmp_path):
         assert note() == "warning: first line second line\n"
         assert note("--quiet") == ""
         assert json.loads(note("--log-json"))["message"] == "warning: first line second line"
+
+
+def test_a_path_that_cannot_be_used_is_a_mistake(tmp_path):
+    app = command_line("A program that writes and reads.")
+    tmp_path.chmod(0o555)
+    path = tmp_path / "file"
+
+    @command(app)
+    def write() -> None:
+        """Write a file."""
+        path.touch()
+
+    @command(app)
+    def read() -> None:
+        """Read a file."""
+        path.read_bytes()
+
+    def run(name: str, words: str) -> None:
+        result = CliRunner().invoke(app, [name])
+        expected = f"error: {name}: a file or folder must be one that can be {words}, got {str(path)!r}, "
+        assert result.exit_code == 2
+        assert result.stderr == f"{expected}which cannot be {words} (Permission denied)\n"
+
+    as_user(lambda: run("write", "written to"))
+    tmp_path.chmod(0o600)
+    as_user(lambda: run("read", "read"))
+    tmp_path.chmod(0o700)
+    path.touch()
+    path.chmod(0)
+    as_user(lambda: run("read", "read"))
 
 
 def test_the_option_threads_sets_the_number_of_threads_of_torch(tmp_path):
@@ -333,7 +364,7 @@ def test_closed_streams_do_not_disturb_a_command(tmp_path, closed, arguments):
 
 def test_a_long_error_is_shortened():
     result = invoke("encode", "x" * 300_000, "--model", "model", "--output", "codes")
-    assert result.exit_code == 1 and result.stderr.startswith("error: ") and len(result.stderr) < 2100
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and len(result.stderr) < 2100
 
 
 @pytest.mark.parametrize("arguments", ["--version", "--help", "train methods", "train methods --log-json"])
@@ -345,6 +376,7 @@ def test_a_full_disk_behind_stdout_is_one_line(arguments, unbuffered):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+    assert unbuffered or "device: 'stdout'" in done.stderr or arguments in ("--version", "--help")
 
 
 def test_an_error_keeps_the_blanks_of_a_name(tmp_path):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hashengine.cli import app
 from hashengine.evaluation.records import read_items
+from tests.helpers.children import as_user
 from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_images import make_images, make_model
@@ -586,3 +587,36 @@ def test_too_little_memory_is_one_line_with_status_1(folder, tmp_path, monkeypat
     monkeypatch.setattr("hashengine.evaluation.encode_folder", allocate, raising=False)
     result = invoke("encode", folder / "images", "--model", folder / "model", "--output", tmp_path / "codes")
     assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["images/query", "query", "query/codes.npy", "query/items.csv", "query/encode.json", "index", "index/index.json"]
+    + ["index/codes", "model", "model/config.json", "model/model.safetensors"],
+)
+def test_what_cannot_be_read_is_named_in_one_line(folder, tmp_path, path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / path).chmod(0)
+    if path.startswith(("images", "model")):
+        command = ("encode", copy / "images" / "query", "--model", copy / "model", "--output", tmp_path / "codes")
+    else:
+        command = ("search", copy / "index", copy / "query", "--output", tmp_path / "results.json")
+
+    def run() -> None:
+        error = refuse(*command)
+        assert f"must be one that can be read, got '{copy / path}" in error
+        assert error.endswith("', which cannot be read (Permission denied)\n")
+
+    as_user(run)
+
+
+def test_a_name_that_is_too_long_or_a_folder_in_place_of_a_file_is_a_mistake(folder, tmp_path):
+    too_long = tmp_path / ("a" * 300)
+    error = refuse("index", folder / "query", "--output", too_long)
+    assert error.endswith(f"got {str(too_long)!r}, which cannot be used (File name too long)\n")
+    shutil.copytree(folder / "query", tmp_path / "codes")
+    (tmp_path / "codes" / "items.csv").unlink()
+    (tmp_path / "codes" / "items.csv").mkdir()
+    error = refuse("index", tmp_path / "codes", "--output", tmp_path / "index")
+    assert error.endswith(f"got {str(tmp_path / 'codes' / 'items.csv')!r}, which cannot be used (Is a directory)\n")

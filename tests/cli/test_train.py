@@ -11,6 +11,7 @@ import yaml
 
 from hashengine.cli._options import parse, unknown_options
 from hashengine.models import HashNet
+from tests.helpers.children import as_user
 from tests.helpers.commands import invoke, refuse, succeed
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_images import make_images, write_noise
@@ -290,3 +291,26 @@ def test_a_recipe_trains(recipe, tmp_path):
 
 def test_every_named_data_set_has_a_recipe():
     assert {"digits", "fashion-mnist", "cifar10"} <= {path.stem for path in RECIPES}
+
+
+def test_a_run_that_cannot_be_read_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text("{}")
+    (tmp_path / "b").chmod(0)
+
+    reason = "which cannot be read (Permission denied)\n"
+
+    def report() -> None:
+        assert refuse("train", "report", tmp_path).endswith(f"got {str(tmp_path / 'b' / 'training.json')!r}, {reason}")
+        assert refuse("train", "report", tmp_path / "b").endswith(f"got {str(tmp_path / 'b')!r}, {reason}")
+
+    as_user(report)
+    (tmp_path / "b").chmod(0o700)
+    (tmp_path / "a" / "training.json").chmod(0)
+
+    def report_file() -> None:
+        found = refuse("train", "report", tmp_path / "a")
+        assert found.endswith(f"got {str(tmp_path / 'a' / 'training.json')!r}, {reason}")
+
+    as_user(report_file)

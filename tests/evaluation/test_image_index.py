@@ -28,6 +28,7 @@ from hashengine.evaluation import encode as encode_module
 from hashengine.evaluation import image_index as image_index_module
 from hashengine.models import HashNet
 from hashengine.training import report
+from tests.helpers.children import as_user
 from tests.helpers.tiny_images import CLASSES, make_model
 
 
@@ -287,6 +288,32 @@ def test_an_append_to_a_folder_without_an_index_leaves_no_lock(queries, tmp_path
     with pytest.raises(InputError, match="^index: index must be a folder written by"):
         ImageIndex.append_to(tmp_path, queries)
     assert not list(tmp_path.iterdir())
+
+
+def only(codes: CodesFolder, row: int) -> CodesFolder:
+    """The codes of one image."""
+    return CodesFolder(codes.codes[row : row + 1], [codes.items[row]._replace(id=0)], codes.record)
+
+
+@pytest.mark.parametrize("locked", ["", "codes", "codes/codes-*.bin", "codes/lock"])
+def test_an_append_writes_nothing_if_a_file_cannot_be_written(index, queries, locked):
+    index.append(only(queries, 0))  # creates the locks
+    (path,) = index.folder.glob(locked) if locked else [index.folder]
+    mode = path.stat().st_mode
+    path.chmod(0o555 if path.is_dir() else 0o444 if path.suffix else 0o000)
+    before = {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file() and path.suffix}
+
+    def append() -> None:
+        with pytest.raises(InputError) as caught:
+            ImageIndex.append_to(index.folder, only(queries, 1))
+        expected = f"index: index must be a folder in which everything can be written to, got {str(index.folder)!r}"
+        assert str(caught.value).startswith(f"{expected}, where {str(path)!r} cannot; ask its owner")
+
+    as_user(append)
+    assert {path: path.read_bytes() for path in before} == before
+    path.chmod(mode)
+    as_user(lambda: index.append(only(queries, 1)))
+    assert len(ImageIndex.load(index.folder).items) == 23
 
 
 def test_the_sources_must_describe_every_code(index):

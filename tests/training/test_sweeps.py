@@ -260,6 +260,17 @@ def test_a_damaged_record_of_a_run_gives_one_short_line(tmp_path, name, content)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
+def test_a_record_of_a_run_without_a_field_says_which(tmp_path):
+    run = hand_made(tmp_path, 0, 8, 0.5)
+    (tmp_path / "training.json").write_text(json.dumps(run.record))
+    (tmp_path / "evaluation.json").write_text('{"version": 1, "mean_average_precision": {}}')
+    with pytest.raises(InputError, match="evaluation of a run, got a damaged one without the field 'expected'; remove"):
+        report([tmp_path])
+    (tmp_path / "training.json").write_text("{}")
+    with pytest.raises(InputError, match="record of a training run, got a damaged one without the field 'epochs'$"):
+        report([tmp_path])
+
+
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
 @pytest.mark.parametrize(("name", "field"), [("training.json", "images"), ("evaluation.json", "source")])
 def test_a_path_in_a_record_that_no_file_system_can_have_is_damage(data, text, name, field):
@@ -301,6 +312,11 @@ def test_a_foreign_evaluation_is_neither_replaced_nor_removed(data, content):
 def test_a_foreign_evaluation_in_a_finished_run_is_kept_and_named(data):
     sweep(config(data, grid={"seed": [0]}))
     run = data / "runs" / "seed=0"
+    (run / "evaluation.json").write_text((run / "evaluation.json").read_text()[:50])
+    with pytest.raises(
+        InputError, match=r"got '.*seed=0/evaluation.json', which is not JSON \(.*\); move it to another"
+    ):
+        sweep(config(data, grid={"seed": [0]}))
     (run / "evaluation.json").write_text('{"index": "elsewhere", "mean_average_precision": {"expected": 0.5}}')
     with pytest.raises(InputError, match="^train sweep: evaluation.json must be one that"):
         sweep(config(data, grid={"seed": [0]}))
@@ -705,3 +721,14 @@ def test_a_copy_that_was_evaluated_with_a_copy_of_the_queries_counts_once(data):
 def test_two_names_of_one_device_are_no_grid(data):
     with pytest.raises(InputError, match="got 'device=cpu' and 'device=auto', which are equal"):
         sweep(config(data, grid={"device": ["cpu", "auto"]}))
+
+
+def test_two_names_of_one_folder_are_no_grid(data, monkeypatch):
+    monkeypatch.chdir(data)
+    (data / "link").symlink_to("database")
+    for other in ("./database", str(data / "database"), "link"):
+        with pytest.raises(
+            InputError, match="^train sweep: grid must be .*, got 'images=database' and '.*', which are"
+        ):
+            sweep(config(data, grid={"images": ["database", other]}))
+    assert not (data / "runs").exists()
