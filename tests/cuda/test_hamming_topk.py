@@ -18,10 +18,12 @@ from tests.helpers.hamming_levels import all_distances, assert_same, make_codes,
 
 POPCOUNT, MMA, WGMMA = range(3)
 SCANS = {"popcount": POPCOUNT, "mma": MMA, "wgmma": WGMMA}
+OWN_FILTER = 3
 # On compute capability 9.0, hamming_topk uses mma for 2 to 159 queries and wgmma for more; on 8.0, mma for 2 or more.
 # For a single query, and on 12.0 for any number, it uses population counts.
 CAPABILITIES = [90, 80, 120]
 MARGINS = 32  # Candidates::kMargins
+SELECTIVE = 0  # Candidates::kSelective
 POISON = -7
 NEVER_TIGHTEN = 2**31 - 1  # a k larger than any number of candidates: bounds are never tightened
 
@@ -292,7 +294,9 @@ def check_bounds(machine: Machine, search: Search, samples: int, rank: int, **ca
     machine.call("hamming_bounds", *arguments, **call)
     count = len(search.codes)
     sampled = np.sort(search.keys()[:, sampled_positions(samples, count)], axis=1)[:, rank - 1]
-    expected = np.where(sampled == ~np.uint64(0), np.uint64(search.largest_bound), sampled)
+    is_own = search.filter is not None and search.filter.ndim == 2
+    of_few_codes = np.uint64(SELECTIVE if is_own else search.largest_bound)
+    expected = np.where(sampled == ~np.uint64(0), of_few_codes, sampled)
     np.testing.assert_array_equal(bounds.numpy().view(np.uint64), expected)
     assert not counts.any() and not margin_counts.any()
 
@@ -327,7 +331,7 @@ def test_bounds_do_not_depend_on_the_schedule(machine, queries, schedule):
 
 
 def scan(
-    machine: Machine, name: str, search: Search, bounds: np.ndarray, k: int, capacity: int, schedule: int = FORWARD
+    machine: Machine, number: int, search: Search, bounds: np.ndarray, k: int, capacity: int, schedule: int = FORWARD
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the stored keys per query, sorted, and the number of candidates per query."""
     queries = len(search.queries)
@@ -336,7 +340,7 @@ def scan(
     margin_counts = array(queries * MARGINS, torch.int32).fill_(0)
     bounds_tensor = torch.from_numpy(bounds.astype(np.uint64).view(np.int64))
     arguments = (*search.arguments, keys, bounds_tensor, counts, margin_counts, capacity, k, search.position_bits)
-    machine.call("hamming_scan", SCANS[name], *arguments, schedule=schedule)
+    machine.call("hamming_scan", number, *arguments, schedule=schedule)
     stored = [row[: min(int(count), capacity)] for row, count in zip(keys, counts, strict=True)]
     return [np.sort(row.numpy().view(np.uint64)) for row in stored], counts.numpy()
 
@@ -362,7 +366,7 @@ def test_candidates_are_the_codes_within_the_bound(machine, name, bits, kind):
     queries, count = 9, 1501
     search = make_search(kind, count, bits, queries, seed=bits)
     bounds = draw_bounds(search)
-    stored, counts = scan(machine, name, search, bounds, NEVER_TIGHTEN, count)
+    stored, counts = scan(machine, SCANS[name], search, bounds, NEVER_TIGHTEN, count)
     for keys, bound, got, candidates in zip(search.keys(), bounds, stored, counts, strict=True):
         np.testing.assert_array_equal(got, np.sort(keys[keys <= bound]))
         assert candidates == len(got)
@@ -379,7 +383,7 @@ def test_scan_mma_compares_eight_to_32_queries_at_a_time(machine, share, bits, q
         mask = make_filter(np.random.default_rng(6), count, queries, share, own=False)
         search = Search(search.queries, search.codes, mask)
     bounds = draw_bounds(search)
-    stored, counts = scan(machine, "mma", search, bounds, NEVER_TIGHTEN, count)
+    stored, counts = scan(machine, SCANS["mma"], search, bounds, NEVER_TIGHTEN, count)
     for keys, bound, got, candidates in zip(search.keys(), bounds, stored, counts, strict=True):
         np.testing.assert_array_equal(got, np.sort(keys[keys <= bound]))
         assert candidates == len(got)
@@ -396,7 +400,7 @@ def test_a_scan_of_many_queries(machine, name, queries, own):
     search = make_search("clustered", count, 64, queries)
     search = Search(search.queries, search.codes, make_filter(np.random.default_rng(3), count, queries, 0.5, own))
     bounds = draw_bounds(search)
-    stored, counts = scan(machine, name, search, bounds, NEVER_TIGHTEN, capacity)
+    stored, counts = scan(machine, SCANS[name], search, bounds, NEVER_TIGHTEN, capacity)
     for keys, bound, got, candidates in zip(search.keys(), bounds, stored, counts, strict=True):
         within = keys[keys <= bound]
         assert candidates == len(within) and len(got) == min(candidates, capacity)
@@ -414,7 +418,7 @@ def test_scan_wgmma_adds_all_queued_hits(machine, queries, count, share, bits):
     search = make_search("random", count, bits, queries)
     keys = search.keys()
     bounds = np.sort(keys, axis=1)[:, count // share]
-    stored, _ = scan(machine, "wgmma", search, bounds, NEVER_TIGHTEN, count)
+    stored, _ = scan(machine, SCANS["wgmma"], search, bounds, NEVER_TIGHTEN, count)
     for row, bound, got in zip(keys, bounds, stored, strict=True):
         np.testing.assert_array_equal(got, np.sort(row[row <= bound]))
 
@@ -434,7 +438,7 @@ def test_hits_of_one_chunk_are_checked_against_the_bounds_of_this_chunk(machine,
     search = Search(queries, codes)
     bounds = np.zeros(len(queries), np.uint64)
     bounds[0] = last
-    stored, counts = scan(machine, name, search, bounds, NEVER_TIGHTEN, count)
+    stored, counts = scan(machine, SCANS[name], search, bounds, NEVER_TIGHTEN, count)
     np.testing.assert_array_equal(stored[0], np.arange(0, last + 1, 16))
     assert not counts[1:].any()
 
@@ -463,7 +467,7 @@ def test_a_scan_tightens_its_bounds(machine, name, kind, schedule):
     queries, count, k = 66, 12_000, 8
     search = make_search(kind, count, 64, queries)
     keys = np.sort(search.keys(), axis=1)
-    stored, _ = scan(machine, name, search, keys[:, count // 10], k, count, schedule)
+    stored, _ = scan(machine, SCANS[name], search, keys[:, count // 10], k, count, schedule)
     for row, got in zip(keys, stored, strict=True):
         assert len(np.unique(got)) == len(got) and (got <= row[count // 10]).all()
         assert np.isin(row[:k], got).all()
@@ -478,11 +482,37 @@ def test_scan_wgmma_tightens_a_bound_that_admits_every_code(machine, bits, sched
     search = make_search("random", count, bits, queries)
     keys = np.sort(search.keys(), axis=1)
     bounds = np.full(queries, search.largest_bound, np.uint64)
-    stored, _ = scan(machine, "wgmma", search, bounds, k, count, schedule)
+    stored, _ = scan(machine, SCANS["wgmma"], search, bounds, k, count, schedule)
     for row, got in zip(keys, stored, strict=True):
         assert len(np.unique(got)) == len(got)
         assert np.isin(row[:k], got).all()
     assert sum(map(len, stored)) < queries * count // 2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "bits, count", [(8, 4000), (64, 4001), (64, 8 * 5001), (200, 1003), (1064, 1024), (64, 8 * (32 << 10) + 50)]
+)
+def test_scan_own_filter_adds_the_codes_of_selective_queries(machine, bits, count, schedule):
+    """Rows of the bitmap begin at multiples of 4 bytes or not, and have one segment or more.
+
+    The code with the key 0 is left to the other scan. Queries that are not selective get no candidate.
+    """
+    queries, capacity = 6, 50
+    search = make_search("clustered", count, bits, queries)
+    search.queries[3] = search.codes[0]
+    mask = make_filter(np.random.default_rng(5), count, queries, 20 / count, own=True)
+    mask[3, 0] = mask[2, -1] = True
+    mask[4] = np.arange(count) < capacity + 10  # more than the capacity
+    mask[5] = False
+    search = Search(search.queries, search.codes, mask)
+    bounds = np.full(queries, SELECTIVE, np.uint64)
+    bounds[1] = search.largest_bound
+    stored, counts = scan(machine, OWN_FILTER, search, bounds, 10, capacity, schedule)
+    for query, (keys, got, candidates) in enumerate(zip(search.keys(), stored, counts, strict=True)):
+        selected = np.sort(keys[mask[query] & (keys != 0)]) if query != 1 else keys[:0]
+        assert candidates == len(selected) and len(got) == min(len(selected), capacity)
+        assert np.isin(got, selected).all() and len(np.unique(got)) == len(got)
 
 
 @pytest.mark.parametrize("k, size", [(1, 1), (1, 900), (7, 7), (64, 900), (700, 900), (900, 900)])
@@ -505,12 +535,14 @@ def test_selection_among_candidates_and_among_all_codes(machine, k, size):
     assert_same((distances, positions), nearest(search.queries, search.codes, k))
 
 
-def test_selection_when_fewer_than_k_codes_pass_the_filter(machine):
-    """The bound admits every code, so the candidates are complete and no fallback is needed."""
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_selection_when_fewer_than_k_codes_pass_the_filter(machine, own):
+    """The candidates are complete and no fallback is needed, which would read other codes."""
     search = make_search("random", 3000, 64, 2)
     search = Search(search.queries, search.codes, np.arange(3000) % 1000 == 5)
     keys = torch.from_numpy(np.sort(search.keys(), axis=1)[:, :3].view(np.int64).copy())
-    bounds, counts = torch.full((2,), search.largest_bound), torch.full((2,), 3, dtype=torch.int32)
+    bounds = torch.full((2,), SELECTIVE if own else search.largest_bound)
+    counts = torch.full((2,), 3, dtype=torch.int32)
     distances, positions = torch.zeros((2, 9), dtype=torch.int32), torch.zeros((2, 9), dtype=torch.int64)
     arguments = (*search.arguments, keys, bounds, counts, 3, 9, search.position_bits, distances, positions)
     machine.call("hamming_select", *arguments)

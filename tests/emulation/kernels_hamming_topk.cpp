@@ -80,12 +80,12 @@ void hamming_bounds(const uint8_t* queries, const uint8_t* codes, const int64_t*
                         {nullptr, bounds, counts, margin_counts, 0, 0, {int(position_bits)}}, workspace, nullptr);
 }
 
-// scan: 0 popcount, 1 mma, 2 wgmma.
+// scan: 0 popcount, 1 mma, 2 wgmma, 3 own filter.
 void hamming_scan(int64_t scan, const uint8_t* queries, const uint8_t* codes, const int64_t* sizes,
                   const uint8_t* filter, uint64_t* keys, uint64_t* bounds, unsigned* counts, unsigned* margin_counts,
                   int64_t capacity, int64_t k, int64_t position_bits) {
-  constexpr decltype(&launch_hamming_scan_popcount) kScans[] = {launch_hamming_scan_popcount, launch_hamming_scan_mma,
-                                                                launch_hamming_scan_wgmma};
+  constexpr decltype(&launch_hamming_scan_popcount) kScans[] = {
+      launch_hamming_scan_popcount, launch_hamming_scan_mma, launch_hamming_scan_wgmma, launch_hamming_scan_own_filter};
   kScans[scan](search_of(queries, codes, sizes, filter),
                {keys, bounds, counts, margin_counts, capacity, unsigned(k), {int(position_bits)}}, nullptr);
 }

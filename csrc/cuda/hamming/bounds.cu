@@ -122,6 +122,12 @@ __device__ __forceinline__ void store_bound(const Candidates& candidates, int64_
   candidates.counts[query] = 0;
 }
 
+// The bound if fewer than `rank` sampled codes pass the filter. If the filter is shared, it admits every code.
+__device__ __forceinline__ uint64_t bound_of_few_codes(const DeviceSearch& search, const Candidates& candidates) {
+  return search.filter_stride != 0 ? Candidates::kSelective
+                                   : candidates.format.key(search.bits(), search.codes.count - 1);
+}
+
 // --- several queries per block ---------------------------------------------------------------------------------------
 
 // The sampled codes, in the workspace. A code has an even number of words, of which the last may be zero.
@@ -307,8 +313,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
   if (warp >= queries) return;
 
   // Warp q finds the position of query q's bound.
-  // If fewer than `rank` sampled codes pass the filter, the bound admits every code.
-  uint64_t bound = candidates.format.key(search.bits(), search.codes.count - 1);
+  uint64_t bound = bound_of_few_codes(search, candidates);
   if (bound_distances[warp] != kNoTies) {
     const int index =
         section_begins[warp] + find_bit(ties + warp * sections.bitmap_words(), sections.bitmap_words(), ranked.rank);
@@ -385,8 +390,7 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2)
   }
   __syncthreads();
   if (warp != 0) return;
-  // If fewer than `rank` sampled codes pass the filter, the bound admits every code.
-  uint64_t bound = candidates.format.key(search.bits(), search.codes.count - 1);
+  uint64_t bound = bound_of_few_codes(search, candidates);
   if (ranked.index < bins)
     bound = candidates.format.key(ranked.index, strata.position(find_bit(ties, strata.count / 32, ranked.rank)));
   store_bound(candidates, query, bound);

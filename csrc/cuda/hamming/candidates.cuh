@@ -6,7 +6,9 @@
 // usually the key of a code slightly farther from the query than the k-th nearest code. Because a bound includes a
 // position, it admits only some of the codes at its own distance. Therefore a query has few candidates even if all
 // codes of the database are equal. If a bound admits too few or too many candidates, the selection (select.cu) detects
-// it and reads all codes instead.
+// it and reads all codes instead. The bound of a query whose own filter selects few codes is 0, the key of the code at
+// position 0 if that equals the query: scan_own_filter.cu adds all others. No other bound is 0, because at least four
+// sampled codes are nearer than a bound (HammingTopkPlan).
 //
 // Tightening. Once k candidates are nearer than the bound, a code farther than all of them cannot be a result.
 // Therefore a scan recomputes each query's maximum distance before each chunk, from counters of the candidates found so
@@ -42,6 +44,9 @@ struct Candidates {
   // scan_wgmma has tightened it, initially 0.
   static constexpr int kKeyBits = 48;
 
+  // The bound of a query whose own filter selects few codes.
+  static constexpr uint64_t kSelective = 0;
+
   uint64_t* keys;           // [query_count, capacity], unordered; candidates beyond the capacity are only counted
   uint64_t* bounds;         // [query_count]
   unsigned* counts;         // [query_count], candidates per query, including those beyond the capacity
@@ -51,6 +56,13 @@ struct Candidates {
   DeviceKeyFormat format;
 
   __device__ __forceinline__ uint64_t bound(int64_t query) const { return key_of(bounds[query]); }
+  __device__ __forceinline__ bool is_selective(int64_t query) const { return bound(query) == kSelective; }
+
+  // Adds a code, which no other call may add. Does not count its margin.
+  __device__ __forceinline__ void add(int64_t query, uint64_t key) const {
+    const int64_t slot = atomicAdd(&counts[query], 1u);
+    if (slot < capacity) keys[query * capacity + slot] = key;
+  }
 
   // Adds a code at the given distance to the candidates if it is within the query's bound and passes the filter. A scan
   // may call this for any code, but at most once per query and code.
@@ -63,8 +75,7 @@ struct Candidates {
     atomicAdd(margins + min(margin, kFineMargins - 1), 1u);
     if (margin >= kFineMargins)
       atomicAdd(margins + kFineMargins + unsigned(margin - kFineMargins) / unsigned(range_length(bound_distance)), 1u);
-    const int64_t slot = atomicAdd(&counts[query], 1u);
-    if (slot < capacity) keys[query * capacity + slot] = key;
+    add(query, key);
   }
 
   // The same, with the distance that it computes.

@@ -3,7 +3,8 @@
 // Idea. Three steps. bounds.cu estimates a bound per query from a sample. A scan then finds each
 // query's candidates, the codes within its bound. select.cu selects the k nearest candidates. The three steps
 // together read the codes about once. For a small database only select.cu is launched, and selects from all codes.
-// choose_scan() chooses the scan for the device and the search. topk_steps.h declares the steps.
+// choose_scan() chooses the scan for the device and the search. If each query has a filter of its own, another scan
+// adds the candidates of the queries whose filter selects few codes. topk_steps.h declares the steps.
 //
 // Launch. The queries are divided into batches, so that the candidates of a batch fit into a share of the device's
 // memory: a 32nd, but at least 512 MB and at most 4 GB. The share depends on the device alone, so that repeated calls
@@ -123,6 +124,7 @@ void launch_hamming_topk(const HammingSearch& search, const HammingTopkPlan& pla
       case Scan::kMma: launch_hamming_scan_mma(batch, candidates, stream); break;
       case Scan::kWgmma: launch_hamming_scan_wgmma(batch, candidates, stream); break;
     }
+    if (batch.filter_stride != 0) launch_hamming_scan_own_filter(batch, candidates, stream);
     launch_hamming_select(batch, &candidates, plan.format, plan.k, distances + first * plan.k,
                           positions + first * plan.k, stream);
   }

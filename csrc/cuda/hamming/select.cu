@@ -159,8 +159,9 @@ __global__ void __launch_bounds__(kThreadsOfFewBlocks, 1)
   int64_t count = -1;  // the number of candidates; -1: select from all codes
   if (has_candidates) {
     const int64_t counted = candidates.counts[query];
-    const bool admits_all = candidates.bound(query) == format.key(search.bits(), search.codes.count - 1);
-    if (counted <= candidates.capacity && (admits_all || counted >= k)) count = counted;
+    const bool has_all =
+        candidates.is_selective(query) || candidates.bound(query) == format.key(search.bits(), search.codes.count - 1);
+    if (counted <= candidates.capacity && (has_all || counted >= k)) count = counted;
   }
   if (count >= 0) {
     const CandidateKeys source{candidates.keys + query * candidates.capacity, count};

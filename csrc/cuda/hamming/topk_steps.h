@@ -1,5 +1,5 @@
 // The steps of hamming_topk on the GPU: estimate bounds from a sample, scan for candidates, select from them. The
-// functions are defined in bounds.cu, scan_popcount.cu, scan_mma.cu, scan_wgmma.cu and select.cu.
+// functions are defined in bounds.cu, scan_popcount.cu, scan_mma.cu, scan_wgmma.cu, scan_own_filter.cu and select.cu.
 #pragma once
 
 #include "cuda/hamming/candidates.cuh"
@@ -75,14 +75,18 @@ void launch_hamming_scan_popcount(const HammingSearch& search, const Candidates&
 void launch_hamming_scan_mma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream);
 void launch_hamming_scan_wgmma(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream);
 
+// For a search with a filter per query: adds the codes that the filters of selective queries (candidates.cuh, Bound)
+// select, except the code with the key 0, which the other scan adds.
+void launch_hamming_scan_own_filter(const HammingSearch& search, const Candidates& candidates, cudaStream_t stream);
+
 // scan_mma and scan_wgmma support codes of up to this number of 32-bit words.
 constexpr int kMaxMatrixWords = 32;
 // Whether this module contains code of scan_wgmma for the current device.
 bool has_hamming_scan_wgmma();
 
 // Selects the k nearest of each query's candidates. It selects from all codes instead if `candidates` is null, or if
-// the query has more candidates than the capacity. It does so too if the query has fewer than k, unless the query's
-// bound admits every code.
+// the query has more candidates than the capacity. It does so too if the query has fewer than k, unless its candidates
+// are all codes that pass its filter.
 void launch_hamming_select(const HammingSearch& search, const Candidates* candidates, DeviceKeyFormat format, int64_t k,
                            int32_t* distances, int64_t* positions, cudaStream_t stream);
 
