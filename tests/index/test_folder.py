@@ -460,7 +460,7 @@ def test_a_file_with_more_rows_than_the_index_is_written_anew(tmp_path):
     index = index_of(40)
     index.save(tmp_path)
     manifest = folder.read_manifest(tmp_path)
-    entry = folder._append(tmp_path, "codes", codes_of(3), manifest["codes"])
+    entry = folder._append(tmp_path, "codes", codes_of(3), manifest["codes"], None)
     assert entry["file"] != manifest["codes"]["file"] and entry["bytes"] == codes_of(3).nbytes
 
 
