@@ -515,11 +515,19 @@ def is_stdout(path: Path) -> bool:
 
 def _check_descriptor(path: Path, where: str) -> None:
     found = _OWN_DESCRIPTOR.fullmatch(str(path))
+    if not found:
+        return
+    expected, actual = "a file that this process has opened for writing", repr(str(path))
     try:
-        if found:
-            os.fstat(_descriptor(found))
+        descriptor = _descriptor(found)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise invalid(where, "output", expected, actual)
+        # A command has opened no file for its caller. Descriptors that Python opens are not inheritable.
+        is_command = "hashengine._interrupt" in sys.modules
+        if is_command and descriptor > 2 and not os.get_inheritable(descriptor):
+            raise invalid(where, "output", "a file that the caller of the command has opened", actual)
     except (OSError, OverflowError):
-        raise invalid(where, "output", "a file that this process has opened", repr(str(path))) from None
+        raise invalid(where, "output", expected, actual) from None
 
 
 def _descriptor(found: re.Match[str]) -> int:

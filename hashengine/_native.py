@@ -124,7 +124,9 @@ def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None)
         return f"it was built for torch {record['torch']}, this is torch {torch_version}"
     if record["build"] == "cuda" and str(record.get("torch_cuda")).split(".")[0] != (torch_cuda or "no").split(".")[0]:
         return f"it was built for CUDA {record.get('torch_cuda')}, this torch has {torch_cuda or 'no CUDA'}"
-    module = _module_file(record)
+    module, name = _module_file(record), record.get("module")
+    if module is None and name:
+        return f"its file {_RECORD.with_name(name)} is missing"
     if module is not None and module.stat().st_size != record.get("size"):
         # Loading an incomplete file may end the process with SIGBUS.
         return f"its file has {module.stat().st_size} bytes instead of {record.get('size')}"
@@ -134,12 +136,11 @@ def mismatch(record: dict[str, Any], torch_version: str, torch_cuda: str | None)
 def damage(record: dict[str, Any]) -> str | None:
     """How the file of the module differs from the one that was built, or None. This reads the whole file.
 
-    `record` is that of a module that was built.
+    `load` does not read it, and loads such a file. `mismatch` reports a file that is missing.
     """
     module = _module_file(record)
     if module is None:
-        name = record.get("module")
-        return f"its file {_RECORD.with_name(name)} is missing" if name else None
+        return None
     try:
         checksum = hashlib.sha256(module.read_bytes()).hexdigest()
     except OSError as error:

@@ -145,7 +145,8 @@ def _onednn() -> Iterator[Check]:
 def _native_module() -> Check:
     record = _native.build_config()
     if not _native.available():
-        return _unused_module(_native.why_not())
+        problem = _native.damage(_native.record())
+        return _damaged_module(problem) if problem == _native.why_not() else _unused_module(_native.why_not())
     found = _describe_build(record)
     if problem := _native.damage(record):
         return Check("native module", "broken", f"{found}; {problem}", _native.rebuild_command())
@@ -160,8 +161,10 @@ def _native_module() -> Check:
 def _recorded_module() -> Check:
     """What the record of the build says about the native module, which is not loaded."""
     record, (torch_version, cuda) = _native.record(), _environment.torch_release()
-    if reason := _native.mismatch(record, torch_version, cuda) or _native.damage(record):
+    if reason := _native.mismatch(record, torch_version, cuda):
         return _unused_module(reason)
+    if problem := _native.damage(record):
+        return _damaged_module(problem)
     if record.get("version") != __version__:
         return _outdated_module(record)
     return Check("native module", "ok", f"{_describe_build(record)}; not loaded")
@@ -170,6 +173,11 @@ def _recorded_module() -> Check:
 def _unused_module(reason: str | None) -> Check:
     found = f"not used, so the plain-torch references run: {reason}"
     return Check("native module", "warn", found, _native.rebuild_command())
+
+
+def _damaged_module(problem: str | None) -> Check:
+    found = f"{problem}; it was not loaded here, but other commands load it"
+    return Check("native module", "broken", found, _native.rebuild_command())
 
 
 def _outdated_module(record: dict[str, Any]) -> Check:

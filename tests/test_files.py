@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,26 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path / "working" / "here")
     with pytest.raises(InputError, match="^test: output must be a folder that is not the working folder or around it"):
         _files.check_output("test", _files.Path(output), is_folder=True, marker=_files.Marker("made"))
+
+
+def test_a_descriptor_for_reading_or_of_the_command_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "hashengine._interrupt", raising=False)
+    readable = os.open(tmp_path, os.O_RDONLY)
+    pipe = os.pipe()
+    try:
+        with pytest.raises(InputError, match="^f: output must be a file that this process has opened for writing, got"):
+            _files.check_output("f", Path(f"/dev/fd/{readable}"))
+        _files.check_output("f", Path(f"/dev/fd/{pipe[1]}"))
+        monkeypatch.setitem(sys.modules, "hashengine._interrupt", None)  # as in a command
+        with pytest.raises(
+            InputError, match="^f: output must be a file that the caller of the command has opened, got"
+        ):
+            _files.check_output("f", Path(f"/dev/fd/{pipe[1]}"))
+        os.set_inheritable(pipe[1], True)  # as those that a shell passes on
+        _files.check_output("f", Path(f"/dev/fd/{pipe[1]}"))
+    finally:
+        for descriptor in (readable, *pipe):
+            os.close(descriptor)
 
 
 @pytest.mark.parametrize("path", ["/dev/fd/999", "/proc/self/fd/999"])

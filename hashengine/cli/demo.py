@@ -22,9 +22,9 @@ app = command_line("All steps of image search on real images.")
 @command(app, before=training.let_waiting_threads_sleep)
 def demo(
     data: Annotated[str, typer.Option(help=f"{', '.join(DATA_SETS)}, or a folder of class folders.")] = DATA_SETS[0],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the demo makes.")] = Path(
-        "demo"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, help="Folder for everything that the demo makes.")
+    ] = Path("demo"),
     bits: Annotated[int, typer.Option(help="Length of a code.")] = BITS,
 ) -> None:
     """Train, encode, index, search, evaluate and report on real images, and print the command of each step."""

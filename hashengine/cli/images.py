@@ -30,7 +30,7 @@ app = command_line("Search images by their codes.")
 def encode(
     folder: Annotated[Path, typer.Argument(help="A folder of images at any depth; its subfolders are the classes.")],
     model: Annotated[Path, typer.Option(help="A model folder written by 'hashengine train fit'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The codes folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", readable=False, help="The codes folder to write.")],
     batch_size: BatchSize = BATCH_SIZE,
     device: DeviceOption = "auto",
 ) -> None:
@@ -47,7 +47,7 @@ def encode(
 @command(app)
 def index(
     codes: Annotated[Path, typer.Argument(help="A folder written by 'hashengine encode'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The index folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", readable=False, help="The index folder to write.")],
     append: Annotated[bool, typer.Option("--append", help="Add to the index that --output names.")] = False,
     model: Annotated[
         Path | None, typer.Option(help="The model that made CODES.", show_default="where 'encode' found it")
@@ -70,7 +70,8 @@ def search(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="The model for query images.", show_default="the index's")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the results here, as JSON; - is stdout.")
+        Path | None,
+        typer.Option("--output", "-o", readable=False, help="Write the results here, as JSON; - is stdout."),
     ] = None,
     batch_size: BatchSize = BATCH_SIZE,
     device: DeviceOption = "auto",
@@ -104,7 +105,8 @@ def evaluate(
     index: IndexFolder,
     queries: Annotated[Path, typer.Argument(help="A codes folder of labelled queries.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the figures here, as JSON; - is stdout.")
+        Path | None,
+        typer.Option("--output", "-o", readable=False, help="Write the figures here, as JSON; - is stdout."),
     ] = None,
     at: Annotated[int | None, typer.Option(help="Number of ranked images in the mAP.", show_default="all")] = None,
     radius: Annotated[int, typer.Option(help="Radius in bits for the precision within a radius.")] = RADIUS,
@@ -138,7 +140,10 @@ def report(
     index: Annotated[Path, typer.Option(help="A folder written by 'hashengine index'.")],
     results: Annotated[Path, typer.Option(help="The file written by 'hashengine search --output'.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .html to write; the figures are written to a .json next to it.")
+        Path,
+        typer.Option(
+            "--output", "-o", readable=False, help="The .html to write; the figures are written to a .json next to it."
+        ),
     ],
     evaluation: Annotated[Path | None, typer.Option(help="The file written by 'hashengine evaluate --output'.")] = None,
     training: Annotated[Path | None, typer.Option(help="The training.json written by 'hashengine train fit'.")] = None,

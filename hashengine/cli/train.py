@@ -25,7 +25,9 @@ _ACCEPTS_UNKNOWN = {"allow_extra_args": True, "ignore_unknown_options": True}  #
 @command(app)
 def prepare(
     source: Annotated[str, typer.Argument(help=f"{', '.join(DATA_SETS)}, or a folder of class folders.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write, with database/ and query/.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, help="The folder to write, with database/ and query/.")
+    ],
     seed: Annotated[int, typer.Option(help="Seed of the random choice of queries.")] = SEED,
     queries: Annotated[
         int | None, typer.Option(help="Number of queries to hold out.", show_default="depends on the source")
@@ -97,7 +99,10 @@ def sweep(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Model folders, or folders of them.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the table here, as .md or .json.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", "-o", readable=False, help="Write the table here, as .md or .json.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Print a table of training runs: the mean and the standard deviation of each result over the seeds."""

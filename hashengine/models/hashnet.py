@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,10 +159,12 @@ class HashNet(nn.Module):
         crash may leave one file of the earlier save and one of the new save; `from_pretrained` refuses such a folder.
 
         Raises:
-            InputError: the network is on the device "meta", or `from_pretrained` would make another hash layer.
+            InputError: the network is on the device "meta" or sharded, or `from_pretrained` would make another one. It
+                knows `config` and the weights. Other changes, such as of an attribute of a layer, are noticed only if
+                they change the `repr` of the network.
         """
         self._check_has_values("HashNet.save_pretrained")
-        self._check_hash_layer()
+        self._check_can_be_made_again()
         checkpoint.save(
             check_path("HashNet.save_pretrained", "folder", folder),
             checkpoint.Model(self.config, self.state_dict(), self.trained_by),
@@ -197,14 +200,27 @@ class HashNet(nn.Module):
         self._set_mean_and_std(self.mean)
         return self
 
-    def _check_hash_layer(self) -> None:
-        """Require the hash layer that `from_pretrained` makes: config.json describes no other."""
-        head = _head_of(self.trained_by, "HashNet.save_pretrained")
+    def _check_can_be_made_again(self) -> None:
+        """Require the network that `from_pretrained` makes: config.json describes no other."""
+        where, advice = "HashNet.save_pretrained", "save its state_dict with torch.save"
+        for name, tensor in self.state_dict().items():
+            if hasattr(tensor, "full_tensor"):  # a DTensor, whose module is not imported before it is used
+                full = "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+                raise invalid(where, f"the weight {name!r}", "whole", "a part of a sharded one", f"save that of {full}")
+        head = _head_of(self.trained_by, where)
         with torch_defaults(), torch.device("meta"):
-            made = head(self.backbone.features, self.config.bits)
-        if type(self.hash_layer) is not type(made) or repr(self.hash_layer) != repr(made):
-            advice = "save its state_dict with torch.save"
-            raise invalid("HashNet.save_pretrained", "the hash layer", repr(made), repr(self.hash_layer), advice)
+            made = HashNet(self.config, head)
+        # A subclass may have another backbone.
+        for part in ("hash_layer", "backbone") if type(self) is HashNet else ("hash_layer",):
+            described, found = getattr(made, part), getattr(self, part)
+            texts = [f"{type(module).__qualname__}\n{module!r}" for module in (described, found)]
+            if texts[0] != texts[1]:
+                raise invalid(where, "the " + part.replace("_", " "), *_first_difference(*texts), advice)
+            expected, actual = ({k: v.shape for k, v in p.state_dict().items()} for p in (described, found))
+            if other := sorted(expected.items() ^ actual.items()):
+                what = f"the weights of the {part.replace('_', ' ')}"
+                remedy = "remove what was added, for example with torch.nn.utils.prune.remove"
+                raise invalid(where, what, "those of a new one", f"another {other[0][0]!r}", remedy)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert the tensors and restore the layout. torch calls this for every `.to`, `.cuda`, `.half` and so on."""
@@ -249,6 +265,12 @@ class HashNet(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             expected = f"uint8 [N, {', '.join(map(str, shape))}], as HashNet.preprocess makes them"
             raise invalid(where, "images", expected, f"{dtype_name(images)} {list(images.shape)}")
+
+
+def _first_difference(expected: str, actual: str) -> tuple[str, str]:
+    """The first lines in which two texts differ, without the blanks at their ends."""
+    lines = zip_longest(expected.splitlines(), actual.splitlines(), fillvalue="")
+    return next((first.strip(), second.strip()) for first, second in lines if first != second)
 
 
 def _head_of(trained_by: checkpoint.MethodState | None, where: str) -> MakeHead:

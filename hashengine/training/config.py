@@ -94,7 +94,10 @@ class FitConfig(Config):
     @field_validator("method")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        methods.find(name, cls.where)
+        options = methods.find(name, cls.where).Options.model_fields
+        if shared := sorted(options.keys() & cls.model_fields.keys()):
+            actual = f"{name!r} with the option {shared[0]!r}"
+            raise invalid(cls.where, "method", "one whose options have other names than those of training", actual)
         return name
 
     @field_validator("device", mode="before")

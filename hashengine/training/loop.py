@@ -79,7 +79,7 @@ def _fit(config: FitConfig, images: data.LabelledImages, device: torch.device) -
     seconds = time.perf_counter() - started
 
     network.trained_by = MethodState(method.name, config.method_options, method.state_dict())
-    parameters = sum(p.numel() for module in (network, method) for p in module.parameters())
+    parameters = sum(parameter.numel() for parameter in _parameters(network, method))
     record = {
         "version": 1,
         "options": config.record(),
@@ -169,9 +169,9 @@ def train(
         For each epoch, its number and the means of the loss terms and of the method's measures, on augmented images.
 
     Raises:
-        InputError: the loss or a weight became infinite or NaN.
+        InputError: the loss, a measure or a weight became infinite or NaN, or the hash layer has another shape.
     """
-    parameters = [*network.parameters(), *method.parameters()]
+    parameters = _parameters(network, method)
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     total = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total)
@@ -182,6 +182,8 @@ def train(
             sums = torch.zeros((), dtype=torch.float32, device=network.device)
             for views, labels in batches:
                 batch = _forward(network, views, labels)
+                if step == 0:
+                    _check_shape_of_activations(batch, network)
                 try:
                     terms = method.loss(batch, step, epoch)
                 except ValueError as error:  # an op on the CPU rejected NaN; otherwise the mean loss becomes NaN
@@ -204,12 +206,28 @@ def train(
             loss_mean = sum(means[name] for name in terms)
             if not math.isfinite(loss_mean):
                 raise _diverged(epoch, config.lr)
+            for name in measures:
+                if not math.isfinite(means[name]):
+                    raise invalid("fit", f"the measure {name!r}", "finite", f"{means[name]} in epoch {epoch}")
             history.append({"epoch": epoch, **means})
             progress.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{loss_mean:.3f}")
     # No loss shows what the last step did.
     if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
         raise _diverged(epochs, config.lr)
     return history
+
+
+def _parameters(network: HashNet, method: HashingMethod) -> list[Tensor]:
+    """The parameters of both, each once: a method may also hold the head that it made."""
+    return list({id(parameter): parameter for part in (network, method) for parameter in part.parameters()}.values())
+
+
+def _check_shape_of_activations(batch: Batch, network: HashNet) -> None:
+    expected, actual = [len(batch.features), network.config.bits], list(batch.activations.shape)
+    if actual != expected:
+        raise invalid(
+            "fit", "the activations of the hash layer", str(expected), actual, "change the head of the method"
+        )
 
 
 def _forward(network: HashNet, views: tuple[Tensor, ...], targets: Tensor) -> Batch:

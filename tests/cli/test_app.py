@@ -1,5 +1,6 @@
 """What all commands share: help that imports no torch, the common options, and the policy for errors."""
 
+import inspect
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import hashengine
 from hashengine import _progress
+from hashengine.cli import app
 from hashengine.cli._app import command, command_line
 from hashengine.cli._options import given, options_of, unknown_options
 from hashengine.errors import InputError
@@ -409,3 +411,18 @@ def test_a_completion_without_the_variables_of_bash_is_refused_in_one_line(varia
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert refuse().startswith("error: hashengine: COMP_WORDS and COMP_CWORD must be those that bash sets")
+
+
+def test_an_output_need_not_be_readable():
+    """It may be a pipe of another user. A test as root could not notice it."""
+    groups, outputs = [app], 0
+    while groups:
+        group = groups.pop()
+        groups += [inner.typer_instance for inner in group.registered_groups]
+        for registered in group.registered_commands:
+            for parameter in inspect.signature(registered.callback, eval_str=True).parameters.values():
+                for option in getattr(parameter.annotation, "__metadata__", ()):
+                    if "--output" in (option.param_decls or ()) and "Path" in str(parameter.annotation):
+                        assert not option.readable, registered.callback
+                        outputs += 1
+    assert outputs >= 6

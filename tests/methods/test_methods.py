@@ -12,9 +12,9 @@ from hashengine.methods.base import Batch, HashingMethod, View
 
 BITS, DIM, CLASSES, COUNT = 16, 24, 3, 12
 
-every_method = pytest.mark.parametrize("name", methods.names())
+every_method = pytest.mark.parametrize("name", methods.own_names())
 trained_methods = pytest.mark.parametrize(
-    "name", [name for name in methods.names() if not methods.find(name).has_closed_form]
+    "name", [name for name in methods.own_names() if not methods.find(name).has_closed_form]
 )
 
 

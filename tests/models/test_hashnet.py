@@ -12,6 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import prune
 
 from hashengine import ops
 from hashengine.errors import InputError
@@ -427,6 +428,34 @@ def test_a_hash_layer_that_cannot_be_loaded_is_not_saved(tmp_path, head):
     with pytest.raises(InputError, match="^HashNet.save_pretrained: the hash layer must be Linear.*; save its state"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_network_that_cannot_be_loaded_is_not_saved(tmp_path):
+    def mask(model):
+        prune.l1_unstructured(model.backbone[0][0], "weight", amount=0.5)
+
+    def replace(model):
+        model.backbone[0][2] = nn.GELU()
+
+    def compile_backbone(model):
+        model.backbone = torch.compile(model.backbone, backend="eager")
+
+    for change, message in (
+        (mask, "the weights of the backbone must be those of a new one, got another '0.0.weight.*prune.remove"),
+        (replace, "the backbone must be .*ReLU.*, got .*GELU"),
+        (compile_backbone, "the backbone must be .*, got OptimizedModule; save its state_dict"),
+    ):
+        model = network()
+        change(model)
+        with pytest.raises(InputError, match=f"^HashNet.save_pretrained: {message}"):
+            model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model = network()
+    mask(model)
+    prune.remove(model.backbone[0][0], "weight")
+    model.save_pretrained(tmp_path)
+    loaded = HashNet.from_pretrained(tmp_path)
+    assert torch.equal(loaded.backbone[0][0].weight, model.backbone[0][0].weight)
 
 
 def test_mean_and_std_are_exact_in_every_dtype():

@@ -150,6 +150,13 @@ def test_a_module_with_another_checksum_is_broken(monkeypatch: pytest.MonkeyPatc
     assert "is not that of the module that was built" in check("native module").found
 
 
+def test_the_quick_doctor_says_that_a_module_with_another_checksum_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _native.record() | {"sha256": "0" * 64}
+    monkeypatch.setattr(_native, "record", lambda: record)
+    [found] = [check for check in doctor.examine_files() if check.name == "native module"]
+    assert found.status == "broken" and found.found.endswith("it was not loaded here, but other commands load it")
+
+
 def modules_after(*arguments: str) -> set[str]:
     """The packages that a doctor in a new process has imported."""
     script = f"""

@@ -181,3 +181,10 @@ def test_torch_and_the_module_share_one_openmp_runtime() -> None:
     available, *runtimes = done.stdout.splitlines()
     assert available == "True"
     assert len(runtimes) == 1, runtimes
+
+
+def test_a_module_that_the_record_names_must_be_there():
+    running = ("2.13.1", "13.2")
+    assert _native.mismatch(RECORD, *running) is None
+    reason = _native.mismatch(RECORD | {"module": "_C_other.so", "size": 1}, *running)
+    assert reason is not None and reason.endswith("_C_other.so is missing")

@@ -9,6 +9,7 @@ import torch
 
 from hashengine import metrics
 from hashengine.errors import InputError
+from hashengine.methods import Config
 from hashengine.methods.base import Batch, HashingMethod
 from hashengine.models import HashNet, checkpoint
 from hashengine.training import FitConfig, Run, fit
@@ -100,6 +101,61 @@ def test_greedy_hash_is_saved_with_alpha_as_a_field_of_the_config(images, tmp_pa
     assert list(loaded.method.weights) == ["classifier.weight"]
     assert run.record["options"] == {**run.record["options"], "method": "greedy_hash", "alpha": 0.25, "epochs": 2}
     assert list(run.record["epochs"][0]) == ["epoch", "classification", "penalty", "accuracy"]
+
+
+class Simple(HashingMethod):
+    """A method that can be wrong in one place. Only this file uses it."""
+
+    name = "simple"
+
+    class Options(Config):
+        wrong: str = ""
+
+    def head(self, features: int, bits: int) -> torch.nn.Module:
+        """A linear layer, which the method keeps."""
+        self.kept = torch.nn.Linear(features, bits + 8 * (self.options.wrong == "head"))
+        return self.kept
+
+    def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, torch.Tensor]:
+        """The distance of the activations from 1 or -1."""
+        return {"distance": (1 - batch.activations.abs()).abs().mean()}
+
+    def measures(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The mean activation."""
+        return {"mean": batch.activations.mean() / (self.options.wrong != "measure")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("head", r"the activations of the hash layer must be \[8, 8\], got \[8, 16\]; change the head of the method"),
+        ("measure", "the measure 'mean' must be finite, got .* in epoch 1"),
+    ],
+)
+def test_a_wrong_method_is_noticed_in_the_first_epoch(images, tmp_path, wrong, message):
+    with pytest.raises(InputError, match=f"^fit: {message}"):
+        fit(tiny(images, tmp_path / "model", method="simple", bits=8, wrong=wrong))
+    assert not (tmp_path / "model" / "training.json").exists()
+
+
+def test_a_head_that_the_method_keeps_is_trained_once(images, tmp_path, recwarn):
+    run = fit(tiny(images, tmp_path / "model", method="simple", bits=8))
+    assert run.record["parameters"] == sum(parameter.numel() for parameter in run.model().parameters())
+    assert not [warning for warning in recwarn if "duplicate" in str(warning.message)]
+
+
+def test_a_method_with_an_option_of_training_is_refused(images, tmp_path):
+    class Clashing(Simple):
+        name = "clashing"
+
+        class Options(Config):
+            lr: float = 7.0
+
+    with pytest.raises(
+        InputError, match="fit: method must be one whose options have other names .* got 'clashing' with"
+    ):
+        tiny(images, tmp_path / "model", method="clashing")
+    HashingMethod.registry.pop("clashing")
 
 
 class Proxies(HashingMethod):
