@@ -141,9 +141,10 @@ class ImageIndex:
         Raises:
             InputError: for the reasons of `load` and `append`.
         """
-        _check_is_index(Path(folder), "index")  # otherwise the lock would be created in another folder
-        check_writable("index", "index", Path(folder), (Path(folder),))
-        with _locked(Path(folder)):
+        folder = check_path("index", "index", folder)
+        _check_is_index(folder, "index")  # otherwise the lock would be created in another folder
+        check_writable("index", "index", folder, (folder,))
+        with _locked(folder):
             index = cls.load(folder, "index")
             index.check("index", codes, "codes")
             index._append(codes)

@@ -128,7 +128,8 @@ class HashNet(nn.Module):
         if images.is_meta:
             raise invalid("HashNet.encode", "images", "on a device with memory", "images on the device 'meta'")
         batch_size = check_integer("HashNet.encode", "batch_size", batch_size, 1)
-        codes = torch.empty(len(images), self.config.bits // 8, dtype=torch.uint8, device=images.device)
+        with torch.inference_mode(False):  # otherwise the caller could not change the codes
+            codes = torch.empty(len(images), self.config.bits // 8, dtype=torch.uint8, device=images.device)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:

@@ -8,6 +8,7 @@ torch; constructing a `FitConfig` does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -231,6 +232,16 @@ class _OptionsLoader(yaml.SafeLoader):
             raise ValueError(f"{repeated[0]!r} twice")
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: Any) -> Any:
+        """A number in decimal digits. YAML 1.1 also has octal ones such as 017, and sexagesimal ones such as 1:30."""
+        if re.fullmatch(r"[-+]?(0[bxo_0-9].*|.*[:_].*)", node.value):
+            raise ValueError(f"the number {brief(node.value)}: write it in decimal digits, or put quotes around it")
+        return self.construct_yaml_float(node) if node.tag.endswith("float") else self.construct_yaml_int(node)
+
+
+for _tag in ("int", "float"):
+    _OptionsLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _OptionsLoader.construct_decimal)
+
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document.
@@ -260,7 +271,8 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise invalid(where, "config", "YAML", f"{str(path)!r}: {brief(error)}") from None
     if not isinstance(options, dict):
-        raise invalid(where, "config", "lines of 'option: value'", f"{type(options).__name__} in {str(path)!r}")
+        actual = "no option" if options is None else type(options).__name__
+        raise invalid(where, "config", "lines of 'option: value'", f"{actual} in {str(path)!r}")
     for name in options:
         if not isinstance(name, str):
             raise invalid(where, "every option in config", "a name", f"{brief(repr(name))} in {str(path)!r}")

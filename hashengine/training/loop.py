@@ -9,6 +9,7 @@ import operator
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from hashengine._defaults import CODES_MARKER, INDEX_MARKER, SPLIT_FILE, is_spli
 from hashengine._files import TEMPORARY_LOCK, check_output, locked, make_folder, write_file
 from hashengine._torch_defaults import own_random_numbers, torch_defaults
 from hashengine._validation import check_device
-from hashengine.errors import InputError, invalid
+from hashengine.errors import InputError, invalid, shown
 from hashengine.methods.base import Batch, HashingMethod, View
 from hashengine.models import HashNet, checkpoint
 from hashengine.models.checkpoint import (
@@ -192,6 +193,8 @@ def train(
                     raise _diverged(epoch, config.lr) from error
                 with torch.no_grad():
                     measures = method.measures(batch)
+                if step == 0:
+                    _check_figures(terms, measures)
                 loss = functools.reduce(operator.add, terms.values())
                 optimizer.zero_grad()
                 loss.backward()
@@ -227,6 +230,21 @@ def _check_shape_of_activations(batch: Batch, network: HashNet) -> None:
     if actual != expected:
         raise invalid(
             "fit", "the activations of the hash layer", str(expected), actual, "change the head of the method"
+        )
+
+
+def _check_figures(terms: Any, measures: Any) -> None:
+    """Require what the methods `loss` and `measures` of a `HashingMethod` return."""
+    for name, figures in (("loss", terms), ("measures", measures)):
+        wanted = "a dict of names and floating-point tensors without dimensions"
+        is_dict = isinstance(figures, dict) and all(isinstance(key, str) for key in figures)
+        if not is_dict or not all(isinstance(value, Tensor) and not value.dim() for value in figures.values()):
+            raise invalid("fit", f"the result of the method's {name}", wanted, shown(figures))
+    if not terms:
+        raise invalid("fit", "the result of the method's loss", "at least one term", "none")
+    if shared := ({"epoch"} & (terms | measures).keys()) | (terms.keys() & measures.keys()):
+        raise invalid(
+            "fit", "the names of the method's terms and measures", "unique, and not 'epoch'", repr(min(shared))
         )
 
 

@@ -493,3 +493,11 @@ def test_tied_weights_are_saved_and_loaded(tmp_path):
     loaded = Tied.from_pretrained(tmp_path)
     assert loaded.other.weight is loaded.hash_layer.weight
     assert torch.equal(loaded.hash_layer.weight, model.hash_layer.weight)
+
+
+def test_codes_can_be_changed_in_place():
+    model = network().eval()
+    images = torch.zeros(2, model.config.channels, model.config.image_size, model.config.image_size, dtype=torch.uint8)
+    codes = model.encode(images)
+    codes ^= 255
+    assert torch.equal(codes, ~model.encode(images))

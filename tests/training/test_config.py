@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hashengine.errors import InputError
-from hashengine.methods import create, find, names
+from hashengine.methods import create, find, own_names
 from hashengine.models import HashNetConfig
 from hashengine.training import FitConfig, SweepConfig, fit, sweep
 from hashengine.training.config import override, parse_yaml, read_yaml
@@ -94,7 +94,7 @@ def test_options_that_are_no_configuration_are_refused_in_one_line(call, message
 
 NETWORK = {"classes": ("a", "b")}
 OPTIONS = {"fit": (FitConfig, FOLDERS), "network": (HashNetConfig, NETWORK)}
-OPTIONS |= {name: (find(name).Options, {}) for name in names()}
+OPTIONS |= {name: (find(name).Options, {}) for name in own_names()}
 
 
 def numeric_options(kind: type) -> list[tuple[str, str]]:
@@ -282,3 +282,22 @@ def test_an_option_takes_precedence_over_those_of_its_name_at_every_level():
 def test_a_number_in_place_of_a_path_is_refused_with_a_hint_at_quotes(value):
     with pytest.raises(InputError, match=f"images must be a path \\(with quotes in a YAML file .*, got {value}$"):
         FitConfig(images=value, output="model")
+
+
+@pytest.mark.parametrize("number", ["017", "1:30", "1_000", "0x10", "0b11", "1_0.5"])
+def test_a_number_of_yaml_that_is_not_in_decimal_digits_is_refused(number):
+    with pytest.raises(ValueError, match=f"^the number {number}: write it in decimal digits"):
+        parse_yaml(f"seed: {number}")
+    assert parse_yaml(f"name: '{number}'") == {"name": number}
+
+
+def test_decimal_numbers_of_yaml_are_read():
+    assert parse_yaml("[0, -7, +12, 0.5, .5, 1.e+3, -0.25, 1e-3]") == [0, -7, 12, 0.5, 0.5, 1000.0, -0.25, "1e-3"]
+
+
+def test_a_file_without_options_is_named(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing")
+    with pytest.raises(
+        InputError, match="^fit: config must be lines of 'option: value', got no option in '.*empty.yaml'"
+    ):
+        read_yaml(tmp_path / "empty.yaml", "fit")

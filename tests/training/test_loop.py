@@ -118,7 +118,9 @@ class Simple(HashingMethod):
 
     def loss(self, batch: Batch, step: int, epoch: int) -> dict[str, torch.Tensor]:
         """The distance of the activations from 1 or -1."""
-        return {"distance": (1 - batch.activations.abs()).abs().mean()}
+        distances = (1 - batch.activations.abs()).abs()
+        returned = {"loss": distances.mean(), "terms": {}, "names": {"mean": distances.mean()}}
+        return returned.get(self.options.wrong, {"distance": distances.mean()})
 
     def measures(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The mean activation."""
@@ -130,6 +132,12 @@ class Simple(HashingMethod):
     [
         ("head", r"the activations of the hash layer must be \[8, 8\], got \[8, 16\]; change the head of the method"),
         ("measure", "the measure 'mean' must be finite, got .* in epoch 1"),
+        (
+            "loss",
+            "the result of the method's loss must be a dict of names and floating-point tensors without dim.*, got",
+        ),
+        ("terms", "the result of the method's loss must be at least one term, got none"),
+        ("names", "the names of the method's terms and measures must be unique, and not 'epoch', got 'mean'"),
     ],
 )
 def test_a_wrong_method_is_noticed_in_the_first_epoch(images, tmp_path, wrong, message):
@@ -178,6 +186,15 @@ class Proxies(HashingMethod):
 
 steps: list[tuple[int, int]] = []  # the step and the epoch of each call of Proxies.loss
 initial_proxies: list[torch.Tensor] = []  # the proxies of each model that was created
+
+for method in (Simple, Proxies):  # other files list the methods of hashengine
+    HashingMethod.registry.pop(method.name)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    for method in (Simple, Proxies):
+        monkeypatch.setitem(HashingMethod.registry, method.name, method)
 
 
 def test_the_parameters_of_another_method_are_trained_and_saved_with_a_prefix(images, tmp_path, monkeypatch):
