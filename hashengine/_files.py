@@ -523,8 +523,9 @@ def _check_descriptor(path: Path, where: str) -> None:
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise invalid(where, "output", expected, actual)
         # A command has opened no file for its caller. Descriptors that Python opens are not inheritable.
-        is_command = "hashengine._interrupt" in sys.modules
-        if is_command and descriptor > 2 and not os.get_inheritable(descriptor):
+        command = sys.modules.get("hashengine._interrupt")
+        is_foreign = descriptor > 2 and not os.get_inheritable(descriptor)
+        if command is not None and (is_foreign or descriptor in command.closed_streams):
             raise invalid(where, "output", "a file that the caller of the command has opened", actual)
     except (OSError, OverflowError):
         raise invalid(where, "output", expected, actual) from None

@@ -24,6 +24,7 @@ EVENTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIG
 GRACE_SECONDS = 0.3
 
 _kept = ""
+closed_streams: set[int] = set()  # the numbers of the streams that the caller closed
 _announced = threading.Lock()  # held once the line is written
 
 
@@ -63,6 +64,7 @@ def _open_closed_streams() -> None:
             with contextlib.suppress(OSError):
                 os.fstat(number)
                 continue
+            closed_streams.add(number)
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is that of the stream
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
 

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,11 +256,15 @@ def test_a_descriptor_for_reading_or_of_the_command_itself_is_refused(tmp_path, 
         with pytest.raises(InputError, match="^f: output must be a file that this process has opened for writing, got"):
             _files.check_output("f", Path(f"/dev/fd/{readable}"))
         _files.check_output("f", Path(f"/dev/fd/{pipe[1]}"))
-        monkeypatch.setitem(sys.modules, "hashengine._interrupt", None)  # as in a command
+        monkeypatch.setitem(
+            sys.modules, "hashengine._interrupt", SimpleNamespace(closed_streams={1})
+        )  # as in a command
         with pytest.raises(
             InputError, match="^f: output must be a file that the caller of the command has opened, got"
         ):
             _files.check_output("f", Path(f"/dev/fd/{pipe[1]}"))
+        with pytest.raises(InputError, match="^f: output must be a file that the caller .* got '/dev/stdout'"):
+            _files.check_output("f", Path("/dev/stdout"))
         os.set_inheritable(pipe[1], True)  # as those that a shell passes on
         _files.check_output("f", Path(f"/dev/fd/{pipe[1]}"))
     finally:
