@@ -97,7 +97,7 @@ def test_guide_runs_from_top_to_bottom(guide: Path, environment: dict[str, str],
 
 def test_blocks_of_the_readme_are_python_or_shell_and_those_of_guides_are_in_known_languages() -> None:
     assert {block.language for block in README_BLOCKS} == {"python", "sh"}
-    assert {block.language for guide in GUIDES for block in blocks(guide)} <= {"python", "sh", "text", "yaml"}
+    assert {block.language for guide in GUIDES for block in blocks(guide)} <= {"python", "sh", "text", "toml", "yaml"}
 
 
 def test_the_readme_has_an_example_of_every_command_that_its_text_names_except_two() -> None:
