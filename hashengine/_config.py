@@ -83,7 +83,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _have_an_order(cls, values: Any) -> Any:
-        """Refuse sets, which pydantic would take for tuples."""
+        """Refuse sets, because pydantic would convert them to tuples in an arbitrary order."""
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, (set, frozenset)):
                 raise ValueError(f"{name} must be a list or a tuple, which has an order, got {brief(shown(value))}")

@@ -26,7 +26,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 @cache
 def _float32() -> type[TorchFunctionMode]:
-    """The mode in which functions that make tensors of the default dtype make float32. It acts in one thread only."""
+    """A torch function mode for the current thread: functions that would return the default dtype return float32."""
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -32,6 +32,7 @@ exception in a command, except the `ImportError` above, is a defect of hashengin
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,13 @@ def shown(value: object) -> str:
         return repr(value)
     except ValueError:  # sys.get_int_max_str_digits
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+# The system's reasons why a path cannot be used: a missing permission, something else in the place of a file or of a
+# folder, or a name that no file can have.
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG
+)  # fmt: skip
 
 
 def unusable(where: str, what: str, path: str, reason: str | None, use: str = "read") -> InputError:

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hashengine import _progress
 from hashengine._text import printable
-from hashengine.errors import InputError, brief, invalid, shown, unusable
+from hashengine.errors import UNUSABLE, InputError, brief, invalid, shown, unusable
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -40,7 +40,10 @@ class Commands(TyperGroup):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the command line, or complete it; a completion without the variables of the shell is refused."""
+        """Run the command line or a completion of the shell.
+
+        Refuses a completion for bash if the variables that bash sets are missing.
+        """
         is_bash = os.environ.get("_HASHENGINE_COMPLETE") == "complete_bash"
         if is_bash and not ("COMP_WORDS" in os.environ and os.environ.get("COMP_CWORD", "").isdecimal()):
             expected = "those that bash sets during a completion"
@@ -197,15 +200,9 @@ def _is_mistake(error: Exception) -> bool:
     return bool(frames) and frames[-1].f_globals.get("__name__") == "torch._ops"
 
 
-# A missing permission, something else in the place of a file or a folder, or a name that no file can have.
-_UNUSABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG
-)  # fmt: skip
-
-
 def _unusable_path(where: str, error: Exception) -> InputError | None:
     """The mistake behind an error of the system about a path; None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in _UNUSABLE or error.filename is None:
+    if not isinstance(error, OSError) or error.errno not in UNUSABLE or error.filename is None:
         return None
     path, use = Path(error.filename), "used"
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -198,7 +198,7 @@ class ImageIndex:
         self.hamming, self.items, self.record = hamming, items, record
 
     def _check_writable(self) -> None:
-        """Require that an append can write all of its files, before it writes the first one."""
+        """Check, before the first write, that an append can write all of its files."""
         stored = open_folder(self.folder / "codes")
         lock = stored.path / "lock"  # a lock that can be read need not be writable
         locks = [lock] if lock.exists() and not os.access(lock, os.R_OK) else []

@@ -14,7 +14,6 @@ names.
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import secrets
@@ -41,7 +40,7 @@ from hashengine._files import (
     write_file,
 )
 from hashengine._validation import MAX_BITS
-from hashengine.errors import InputError, brief, invalid
+from hashengine.errors import UNUSABLE, InputError, brief, invalid
 
 FORMAT = "hashengine-index"
 VERSION = 2
@@ -147,19 +146,13 @@ def _versions(path: Path, manifest: Manifest) -> dict[str, Version]:
     return {name: version_of(path / name) for name in names}
 
 
-# A missing permission, or something else in the place of the folder or of a file in it.
-_UNUSABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG
-)  # fmt: skip
-
-
 @contextmanager
 def _explain_read_only(path: Path) -> Iterator[None]:
     """Turn a missing permission for the folder, its lock or a file in it into an `InputError` about `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNUSABLE:
+        if error.errno not in UNUSABLE:
             raise
         raise invalid("save", "path", "a folder that can be written to", f"{path} ({error.strerror})") from None
 

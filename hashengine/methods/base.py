@@ -4,8 +4,8 @@ The head is the hash layer: it computes the activations from the features of the
 network by minimising the loss, or the closed form computes it from the features of all training images.
 
 Training draws the batches and the augmentations from a generator of its own. What a method draws during the training,
-as dropout does, comes from torch's generator of the process. Then equal seeds give equal weights only if the caller
-seeds that generator, too.
+as dropout does, comes from torch's generator of the process. If a method draws numbers, two runs with the same
+configuration give the same weights only if the caller also seeds this generator.
 
 A method is a subclass of `HashingMethod`, which is registered under its attribute `name`. One of hashengine is a file
 in this folder, with the method's name. The file's docstring names the paper and describes the head, the loss or the

@@ -99,7 +99,7 @@ def save(folder: Path, model: Model) -> str:
 
 
 def _copy_of(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU. safetensors refuses tensors that share memory, such as tied weights."""
+    """A contiguous copy on the CPU. Tied weights need copies, because safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -162,7 +162,7 @@ class Run:
 
 
 def _damage(error: Exception) -> str:
-    """What a record is whose reading raised `error`."""
+    """The description of a damaged record in an error message. `error` was raised when the record was read."""
     if isinstance(error, KeyError):
         return f"a damaged one without the field {error}"
     return f"a damaged one: {type(error).__name__}: {error}"

@@ -80,7 +80,7 @@ void hamming_bounds(const uint8_t* queries, const uint8_t* codes, const int64_t*
                         {nullptr, bounds, counts, margin_counts, 0, 0, {int(position_bits)}}, workspace, nullptr);
 }
 
-// scan: 0 popcount, 1 mma, 2 wgmma, 3 own filter.
+// scan: 0 is scan_popcount, 1 scan_mma, 2 scan_wgmma, 3 scan_own_filter.
 void hamming_scan(int64_t scan, const uint8_t* queries, const uint8_t* codes, const int64_t* sizes,
                   const uint8_t* filter, uint64_t* keys, uint64_t* bounds, unsigned* counts, unsigned* margin_counts,
                   int64_t capacity, int64_t k, int64_t position_bits) {

@@ -177,7 +177,7 @@ def test_a_search_inside_the_update_of_its_own_thread_is_refused():
 
 
 def status_in_fork(call) -> int:
-    """The exit code of a forked process that calls `call`; -14 if it waits for a lock."""
+    """The exit code of a forked process that calls `call`. It is -14, SIGALRM, if the call does not end in a minute."""
     child = os.fork()
     if child == 0:
         signal.alarm(60)

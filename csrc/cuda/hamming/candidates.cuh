@@ -58,7 +58,8 @@ struct Candidates {
   __device__ __forceinline__ uint64_t bound(int64_t query) const { return key_of(bounds[query]); }
   __device__ __forceinline__ bool is_selective(int64_t query) const { return bound(query) == kSelective; }
 
-  // Adds a code, which no other call may add. Does not count its margin.
+  // Adds a code to the candidates of a query. The caller must not add a code twice. The margin is not counted, so this
+  // never tightens the bound.
   __device__ __forceinline__ void add(int64_t query, uint64_t key) const {
     const int64_t slot = atomicAdd(&counts[query], 1u);
     if (slot < capacity) keys[query * capacity + slot] = key;

@@ -2,11 +2,11 @@
 // every code, and read its filter only for hits.
 //
 // Idea. A thread reads words of the query's bitmap and visits their set bits. Each selected code becomes a candidate.
-// bounds.cu decides which queries are selective: those whose filter selects fewer codes of the sample than are needed
-// for a bound. Their bound excludes all codes from the other scans, except the code with the key 0.
+// A query is selective if its filter selects fewer codes of the sample than bounds.cu needs for a bound. The other
+// scans find no candidates of such a query, except the code with the key 0.
 //
-// Traffic. Per selective query the bitmap, an eighth of a byte per code, and the selected codes, which are mostly in
-// different sectors. The instructions per code are few, because most words of such a bitmap are zero.
+// Traffic. For each selective query, the kernel reads the bitmap, which has an eighth of a byte per code, and the
+// selected codes. Most selected codes are in different 32-byte sectors.
 //
 // Launch. 256 threads per block. A block has a segment of 32 KB of one query's bitmap, and ends at once if the query is
 // not selective. Each thread has four loads in flight. At least four blocks fit on a multiprocessor.

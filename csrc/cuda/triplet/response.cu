@@ -11,9 +11,9 @@
 // Traffic. Maps only: per value of a map, 2 Reals read and 1 to 3 written. For samples of 56 x 56 x 56 elements, the
 // maps have about 5% as many values as x. Most of this traffic stays in L2.
 //
-// Instructions, in training with samples of 256 x 56 x 56 in NCHW: about 221 per value of the CW map, 222 of the HC map
-// and 327 of the HW map, which the kernel merges from 5 parts. In the CW map, 116 of them are for the convolution (98
-// multiplications for a kernel_size of 7) and about 50 for loading the tile with its border.
+// Instructions. In training with samples of 256 x 56 x 56 in NCHW, the kernel executes about 221 per value of the CW
+// map, 222 of the HC map and 327 of the HW map, which it merges from 5 parts. For a kernel_size of 7, 98 of them are
+// the multiplications of the convolution.
 //
 // Launch. 256 threads per block, of which two blocks fit into the registers of a multiprocessor. For a kernel_size of
 // 7, a block has tiles of up to 64 columns, or of up to 256 rows in narrow maps, and up to 58 KB of shared memory (80

@@ -13,10 +13,10 @@
 // Traffic. Maps only: per value of a map, about 7 Reals read and 3 written; per tile, 2 * kernel_size^2 Reals written
 // and read.
 //
-// Instructions, in training with samples of 256 x 56 x 56 in NCHW: affine_kernel takes about 85 per value of the CW
+// Instructions. In training with samples of 256 x 56 x 56 in NCHW, affine_kernel takes about 85 per value of the CW
 // map, 88 of the HC map and 139 of the HW map, whose sums are in 5 parts. convolution_kernel takes 396 per value of the
-// CW map, 416 of the HC map and 421 of the HW map. In the CW map, the weights' gradients are about 140 of them and the
-// correlation 115, each with 98 multiplications.
+// CW map, 416 of the HC map and 421 of the HW map. For a kernel_size of 7, 98 of them are the multiplications of the
+// correlation, and 98 those of the weights' gradients.
 //
 // Launch. 256 threads per block (96 in weights_kernel) and tiles as in response.cu, with at most half as many values.
 // For a kernel_size of 7, a block has up to 69 KB of shared memory (94 KB for float64). A memset of 4 bytes precedes
